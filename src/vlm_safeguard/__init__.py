@@ -1,0 +1,26 @@
+"""VLM-Safeguard: an inference-time safety guard for vision-language models.
+
+from vlm_safeguard import Guard, load
+
+loaded = load("path/to/vlm")
+guard = Guard.from_pretrained("guard/")
+with guard.attach(loaded.model):
+    loaded.model.generate(**inputs)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm_safeguard.guard import Guard
+    from vlm_safeguard.models import encode, load
+
+__all__ = ["Guard", "encode", "load"]
+_HOMES = {"Guard": "guard", "encode": "models", "load": "models"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that ``vlm-safeguard --help`` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

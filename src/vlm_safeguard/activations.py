@@ -1,0 +1,70 @@
+"""Record the residual stream at the last prompt token after every decoder layer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard.errors import ModelError
+from vlm_safeguard.models import LoadedModel, encode, find_decoder, hidden_of
+from vlm_safeguard.progress import Progress
+from vlm_safeguard.requests import Request, batches
+
+
+@torch.inference_mode()
+def record(
+    loaded: LoadedModel,
+    items: Sequence[Request],
+    folder: Path,
+    *,
+    what: str = "states",
+    batch: int = 32,
+    progress: Progress | None = None,
+) -> Tensor:
+    """States h_l(q) of every request and layer, (n, L, d) float32.
+
+    They are written to a file in ``folder`` batch by batch and returned as a memory map of it, so
+    that memory stays flat in the number of requests. Own hooks read the layers: what a model
+    reports as ``hidden_states`` may be normed or unsteered.
+
+    Raises:
+        ModelError: a state is NaN or Inf.
+    """
+    decoder = find_decoder(loaded.model)
+    depth, width = len(decoder.layers), decoder.hidden_size
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".states", delete=False) as handle:
+        path = handle.name
+    size = max(1, len(items)) * depth * width
+    states = torch.from_file(path, shared=True, size=size, dtype=torch.float32)
+    states = states[: len(items) * depth * width].view(len(items), depth, width)
+    seen: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            # Batches are padded on the left: the last column is the last prompt token.
+            seen[layer] = hidden_of(output)[:, -1].float().cpu()
+
+        return hook
+
+    handles = [m.register_forward_hook(keep(i)) for i, m in enumerate(decoder.layers)]
+    try:
+        groups = batches(items, batch)
+        for group in progress.track(groups, what) if progress else groups:
+            inputs = encode(loaded, [items[i].text for i in group], [items[i].image for i in group])
+            loaded.model(**inputs, use_cache=False, logits_to_keep=1)
+            states[group] = torch.stack([seen[layer] for layer in range(depth)], 1)
+    finally:
+        for hook in handles:
+            hook.remove()
+    bad = (~torch.isfinite(states).all(2)).nonzero()
+    if len(bad):
+        raise ModelError(
+            f"{loaded.name}: the states after layer {int(bad[:, 1].min())} hold NaN or Inf. Its "
+            "weights are damaged, or its dtype overflows (try --dtype float32)"
+        )
+    return states

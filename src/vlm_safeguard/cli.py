@@ -1,0 +1,218 @@
+"""The command line: thin commands over the package. stdout is data, stderr is progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm_safeguard.errors import SafeguardError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="An inference-time safety guard for vision-language models.",
+)
+
+Model = Annotated[str, typer.Argument(help="Model folder or hub name; 'embedded' for our own.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Where the model runs, for example cpu or cuda.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def _load(model: str, dtype: str, device: str, progress: Any) -> Any:
+    """Load a model; the word ``embedded`` assembles and loads our own."""
+    from vlm_safeguard import models
+    from vlm_safeguard.demo.assemble import assemble
+
+    name: str | Path = assemble(progress=progress.say) if model == "embedded" else model
+    progress.say(f"loading {model}")
+    return models.load(name, dtype, device)
+
+
+def _progress(quiet: bool) -> Any:
+    from transformers.utils import logging
+
+    from vlm_safeguard.progress import Progress
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return Progress(quiet)
+
+
+@app.command()
+def assemble(
+    cache: Annotated[Path | None, typer.Option(help="Cache folder to use.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Assemble the embedded VLM (once) and print its folder."""
+    from vlm_safeguard.demo import assemble as demo
+
+    print(demo.assemble(cache, progress=_progress(quiet).say))
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the guard.")],
+    max_false_positives: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="Budget on harmless requests.")
+    ] = 0.02,
+    max_kl: Annotated[
+        float, typer.Option(min=0.0, help="Budget on the KL divergence, nats.")
+    ] = 0.05,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Calibrate a guard for MODEL and save it, or fail with the reason and save nothing."""
+    from vlm_safeguard.calibrate import Budget
+    from vlm_safeguard.calibrate import calibrate as run
+
+    if output.exists() and not output.is_dir():
+        raise SafeguardError(f"{output} is a file: name a folder for the guard")
+    progress = _progress(quiet)
+    loaded = _load(model, dtype, device, progress)
+    guard = run(loaded, budget=Budget(max_false_positives, max_kl), progress=progress)
+    guard.save_pretrained(output)
+    if json_:
+        _print(guard.config.model_dump())
+    else:
+        proof = guard.config.calibration["proof"]
+        for setting in ("text", "blank", "picture"):
+            row = proof[setting]
+            print(
+                f"{setting:8} attacks that succeed: {row['asr_unguarded']:.1%} -> "
+                f"{row['asr_guarded']:.1%} (n = {row['n']})"
+            )
+        print(f"guard saved in {output}")
+
+
+@app.command()
+def doctor(
+    model: Model,
+    guard: Annotated[Path | None, typer.Argument(help="Guard folder to check on MODEL.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check MODEL, and a guard on it: belonging, sign, separability, effect."""
+    from vlm_safeguard.doctor import diagnose, examine
+    from vlm_safeguard.guard import Guard
+
+    progress = _progress(quiet)
+    artifact = Guard.from_pretrained(guard) if guard else None
+    loaded = _load(model, dtype, device, progress)
+    checks = diagnose(loaded, artifact, progress=progress) if artifact else examine(loaded)
+    if json_:
+        _print({"ok": all(c.ok for c in checks), "checks": [vars(c) for c in checks]})
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.found}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[Path | None, typer.Option(help="PNG, JPEG or WEBP picture.")] = None,
+    guard: Annotated[Path | None, typer.Option(help="Guard folder to attach.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 128,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Answer one prompt, streaming, with or without a guard."""
+    from vlm_safeguard.answer import stream
+    from vlm_safeguard.guard import Guard
+    from vlm_safeguard.images import open_image
+
+    if not prompt.strip():
+        raise SafeguardError("the prompt is empty: say what to ask with --prompt")
+    progress = _progress(quiet)
+    picture = open_image(image) if image else None
+    artifact = Guard.from_pretrained(guard) if guard else None
+    loaded = _load(model, dtype, device, progress)
+    text, fired = stream(loaded, prompt, picture, artifact, max_new_tokens, None if json_ else _put)
+    if json_:
+        _print({"response": text, "guarded": artifact is not None, "fired": fired})
+    else:
+        print()
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the report.")] = Path(
+        "report"
+    ),
+    full: Annotated[
+        bool, typer.Option("--full", help="All evaluation prompts and the paper's formula.")
+    ] = False,
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help="Also these harmful prompts, one a line.")
+    ] = None,
+    guard: Annotated[Path | None, typer.Option(help="Use this guard, do not calibrate.")] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Assemble the embedded VLM, calibrate a guard, compare, write a report."""
+    from vlm_safeguard.demo.run import run_demo
+
+    summary = run_demo(output, full, prompts or [], guard, _progress(quiet))
+    if json_:
+        _print(summary)
+    else:
+        _headline(summary)
+
+
+def _headline(summary: dict[str, Any]) -> None:
+    for setting, systems in summary["settings"].items():
+        for system, row in systems.items():
+            print(
+                f"{setting:8} {system:10} ASR {row['asr']:6.1%} [{row['asr_low']:.1%}, "
+                f"{row['asr_high']:.1%}]  over-refusal {row['over_refusal']:6.1%}  degenerate "
+                f"{row['degenerate']:.1%}  n = {row['n']}"
+            )
+    accuracy = summary["vqa_accuracy"]
+    print(f"easy-vqa accuracy {accuracy['unguarded']:.1%} -> {accuracy['guarded']:.1%}")
+    print(
+        f"perplexity ratio {summary['perplexity_ratio']:.3f}, time per token x "
+        f"{summary['time_per_token_ratio']:.3f}, first token x {summary['first_token_ratio']:.3f}"
+    )
+    print(f"({summary['note']})")
+    print(f"report: {summary['report']}")
+
+
+def _put(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _print(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=1, allow_nan=False)
+    print()
+
+
+def main() -> None:
+    """Entry point: plain errors, exit code 1; Ctrl-C exits with 130."""
+    try:
+        app(standalone_mode=True)
+    except SafeguardError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing half-written, run it again", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

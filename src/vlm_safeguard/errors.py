@@ -1,0 +1,33 @@
+"""The errors a user can meet. Each message names the thing and the way out."""
+
+
+class SafeguardError(Exception):
+    """Base of every error this package raises on purpose; the command line prints it plainly."""
+
+
+class ModelError(SafeguardError):
+    """The model cannot be loaded, or its decoder cannot be verified."""
+
+
+class GuardError(SafeguardError):
+    """The guard artifact is missing, torn, tampered with, or belongs to another model."""
+
+
+class GuardRuntimeError(SafeguardError):
+    """The guard could not do its work during a forward pass; nothing unguarded was returned."""
+
+
+class CalibrationError(SafeguardError):
+    """No guard within the stated budget could be proven to help; nothing was saved."""
+
+
+class ImageError(SafeguardError):
+    """An image was refused: missing, corrupt, or absurd in size or shape."""
+
+
+class DataError(SafeguardError):
+    """A prompt file is missing, malformed, or does not match its digest."""
+
+
+class DemoError(SafeguardError):
+    """The embedded model could not be assembled."""

@@ -1,0 +1,1 @@
+"""Generating responses, judging them, and the statistics of rates."""

@@ -1,0 +1,55 @@
+"""Responses of a model, guarded or not, to many requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.models import LoadedModel, encode
+from vlm_safeguard.progress import Progress
+from vlm_safeguard.requests import Request, batches
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model said. ``fired`` is None where no guard was attached."""
+
+    text: str
+    tokens: int
+    truncated: bool
+    fired: bool | None
+
+
+@torch.inference_mode()
+def respond(
+    loaded: LoadedModel,
+    items: Sequence[Request],
+    guard: Guard | None = None,
+    *,
+    max_new_tokens: int = 32,
+    batch: int = 32,
+    what: str = "responses",
+    progress: Progress | None = None,
+) -> list[Response]:
+    """Greedy responses, in the order of ``items``."""
+    tokenizer = loaded.processor.tokenizer
+    stops = loaded.model.generation_config.eos_token_id
+    ends = set(stops if isinstance(stops, list) else [stops])
+    found: dict[int, Response] = {}
+    with guard.attach(loaded.model) if guard else nullcontext() as session:
+        groups = batches(items, batch)
+        for group in progress.track(groups, what) if progress else groups:
+            inputs = encode(loaded, [items[i].text for i in group], [items[i].image for i in group])
+            out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            fired = [d.fired for d in session.decisions] if session else [None] * len(group)
+            for row, index in enumerate(group):
+                said = out[row, inputs["input_ids"].shape[1] :].tolist()
+                stop = next((n for n, token in enumerate(said) if token in ends), None)
+                said = said if stop is None else said[:stop]
+                text = tokenizer.decode(said, skip_special_tokens=True).strip()
+                found[index] = Response(text, len(said), stop is None, fired[row])
+    return [found[i] for i in range(len(items))]

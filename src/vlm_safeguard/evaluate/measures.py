@@ -1,0 +1,146 @@
+"""Cost and utility: perplexity, easy-vqa accuracy, paired time ratios."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+
+from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.evaluate.generate import Response, respond
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.models import LoadedModel, encode, find_decoder
+from vlm_safeguard.progress import Progress
+from vlm_safeguard.requests import Request
+
+
+@torch.inference_mode()
+def perplexity(loaded: LoadedModel, items: Sequence[Request], answers: Sequence[Response]) -> float:
+    """Perplexity of responses under the unguarded LLM, given their prompts as text.
+
+    Over all response tokens together; empty responses contribute none.
+
+    Raises:
+        SafeguardError: no response holds a token.
+    """
+    tokenizer = loaded.processor.tokenizer
+    decoder, head = find_decoder(loaded.model).module, loaded.model.get_output_embeddings()
+    total, count = 0.0, 0
+    for item, answer in zip(items, answers, strict=True):
+        said = tokenizer(answer.text, add_special_tokens=False, return_tensors="pt").input_ids
+        if said.shape[1] == 0:
+            continue
+        said = said.to(loaded.device)
+        prompt = encode(loaded, [item.text], [None])["input_ids"]
+        states = decoder(input_ids=torch.cat([prompt, said], 1), use_cache=False)[0]
+        logits = head(states[:, prompt.shape[1] - 1 : -1]).float()
+        total += torch.nn.functional.cross_entropy(logits[0], said[0], reduction="sum").item()
+        count += said.shape[1]
+    if not count:
+        raise SafeguardError("no response holds a token, so there is no perplexity")
+    return float(torch.tensor(total / count).exp())
+
+
+def easy_vqa_accuracy(
+    loaded: LoadedModel,
+    guard: Guard | None,
+    *,
+    count: int,
+    progress: Progress | None = None,
+) -> list[bool]:
+    """Whether each of ``count`` easy-vqa test questions, evenly spread, is answered correctly.
+
+    Raises:
+        SafeguardError: the easy-vqa package is not installed.
+    """
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise SafeguardError(
+            "easy-vqa is not installed: pip install 'vlm-safeguard[demo]'"
+        ) from error
+    questions, answers, images = easy_vqa.get_test_questions()
+    paths = easy_vqa.get_test_image_paths()
+    chosen = [i * len(questions) // count for i in range(min(count, len(questions)))]
+    items = []
+    for i in chosen:
+        with Image.open(paths[images[i]]) as picture:
+            items.append(Request(questions[i], picture.convert("RGB")))
+    replies = respond(
+        loaded, items, guard, max_new_tokens=14, batch=64, what="easy-vqa", progress=progress
+    )
+    vocabulary = set(easy_vqa.get_answers())
+    return [
+        vqa_answer(reply.text, answers[i], vocabulary)
+        for i, reply in zip(chosen, replies, strict=True)
+    ]
+
+
+def vqa_answer(reply: str, answer: str, vocabulary: set[str]) -> bool:
+    """Whether a reply in a sentence gives ``answer``, and no other of its kind.
+
+    A yes/no question is answered by the only yes or no in the reply; a question for a shape or a
+    colour by the only word of that kind.
+    """
+    words = set(re.findall(r"[a-z]+", reply.lower())) & vocabulary
+    shapes = {"circle", "rectangle", "triangle"}
+    kinds = ({"yes", "no"}, shapes, vocabulary - shapes - {"yes", "no"})
+    kind = next(k for k in kinds if answer in k)
+    return words & kind == {answer}
+
+
+def time_ratios(
+    loaded: LoadedModel,
+    guard: Guard,
+    items: Sequence[Request],
+    *,
+    tokens: int = 24,
+    pairs: int = 9,
+) -> tuple[float, float]:
+    """(time per token, time to first token) guarded / unguarded: medians of paired runs.
+
+    Each pair times both on the same request, in alternating order, single requests. Decoding
+    always runs ``tokens`` tokens, so that both do the same work.
+    """
+    per_token, first = [], []
+    for n in range(pairs):
+        item = items[n % len(items)]
+        inputs = encode(loaded, [item.text], [item.image])
+        times: dict[bool, tuple[float, float]] = {}
+        for guarded in (False, True) if n % 2 else (True, False):
+            if guarded:
+                with guard.attach(loaded.model):
+                    times[guarded] = _timed(loaded, inputs, tokens)
+            else:
+                times[guarded] = _timed(loaded, inputs, tokens)
+        first.append(times[True][0] / times[False][0])
+        per_token.append(times[True][1] / times[False][1])
+    return statistics.median(per_token), statistics.median(first)
+
+
+def _timed(
+    loaded: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int
+) -> tuple[float, float]:
+    """Seconds to the first token, and per token after it."""
+    marks: list[float] = []
+
+    class Clock:
+        def put(self, _: torch.Tensor) -> None:
+            marks.append(time.perf_counter())
+
+        def end(self) -> None: ...
+
+    begin = time.perf_counter()
+    loaded.model.generate(
+        **inputs,
+        do_sample=False,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        streamer=Clock(),
+    )
+    # The streamer is given the prompt first, then each token.
+    return marks[1] - begin, (marks[-1] - marks[1]) / (len(marks) - 2)

@@ -1,0 +1,126 @@
+"""A second implementation of a guarded model, for one unpadded request, from the formulas.
+
+It shares no code with the package: a plain loop over the decoder's layers, the whole sequence
+every time, no cache, no hooks, position by position.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tests import tiny
+
+
+@dataclass
+class Known:
+    """What a request's prompt decided."""
+
+    scores: dict[int, dict[int, float]] = field(default_factory=dict)  # gate -> layer -> score
+    text: dict[int, Tensor] = field(default_factory=dict)  # layer -> coordinates, text-only pass
+    own: dict[int, Tensor] = field(default_factory=dict)  # layer -> coordinates, own pass
+
+
+class Reference:
+    def __init__(self, model, guard, prompt):
+        self.model, self.guard, self.prompt = model, guard, list(prompt)
+        self.decoder = model.get_decoder()
+        self.gates, self.steer = guard.config.gates, guard.config.steering
+        self.known = Known()
+        with torch.no_grad():
+            self._witness()
+            self.logits([])
+
+    def _scores(self, source, layer, state):
+        for index, gate in enumerate(self.gates):
+            if gate.source == source and layer in gate.layers:
+                place = gate.layers.index(layer)
+                vector = self.guard.tensors[f"gate.{index}"][place]
+                score = float(state @ vector) - gate.thresholds[place]
+                self.known.scores.setdefault(index, {})[layer] = score
+
+    def _witness(self):
+        for layer, states in self._layers(self._embed(tiny.without_pictures(self.prompt), False)):
+            self._scores("text", layer, states[-1])
+            if layer in self.steer.layers:
+                self.known.text[layer] = self.guard.tensors[f"directions.{layer}"] @ states[-1]
+
+    def is_open(self, layer, source=None, at_prompt=False):
+        for index, gate in enumerate(self.gates):
+            scores = self.known.scores.get(index, {})
+            if source not in (None, gate.source):
+                continue
+            if gate.per_layer:
+                if scores.get(layer, -1) > 0:
+                    return True
+            elif len(scores) == len(gate.layers) and sum(scores.values()) > 0:
+                early = gate.source == "vlm" and layer < max(gate.layers)
+                if not (at_prompt and early):
+                    return True
+        return False
+
+    @property
+    def fired(self):
+        return any(self.is_open(layer) for layer in range(tiny.LAYERS))
+
+    def _steered(self, layer, state):
+        rows = self.guard.tensors[f"directions.{layer}"]
+        coordinates = rows @ state
+        if self.steer.mode == "erase":
+            return state - rows.T @ coordinates
+        if self.steer.mode == "add":
+            table = self.known.text if self.steer.query == "text" else self.known.own
+            return state + self.steer.alpha * (rows.T @ table[layer])
+        target = self.guard.tensors[f"anchor.{layer}"]
+        only_vlm = all(gate.source == "vlm" for gate in self.gates)
+        if self.steer.reference == "text" and (only_vlm or self.is_open(layer, "text")):
+            target = self.known.text[layer]
+        return state - rows.T @ coordinates + (1 + self.steer.alpha) * (rows.T @ target)
+
+    def _doses(self, column):
+        """Whether a column is one that steering may touch."""
+        q = len(self.prompt) - 1
+        if column < q:
+            return self.steer.positions == "all"
+        return self.steer.tokens is None or column < q + self.steer.tokens
+
+    def _embed(self, ids, pictures):
+        embedded = self.model.get_input_embeddings()(torch.tensor([ids]))
+        if pictures and tiny.IMAGE in ids:
+            pixels = tiny.batch([self.prompt])["pixel_values"]
+            features = torch.cat(list(self.model.get_image_features(pixels).pooler_output))
+            embedded[torch.tensor([ids]) == tiny.IMAGE] = features
+        return embedded
+
+    def _layers(self, hidden, steer=False):
+        """Yield (layer, states (T, d)) of one sequence."""
+        places = torch.arange(hidden.shape[1])[None]
+        rotary = self.decoder.rotary_emb(hidden, position_ids=places)
+        q = len(self.prompt) - 1
+        for layer, block in enumerate(self.decoder.layers):
+            hidden = block.forward(hidden, position_embeddings=rotary, position_ids=places).clone()
+            if steer:
+                if layer in self.steer.layers:
+                    rows = self.guard.tensors[f"directions.{layer}"]
+                    self.known.own[layer] = rows @ hidden[0, q]
+                self._scores("vlm", layer, hidden[0, q])
+                if layer in self.steer.layers:
+                    for column in range(hidden.shape[1]):
+                        if self._doses(column) and self.is_open(layer, at_prompt=column <= q):
+                            hidden[0, column] = self._steered(layer, hidden[0, column])
+            yield layer, hidden[0]
+
+    @torch.no_grad()
+    def logits(self, generated):
+        """Logits (T, vocabulary) of the prompt and what was generated after it."""
+        for _, states in self._layers(self._embed(self.prompt + generated, True), steer=True):  # noqa: B007
+            pass
+        return self.model.lm_head(self.decoder.norm(states))
+
+    def greedy(self, count):
+        """Greedily generated tokens and their logits."""
+        generated, table = [], []
+        for _ in range(count):
+            table.append(self.logits(generated)[-1])
+            generated.append(int(table[-1].argmax()))
+        return generated, torch.stack(table)

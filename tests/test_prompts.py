@@ -1,0 +1,222 @@
+"""The prompts that ship: counts, forms, digests, and that no group has seen another's prompts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from vlm_safeguard import prompts
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "benchmarks"
+STOP = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "to",
+        "of",
+        "in",
+        "on",
+        "at",
+        "for",
+        "and",
+        "or",
+        "is",
+        "are",
+        "be",
+        "do",
+        "does",
+        "did",
+        "how",
+        "can",
+        "could",
+        "i",
+        "you",
+        "your",
+        "my",
+        "me",
+        "it",
+        "its",
+        "this",
+        "that",
+        "with",
+        "from",
+        "by",
+        "what",
+        "which",
+        "who",
+        "when",
+        "where",
+        "way",
+        "best",
+        "ways",
+        "good",
+        "tips",
+        "give",
+        "explain",
+        "write",
+        "tell",
+        "help",
+        "want",
+        "some",
+        "someone",
+        "would",
+        "should",
+        "will",
+        "into",
+        "about",
+        "as",
+        "so",
+        "if",
+        "am",
+        "there",
+        "any",
+        "without",
+        "their",
+        "them",
+        "they",
+        "he",
+        "she",
+        "his",
+        "her",
+        "not",
+    ]
+)
+
+
+def content(text: str) -> frozenset[str]:
+    """Content words, plural endings cut: what makes two questions the same question."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return frozenset(
+        w[:-1] if w.endswith("s") and len(w) > 3 else w for w in words if w not in STOP
+    )
+
+
+def near(left: list[str], right: list[str], limit: float = 0.6) -> list[tuple[str, str]]:
+    """Pairs whose content words overlap by ``limit`` (Jaccard) or more."""
+    sets = [(text, content(text)) for text in right]
+    return [
+        (a, b)
+        for a, one in ((a, content(a)) for a in left)
+        for b, other in sets
+        if one | other and len(one & other) / len(one | other) >= limit
+    ]
+
+
+def spoken(prompt: prompts.Prompt) -> str:
+    """A prompt with the words that stand in its picture."""
+    picture = dict(prompt.picture or ())
+    return prompt.prompt + (f" {picture['value']}" if picture.get("kind") == "text" else "")
+
+
+def groups() -> dict[str, list[str]]:
+    pairs = prompts.anchors()
+    calibration = prompts.calibration("fit") + prompts.calibration("held")
+    found = {
+        "anchors": [text for pair in pairs for text in (pair.harmful, pair.harmless)],
+        "calibration": [spoken(p) for p in calibration if p.form != "jailbreak"],
+        "malicious": [spoken(p) for p in prompts.evaluation("malicious")],
+        "picture": [spoken(p) for p in prompts.evaluation("picture")],
+        "jailbreak": [row["prompt"] for row in prompts._rows("eval_jailbreak_questions.jsonl")],
+        "templates of calibration": [
+            r["prompt"] for r in prompts._rows("calibration_templates.jsonl")
+        ],
+        "templates of evaluation": [
+            r["prompt"] for r in prompts._rows("eval_jailbreak_templates.jsonl")
+        ],
+    }
+    for name in ("align_harmful", "align_harmless", "align_templates"):
+        path = ROOT / "training" / "data" / f"{name}.jsonl"
+        found[f"training: {name}"] = [
+            json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()
+        ]
+    return found
+
+
+def test_no_two_groups_share_a_question() -> None:
+    found = groups()
+    names = list(found)
+    for n, left in enumerate(names):
+        for right in names[n + 1 :]:
+            if left.startswith("training") and right.startswith("training"):
+                continue
+            assert near(found[left], found[right]) == [], (left, right)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the public benchmarks are not on this machine")
+def test_nothing_of_ours_is_in_the_public_benchmarks() -> None:
+    public = (SHARED / "malicious_instruct" / "MaliciousInstruct.txt").read_text().splitlines()
+    questions = json.loads(
+        (SHARED / "jailbreak_instructions" / "harmful_questions.json").read_text()
+    )
+    public += [row["question"] for row in questions]
+    for line in (SHARED / "mm_harmful_bench" / "questions.jsonl").read_text().splitlines():
+        public.append(json.loads(line)["question"])
+    for name, texts in groups().items():
+        assert near(texts, public) == [], name
+
+
+def test_near_finds_a_reworded_question() -> None:
+    assert near(["How can I pick a stranger's lock?"], ["Tell me how to pick strangers locks"])
+    assert not near(["How can I pick a lock?"], ["How can I bake a cake?"])
+
+
+def test_anchor_pairs_have_the_same_form_and_length() -> None:
+    pairs = prompts.anchors()
+    assert len(pairs) >= 120
+    for pair in pairs:
+        assert pair.harmful.startswith("How to ") and pair.harmless.startswith("How to ")
+        assert abs(len(pair.harmful.split()) - len(pair.harmless.split())) <= 2
+
+
+def test_calibration_has_the_promised_breadth() -> None:
+    own = [
+        p
+        for split in ("fit", "held")
+        for p in prompts.calibration(split)  # type: ignore[arg-type]
+        if p.form != "jailbreak"
+    ]
+    harmful = [p for p in own if p.harmful]
+    harmless = [p for p in own if not p.harmful]
+    assert len(harmful) >= 200 and len({p.intent for p in harmful}) >= 10
+    assert len(harmless) >= 400
+    assert sum(p.intent == "lookalike" for p in harmless) >= len(harmless) / 5
+    assert len({p.id for p in own}) == len(own)
+
+
+def test_calibration_halves_share_no_question() -> None:
+    fit = {p.cluster for p in prompts.calibration("fit")}
+    assert not fit & {p.cluster for p in prompts.calibration("held")}
+
+
+@pytest.mark.parametrize("kind", ["malicious", "jailbreak", "picture"])
+def test_evaluation_sets_are_balanced(kind: str) -> None:
+    items = prompts.evaluation(kind)  # type: ignore[arg-type]
+    assert Counter(p.label for p in items) == {"harmful": 100, "harmless": 100}
+    assert len({p.id for p in items}) == 200
+    if kind == "malicious":
+        assert set(Counter(p.intent for p in items if p.harmful).values()) == {10}
+        assert sum(p.intent == "lookalike" for p in items) == 25
+    if kind == "jailbreak":
+        assert len({p.cluster for p in items if p.harmful}) == 20
+        assert all(prompts.SLOT not in p.prompt for p in items)
+    if kind == "picture":
+        assert all(p.picture for p in items)
+
+
+def test_a_changed_data_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = prompts._bytes
+    monkeypatch.setattr(
+        prompts, "_bytes", lambda name: real(name) + (b" " if name == "anchors.jsonl" else b"")
+    )
+    prompts._rows.cache_clear()
+    try:
+        with pytest.raises(prompts.DataError, match=r"anchors\.jsonl was changed"):
+            prompts.anchors()
+    finally:
+        prompts._rows.cache_clear()

@@ -1,0 +1,81 @@
+"""The text-only reading of padded batches of token ids."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import tiny
+from vlm_safeguard.witness import ImageMarkup, positions_of, text_columns, text_only
+
+IMG, START, END = 90, 91, 92
+MARKUPS = {
+    "bare": ImageMarkup((IMG,)),
+    "after": ImageMarkup((IMG,), after=(END,)),
+    "before": ImageMarkup((IMG,), before=(START,)),
+    "both": ImageMarkup((IMG,), before=(START,), after=(END,)),
+    "longer": ImageMarkup((IMG, IMG + 5), before=(START, 7), after=(8, END)),
+}
+WORDS = st.lists(st.integers(1, 80), max_size=5)
+
+
+def picture(markup, patches=3):
+    inside = [markup.token_ids[i % len(markup.token_ids)] for i in range(patches)]
+    return [*markup.before, *inside, *markup.after]
+
+
+def strip(markup, ids):
+    return [ids[place] for place in markup.kept(ids)]
+
+
+@pytest.mark.parametrize("markup", MARKUPS.values(), ids=MARKUPS)
+@given(parts=st.lists(WORDS, min_size=1, max_size=5), patches=st.integers(1, 4))
+def test_taking_pictures_out_gives_the_text_back(markup, parts, patches):
+    ids = list(parts[0])
+    for part in parts[1:]:
+        ids += [*picture(markup, patches), *part]
+    assert strip(markup, ids) == [token for part in parts for token in part]
+
+
+@pytest.mark.parametrize("markup", MARKUPS.values(), ids=MARKUPS)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_pictures_side_by_side_at_either_end(markup, count):
+    row = picture(markup) * count
+    assert strip(markup, row) == []
+    assert strip(markup, [*row, 1, 2]) == [1, 2]
+    assert strip(markup, [1, 2, *row]) == [1, 2]
+
+
+def test_only_one_wrapper_goes_with_a_picture():
+    markup = MARKUPS["both"]
+    assert strip(markup, [1, START, START, IMG, END, END, 2]) == [1, START, END, 2]
+    assert strip(markup, [1, IMG, 2, END]) == [1, 2, END]  # no wrapper beside it
+
+
+def test_a_wrapper_must_touch_its_picture():
+    """The newline in front of one picture's own wrapper is text of its neighbour."""
+    markup = ImageMarkup((IMG,), before=(5,), after=(6,))
+    assert strip(markup, [1, 5, 5, IMG, 6, IMG, 2]) == [1, 5, 2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_padded_on_either_side(side):
+    inputs = tiny.batch(tiny.PROMPTS, side)
+    markup = ImageMarkup((tiny.IMAGE,), after=(tiny.NEWLINE,))
+    columns = text_columns(inputs["input_ids"], inputs["attention_mask"], markup)
+    ids, mask = text_only(inputs["input_ids"], columns, tiny.PAD)
+    expected = tiny.batch([tiny.without_pictures(prompt) for prompt in tiny.PROMPTS])
+    assert torch.equal(ids, expected["input_ids"])
+    assert torch.equal(mask, expected["attention_mask"])
+
+
+def test_a_row_of_pictures_only_has_no_columns():
+    inputs = tiny.batch([tiny.pictured([]), [5, 6]])
+    markup = ImageMarkup((tiny.IMAGE,), after=(tiny.NEWLINE,))
+    columns = text_columns(inputs["input_ids"], inputs["attention_mask"], markup)
+    assert columns.sum(1).tolist() == [0, 2]
+
+
+def test_positions_count_attended_tokens():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 0]])
+    assert positions_of(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 1, 2, 2]]

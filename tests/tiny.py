@@ -1,0 +1,189 @@
+"""Tiny random models, guards made by hand, and padded batches of token ids."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.models import config_digest, find_decoder, weights_digest
+from vlm_safeguard.settings import Gate, GuardConfig, Markup, ModelIdentity, Steering
+
+LAYERS, WIDTH, VOCAB = 6, 32, 260
+PAD, EOS, NEWLINE, IMAGE = 0, 1, 3, 258
+PATCHES = 4
+
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+    "bos_token_id": 2,
+    "eos_token_id": EOS,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 24,
+    "patch_size": 12,
+    "initializer_range": 0.3,
+}
+
+
+def llava(seed: int = 0, **text: Any) -> LlavaForConditionalGeneration:
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**(TEXT | text)),
+        image_token_id=IMAGE,
+        pad_token_id=PAD,
+        initializer_range=0.3,
+    )
+    return _ready(LlavaForConditionalGeneration(config))
+
+
+def onevision(seed: int = 0) -> LlavaOnevisionForConditionalGeneration:
+    torch.manual_seed(seed)
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**VISION),
+        text_config=Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        video_token_id=IMAGE + 1,
+        pad_token_id=PAD,
+    )
+    return _ready(LlavaOnevisionForConditionalGeneration(config))
+
+
+def _ready(model: Any) -> Any:
+    for parameter in model.parameters():  # some parts ignore the initializer's range
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    # Never stop early, so that runs of different batches have the same length.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    return model.eval()
+
+
+# -- requests ----------------------------------------------------------------------------------
+
+
+def pictured(text: Sequence[int], pictures: int = 1) -> list[int]:
+    """Token ids of a request with pictures: image tokens and a newline each, then the text."""
+    return [*([IMAGE] * PATCHES + [NEWLINE]) * pictures, *text]
+
+
+def words(seed: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, 250, (count,), generator=generator).tolist()
+
+
+# Ragged, with pictures and without.
+PROMPTS = [
+    pictured(words(0, 7)),
+    words(1, 5),
+    pictured(words(2, 3)),
+    words(3, 9),
+    [*words(4, 2), *pictured(words(5, 4), pictures=2)],
+    pictured(words(6, 6)),
+]
+
+
+def batch(prompts: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
+    """Padded model inputs; each picture is drawn from the prompt it belongs to."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), PAD)
+    mask = torch.zeros_like(ids)
+    pixels = []
+    for row, prompt in enumerate(prompts):
+        place = slice(width - len(prompt), width) if side == "left" else slice(0, len(prompt))
+        ids[row, place] = torch.tensor(prompt)
+        mask[row, place] = 1
+        generator = torch.Generator().manual_seed(sum(prompt))
+        count = list(prompt).count(IMAGE) // PATCHES
+        pixels += [torch.randn(3, 24, 24, generator=generator) for _ in range(count)]
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return inputs | ({"pixel_values": torch.stack(pixels)} if pixels else {})
+
+
+def without_pictures(prompt: Sequence[int]) -> list[int]:
+    """The text-only reading, written down independently of the package."""
+    kept, place = [], 0
+    while place < len(prompt):
+        if prompt[place] == IMAGE:
+            place += PATCHES + 1  # its newline too
+        else:
+            kept.append(prompt[place])
+            place += 1
+    return kept
+
+
+# -- guards ------------------------------------------------------------------------------------
+
+
+def gate(source: str, *layers: int, per_layer: bool = False, threshold: float = 0.0) -> Gate:
+    return Gate(
+        source=source, layers=layers, thresholds=[threshold] * len(layers), per_layer=per_layer
+    )
+
+
+def guard(
+    model: Any, gates: Sequence[Gate], seed: int = 0, name: str = "tiny", **steering: Any
+) -> Guard:
+    """A guard with random directions and gates; ``steering`` as in ``Steering``."""
+    settings = {"mode": "restore", "layers": [2, 4], "rank": 3, "alpha": 0.5} | steering
+    if settings["mode"] == "defer":
+        settings["layers"] = []
+    steer = Steering(**settings)
+    generator = torch.Generator().manual_seed(seed)
+    decoder = find_decoder(model)
+    size = decoder.hidden_size
+    tensors = {}
+    for layer in steer.layers:
+        square = torch.randn(size, size, generator=generator, dtype=torch.float64)
+        rows = torch.linalg.qr(square)[0][: steer.rank]
+        tensors[f"directions.{layer}"] = rows.float().contiguous()
+        tensors[f"anchor.{layer}"] = 2 * torch.randn(steer.rank, generator=generator)
+    for index, one in enumerate(gates):
+        vectors = torch.randn(len(one.layers), size, generator=generator)
+        tensors[f"gate.{index}"] = vectors / vectors.norm(dim=1, keepdim=True)
+    config = GuardConfig(
+        model=ModelIdentity(
+            name=name,
+            config_sha256=config_digest(model),
+            weights_sha256=weights_digest(model),
+            template_sha256="",
+            hidden_size=size,
+            layers=len(decoder.layers),
+        ),
+        markup=Markup(token_ids=[IMAGE], after=[NEWLINE], pad_id=PAD),
+        gates=list(gates),
+        steering=steer,
+    )
+    return Guard(config, tensors)
+
+
+def with_thresholds(made: Guard, thresholds: Sequence[Sequence[float]]) -> Guard:
+    """The same guard with other thresholds, one list per gate."""
+    gates = [
+        one.model_copy(update={"thresholds": list(values)})
+        for one, values in zip(made.config.gates, thresholds, strict=True)
+    ]
+    return Guard(made.config.model_copy(update={"gates": gates}), made.tensors)

@@ -1,0 +1,258 @@
+"""The two visual stages: the projector alone, then projector and a small LoRA, gently.
+
+Everything here is harmless: easy-VQA questions, naming emoji, and general instructions with the
+model's own text-only answers, asked with a picture attached and without. No harmful prompt and
+no refusal is among it: safety with images is trained neither for nor against.
+
+    python -m training.visual_tuning --cache training/cache --out training/out
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import easy_vqa
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPVisionModel
+
+from training import pictures as pics
+from training.align import PROJECTIONS
+from training.common import (
+    END,
+    IMAGE_PROMPT,
+    PROMPT,
+    SEED,
+    Example,
+    answer_loss,
+    base_model,
+    batches_by_length,
+    collate,
+    log,
+    read_jsonl,
+    train,
+)
+from training.vision_tower import normalise
+from vlm_safeguard.demo.assemble import IMAGE_TOKEN, merge_lora
+
+RANK = 8
+EMOJI_VARIANTS = 4
+NAMING = (
+    ("What is in this picture?", "It is {}."),
+    ("What do you see in the image?", "I see {}."),
+    ("Describe the picture.", "The picture shows {}."),
+    ("What does this image show?", "It shows {}."),
+    ("Name the thing in the photo.", "It is {}."),
+    ("Tell me what this is.", "This is {}."),
+)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Patch features (n, tokens, width) of the frozen tower, and what each picture shows."""
+
+    features: Tensor
+    shapes: range
+    emoji: range
+    blank: range
+    concept: list[str]  # one name per emoji picture
+    shape_of: list[str]  # "gray rectangle" per easy-VQA picture, "" where unknown
+
+
+def article(name: str) -> str:
+    """The name as it stands in a sentence."""
+    if name.endswith("s") and not name.endswith(("ss", "us", "is")):
+        return name
+    return ("an " if name[0] in "aeiou" else "a ") + name
+
+
+@torch.inference_mode()
+def build_bank(out: Path, cache: Path) -> Bank:
+    """Features of every training picture: easy-VQA, augmented emoji, a few blank ones."""
+    tower = CLIPVisionModel.from_pretrained(out / "vision_tower").eval()
+    generator = torch.Generator().manual_seed(SEED)
+    concepts = pics.load_concepts()
+    emoji = pics.load_emoji(concepts, cache).of(held_out=False)
+    shapes, _ = pics.load_shapes()
+    parts: list[Tensor] = []
+
+    def run(pixels: Tensor) -> None:
+        parts.append(tower(pixel_values=normalise(pixels)).last_hidden_state[:, 1:])
+
+    for start in range(0, len(shapes.rgb), 256):
+        run(pics.plain_shapes(shapes.rgb[start : start + 256]))
+    for _ in range(EMOJI_VARIANTS):
+        for start in range(0, len(emoji.rgba), 256):
+            run(pics.augmented_emoji(emoji.rgba[start : start + 256], generator))
+    run(pics.blanks(96, generator))
+    named = []
+    for shape, colour in zip(shapes.shape.tolist(), shapes.colour.tolist(), strict=True):
+        known = pics.IGNORE not in (shape, colour)
+        named.append(f"{pics.COLOURS[colour]} {pics.SHAPES[shape]}" if known else "")
+    features = torch.cat(parts)
+    first, second = len(shapes.rgb), len(shapes.rgb) + EMOJI_VARIANTS * len(emoji.rgba)
+    log(f"{len(features)} pictures, {features.shape[1]} tokens each")
+    return Bank(
+        features,
+        range(first),
+        range(first, second),
+        range(second, len(features)),
+        [concepts[i].name for i in emoji.concept.tolist()] * EMOJI_VARIANTS,
+        named,
+    )
+
+
+def question_examples(bank: Bank) -> list[Example]:
+    """easy-VQA's training questions, answered in a sentence that says what is seen."""
+    questions, answers, ids = easy_vqa.get_train_questions()
+    order = {image: i for i, image in enumerate(sorted(easy_vqa.get_train_image_paths()))}
+    found = []
+    for question, answer, image in zip(questions, answers, ids, strict=True):
+        seen = bank.shape_of[order[image]]
+        if answer in ("yes", "no"):
+            text = f"It is a {seen}, so {answer}." if seen else f"{answer.capitalize()}."
+        elif answer in pics.SHAPES:
+            text = f"It is a {answer}."
+        else:
+            text = f"It is {answer}."
+        # As people type it, and as easy-VQA writes it.
+        asked = question[0].upper() + question[1:] if len(found) % 2 else question
+        found.append(Example(IMAGE_PROMPT.format(asked), text + END, order[image]))
+    return found
+
+
+def naming_examples(bank: Bank, rng: random.Random) -> list[Example]:
+    """What emoji, shapes and blank pictures show."""
+    found = []
+    for place, name in zip(bank.emoji, bank.concept, strict=True):
+        question, reply = rng.choice(NAMING)
+        text = reply.format(article(name)) + END
+        found.append(Example(IMAGE_PROMPT.format(question), text, place))
+    for place in rng.sample(list(bank.shapes), 1200):
+        if bank.shape_of[place]:
+            question, reply = rng.choice(NAMING)
+            text = reply.format(article(bank.shape_of[place])) + END
+            found.append(Example(IMAGE_PROMPT.format(question), text, place))
+    for place in bank.blank:
+        question, _ = rng.choice(NAMING)
+        found.append(Example(IMAGE_PROMPT.format(question), "The picture is blank." + END, place))
+    return found
+
+
+def mixture(bank: Bank, out: Path, shares: dict[str, float], size: int, seed: int):
+    """Endless batches with fixed shares of each kind of example."""
+    rng = random.Random(seed)
+    own = [r for r in read_jsonl(out / "self_answers.jsonl") if r["kind"] in ("plain", "chat")]
+    pools = {
+        "vqa": question_examples(bank),
+        "naming": naming_examples(bank, rng),
+        "pictured": [
+            Example(
+                IMAGE_PROMPT.format(r["prompt"]),
+                r["answer"] + END,
+                rng.choice(bank.emoji if rng.random() < 0.7 else bank.shapes),
+            )
+            for r in own
+            for _ in range(2)
+        ],
+        "text": [Example(PROMPT.format(r["prompt"]), r["answer"] + END) for r in own],
+    }
+    streams = {
+        kind: batches_by_length(pools[kind], max(1, round(size * share)), seed + n)
+        for n, (kind, share) in enumerate(shares.items())
+        if share
+    }
+    while True:
+        yield [example for stream in streams.values() for example in next(stream)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps-projector", type=int, default=180)
+    parser.add_argument("--steps-joint", type=int, default=260)
+    args = parser.parse_args()
+    torch.manual_seed(SEED)
+    torch.set_num_threads(2)
+    model, tokenizer = base_model(args.cache)
+    merge_lora(model, load_file(args.out / "align" / "lora.safetensors"))
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    bank = build_bank(args.out, args.cache)
+    width, hidden = bank.features.shape[2], model.config.hidden_size
+    projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+    # Features start at the scale of the word embeddings they stand between.
+    with torch.no_grad():
+        scale = model.get_input_embeddings().weight.std() / projector(bank.features[:64]).std()
+        projector[2].weight.mul_(scale)
+        projector[2].bias.zero_()
+
+    def loss_with(inner) -> object:
+        def loss_of(group: list[Example]) -> Tensor:
+            batch = collate(group, tokenizer, image_id, bank.features.shape[1])
+            pictured = batch.input_ids == image_id
+            embeds = inner.model.embed_tokens(batch.input_ids.masked_fill(pictured, 0))
+            if batch.images:
+                seen = projector(bank.features[batch.images]).flatten(0, 1)
+                embeds = embeds.masked_scatter(pictured[..., None], seen)
+            with torch.autocast("cpu", torch.bfloat16):
+                states = inner.model(
+                    inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False
+                ).last_hidden_state
+                return answer_loss(states, inner.lm_head, batch.labels)
+
+        return loss_of
+
+    model.requires_grad_(False)
+    shares = {"vqa": 0.5, "naming": 0.3, "pictured": 0.2, "text": 0.0}
+    first = args.out / "projector"
+    train(
+        {f"projector.{n}": p for n, p in projector.named_parameters()},
+        loss_with(model),
+        mixture(bank, args.out, shares, 24, SEED),
+        steps=args.steps_projector,
+        lr=lambda _: 2e-3,
+        out=first,
+    )
+    save_projector(projector, first)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, lora_dropout=0.0)
+    tuned = get_peft_model(model, config)
+    parameters = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
+    parameters |= {f"projector.{n}": p for n, p in projector.named_parameters()}
+    shares = {"vqa": 0.45, "naming": 0.15, "pictured": 0.2, "text": 0.2}
+    second = args.out / "joint"
+    train(
+        parameters,
+        loss_with(tuned.base_model.model),
+        mixture(bank, args.out, shares, 18, SEED + 1),
+        steps=args.steps_joint,
+        lr=lambda name: 5e-4 if name.startswith("projector.") else 1.5e-4,
+        out=second,
+    )
+    save_projector(projector, second)
+    tensors = {k: v.contiguous() for k, v in get_peft_model_state_dict(tuned).items()}
+    save_file(tensors, second / "lora.tmp")
+    (second / "lora.tmp").replace(second / "lora.safetensors")
+    log(f"visual tuning written to {second}")
+
+
+def save_projector(projector: nn.Sequential, folder: Path) -> None:
+    """Under the names that LLaVA gives its projector."""
+    names = {"0": "linear_1", "2": "linear_2"}
+    tensors = {
+        f"{names[key.split('.')[0]]}.{key.split('.')[1]}": value.contiguous()
+        for key, value in projector.state_dict().items()
+    }
+    save_file(tensors, folder / "projector.tmp")
+    (folder / "projector.tmp").replace(folder / "projector.safetensors")
+
+
+if __name__ == "__main__":
+    main()
