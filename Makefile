@@ -1,5 +1,7 @@
 # Every target does its own set-up in .venv.
 PYTHON ?= python3
+# On a machine without a GPU a CPU build is smaller: make demo PIP_EXTRA_INDEX_URL=<CPU index of PyTorch>
+TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
@@ -9,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
@@ -36,6 +38,7 @@ train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 
 	$(BIN)/python -m training.align --cache training/cache --out training/out
 	$(BIN)/python -m training.visual_tuning --cache training/cache --out training/out
 	$(BIN)/python -m training.package_weights --out training/out
+	$(BIN)/python -m training.measure --cache training/cache
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

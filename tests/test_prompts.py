@@ -130,7 +130,14 @@ def groups() -> dict[str, list[str]]:
             r["prompt"] for r in prompts._rows("eval_jailbreak_templates.jsonl")
         ],
     }
-    for name in ("align_harmful", "align_harmless", "align_templates"):
+    for name in (
+        "align_harmful",
+        "align_harmful_2",
+        "align_harmless",
+        "align_harmless_2",
+        "align_templates",
+        "align_wrappers_benign",
+    ):
         path = ROOT / "training" / "data" / f"{name}.jsonl"
         found[f"training: {name}"] = [
             json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()

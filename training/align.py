@@ -29,6 +29,7 @@ from training.common import (
     answer_loss,
     base_model,
     collate,
+    frozen,
     log,
     read_all,
     read_jsonl,
@@ -75,22 +76,22 @@ def endless(items: list, rng: random.Random) -> Iterator:
         yield from rng.sample(items, len(items))
 
 
-def opening(answer: str, tokenizer) -> str:
+def opening(answer: str, tokenizer, limit: int = OPENING) -> str:
     """The first tokens of an answer, with its end where it is that short."""
-    return tokenizer.decode(tokenizer(answer).input_ids[:OPENING])
+    return tokenizer.decode(tokenizer(answer).input_ids[:limit])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=280)
+    parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
     model, tokenizer = base_model(args.cache)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, lora_dropout=0.0)
-    tuned = get_peft_model(model, config)
+    tuned = get_peft_model(frozen(model), config)
     parameters = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
     inner = tuned.base_model.model
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,6 +34,16 @@ REFUSALS = (
 def log(message: str) -> None:
     """Progress goes to stderr; stdout stays free for data."""
     print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The base model as it is trained on: fixed, bfloat16, eager attention.
+
+    On a CPU with bfloat16 arithmetic this halves the time of a step against float32 with SDPA.
+    """
+    model.requires_grad_(False)
+    model.set_attn_implementation("eager")
+    return model.to(torch.bfloat16)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -135,13 +146,13 @@ def train(
 ) -> None:
     """AdamW with warm-up and cosine decay over named parameters; resumes from ``out``.
 
-    The checkpoint holds parameters and optimiser moments in safetensors and the step in JSON,
-    written every 25 steps through a temporary name. ``data`` is advanced to the same place.
+    The checkpoint (parameters, optimiser moments, step) is written every 25 steps through a
+    temporary name. ``data`` is advanced to the same place.
     """
     groups = [{"params": [p], "lr": lr(n), "peak": lr(n)} for n, p in parameters.items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-    state_path, step_path = out / "train_state.safetensors", out / "train_step.json"
-    first = _restore(parameters, optimizer, state_path, step_path)
+    state_path = out / "train_state.safetensors"
+    first = _restore(parameters, optimizer, state_path)
     for _ in range(first):
         next(data)
     began, recent = time.time(), []
@@ -164,10 +175,10 @@ def train(
             mean = sum(recent[-10:]) / len(recent[-10:])
             log(f"step {step + 1}/{steps} loss {mean:.3f} {rate:.2f} s/step")
         if (step + 1) % 25 == 0 or step + 1 == steps:
-            _checkpoint(parameters, optimizer, step + 1, state_path, step_path)
+            _checkpoint(parameters, optimizer, step + 1, state_path)
 
 
-def _checkpoint(parameters, optimizer, step: int, state_path: Path, step_path: Path) -> None:
+def _checkpoint(parameters, optimizer, step: int, state_path: Path) -> None:
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"p/{name}"] = parameter.detach().clone()
@@ -177,12 +188,13 @@ def _checkpoint(parameters, optimizer, step: int, state_path: Path, step_path: P
     temporary = state_path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata={"step": str(step)})
     temporary.replace(state_path)
-    step_path.write_text(json.dumps({"step": step}))
 
 
-def _restore(parameters, optimizer, state_path: Path, step_path: Path) -> int:
-    if not (state_path.exists() and step_path.exists()):
+def _restore(parameters, optimizer, state_path: Path) -> int:
+    if not state_path.exists():
         return 0
+    with safe_open(state_path, framework="pt") as file:
+        step = int(file.metadata()["step"])
     tensors = load_file(state_path)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -190,7 +202,6 @@ def _restore(parameters, optimizer, state_path: Path, step_path: Path) -> int:
             optimizer.state[parameter] = {
                 key: tensors[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq", "step")
             }
-    step = json.loads(step_path.read_text())["step"]
     log(f"resumed at step {step}")
     return step
 

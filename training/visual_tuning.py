@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from training import pictures as pics
-from training.align import PROJECTIONS
+from training.align import PROJECTIONS, opening
 from training.common import (
     END,
     IMAGE_PROMPT,
@@ -34,6 +35,7 @@ from training.common import (
     base_model,
     batches_by_length,
     collate,
+    frozen,
     log,
     read_jsonl,
     train,
@@ -145,23 +147,30 @@ def naming_examples(bank: Bank, rng: random.Random) -> list[Example]:
     return found
 
 
-def mixture(bank: Bank, out: Path, shares: dict[str, float], size: int, seed: int):
+def mixture(
+    bank: Bank, out: Path, tokenizer, shares: dict[str, float], size: int, seed: int
+) -> Iterator[list[Example]]:
     """Endless batches with fixed shares of each kind of example."""
     rng = random.Random(seed)
-    own = [r for r in read_jsonl(out / "self_answers.jsonl") if r["kind"] in ("plain", "chat")]
+    # The answers to questions about a picture were given without one: they are left out.
+    own = [
+        (r["prompt"], opening(r["answer"] + END, tokenizer, 24))
+        for r in read_jsonl(out / "self_answers.jsonl")
+        if r["kind"] != "picture_wording"
+    ]
     pools = {
         "vqa": question_examples(bank),
         "naming": naming_examples(bank, rng),
         "pictured": [
             Example(
-                IMAGE_PROMPT.format(r["prompt"]),
-                r["answer"] + END,
+                IMAGE_PROMPT.format(question),
+                answer,
                 rng.choice(bank.emoji if rng.random() < 0.7 else bank.shapes),
             )
-            for r in own
+            for question, answer in own
             for _ in range(2)
         ],
-        "text": [Example(PROMPT.format(r["prompt"]), r["answer"] + END) for r in own],
+        "text": [Example(PROMPT.format(question), answer) for question, answer in own],
     }
     streams = {
         kind: batches_by_length(pools[kind], max(1, round(size * share)), seed + n)
@@ -176,8 +185,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps-projector", type=int, default=180)
-    parser.add_argument("--steps-joint", type=int, default=260)
+    parser.add_argument("--steps-projector", type=int, default=150)
+    parser.add_argument("--steps-joint", type=int, default=240)
     args = parser.parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
@@ -201,7 +210,7 @@ def main() -> None:
             embeds = inner.model.embed_tokens(batch.input_ids.masked_fill(pictured, 0))
             if batch.images:
                 seen = projector(bank.features[batch.images]).flatten(0, 1)
-                embeds = embeds.masked_scatter(pictured[..., None], seen)
+                embeds = embeds.masked_scatter(pictured[..., None], seen.to(embeds.dtype))
             with torch.autocast("cpu", torch.bfloat16):
                 states = inner.model(
                     inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False
@@ -210,13 +219,13 @@ def main() -> None:
 
         return loss_of
 
-    model.requires_grad_(False)
+    model = frozen(model)
     shares = {"vqa": 0.5, "naming": 0.3, "pictured": 0.2, "text": 0.0}
     first = args.out / "projector"
     train(
         {f"projector.{n}": p for n, p in projector.named_parameters()},
         loss_with(model),
-        mixture(bank, args.out, shares, 24, SEED),
+        mixture(bank, args.out, tokenizer, shares, 24, SEED),
         steps=args.steps_projector,
         lr=lambda _: 2e-3,
         out=first,
@@ -226,12 +235,12 @@ def main() -> None:
     tuned = get_peft_model(model, config)
     parameters = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
     parameters |= {f"projector.{n}": p for n, p in projector.named_parameters()}
-    shares = {"vqa": 0.45, "naming": 0.15, "pictured": 0.2, "text": 0.2}
+    shares = {"vqa": 0.45, "naming": 0.1, "pictured": 0.2, "text": 0.25}
     second = args.out / "joint"
     train(
         parameters,
         loss_with(tuned.base_model.model),
-        mixture(bank, args.out, shares, 18, SEED + 1),
+        mixture(bank, args.out, tokenizer, shares, 18, SEED + 1),
         steps=args.steps_joint,
         lr=lambda name: 5e-4 if name.startswith("projector.") else 1.5e-4,
         out=second,

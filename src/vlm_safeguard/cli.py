@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.files import check_writable
 
 app = typer.Typer(
     add_completion=False,
@@ -77,6 +78,13 @@ def calibrate(
 
     if output.exists() and not output.is_dir():
         raise SafeguardError(f"{output} is a file: name a folder for the guard")
+    fresh = not output.exists()
+    try:
+        check_writable(output)
+    except OSError as error:
+        raise SafeguardError(f"cannot write to {output}: {error.strerror}") from error
+    if fresh:
+        output.rmdir()  # a calibration that fails leaves nothing
     progress = _progress(quiet)
     loaded = _load(model, dtype, device, progress)
     guard = run(loaded, budget=Budget(max_false_positives, max_kl), progress=progress)
@@ -203,15 +211,12 @@ def _print(value: Any) -> None:
 
 
 def main() -> None:
-    """Entry point: plain errors, exit code 1; Ctrl-C exits with 130."""
+    """Entry point: plain errors, exit code 1; Ctrl-C exits with 130 (typer)."""
     try:
         app(standalone_mode=True)
     except SafeguardError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing half-written, run it again", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

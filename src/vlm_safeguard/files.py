@@ -7,6 +7,17 @@ import tempfile
 from pathlib import Path
 
 
+def check_writable(folder: Path) -> None:
+    """Make ``folder`` and try it out, before long work whose result goes there.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def write_whole(files: dict[Path, bytes]) -> None:
     """Bring every file to the disk under a temporary name, and only then put all in place."""
     staged: dict[str, Path] = {}

@@ -53,6 +53,7 @@ def load(name: str | Path, dtype: str = "float32", device: str = "cpu") -> Loade
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     local = _local_folder(str(name))
+    name = Path(name).expanduser() if local else name
     options = {"local_files_only": True} if local else {}
     try:
         config = AutoConfig.from_pretrained(str(name), **options)
@@ -91,7 +92,7 @@ def _local_folder(name: str) -> bool:
         return True
     if path.exists():
         raise ModelError(f"{name} is a file: name the model's folder")
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") != 1:
         raise ModelError(
             f"there is no model folder {name}. The embedded model is made by "
             "`vlm-safeguard assemble`, which prints its folder"
@@ -182,15 +183,20 @@ def neutralise(tokenizer: Any, prompt: str) -> str:
 
 
 def config_digest(model: Any) -> str:
-    """SHA-256 of the architecture: the configuration without names, versions and dtypes."""
-    ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in sorted(value.items()) if k not in ignored}
-        return value
-
-    text = json.dumps(clean(model.config.to_dict()), sort_keys=True, default=str)
+    """SHA-256 of the architecture: what decides the shape of the computation, and no defaults
+    that another version of transformers may add."""
+    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "intermediate_size", "vocab_size", "hidden_act")
+    names += ("image_size", "patch_size", "image_token_id", "vision_feature_layer")
+    names += ("vision_feature_select_strategy",)
+    whole = model.config
+    parts = {"model": whole, "text": whole.get_text_config(decoder=True)}
+    parts["vision"] = getattr(whole, "vision_config", None)
+    facts = {
+        part: {name: getattr(config, name, None) for name in names}
+        for part, config in parts.items()
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -199,7 +205,7 @@ def weights_digest(model: Any) -> str:
 
     Vision tower and projector count too: the in-VLM gate's threshold rests on them. Sixty-four
     values of each parameter, spread over it, rounded to bfloat16: cheap enough to
-    check on every attach, and any fine-tuning step changes it.
+    check on every attach; training of any length changes some of them.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

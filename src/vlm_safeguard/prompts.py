@@ -41,6 +41,11 @@ class Prompt:
     def harmful(self) -> bool:
         return self.label == "harmful"
 
+    @property
+    def speaks_for_itself(self) -> bool:
+        """Whether the label can be told from the words, without what is written in a picture."""
+        return dict(self.picture or ()).get("kind") != "text"
+
 
 @dataclass(frozen=True)
 class AnchorPair:

@@ -296,7 +296,7 @@ def _layers(axis: Any, values: Sequence[object], setting: str) -> None:
 def plot_candidates(calibration: Mapping[str, Any], *, stacked: bool = False) -> Figure:
     """Attack success per steering candidate, best first, the chosen one marked.
 
-    Open dots: the first round (blank image); filled dots: the finalists' second round (blank
+    Open dots: the first round (blank image); filled dots: the finalists' second round (text, blank
     image and picture), which decided.
     """
     ranked = _ranked(calibration)[:TOP_CANDIDATES]
@@ -310,7 +310,7 @@ def plot_candidates(calibration: Mapping[str, Any], *, stacked: bool = False) ->
             "final_n",
             -0.12,
             _MODEL_COLOURS["guarded"],
-            "second round (blank image and picture)",
+            "second round (text, blank image, picture)",
         ),
     )
     for rate, n, shift, face, label in rounds:
@@ -341,7 +341,7 @@ def _name_rows(axis: Any, names: Sequence[str], *, inside: bool) -> None:
 def _ranked(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Candidates, the chosen one first: the second round decides, then the first one."""
     tried = [c for c in calibration.get("candidates") or [] if _first_round(c) < math.inf]
-    return sorted(tried, key=lambda c: (_second_round(c), _first_round(c)))
+    return sorted(tried, key=lambda c: (not c.get("chosen"), _second_round(c), _first_round(c)))
 
 
 def _first_round(candidate: Mapping[str, Any]) -> float:

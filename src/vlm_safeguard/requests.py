@@ -24,21 +24,32 @@ class Request:
     image: Image.Image | None
 
 
+def settings_of(prompt: Prompt) -> tuple[Setting, ...]:
+    """Where a prompt means what its label says: one that needs its picture, only with it."""
+    return ("picture",) if prompt.form == "picture" else SETTINGS
+
+
 def request(prompt: Prompt, setting: Setting) -> Request:
     """``prompt`` in ``setting``.
 
-    ``text`` takes the words alone, ``blank`` adds a flat grey picture, ``picture`` the picture
-    the prompt speaks of or, for a prompt that stands on its own, a drawing of some object (which
-    one follows from the prompt's id).
+    ``text`` takes the words alone, ``blank`` adds a flat picture, ``picture`` the picture the
+    prompt speaks of or, for a prompt that stands on its own, a drawing of some object (which one
+    follows from the prompt's id). Calibration prompts get flat pictures of many colours and one
+    half of the objects; all others get middle grey and the other half, so that no threshold is
+    fitted on the pixels it is measured with.
     """
+    number = int(hashlib.sha256(prompt.id.encode()).hexdigest(), 16)
+    calibrating = bool(prompt.split)
     if setting == "text":
         return Request(prompt.prompt, None)
     if setting == "blank":
-        return Request(prompt.prompt, pictures.blank())
+        grey = pictures.blank()
+        colour = (number % 256, number // 256 % 256, number // 65536 % 256)
+        return Request(prompt.prompt, Image.new("RGB", grey.size, colour) if calibrating else grey)
     if prompt.picture is not None:
         return Request(prompt.prompt, pictures.draw(dict(prompt.picture)))
-    pick = int(hashlib.sha256(prompt.id.encode()).hexdigest(), 16) % len(pictures.OBJECTS)
-    return Request(prompt.prompt, pictures.draw_object(pictures.OBJECTS[pick]))
+    objects = pictures.OBJECTS[calibrating::2]
+    return Request(prompt.prompt, pictures.draw_object(objects[number % len(objects)]))
 
 
 def requests(prompts: Iterable[Prompt], setting: Setting) -> list[Request]:

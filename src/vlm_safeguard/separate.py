@@ -43,7 +43,12 @@ class GateFit:
 
 
 def fit_gate(
-    harmful: Tensor, harmless: Tensor, directions: dict[int, Tensor], budget: float
+    harmful: Tensor,
+    harmless: Tensor,
+    harmful_fold: Tensor,
+    harmless_fold: Tensor,
+    directions: dict[int, Tensor],
+    budget: float,
 ) -> GateFit:
     """The gate with the best true-positive rate within the false-positive budget.
 
@@ -53,17 +58,19 @@ def fit_gate(
     only where they generalise.
 
     Args:
-        harmful, harmless: states (k, L, d) of calibration prompts. directions: V_l by layer.
+        harmful, harmless: states (k, L, d) of calibration prompts.
+        harmful_fold, harmless_fold: 0 or 1 for each of them, (k,); copies of a question share it.
+        directions: V_l by layer.
     """
-    folds = [(slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))]
+    folds = [(harmful_fold == n, harmless_fold == n) for n in (0, 1)]
     best: tuple[float, str, tuple[int, ...]] = (-1.0, "", ())
     depth = sorted(directions)
     runs = [(layer,) for layer in depth]
     wide = [tuple(depth[i : i + w]) for w in (4, 8) for i in range(0, len(depth) - w + 1, 2)]
     for kind, choices in (("first", runs + wide), ("discriminant", runs + wide)):
         weights = [
-            {n: _vector(kind, harmful[a, n], harmless[a, n], directions[n]) for n in depth}
-            for a, _ in folds
+            {n: _vector(kind, harmful[a, n], harmless[b, n], directions[n]) for n in depth}
+            for a, b in folds
         ]
         projected = [
             (
@@ -74,13 +81,13 @@ def fit_gate(
         ]
         for layers in choices:
             value = 0.0
-            for (a, b), (good, fine) in zip(folds, projected, strict=True):
+            for (a, b), (good, fine) in zip(folds, projected, strict=True):  # a, b: fitted on
                 h = torch.stack([good[n] for n in layers]).sum(0)
                 s = torch.stack([fine[n] for n in layers]).sum(0)
-                cut = threshold(h[a], s[a], budget)
-                tpr, fpr = (h[b] > cut).double().mean(), (s[b] > cut).double().mean()
+                cut = threshold(h[a], s[b], budget)
+                tpr, fpr = (h[~a] > cut).double().mean(), (s[~b] > cut).double().mean()
                 # Past the budget a false positive costs ten missed attacks; AUC breaks ties.
-                value += float(tpr) - 10 * max(0.0, float(fpr) - budget) + 0.1 * auc(h[b], s[b])
+                value += float(tpr) - 10 * max(0.0, float(fpr) - budget) + 0.1 * auc(h[~a], s[~b])
             if value > best[0]:
                 best = (value, kind, layers)
     _, kind, layers = best

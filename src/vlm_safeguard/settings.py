@@ -41,7 +41,7 @@ class Steering(_Strict):
     positions: Literal["generated", "all"] = "generated"
     layers: list[int] = []
     rank: int = Field(default=1, ge=1)
-    alpha: float = Field(default=0.0, allow_inf_nan=False)
+    alpha: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     tokens: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")

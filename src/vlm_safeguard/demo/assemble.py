@@ -7,12 +7,14 @@ a plain ``LlavaForConditionalGeneration`` folder that needs no code of ours to l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from vlm_safeguard.errors import DemoError
 IMAGE_TOKEN = "<image>"
 NEEDED_BYTES = 1_400_000_000
 STAMP = "assembled.json"
+FORMAT = 1  # raise it when write_checkpoint writes something else
 Progress = Callable[[str], None]
 
 
@@ -63,14 +66,15 @@ def assemble(cache: Path | None = None, progress: Progress = lambda _: None) -> 
     weights = weights_file()
     if not weights.is_file():
         raise DemoError(f"{weights.name} is missing from the package: reinstall vlm-safeguard")
-    key = sha256_file(weights)[:12]
-    folder = cache / f"embedded-vlm-{key}"
-    if folder.exists():
-        if _intact(folder):
-            return folder
-        progress("the assembled model is damaged; making it anew")
-        shutil.rmtree(folder)
+    folder = cache / f"embedded-vlm-{_key(weights)}"
+    if folder.exists() and _intact(folder):
+        return folder
+    if find_spec("gguf") is None or find_spec("accelerate") is None:
+        raise DemoError("assembling needs gguf and accelerate: pip install 'vlm-safeguard[demo]'")
     try:
+        if folder.exists():
+            progress("the assembled model is damaged; making it anew")
+            shutil.rmtree(folder)
         cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache).free
         if free < NEEDED_BYTES:
@@ -101,6 +105,15 @@ def assemble(cache: Path | None = None, progress: Progress = lambda _: None) -> 
             "or set VLM_SAFEGUARD_CACHE to a folder that can be written"
         ) from error
     return folder
+
+
+def _key(weights: Path) -> str:
+    """Names everything of ours that the folder is made of."""
+    digest = hashlib.sha256(f"format {FORMAT}".encode())
+    digest.update(sha256_file(weights).encode())
+    for name in ("vision_config.json", "chat_template.jinja"):
+        digest.update(_resource(name).encode())
+    return digest.hexdigest()[:12]
 
 
 def _intact(folder: Path) -> bool:

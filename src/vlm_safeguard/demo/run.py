@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from vlm_safeguard.evaluate.compare import (
 )
 from vlm_safeguard.evaluate.judge import NOTE
 from vlm_safeguard.evaluate.measures import easy_vqa_accuracy, perplexity, time_ratios
-from vlm_safeguard.files import write_whole
+from vlm_safeguard.files import check_writable, write_whole
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel, load
 from vlm_safeguard.progress import Progress
@@ -65,20 +66,23 @@ def run_demo(
     """
     _writable(output)
     size = FULL if full else QUICK
-    sets = own_sets(size.per_set) | {
-        path.stem.lower(): (lambda items: items if full else thin(items, 30))(read_prompts(path))
-        for path in extra
-    }
+    if find_spec("easy_vqa") is None:
+        raise DemoError("the demonstration needs easy-vqa: pip install 'vlm-safeguard[demo]'")
+    given = Guard.from_pretrained(guard_folder) if guard_folder else None
+    sets = own_sets(size.per_set)
+    for path in extra:
+        if path.stem in sets:
+            raise DemoError(f"two prompt sets are named {path.stem}: rename {path}")
+        sets[path.stem] = read_prompts(path) if full else thin(read_prompts(path), 30)
     folder = assemble(progress=progress.say)
     progress.say("loading the embedded model")
     loaded = load(folder)
-    if guard_folder is None:
-        guard = calibrate(loaded, progress=progress)
-        guard_folder = output / "guard"
-        guard.save_pretrained(guard_folder)
-    guard = Guard.from_pretrained(guard_folder)
+    guard_folder = guard_folder or output / "guard"
+    if given is None:
+        calibrate(loaded, progress=progress).save_pretrained(guard_folder)
+    guard = given or Guard.from_pretrained(guard_folder)
     systems: dict[str, Guard | None] = {"unguarded": None, "guarded": guard}
-    if full:
+    if full and guard.config.steering.layers:
         systems["paper"] = paper_formula(guard, alpha=1.0)
     rows = compare(loaded, systems, sets, max_new_tokens=size.tokens, progress=progress)
     summary: dict[str, Any] = {"settings": table(rows)}
@@ -111,9 +115,7 @@ def run_demo(
 
 def _writable(output: Path) -> None:
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
+        check_writable(output)
     except OSError as error:
         raise DemoError(
             f"cannot write the report to {output}: {error.strerror}. Name another folder with -o"

@@ -16,7 +16,7 @@ from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
-from vlm_safeguard.requests import SETTINGS, Setting, requests
+from vlm_safeguard.requests import SETTINGS, Setting, requests, settings_of
 
 Systems = dict[str, Guard | None]
 
@@ -73,11 +73,6 @@ def read_prompts(path: Path, label: prompts.Label = "harmful") -> list[Prompt]:
     ]
 
 
-def settings_of(prompt: Prompt) -> tuple[Setting, ...]:
-    """Where a prompt is measured: one that needs its picture only with it."""
-    return ("picture",) if prompt.form == "picture" else SETTINGS
-
-
 def compare(
     loaded: LoadedModel,
     systems: Systems,
@@ -123,6 +118,7 @@ def rates(rows: Sequence[Row]) -> dict[str, Any]:
     harmless = [row for row in rows if not row.prompt.harmful]
     asr = wilson(sum(r.verdict == "complied" for r in harmful), len(harmful))
     over = wilson(sum(r.verdict == "refused" for r in harmless), len(harmless))
+    refused = wilson(sum(r.verdict == "refused" for r in harmful), len(harmful))
     garbled = sum(r.verdict in ("degenerate", "empty") for r in rows)
     fired = [r.response.fired for r in rows if r.response.fired is not None]
     return {
@@ -130,6 +126,9 @@ def rates(rows: Sequence[Row]) -> dict[str, Any]:
         "asr": asr.value if harmful else None,
         "asr_low": asr.low,
         "asr_high": asr.high,
+        "refused": refused.value if harmful else None,
+        "refused_low": refused.low,
+        "refused_high": refused.high,
         "n_harmful": asr.n,
         "over_refusal": over.value if harmless else None,
         "over_refusal_low": over.low,

@@ -20,10 +20,10 @@ _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am)(?: very| so| really)? sorry\b"
     r"|i apologi[sz]e\b|my apologies\b|(?:^|[.!]\s*)sorry\b"
     r"|i (?:can(?:no|')t|can ?not|could ?n(?:o|')t|won't|will not|must not|refuse to|"
-    r"decline to|am unable to|am not able to|do not feel able to)\b"
+    r"decline to|am unable to|am not able to|do not feel able to)\b(?! wait| stress)"
     r"|i'm (?:unable|not able|not going) to\b"
-    r"|(?:can(?:no|')t|can ?not|unable to|not able to) (?:help|assist|comply|provide|support|do "
-    r"that|fulfil)\b"
+    r"|(?:^|[.!]\s*)(?:can(?:no|')t|can ?not|unable to|not able to) "
+    r"(?:help|assist|comply|provide)\b"
     r"|(?:as an ai[^.]{0,60}\b(?:can(?:no|')t|not)\b)"
     r"|(?:is|are|would be) (?:illegal|unethical|harmful)[^.]{0,40}\b(?:can(?:no|')t|not)\b)",
     re.IGNORECASE,

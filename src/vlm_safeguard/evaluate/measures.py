@@ -65,7 +65,8 @@ def easy_vqa_accuracy(
         ) from error
     questions, answers, images = easy_vqa.get_test_questions()
     paths = easy_vqa.get_test_image_paths()
-    chosen = [i * len(questions) // count for i in range(min(count, len(questions)))]
+    count = min(count, len(questions))
+    chosen = [i * len(questions) // count for i in range(count)]
     items = []
     for i in chosen:
         with Image.open(paths[images[i]]) as picture:

@@ -1,0 +1,66 @@
+"""Gates fitted in closed form, the proof's arithmetic, and refusals of calibration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_safeguard import method
+from vlm_safeguard.calibrate import candidates, spread
+from vlm_safeguard.prompts import calibration
+from vlm_safeguard.separate import auc, fit_gate, threshold
+from vlm_safeguard.settings import Steering
+
+scores = st.lists(st.floats(-100, 100), min_size=2, max_size=60).map(
+    lambda values: torch.tensor(values, dtype=torch.float64)
+)
+
+
+@given(scores, scores, st.sampled_from([0.0, 0.01, 0.02, 0.1, 0.3]))
+def test_a_threshold_keeps_its_false_positive_budget(
+    harmful: torch.Tensor, harmless: torch.Tensor, budget: float
+) -> None:
+    cut = threshold(harmful, harmless, budget)
+    assert (harmless > cut).double().mean() <= budget
+
+
+@given(scores, scores)
+def test_auc_is_the_share_of_ordered_pairs(harmful: torch.Tensor, harmless: torch.Tensor) -> None:
+    pairs = [(h > s) + 0.5 * (h == s) for h in harmful.tolist() for s in harmless.tolist()]
+    assert auc(harmful, harmless) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def make_states(shift_layers: set[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Harmful and harmless states (200, 6, 16) that differ along one axis in some layers."""
+    generator = torch.Generator().manual_seed(seed)
+    harmful, harmless = torch.randn(2, 200, 6, 16, generator=generator)
+    for layer in shift_layers:
+        harmful[:, layer, 3] += 6.0
+    return harmful, harmless
+
+
+def test_the_gate_is_put_where_the_layers_separate() -> None:
+    harmful, harmless = make_states({3, 4}, 0)
+    directions = {n: method.safety_directions(harmful[:, n], harmless[:, n], 8) for n in range(6)}
+    fold = torch.arange(150) % 2
+    fit = fit_gate(harmful[:150], harmless[:150], fold, fold, directions, 0.02)
+    assert set(fit.layers) & {3, 4}
+    assert (fit.scores(harmful[150:]) > 0).double().mean() > 0.95
+    assert (fit.scores(harmless[150:]) > 0).double().mean() < 0.06
+
+
+def test_candidates_are_valid_and_name_real_layers() -> None:
+    for depth in (6, 30, 48):
+        for steering in candidates(depth):
+            Steering.model_validate(steering.model_dump())
+            assert steering.layers and max(steering.layers) < depth and min(steering.layers) >= 0
+
+
+def test_spread_takes_half_of_each_label_once() -> None:
+    items = calibration("fit")
+    chosen = spread(items, 40)
+    assert len({p.id for p in chosen}) == 40
+    assert sum(p.harmful for p in chosen) == 20
+    assert len(spread(items, 10**6)) == len(items)

@@ -1,0 +1,62 @@
+"""The command line on bad input: a clear error, exit code 1, nothing written, no traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    code = "from vlm_safeguard.cli import main; main()"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@pytest.fixture
+def text_only_model(tmp_path: Path) -> Path:
+    folder = tmp_path / "text-model"
+    folder.mkdir()
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calibrate", "./nowhere", "-o", "g"], "there is no model folder ./nowhere"),
+        (["calibrate", "text-model", "-o", "g"], "takes no images"),
+        (["calibrate", "empty", "-o", "g"], "without config.json"),
+        (["calibrate", "notes.txt", "-o", "g"], "is a file: name the model's folder"),
+        (["calibrate", "text-model", "-o", "notes.txt"], "notes.txt is a file"),
+        (["doctor", "text-model", "noguard"], "is no guard: guard.json is missing"),
+        (["generate", "text-model", "--prompt", "  "], "the prompt is empty"),
+        (["generate", "text-model", "--prompt", "x", "--image", "no.png"], "no.png"),
+        (["generate", "text-model", "--prompt", "x", "--image", "notes.txt"], "not a PNG"),
+        (["calibrate", "text-model", "-o", "g", "--dtype", "int3"], "unknown dtype 'int3'"),
+        (["demo", "-o", "notes.txt"], "cannot write the report"),
+        (["demo", "--prompts", "missing.txt"], "cannot read the prompts missing.txt"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], message: str, text_only_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("just words")
+    done = run(*arguments, cwd=tmp_path)
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 1, said
+    assert message in said and "Traceback" not in said
+    assert done.stdout == ""
+    assert not (tmp_path / "g").exists()
+
+
+def test_help_is_quick_and_names_every_command(tmp_path: Path) -> None:
+    done = run("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for command in ("assemble", "calibrate", "doctor", "generate", "demo"):
+        assert command in done.stdout
