@@ -45,7 +45,7 @@ def loaded(folder: Path) -> LoadedModel:
 @pytest.fixture(scope="session")
 def guard(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Guard:
     """Calibrated with little effort, and once through its files."""
-    made = calibrate(loaded, effort=Effort(pictured=60, search=6, final=16, tokens=10))
+    made = calibrate(loaded, effort=Effort(pictured=60, search=4, final=8, proof=20, tokens=8))
     target = tmp_path_factory.mktemp("guard")
     made.save_pretrained(target)
     return Guard.from_pretrained(target)

@@ -235,7 +235,7 @@ def main() -> None:
     tuned = get_peft_model(model, config)
     parameters = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
     parameters |= {f"projector.{n}": p for n, p in projector.named_parameters()}
-    shares = {"vqa": 0.45, "naming": 0.1, "pictured": 0.2, "text": 0.25}
+    shares = {"vqa": 0.45, "naming": 0.15, "pictured": 0.4, "text": 0.0}
     second = args.out / "joint"
     train(
         parameters,

@@ -188,7 +188,7 @@ def config_digest(model: Any) -> str:
     names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
     names += ("num_key_value_heads", "intermediate_size", "vocab_size", "hidden_act")
     names += ("image_size", "patch_size", "image_token_id", "vision_feature_layer")
-    names += ("vision_feature_select_strategy",)
+    names += ("vision_feature_select_strategy", "rope_parameters", "rms_norm_eps")
     whole = model.config
     parts = {"model": whole, "text": whole.get_text_config(decoder=True)}
     parts["vision"] = getattr(whole, "vision_config", None)
