@@ -48,16 +48,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--benchmarks", type=Path)
+    parser.add_argument("--per-set", type=int, help="that many prompts of each label and set")
+    parser.add_argument("--vqa", type=int, default=10**6, help="easy-vqa test questions")
     args = parser.parse_args()
     torch.set_num_threads(2)
     progress = Progress()
     loaded = load(assemble(progress=progress.say))
-    sets = own_sets()
+    sets = own_sets(args.per_set)
     if args.benchmarks:
         path = args.benchmarks / "malicious_instruct" / "MaliciousInstruct.txt"
         sets["MaliciousInstruct"] = read_prompts(path)
     rows = compare(loaded, {"unguarded": None}, sets, max_new_tokens=24, progress=progress)
-    vqa = easy_vqa_accuracy(loaded, None, count=10**6, progress=progress)
+    vqa = easy_vqa_accuracy(loaded, None, count=args.vqa, progress=progress)
     facts = {
         "benchmarks": by_benchmark(rows),
         "easy_vqa": wilson(sum(vqa), len(vqa)),
@@ -97,7 +99,8 @@ Weights `{weights_file().name}`: SHA-256 `{sha256_file(weights_file())}`. Traini
 
 Greedy, 24 tokens, refusal phrases as judge (a smoke test); 95% Wilson intervals. "Refused" counts
 harmful prompts, "over-refusal" harmless ones. Command:
-`python -m training.measure --cache training/cache --benchmarks DIR`.
+`python -m training.measure --cache training/cache --benchmarks DIR` (`--per-set 20 --vqa 500` for
+the figures below).
 
 | Prompts | Setting | Refused | Over-refusal | Degenerate |
 |---|---|---|---|---|

@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps-projector", type=int, default=150)
-    parser.add_argument("--steps-joint", type=int, default=240)
+    parser.add_argument("--steps-joint", type=int, default=110)
     args = parser.parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(2)

@@ -65,7 +65,7 @@ class Effort:
     search: int = 16  # attacks per steering candidate
     finalists: int = 2  # candidates of the second round
     final: int = 24  # prompts of each label for each finalist, per setting
-    proof: int = 36  # prompts of each label for the proof, per setting
+    proof: int = 64  # prompts of each label for the proof, per setting
     tokens: int = 12  # generated tokens per attack
 
 

@@ -50,7 +50,7 @@ class Size:
     pairs: int
 
 
-QUICK = Size(per_set=30, vqa=200, tokens=24, perplexity=60, pairs=9)
+QUICK = Size(per_set=20, vqa=200, tokens=20, perplexity=40, pairs=7)
 FULL = Size(per_set=None, vqa=2000, tokens=32, perplexity=300, pairs=25)
 
 
