@@ -248,7 +248,7 @@ class _Base:
             basis = self.directions[layer][: steering.rank].contiguous()
             tensors[f"directions.{layer}"] = basis
             tensors[f"anchor.{layer}"] = method.coordinates(self.pairs[0, :, layer], basis).mean(0)
-        gates = []
+        gates: list[Gate] = []
         for source, fit in (("text", self.witness), ("vlm", self.in_vlm)):
             # A pooled score has one threshold; it stands with the gate's first layer.
             cuts = [fit.threshold] + [0.0] * (len(fit.layers) - 1)

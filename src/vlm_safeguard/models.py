@@ -185,7 +185,12 @@ def neutralise(tokenizer: Any, prompt: str) -> str:
 def config_digest(model: Any) -> str:
     """SHA-256 of the architecture: what decides the shape of the computation, and no defaults
     that another version of transformers may add."""
-    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    names: tuple[str, ...] = (
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     names += ("num_key_value_heads", "intermediate_size", "vocab_size", "hidden_act")
     names += ("image_size", "patch_size", "image_token_id", "vision_feature_layer")
     names += ("vision_feature_select_strategy", "rope_parameters", "rms_norm_eps")
