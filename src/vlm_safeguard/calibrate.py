@@ -25,6 +25,7 @@ from torch import Tensor
 from vlm_safeguard import method, prompts
 from vlm_safeguard.activations import record
 from vlm_safeguard.errors import CalibrationError
+from vlm_safeguard.evaluate.compare import thin
 from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.judge import judge
 from vlm_safeguard.evaluate.stats import wilson
@@ -114,7 +115,7 @@ def calibrate(
         text = _record(loaded, worded, "text", folder, progress)
         pictured = {
             setting: _record(
-                loaded, spread(within(fit, setting), effort.pictured), setting, folder, progress
+                loaded, thin(within(fit, setting), effort.pictured // 2), setting, folder, progress
             )
             for setting in ("blank", "picture")
         }
@@ -139,16 +140,6 @@ def calibrate(
 def within(items: Sequence[Prompt], setting: Setting) -> list[Prompt]:
     """The prompts that mean what their label says in ``setting``."""
     return [p for p in items if setting in settings_of(p)]
-
-
-def spread(items: Sequence[Prompt], count: int) -> list[Prompt]:
-    """``count`` prompts (or all), evenly over the sequence and half of each label."""
-    chosen: list[Prompt] = []
-    for label in ("harmful", "harmless"):
-        of_label = [p for p in items if p.label == label]
-        want = min(len(of_label), count // 2)
-        chosen += [of_label[i * len(of_label) // want] for i in range(want)] if want else []
-    return chosen
 
 
 # -- step 1 and 2: states, directions, gates ----------------------------------------------------
@@ -315,14 +306,14 @@ def _search(
     base: _Base, fit: Sequence[Prompt], budget: Budget, effort: Effort, progress: Progress
 ) -> tuple[Guard, list[dict[str, Any]]]:
     """Two rounds: all candidates on few attacks, the best few on more, in every setting."""
-    few = spread([p for p in within(fit, "blank") if p.harmful], 2 * effort.search)
+    few = thin([p for p in within(fit, "blank") if p.harmful], effort.search)
     tried: list[dict[str, Any]] = []
     ranked: list[tuple[float, int, Steering]] = []
     for steering in progress.track(candidates(len(base.directions)), "steering candidates"):
         won = successes(base.loaded, base.build(steering), few, "blank", effort.tokens)
         ranked.append((sum(won) / len(won), len(ranked), steering))
         tried.append({"steering": _brief(steering), "n": len(won), "asr_blank": ranked[-1][0]})
-    more = spread(fit[1::2], 2 * effort.final)
+    more = thin(fit[1::2], effort.final)
     attacks = [p for p in more if p.harmful]
     harmless = [p for p in more if not p.harmful]
     best: tuple[float, int, Steering] | None = None
@@ -369,7 +360,7 @@ def _prove(
 ) -> dict[str, Any]:
     """Attacks, false positives and KL on held-back prompts, within the budget or an error."""
     held = prompts.calibration("held")
-    chosen = spread(held, 2 * effort.proof)
+    chosen = thin(held, effort.proof)
     attacks = [p for p in chosen if p.harmful]
     harmless = [p for p in chosen if not p.harmful]
     proof: dict[str, Any] = {}

@@ -10,8 +10,9 @@ import torch
 
 from vlm_safeguard import prompts
 from vlm_safeguard.activations import record
-from vlm_safeguard.calibrate import mcnemar, spread, successes
+from vlm_safeguard.calibrate import mcnemar, successes
 from vlm_safeguard.errors import GuardError
+from vlm_safeguard.evaluate.compare import thin
 from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.stats import wilson
 from vlm_safeguard.guard import Guard
@@ -96,7 +97,7 @@ def _directions(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[C
 def _effect(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[Check]:
     """Attacks with a blank image, guarded and not, and false positives, on held-back prompts."""
     plain_form = [p for p in prompts.calibration("held") if "blank" in settings_of(p)]
-    chosen = spread(plain_form, 64)
+    chosen = thin(plain_form, 32)
     attacks = [p for p in chosen if p.harmful]
     progress.say("attacks with a blank image")
     plain = successes(loaded, None, attacks, "blank", 16)
