@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from vlm_safeguard import report
 from vlm_safeguard.evaluate.stats import wilson
 from vlm_safeguard.report import (
     Example,
@@ -28,6 +27,7 @@ from vlm_safeguard.report import (
     save_png,
     write_report,
 )
+from vlm_safeguard.report import page as page_module
 
 LAYERS = 30
 N = 120
@@ -220,7 +220,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are built but not drawn: drawing takes most of the time."""
-    monkeypatch.setattr(report, "_svg", lambda figure: "data:image/svg+xml;base64,")
+    monkeypatch.setattr(page_module, "_svg", lambda figure: "data:image/svg+xml;base64,")
 
 
 def test_tags_nest_and_every_part_is_there(page: str) -> None:

@@ -1,0 +1,92 @@
+"""How the report names things and writes numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+SETTING_NAMES = {"text": "text only", "blank": "blank image", "picture": "picture"}
+SETTING_PHRASES = {
+    "text": "as text only",
+    "blank": "with a blank image",
+    "picture": "with a picture",
+}
+MODEL_NAMES = {"unguarded": "no guard", "guarded": "guarded", "paper": "paper's formula"}
+RESPONSE_WORDS = 12
+MISSING = "–"
+
+
+def cut_words(text: str, count: int) -> str:
+    """The first ``count`` words of ``text``, with an ellipsis where something was left off.
+
+    Scripts without spaces have no words to count: there, ``12 * count`` characters are the limit.
+    """
+    words = text.split()
+    cut = " ".join(words[:count])
+    shorter = cut[: 12 * count]
+    left_off = len(words) > count or len(shorter) < len(cut)
+    return shorter.rstrip() + (" …" if left_off else "")
+
+
+def finite(value: object) -> float | None:
+    """``value`` if it is a finite number: NaN in the data must not reach the page."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def percent(value: object) -> str:
+    number = finite(value)
+    return MISSING if number is None else f"{number:.1%}"
+
+
+def show(value: object, form: str) -> str:
+    number = finite(value)
+    return MISSING if number is None else format(number, form)
+
+
+def rate_and_interval(measured: Mapping[str, Any], name: str) -> str:
+    """A rate with its interval."""
+    low, high = finite(measured.get(f"{name}_low")), finite(measured.get(f"{name}_high"))
+    rate = percent(measured.get(name))
+    if rate == MISSING or low is None or high is None:
+        return rate
+    return f"{rate} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def known_settings(found: Mapping[str, Any] | None) -> list[str]:
+    """The settings that ``found`` has, in the order of the paper."""
+    return [name for name in SETTING_NAMES if (found or {}).get(name)]
+
+
+def rank_candidates(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Candidates, the chosen one first: the second round decides, then the first one."""
+    tried = [c for c in calibration.get("candidates") or [] if _first_round(c) < math.inf]
+    return sorted(tried, key=lambda c: (not c.get("chosen"), _second_round(c), _first_round(c)))
+
+
+def _first_round(candidate: Mapping[str, Any]) -> float:
+    rate = finite(candidate.get("asr_blank"))
+    return math.inf if rate is None else rate
+
+
+def _second_round(candidate: Mapping[str, Any]) -> float:
+    rate = finite(candidate.get("final_asr"))
+    return math.inf if rate is None else rate
+
+
+def candidate_name(candidate: Mapping[str, Any]) -> str:
+    """What tells this candidate from the others."""
+    steering = candidate["steering"]
+    if steering.get("mode") == "defer":
+        return "defer to the text-only pass"
+    if steering.get("mode") == "add":
+        kind = f"add α={steering.get('alpha', 0):g}, {steering.get('query')} query"
+    else:
+        kind = f"{steering.get('mode')} to {steering.get('reference')}"
+    if steering.get("positions") == "all":
+        kind += ", all positions"
+    tokens = steering.get("tokens")
+    dose = "all tokens" if tokens is None else f"{tokens} token{'s' if tokens != 1 else ''}"
+    return f"{kind}, layers {steering.get('layers')}, rank {steering.get('rank')}, {dose}"
