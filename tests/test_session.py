@@ -299,7 +299,7 @@ def test_an_exception_leaves_no_state(model, accident):
     with guard.attach(model) as session:
         accident(model)
         assert session._request is None
-        assert session._recorder is None
+        assert session._witnessed is None
         for row in (1, 0, 3):  # a request, then others with other gates
             logits = forward(model, tiny.batch([tiny.PROMPTS[row]])).logits
             close(logits[0], references[row].logits([]))
@@ -548,3 +548,24 @@ def test_decisions_of_a_failed_request_are_not_the_last_ones(model):
         with pytest.raises(GuardRuntimeError):
             _empty_prompt(model, None)
         assert session.decisions == []
+
+
+@pytest.mark.parametrize(
+    ("reference", "threshold", "runs"),
+    [("text", 1e9, 1), ("text", -1e9, 2), ("anchor", -1e9, 1)],
+)
+def test_the_text_pass_ends_once_it_is_decided(model, reference, threshold, runs):
+    """The last steered layer runs for the request itself, and for its text only where coordinates
+    of an open row are wanted from it."""
+    gates, _ = always(threshold)
+    guard = tiny.guard(model, gates, mode="restore", reference=reference)
+    last = max(guard.config.steering.layers)
+    assert last > max(gates[0].layers)
+    calls = []
+    handle = find_decoder(model).layers[last].register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with guard.attach(model):
+            forward(model, tiny.batch(tiny.PROMPTS))
+    finally:
+        handle.remove()
+    assert len(calls) == runs

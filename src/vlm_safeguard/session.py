@@ -9,6 +9,7 @@ coordinates to put back.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,10 @@ from vlm_safeguard.witness import ImageMarkup, positions_of, text_columns, text_
 
 _MARK = "_vlm_safeguard_session"
 _UNSUPPORTED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate")
+
+
+class _EnoughSeen(Exception):
+    """Ends the text-only pass: no layer above is needed."""
 
 
 @dataclass
@@ -88,13 +93,15 @@ class Session:
         text_gates = {n for g in config.gates if g.source == "text" for n in g.layers}
         vlm_gates = {n for g in config.gates if g.source == "vlm" for n in g.layers}
         steered = set(self._steer.layers)
-        wants_text = (self._steer.mode == "restore" and self._steer.reference == "text") or (
-            self._steer.mode == "add" and self._steer.query == "text"
-        )
-        self._witness_layers = text_gates | (steered if wants_text else set())
+        self._follows_text = (
+            self._steer.mode == "restore" and self._steer.reference == "text"
+        ) or (self._steer.mode == "add" and self._steer.query == "text")
+        self._text_gate_layers = text_gates
+        self._witness_layers = text_gates | (steered if self._follows_text else set())
         self._layers = sorted(self._witness_layers | vlm_gates | steered)
         self._request: _Request | None = None
-        self._recorder: dict[int, Tensor] | None = None
+        self._witnessed: _Request | None = None  # the request whose text is being read
+        self._witness_seen: set[int] = set()
         self._calls = 0
         self._in_forward = False
         self._in_generate = False
@@ -215,29 +222,46 @@ class Session:
     @torch.no_grad()
     def _ask_witness(self, request: _Request, ids: Tensor, mask: Tensor) -> None:
         """The text-only pass: gate scores and coordinates at its last token."""
-        self._recorder = {}
+        self._witnessed, self._witness_seen = request, set()
         try:
-            self.decoder.module(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions_of(mask),
-                use_cache=False,
-            )
-            states = self._recorder
+            with suppress(_EnoughSeen):
+                self.decoder.module(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions_of(mask),
+                    use_cache=False,
+                )
         finally:
-            self._recorder = None
-        missing = self._witness_layers - states.keys()
+            self._witnessed = None
+        needed = self._witness_layers if self._wants_text(request) else self._text_gate_layers
+        missing = needed - self._witness_seen
         if missing:
             raise GuardRuntimeError(f"the text-only pass did not reach layers {sorted(missing)}")
+
+    def _hear_witness(self, request: _Request, layer: int, state: Tensor) -> None:
+        """Read one layer (B, d) of the text-only pass; ends the pass once it has said enough."""
         for index, gate in enumerate(self.config.gates):
-            if gate.source == "text":
-                for layer in gate.layers:
-                    self._score(request, index, layer, states[layer])
-        for layer in self._steer.layers:
-            if layer in states:
-                request.text_coordinates[layer] = method.coordinates(
-                    states[layer], self._directions[layer]
-                )
+            if gate.source == "text" and layer in gate.layers:
+                self._score(request, index, layer, state)
+        if self._follows_text and layer in self._directions:
+            request.text_coordinates[layer] = method.coordinates(state, self._directions[layer])
+        self._witness_seen.add(layer)
+        last = self._witness_layers if self._wants_text(request) else self._text_gate_layers
+        if not last - self._witness_seen:
+            raise _EnoughSeen
+
+    def _wants_text(self, request: _Request) -> bool:
+        """Whether the text's coordinates are put to use: where every text gate stayed shut,
+        ``restore`` takes the anchors' (see ``_target``)."""
+        if not self._follows_text:
+            return False
+        if (
+            self._steer.mode == "add"
+            or not self._text_gate_layers
+            or self._text_gate_layers - self._witness_seen
+        ):
+            return True
+        return bool(self._fired(request, "text").any())
 
     def _score(self, request: _Request, index: int, layer: int, states: Tensor) -> None:
         """Score gate ``index`` at one layer for states (B, d); latch it once it can be decided."""
@@ -391,8 +415,8 @@ class Session:
 
     def _layer_hook(self, layer: int) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            if self._recorder is not None:
-                self._recorder[layer] = hidden_of(output)[:, -1].float()
+            if self._witnessed is not None:
+                self._hear_witness(self._witnessed, layer, hidden_of(output)[:, -1].float())
                 return None
             self._calls += 1
             request = self._request
@@ -432,10 +456,9 @@ class Session:
         if steer.mode == "erase":
             moved = method.erase(hidden, directions)
         elif steer.mode == "add":
-            table = request.text_coordinates if steer.query == "text" else request.pass_coordinates
-            if layer not in table:
+            if steer.query == "pass" and layer not in request.pass_coordinates:
                 return None  # an early chunk: q is still to come
-            moved = method.add(hidden, directions, table[layer], steer.alpha)
+            moved = method.add(hidden, directions, self._added(layer, request), steer.alpha)
         else:
             moved = method.restore(hidden, directions, self._target(layer, request), steer.alpha)
         return torch.where((places & rows)[..., None], moved, hidden)
@@ -448,6 +471,12 @@ class Session:
         if layer in self._directions and self._steer.query == "pass":
             request.pass_coordinates[layer] = method.coordinates(state, self._directions[layer])
 
+    def _added(self, layer: int, request: _Request) -> Tensor:
+        """Coordinates that ``add`` adds, (B, m)."""
+        if self._steer.query == "pass":
+            return request.pass_coordinates[layer]
+        return request.text_coordinates[layer]
+
     def _target(self, layer: int, request: _Request) -> Tensor:
         """Coordinates to restore (B, m). Text that the LLM itself finds harmless holds no harm to
         put back, so where a gate reads the text, rows opened by their picture alone take the
@@ -455,8 +484,10 @@ class Session:
         anchor = self._anchor[layer].expand(len(request.last_prompt), -1)
         if self._steer.reference == "anchor":
             return anchor
-        if all(gate.source == "vlm" for gate in self.config.gates):
+        if not self._text_gate_layers:
             return request.text_coordinates[layer]
+        if layer not in request.text_coordinates:  # no row was opened by its text
+            return anchor
         by_text = self._open(request, layer, "text").to(anchor.device)[:, None]
         return torch.where(by_text, request.text_coordinates[layer], anchor)
 
