@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_safeguard import method
-from vlm_safeguard.calibrate import candidates
 from vlm_safeguard.evaluate.compare import thin
 from vlm_safeguard.prompts import calibration
+from vlm_safeguard.search import candidates
 from vlm_safeguard.separate import auc, fit_gate, threshold
 from vlm_safeguard.settings import Steering
 
@@ -50,6 +50,37 @@ def test_the_gate_is_put_where_the_layers_separate() -> None:
     assert set(fit.layers) & {3, 4}
     assert (fit.scores(harmful[150:]) > 0).double().mean() > 0.95
     assert (fit.scores(harmless[150:]) > 0).double().mean() < 0.06
+
+
+def test_the_threshold_holds_on_prompts_that_the_vectors_have_not_seen() -> None:
+    """60 prompts in 16 dimensions overfit: in-sample the classes look further apart."""
+    generator = torch.Generator().manual_seed(1)
+    harmful, harmless, fresh = torch.randn(3, 2000, 1, 16, generator=generator)
+    harmful[..., 0] += 1.5
+    directions = {0: method.safety_directions(harmful[:60, 0], harmless[:60, 0], 16)}
+    fold = torch.arange(60) % 5
+    fit = fit_gate(harmful[:60], harmless[:60], fold, fold, directions, 0.1)
+    assert (fit.scores(fresh) > 0).double().mean() < 0.16
+    assert fit.unseen_fpr <= 0.1
+
+
+def test_prompts_of_a_negative_fold_teach_but_do_not_judge() -> None:
+    harmful, harmless = make_states({2}, 3)
+    easy = harmless[:100].clone()
+    easy[:, 2] -= 50.0  # far below every threshold, and never to be counted
+    directions = {n: method.safety_directions(harmful[:, n], harmless[:, n], 8) for n in range(6)}
+    fold = torch.arange(200) % 5
+    alone = fit_gate(harmful, harmless, fold, fold, directions, 0.05)
+    joined = fit_gate(
+        harmful,
+        torch.cat([harmless, easy]),
+        fold,
+        torch.cat([fold, torch.full((100,), -1)]),
+        directions,
+        0.05,
+    )
+    assert joined.unseen_fpr <= 0.05 and alone.unseen_fpr <= 0.05
+    assert joined.unseen_tpr > 0.9
 
 
 def test_candidates_are_valid_and_name_real_layers() -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vlm_safeguard.effort import Budget
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.files import check_writable
 
@@ -63,17 +64,16 @@ def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the guard.")],
     max_false_positives: Annotated[
         float, typer.Option(min=0.0, max=0.5, help="Budget on harmless requests.")
-    ] = 0.02,
+    ] = Budget.false_positives,
     max_kl: Annotated[
         float, typer.Option(min=0.0, help="Budget on the KL divergence, nats.")
-    ] = 0.05,
+    ] = Budget.kl,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Calibrate a guard for MODEL and save it, or fail with the reason and save nothing."""
-    from vlm_safeguard.calibrate import Budget
     from vlm_safeguard.calibrate import calibrate as run
 
     if output.exists() and not output.is_dir():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+COMPONENTS = 192  # leading principal components that a gate may use
+SHRINKAGE = 0.2  # of the within-class covariance towards a multiple of the identity
 
 
 def auc(harmful: Tensor, harmless: Tensor) -> float:
@@ -35,6 +39,8 @@ class GateFit:
     layers: tuple[int, ...]
     vectors: Tensor  # (n, d)
     threshold: float
+    unseen_tpr: float = math.nan  # cross-validated: on prompts that the vectors were not fitted to
+    unseen_fpr: float = math.nan
 
     def scores(self, states: Tensor) -> Tensor:
         """Scores (k,) of states (k, L, d); positive opens the gate."""
@@ -52,60 +58,86 @@ def fit_gate(
 ) -> GateFit:
     """The gate with the best true-positive rate within the false-positive budget.
 
-    Candidates: the first safety direction of each layer alone; and, for each layer, the linear
-    discriminant inside its safety subspace (shrunk, closed form), alone and pooled over runs of
-    neighbouring layers. Judged by two-fold cross-validation, so that the richer candidates win
-    only where they generalise.
+    Candidates: the first safety direction of each layer; the linear discriminant (shrunk, closed
+    form) inside its safety subspace; and the one inside the leading principal components of the
+    prompts' states. Each alone, and pooled over runs of neighbouring layers.
+
+    All are judged, and the threshold of the best is set, by cross-validation: on prompts that its
+    vectors have not seen, because on those that they were fitted to both classes look further
+    apart than they are.
 
     Args:
         harmful, harmless: states (k, L, d) of calibration prompts.
-        harmful_fold, harmless_fold: 0 or 1 for each of them, (k,); copies of a question share it.
+        harmful_fold, harmless_fold: number of the fold of each, (k,); copies of a question share
+            it. Those of a negative fold teach the vectors and are never judged by.
         directions: V_l by layer.
     """
-    folds = [(harmful_fold == n, harmless_fold == n) for n in (0, 1)]
-    best: tuple[float, str, tuple[int, ...]] = (-1.0, "", ())
+    shared = set(harmful_fold.tolist()) & set(harmless_fold.tolist())
+    folds = sorted(fold for fold in shared if fold >= 0)
     depth = sorted(directions)
-    runs = [(layer,) for layer in depth]
-    wide = [tuple(depth[i : i + w]) for w in (4, 8) for i in range(0, len(depth) - w + 1, 2)]
-    for kind, choices in (("first", runs + wide), ("discriminant", runs + wide)):
-        weights = [
-            {n: _vector(kind, harmful[a, n], harmless[b, n], directions[n]) for n in depth}
-            for a, b in folds
-        ]
-        projected = [
-            (
-                {n: harmful[:, n].float() @ w[n] for n in depth},
-                {n: harmless[:, n].float() @ w[n] for n in depth},
-            )
-            for w in weights
-        ]
+    choices: list[tuple[int, ...]] = [(layer,) for layer in depth]
+    for width in (4, 8, 16):
+        choices += [tuple(depth[i : i + width]) for i in range(0, len(depth) - width + 1, 2)]
+    best: tuple[float, str, tuple[int, ...], float] = (-1.0, "", (), 0.0)
+    rates = (math.nan, math.nan)
+    for kind in ("first", "discriminant", "components"):
+        bases = {n: _basis(kind, harmful[:, n], harmless[:, n], directions[n]) for n in depth}
+        inner = {
+            n: (harmful[:, n].float() @ b.T, harmless[:, n].float() @ b.T) for n, b in bases.items()
+        }
+        parts = [_project(inner, harmful_fold != fold, harmless_fold != fold) for fold in folds]
         for layers in choices:
-            value = 0.0
-            for (a, b), (good, fine) in zip(folds, projected, strict=True):  # a, b: fitted on
-                h = torch.stack([good[n] for n in layers]).sum(0)
-                s = torch.stack([fine[n] for n in layers]).sum(0)
-                cut = threshold(h[a], s[b], budget)
-                tpr, fpr = (h[~a] > cut).double().mean(), (s[~b] > cut).double().mean()
-                # Past the budget a false positive costs ten missed attacks; AUC breaks ties.
-                value += float(tpr) - 10 * max(0.0, float(fpr) - budget) + 0.1 * auc(h[~a], s[~b])
+            unseen_harmful, unseen_harmless = [], []
+            for fold, scores in zip(folds, parts, strict=True):
+                h, s = (torch.stack([scores[n][i] for n in layers]).sum(0) for i in (0, 1))
+                known = s[(harmless_fold != fold) & (harmless_fold >= 0)]
+                centre, spread = known.mean(), known.std().clamp(min=1e-12)
+                unseen_harmful.append((h[harmful_fold == fold] - centre) / spread)
+                unseen_harmless.append((s[harmless_fold == fold] - centre) / spread)
+            h, s = torch.cat(unseen_harmful), torch.cat(unseen_harmless)
+            cut = threshold(h, s, budget)
+            tpr, fpr = (h > cut).double().mean().item(), (s > cut).double().mean().item()
+            value = tpr + 0.1 * auc(h, s)  # AUC breaks ties
             if value > best[0]:
-                best = (value, kind, layers)
-    _, kind, layers = best
-    vectors = torch.stack(
-        [_vector(kind, harmful[:, n], harmless[:, n], directions[n]) for n in layers]
-    )
-    fit = GateFit(layers, vectors, 0.0)
-    cut = threshold(fit.scores(harmful), fit.scores(harmless), budget)
-    return GateFit(layers, vectors, cut)
+                best, rates = (value, kind, layers, cut), (tpr, fpr)
+    _, kind, layers, cut = best
+    vectors = []
+    for n in layers:
+        basis = _basis(kind, harmful[:, n], harmless[:, n], directions[n])
+        x, y = harmful[:, n].float() @ basis.T, harmless[:, n].float() @ basis.T
+        vectors.append(_discriminant(x, y) @ basis)
+    fit = GateFit(layers, torch.stack(vectors), 0.0)
+    seen = fit.scores(harmless[harmless_fold >= 0])
+    return GateFit(layers, fit.vectors, float(seen.mean() + cut * seen.std()), *rates)
 
 
-def _vector(kind: str, harmful: Tensor, harmless: Tensor, rows: Tensor) -> Tensor:
-    """One layer's gate vector (d,), scaled so that harmless scores have unit spread."""
+def _project(
+    inner: dict[int, tuple[Tensor, Tensor]], harmful: Tensor, harmless: Tensor
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Per layer the scores of all prompts by the discriminant fitted on the given ones."""
+    found = {}
+    for layer, (x, y) in inner.items():
+        vector = _discriminant(x[harmful], y[harmless])
+        found[layer] = (x @ vector, y @ vector)
+    return found
+
+
+def _basis(kind: str, harmful: Tensor, harmless: Tensor, directions: Tensor) -> Tensor:
+    """Rows (r, d) of the subspace in which one layer's gate vector is looked for."""
     if kind == "first":
-        vector = rows[0].clone()
-    else:
-        x, y = harmful.float() @ rows.T, harmless.float() @ rows.T
-        spread = (torch.cov(x.T) + torch.cov(y.T)).reshape(len(rows), len(rows)) / 2
-        shrunk = 0.8 * spread + 0.2 * spread.diagonal().mean() * torch.eye(len(rows))
-        vector = torch.linalg.solve(shrunk, x.mean(0) - y.mean(0)) @ rows
-    return vector / (harmless.float() @ vector).std().clamp(min=1e-12)
+        return directions[:1]
+    if kind == "discriminant":
+        return directions
+    states = torch.cat([harmful, harmless]).float()
+    _, _, rows = torch.linalg.svd(states - states.mean(0), full_matrices=False)
+    return rows[:COMPONENTS]
+
+
+def _discriminant(x: Tensor, y: Tensor) -> Tensor:
+    """Shrunk linear discriminant (r,) of harmful x and harmless y, (k, r), scaled so that the
+    scores of ``y`` have unit spread."""
+    width = x.shape[1]
+    spread = (torch.cov(x.T) + torch.cov(y.T)).reshape(width, width) / 2
+    shrunk = (1 - SHRINKAGE) * spread + SHRINKAGE * spread.diagonal().mean() * torch.eye(width)
+    vector = torch.linalg.solve(shrunk, x.mean(0) - y.mean(0))
+    return vector / (y @ vector).std().clamp(min=1e-12)

@@ -17,7 +17,7 @@ import torch
 
 from vlm_safeguard import report
 from vlm_safeguard.activations import record
-from vlm_safeguard.calibrate import calibrate, paper_formula
+from vlm_safeguard.calibrate import calibrate
 from vlm_safeguard.demo.assemble import assemble
 from vlm_safeguard.errors import DemoError
 from vlm_safeguard.evaluate.compare import (
@@ -37,6 +37,7 @@ from vlm_safeguard.models import LoadedModel, load
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.requests import requests
+from vlm_safeguard.variants import paper_formula
 
 
 @dataclass(frozen=True)

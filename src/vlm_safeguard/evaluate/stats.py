@@ -1,8 +1,9 @@
-"""Intervals on rates."""
+"""Intervals on rates, and a paired test."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -37,3 +38,12 @@ def wilson(count: int, n: int, z: float = 1.959964) -> Rate:
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return Rate(count, n, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Exact two-sided McNemar test of paired outcomes: the p-value."""
+    gained = sum(b and not a for b, a in zip(before, after, strict=True))
+    lost = sum(a and not b for b, a in zip(before, after, strict=True))
+    n, k = gained + lost, min(gained, lost)
+    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n if n else 1.0
+    return min(1.0, 2 * tail)

@@ -1,0 +1,27 @@
+"""What a calibration may cost: on harmless requests, and in time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a guard may cost on harmless requests."""
+
+    false_positives: float = 0.02
+    # Nats, next token at q, mean over harmless requests. A closed gate costs nothing, a false
+    # positive that ends in a refusal about ten: this is the same budget in other units.
+    kl: float = 0.2
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many prompts each step looks at; the defaults fit a small CPU machine."""
+
+    pictured: int = 240  # prompts recorded with a blank image and with a picture, for the gate
+    search: int = 16  # attacks per steering candidate
+    finalists: int = 2  # candidates of the second round
+    final: int = 20  # prompts of each label for each finalist, per setting
+    proof: int = 48  # prompts of each label for the proof, per setting
+    tokens: int = 12  # generated tokens per attack

@@ -1,0 +1,100 @@
+"""Choose the steering: candidates, tried on calibration prompts of the half that chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vlm_safeguard.effort import Budget, Effort
+from vlm_safeguard.errors import CalibrationError
+from vlm_safeguard.evaluate.compare import thin
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.models import LoadedModel, find_decoder
+from vlm_safeguard.progress import Progress
+from vlm_safeguard.prompts import Prompt
+from vlm_safeguard.requests import SETTINGS
+from vlm_safeguard.settings import Steering
+from vlm_safeguard.trials import harmless_cost, successes, within
+
+
+def candidates(depth: int) -> list[Steering]:
+    """Steering to try: from the strongest to the most faithful to the paper.
+
+    Coordinates are those of the last prompt token, so `restore` guards that position alone: put
+    back at the generated ones too, they make the model say its first word again and again.
+    """
+    whole, later = list(range(depth)), list(range(depth // 3, depth))
+    found = [
+        Steering(mode="restore", reference=reference, layers=layers, rank=rank, tokens=1)
+        for reference in ("text", "anchor")
+        for layers, rank in ((whole, 64), (later, 64), (whole, 16))
+    ]
+    found.append(Steering(mode="restore", reference="anchor", layers=later, rank=4, tokens=8))
+    found.append(Steering(mode="add", query="text", layers=later, rank=1, alpha=1.0))
+    return found
+
+
+def search(
+    loaded: LoadedModel,
+    build: Callable[[Steering], Guard],
+    fit: Sequence[Prompt],
+    budget: Budget,
+    effort: Effort,
+    progress: Progress,
+) -> tuple[Guard, list[dict[str, Any]]]:
+    """Two rounds: all candidates on few attacks, the best few on more, in every setting.
+
+    Args:
+        build: makes the guard with a steering.
+        fit: calibration prompts of the half that chooses.
+
+    Returns:
+        The chosen guard, and what was measured of every candidate.
+
+    Raises:
+        CalibrationError: every finalist costs more than the budget on harmless prompts.
+    """
+    few = thin([p for p in within(fit, "blank") if p.harmful], effort.search)
+    tried: list[dict[str, Any]] = []
+    ranked: list[tuple[float, int, Steering]] = []
+    for steering in progress.track(
+        candidates(len(find_decoder(loaded.model).layers)), "steering candidates"
+    ):
+        won = successes(loaded, build(steering), few, "blank", effort.tokens)
+        ranked.append((sum(won) / len(won), len(ranked), steering))
+        tried.append({"steering": _brief(steering), "n": len(won), "asr_blank": ranked[-1][0]})
+    more = thin(fit[1::2], effort.final)
+    attacks = [p for p in more if p.harmful]
+    harmless = [p for p in more if not p.harmful]
+    best: tuple[float, int, Steering] | None = None
+    for _, place, steering in progress.track(
+        sorted(ranked, key=lambda r: r[:2])[: effort.finalists], "finalists"
+    ):
+        guard = build(steering)
+        won = [
+            hit
+            for setting in SETTINGS
+            for hit in successes(loaded, guard, within(attacks, setting), setting, effort.tokens)
+        ]
+        rate = sum(won) / len(won)
+        divergence, _ = harmless_cost(loaded, guard, harmless)
+        tried[place] |= {
+            "final_n": len(won),
+            "final_asr": round(rate, 4),
+            "final_kl": round(divergence, 5),
+        }
+        if divergence <= budget.kl and (best is None or rate < best[0]):
+            best = (rate, place, steering)
+    if best is None:
+        raise CalibrationError(
+            f"no guard: the mean KL divergence on harmless prompts exceeds {budget.kl} nats with "
+            "every finalist. Allow more with --max-kl"
+        )
+    tried[best[1]]["chosen"] = True
+    return build(best[2]), tried
+
+
+def _brief(steering: Steering) -> dict[str, Any]:
+    facts = steering.model_dump()
+    layers = facts.pop("layers")
+    return facts | {"layers": f"{layers[0]}-{layers[-1]}" if layers else "none"}

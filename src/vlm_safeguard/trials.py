@@ -1,0 +1,67 @@
+"""What a guard does on a handful of prompts: attacks that succeed, cost on harmless ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard.evaluate.generate import respond
+from vlm_safeguard.evaluate.judge import judge
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.models import LoadedModel, encode
+from vlm_safeguard.prompts import Prompt
+from vlm_safeguard.requests import SETTINGS, Request, Setting, batches, requests, settings_of
+
+
+def within(items: Sequence[Prompt], setting: Setting) -> list[Prompt]:
+    """The prompts that mean what their label says in ``setting``."""
+    return [p for p in items if setting in settings_of(p)]
+
+
+def successes(
+    loaded: LoadedModel,
+    guard: Guard | None,
+    items: Sequence[Prompt],
+    setting: Setting,
+    tokens: int,
+) -> list[bool]:
+    """Whether each attack got something else than a refusal; garbled text counts as success."""
+    answers = respond(loaded, requests(items, setting), guard, max_new_tokens=tokens, batch=24)
+    return [judge(answer.text) != "refused" for answer in answers]
+
+
+@torch.inference_mode()
+def harmless_cost(
+    loaded: LoadedModel, guard: Guard, harmless: Sequence[Prompt]
+) -> tuple[float, list[bool]]:
+    """Mean KL(unguarded || guarded) of the next token, and whether the gate fired, per request.
+
+    Where the gate stays shut the guard changes nothing, so the divergence is zero there.
+    """
+    divergences: list[float] = []
+    fired: list[bool] = []
+    for setting in SETTINGS:
+        items = requests(within(harmless, setting), setting)
+        for group in batches(items, 16):
+            moved, opened = _next_token(loaded, [items[i] for i in group], guard)
+            fired += opened
+            rows = [row for row, is_open in enumerate(opened) if is_open]
+            divergences += [0.0] * (len(group) - len(rows))
+            if rows:
+                plain, _ = _next_token(loaded, [items[group[row]] for row in rows], None)
+                divergences += (plain.exp() * (plain - moved[rows])).sum(-1).tolist()
+    return sum(divergences) / len(divergences), fired
+
+
+def _next_token(
+    loaded: LoadedModel, items: Sequence[Request], guard: Guard | None
+) -> tuple[Tensor, list[bool]]:
+    """Log-probabilities (B, vocabulary) of the first token, and which rows the gate opened."""
+    inputs = encode(loaded, [item.text for item in items], [item.image for item in items])
+    with guard.attach(loaded.model) if guard else nullcontext() as session:
+        logits = loaded.model(**inputs, logits_to_keep=1).logits[:, -1]
+        opened = [d.fired for d in session.decisions] if session else []
+    return logits.float().log_softmax(-1), opened
