@@ -36,7 +36,9 @@ train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 
 	$(BIN)/python -m training.vision_tower --cache training/cache --out training/out/vision_tower
 	$(BIN)/python -m training.self_answers --cache training/cache --out training/out
 	$(BIN)/python -m training.align --cache training/cache --out training/out
-	$(BIN)/python -m training.visual_tuning --cache training/cache --out training/out
+	$(BIN)/python -m training.visual_tuning projector --cache training/cache --out training/out
+	$(BIN)/python -m training.visual_tuning joint --cache training/cache --out training/out
+	$(BIN)/python -m training.realign --cache training/cache --out training/out
 	$(BIN)/python -m training.package_weights --out training/out
 	$(BIN)/python -m training.measure --cache training/cache
 

@@ -3,115 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from training.near import near, published, spoken
 from vlm_safeguard import prompts
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "benchmarks"
-STOP = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "to",
-        "of",
-        "in",
-        "on",
-        "at",
-        "for",
-        "and",
-        "or",
-        "is",
-        "are",
-        "be",
-        "do",
-        "does",
-        "did",
-        "how",
-        "can",
-        "could",
-        "i",
-        "you",
-        "your",
-        "my",
-        "me",
-        "it",
-        "its",
-        "this",
-        "that",
-        "with",
-        "from",
-        "by",
-        "what",
-        "which",
-        "who",
-        "when",
-        "where",
-        "way",
-        "best",
-        "ways",
-        "good",
-        "tips",
-        "give",
-        "explain",
-        "write",
-        "tell",
-        "help",
-        "want",
-        "some",
-        "someone",
-        "would",
-        "should",
-        "will",
-        "into",
-        "about",
-        "as",
-        "so",
-        "if",
-        "am",
-        "there",
-        "any",
-        "without",
-        "their",
-        "them",
-        "they",
-        "he",
-        "she",
-        "his",
-        "her",
-        "not",
-    ]
-)
-
-
-def content(text: str) -> frozenset[str]:
-    """Content words, plural endings cut: what makes two questions the same question."""
-    words = re.findall(r"[a-z]+", text.lower())
-    return frozenset(
-        w[:-1] if w.endswith("s") and len(w) > 3 else w for w in words if w not in STOP
-    )
-
-
-def near(left: list[str], right: list[str], limit: float = 0.6) -> list[tuple[str, str]]:
-    """Pairs whose content words overlap by ``limit`` (Jaccard) or more."""
-    sets = [(text, content(text)) for text in right]
-    return [
-        (a, b)
-        for a, one in ((a, content(a)) for a in left)
-        for b, other in sets
-        if one | other and len(one & other) / len(one | other) >= limit
-    ]
-
-
-def spoken(prompt: prompts.Prompt) -> str:
-    """A prompt with the words that stand in its picture."""
-    picture = dict(prompt.picture or ())
-    return prompt.prompt + (f" {picture['value']}" if picture.get("kind") == "text" else "")
 
 
 def groups() -> dict[str, list[str]]:
@@ -130,16 +31,8 @@ def groups() -> dict[str, list[str]]:
             r["prompt"] for r in prompts._rows("eval_jailbreak_templates.jsonl")
         ],
     }
-    for name in (
-        "align_harmful",
-        "align_harmful_2",
-        "align_harmless",
-        "align_harmless_2",
-        "align_templates",
-        "align_wrappers_benign",
-    ):
-        path = ROOT / "training" / "data" / f"{name}.jsonl"
-        found[f"training: {name}"] = [
+    for path in sorted((ROOT / "training" / "data").glob("*.jsonl")):
+        found[f"training: {path.stem}"] = [
             json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()
         ]
     return found
@@ -157,13 +50,7 @@ def test_no_two_groups_share_a_question() -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public benchmarks are not on this machine")
 def test_nothing_of_ours_is_in_the_public_benchmarks() -> None:
-    public = (SHARED / "malicious_instruct" / "MaliciousInstruct.txt").read_text().splitlines()
-    questions = json.loads(
-        (SHARED / "jailbreak_instructions" / "harmful_questions.json").read_text()
-    )
-    public += [row["question"] for row in questions]
-    for line in (SHARED / "mm_harmful_bench" / "questions.jsonl").read_text().splitlines():
-        public.append(json.loads(line)["question"])
+    public = published(SHARED)
     for name, texts in groups().items():
         assert near(texts, public) == [], name
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,10 +31,10 @@ from training.common import (
     collate,
     frozen,
     log,
-    read_all,
     read_jsonl,
     train,
 )
+from training.forms import reform
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
@@ -43,15 +43,31 @@ RANK = 16
 OPENING = 16  # answer tokens that are trained on: whether to refuse is decided in the first few
 
 
-def batches(out: Path, tokenizer) -> Iterator[list[Example]]:
+def first_round(stem: str) -> list[dict]:
+    """The first file of a data set alone."""
+    return read_jsonl(DATA / f"{stem}.jsonl")
+
+
+def batches(
+    out: Path,
+    tokenizer,
+    read: Callable[[str], list[dict]] = first_round,
+    *,
+    reword: bool = False,
+) -> Iterator[list[Example]]:
     """Endless batches, half refusals and half own answers: two plain ones, then a wrapped one.
 
+    ``read`` gives the rows of a data set: alignment learns from the first files, and what the
+    second ones add is learned while visual tuning rehearses.
+
     A wrapped question keeps the answer that it has alone, refusal or not, so that a wrapper by
-    itself means nothing.
+    itself means nothing; and so does a question in another form of words (``reform``).
     """
     rng = random.Random(SEED)
-    harmful = [r["prompt"] for r in read_all("align_harmful")]
-    harmless = [(r["prompt"], r["answer"]) for r in read_jsonl(out / "self_answers.jsonl")]
+    harmful = [r["prompt"] for r in read("align_harmful")]
+    answers = {r["prompt"]: r["answer"] for r in read_jsonl(out / "self_answers.jsonl")}
+    asked = [r["prompt"] for r in read("align_harmless")]
+    harmless = [(question, answers[question]) for question in asked if question in answers]
     wrappers = [r["prompt"] for r in read_jsonl(DATA / "align_templates.jsonl")]
     wrappers += [r["prompt"] for r in read_jsonl(DATA / "align_wrappers_benign.jsonl")]
     log(f"{len(harmful)} harmful prompts, {len(harmless)} harmless ones, {len(wrappers)} wrappers")
@@ -65,6 +81,8 @@ def batches(out: Path, tokenizer) -> Iterator[list[Example]]:
                 (next(bad), rng.choices(REFUSALS, (5, 3, 1, 1))[0] + END),
                 (question, opening(reply + END, tokenizer)),
             ):
+                if reword and rng.random() < 0.6:
+                    text = reform(text, rng)
                 text = rng.choice(wrappers).replace("[QUESTION]", text) if wrapped else text
                 group.append(Example(PROMPT.format(text), answer))
         yield group

@@ -21,18 +21,16 @@ LIMIT = 40_000_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stage", choices=("projector", "joint"), default="joint")
     args = parser.parse_args()
+    vision = json.loads((args.out / "vision_tower" / "config.json").read_text())
     tensors = {}
     parts = {
         "align": args.out / "align" / "lora.safetensors",
-        "visual": args.out / "joint" / "lora.safetensors",
-        "projector": args.out / args.stage / "projector.safetensors",
+        "visual": args.out / "realign" / "lora.safetensors",
+        "projector": args.out / "joint" / "projector.safetensors",
         "tower": args.out / "vision_tower" / "model.safetensors",
     }
     for kind, path in parts.items():
-        if kind == "visual" and args.stage == "projector":
-            continue
         for name, tensor in load_file(path).items():
             short = name.removeprefix("vision_model.") if kind == "tower" else name
             if tensor.is_floating_point():
@@ -45,7 +43,6 @@ def main() -> None:
         temporary.unlink()
         raise SystemExit(f"the trained weights take {size} bytes, {LIMIT} at most")
     temporary.replace(target)
-    vision = json.loads((args.out / "vision_tower" / "config.json").read_text())
     keep = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     keep += ("image_size", "patch_size", "hidden_act", "layer_norm_eps", "projection_dim")
     facts = {k: vision[k] for k in keep if k in vision}

@@ -1,15 +1,18 @@
 """The two visual stages: the projector alone, then projector and a small LoRA, gently.
 
-Everything here is harmless: easy-VQA questions, naming emoji, and general instructions with the
-model's own text-only answers, asked with a picture attached and without. No harmful prompt and
-no refusal is among it: safety with images is trained neither for nor against.
+With a picture everything is harmless: easy-VQA questions, naming emoji, and general instructions
+with the model's own text-only answers, asked with a picture attached. No harmful prompt and no
+refusal has a picture: safety with images is trained neither for nor against. The second stage
+rehearses the alignment beside it, on text only.
 
-    python -m training.visual_tuning --cache training/cache --out training/out
+    python -m training.visual_tuning projector --cache training/cache --out training/out
+    python -m training.visual_tuning joint --cache training/cache --out training/out
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from training import pictures as pics
-from training.align import PROJECTIONS, opening
+from training.align import PROJECTIONS, batches, opening
 from training.common import (
     END,
     IMAGE_PROMPT,
@@ -37,13 +40,18 @@ from training.common import (
     collate,
     frozen,
     log,
+    read_all,
     read_jsonl,
     train,
 )
 from training.vision_tower import normalise
 from vlm_safeguard.demo.assemble import IMAGE_TOKEN, merge_lora
 
-RANK = 8
+RANK = 16
+FILE = "projector.safetensors"
+PROJECTOR_NAMES = {"0": "linear_1", "2": "linear_2"}
+PROJECTOR_SHARES = {"vqa": 0.5, "naming": 0.3, "pictured": 0.2, "text": 0.0}
+JOINT_SHARES = {"vqa": 0.38, "naming": 0.12, "pictured": 0.17, "text": 0.33}
 EMOJI_VARIANTS = 4
 NAMING = (
     ("What is in this picture?", "It is {}."),
@@ -147,16 +155,29 @@ def naming_examples(bank: Bank, rng: random.Random) -> list[Example]:
     return found
 
 
+def rehearsal(out: Path, tokenizer) -> list[Example]:
+    """Text only: what alignment was trained on, with more harmless prompts, look-alikes twice.
+
+    Without it the LLM unlearns refusing altogether, with pictures and without. It is safety
+    training on text, as models with a text share in their visual mixture have it; no picture is
+    part of it.
+    """
+    found = [e for group in itertools.islice(batches(out, tokenizer, read_all), 120) for e in group]
+    for row in read_jsonl(out / "self_answers.jsonl"):
+        if row["kind"] == "lookalike":
+            answer = opening(row["answer"] + END, tokenizer)
+            found += [Example(PROMPT.format(row["prompt"]), answer)] * 2
+    return found
+
+
 def mixture(
     bank: Bank, out: Path, tokenizer, shares: dict[str, float], size: int, seed: int
 ) -> Iterator[list[Example]]:
     """Endless batches with fixed shares of each kind of example."""
     rng = random.Random(seed)
-    # The answers to questions about a picture were given without one: they are left out.
     own = [
         (r["prompt"], opening(r["answer"] + END, tokenizer, 24))
         for r in read_jsonl(out / "self_answers.jsonl")
-        if r["kind"] != "picture_wording"
     ]
     pools = {
         "vqa": question_examples(bank),
@@ -170,8 +191,9 @@ def mixture(
             for question, answer in own
             for _ in range(2)
         ],
-        "text": [Example(PROMPT.format(question), answer) for question, answer in own],
     }
+    if shares["text"]:
+        pools["text"] = rehearsal(out, tokenizer)
     streams = {
         kind: batches_by_length(pools[kind], max(1, round(size * share)), seed + n)
         for n, (kind, share) in enumerate(shares.items())
@@ -181,86 +203,109 @@ def mixture(
         yield [example for stream in streams.values() for example in next(stream)]
 
 
+def loss_with(llm, projector: nn.Module, bank: Bank, tokenizer, image_id: int):
+    """The loss of a group of examples, pictures put in by ``projector``."""
+
+    def loss_of(group: list[Example]) -> Tensor:
+        batch = collate(group, tokenizer, image_id, bank.features.shape[1])
+        pictured = batch.input_ids == image_id
+        embeds = llm.model.embed_tokens(batch.input_ids.masked_fill(pictured, 0))
+        if batch.images:
+            seen = projector(bank.features[batch.images]).flatten(0, 1)
+            embeds = embeds.masked_scatter(pictured[..., None], seen.to(embeds.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            states = llm.model(
+                inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False
+            ).last_hidden_state
+            return answer_loss(states, llm.lm_head, batch.labels)
+
+    return loss_of
+
+
+def new_projector(bank: Bank, llm) -> nn.Sequential:
+    """LLaVA's two-layer projector; features start at the scale of the word embeddings."""
+    width, hidden = bank.features.shape[2], llm.config.hidden_size
+    projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+    with torch.no_grad():
+        scale = llm.get_input_embeddings().weight.std() / projector(bank.features[:64]).std()
+        projector[2].weight.mul_(scale)
+        projector[2].bias.zero_()
+    return projector
+
+
+def tune_projector(args: argparse.Namespace, bank: Bank, llm, tokenizer, image_id: int) -> None:
+    """First stage: the projector alone, against the LLM as it was published."""
+    llm = frozen(llm)
+    projector = new_projector(bank, llm)
+    out = args.out / "projector"
+    train(
+        {f"projector.{n}": p for n, p in projector.named_parameters()},
+        loss_with(llm, projector, bank, tokenizer, image_id),
+        mixture(bank, args.out, tokenizer, PROJECTOR_SHARES, 24, SEED),
+        steps=args.steps_projector,
+        lr=lambda _: 2e-3,
+        out=out,
+    )
+    save_projector(projector, out)
+
+
+def tune_jointly(args: argparse.Namespace, bank: Bank, llm, tokenizer, image_id: int) -> None:
+    """Second stage: projector and a LoRA on the LLM that was aligned on text."""
+    merge_lora(llm, load_file(args.out / "align" / "lora.safetensors"))
+    projector = new_projector(bank, llm)
+    projector.load_state_dict(
+        {
+            f"{place}.{kind}": tensor
+            for place, name in PROJECTOR_NAMES.items()
+            for kind in ("weight", "bias")
+            for tensor in [load_file(args.out / "projector" / FILE)[f"{name}.{kind}"]]
+        }
+    )
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, lora_dropout=0.0)
+    tuned = get_peft_model(frozen(llm), config)
+    parameters = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
+    parameters |= {f"projector.{n}": p for n, p in projector.named_parameters()}
+    out = args.out / "joint"
+    train(
+        parameters,
+        loss_with(tuned.base_model.model, projector, bank, tokenizer, image_id),
+        mixture(bank, args.out, tokenizer, JOINT_SHARES, 24, SEED + 1),
+        steps=args.steps_joint,
+        lr=lambda name: 5e-4 if name.startswith("projector.") else 4e-4,
+        out=out,
+    )
+    save_projector(projector, out)
+    tensors = {k: v.contiguous() for k, v in get_peft_model_state_dict(tuned).items()}
+    save_file(tensors, out / "lora.tmp")
+    (out / "lora.tmp").replace(out / "lora.safetensors")
+    log(f"visual tuning written to {out}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=("projector", "joint"))
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps-projector", type=int, default=150)
-    parser.add_argument("--steps-joint", type=int, default=110)
+    parser.add_argument("--steps-joint", type=int, default=280)
     args = parser.parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
-    model, tokenizer = base_model(args.cache)
-    merge_lora(model, load_file(args.out / "align" / "lora.safetensors"))
+    llm, tokenizer = base_model(args.cache)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    bank = build_bank(args.out, args.cache)
-    width, hidden = bank.features.shape[2], model.config.hidden_size
-    projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-    # Features start at the scale of the word embeddings they stand between.
-    with torch.no_grad():
-        scale = model.get_input_embeddings().weight.std() / projector(bank.features[:64]).std()
-        projector[2].weight.mul_(scale)
-        projector[2].bias.zero_()
-
-    def loss_with(inner) -> object:
-        def loss_of(group: list[Example]) -> Tensor:
-            batch = collate(group, tokenizer, image_id, bank.features.shape[1])
-            pictured = batch.input_ids == image_id
-            embeds = inner.model.embed_tokens(batch.input_ids.masked_fill(pictured, 0))
-            if batch.images:
-                seen = projector(bank.features[batch.images]).flatten(0, 1)
-                embeds = embeds.masked_scatter(pictured[..., None], seen.to(embeds.dtype))
-            with torch.autocast("cpu", torch.bfloat16):
-                states = inner.model(
-                    inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False
-                ).last_hidden_state
-                return answer_loss(states, inner.lm_head, batch.labels)
-
-        return loss_of
-
-    model = frozen(model)
-    shares = {"vqa": 0.5, "naming": 0.3, "pictured": 0.2, "text": 0.0}
-    first = args.out / "projector"
-    train(
-        {f"projector.{n}": p for n, p in projector.named_parameters()},
-        loss_with(model),
-        mixture(bank, args.out, tokenizer, shares, 24, SEED),
-        steps=args.steps_projector,
-        lr=lambda _: 2e-3,
-        out=first,
-    )
-    save_projector(projector, first)
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, lora_dropout=0.0)
-    tuned = get_peft_model(model, config)
-    parameters = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
-    parameters |= {f"projector.{n}": p for n, p in projector.named_parameters()}
-    shares = {"vqa": 0.45, "naming": 0.15, "pictured": 0.4, "text": 0.0}
-    second = args.out / "joint"
-    train(
-        parameters,
-        loss_with(tuned.base_model.model),
-        mixture(bank, args.out, tokenizer, shares, 18, SEED + 1),
-        steps=args.steps_joint,
-        lr=lambda name: 5e-4 if name.startswith("projector.") else 1.5e-4,
-        out=second,
-    )
-    save_projector(projector, second)
-    tensors = {k: v.contiguous() for k, v in get_peft_model_state_dict(tuned).items()}
-    save_file(tensors, second / "lora.tmp")
-    (second / "lora.tmp").replace(second / "lora.safetensors")
-    log(f"visual tuning written to {second}")
+    stage = tune_projector if args.stage == "projector" else tune_jointly
+    stage(args, build_bank(args.out, args.cache), llm, tokenizer, image_id)
 
 
 def save_projector(projector: nn.Sequential, folder: Path) -> None:
     """Under the names that LLaVA gives its projector."""
-    names = {"0": "linear_1", "2": "linear_2"}
     tensors = {
-        f"{names[key.split('.')[0]]}.{key.split('.')[1]}": value.contiguous()
+        f"{PROJECTOR_NAMES[key.split('.')[0]]}.{key.split('.')[1]}": value.contiguous()
         for key, value in projector.state_dict().items()
     }
     save_file(tensors, folder / "projector.tmp")
-    (folder / "projector.tmp").replace(folder / "projector.safetensors")
+    (folder / "projector.tmp").replace(folder / FILE)
 
 
 if __name__ == "__main__":
