@@ -22,6 +22,6 @@ class Effort:
     pictured: int = 240  # prompts recorded with a blank image and with a picture, for the gate
     search: int = 16  # attacks per steering candidate
     finalists: int = 2  # candidates of the second round
-    final: int = 20  # prompts of each label for each finalist, per setting
+    final: int = 16  # prompts of each label for each finalist, per setting
     proof: int = 48  # prompts of each label for the proof, per setting
     tokens: int = 12  # generated tokens per attack

@@ -51,7 +51,7 @@ class Size:
     pairs: int
 
 
-QUICK = Size(per_set=20, vqa=200, tokens=20, perplexity=40, pairs=7)
+QUICK = Size(per_set=20, vqa=160, tokens=16, perplexity=32, pairs=7)
 FULL = Size(per_set=None, vqa=2000, tokens=32, perplexity=300, pairs=25)
 
 
@@ -87,8 +87,7 @@ def run_demo(
         systems["paper"] = paper_formula(guard, alpha=1.0)
     rows = compare(loaded, systems, sets, max_new_tokens=size.tokens, progress=progress)
     summary: dict[str, Any] = {"settings": table(rows)}
-    if full:
-        summary["benchmarks"] = by_benchmark(rows)
+    summary["benchmarks"] = by_benchmark(rows)
     summary |= _costs(loaded, guard, rows, size, progress)
     summary["note"] = NOTE
     summary["guard"] = str(guard_folder)
