@@ -50,8 +50,8 @@ def loaded(folder: Path) -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def guard(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Guard:
-    """Calibrated with little effort, and once through its files."""
-    made = calibrate(loaded, effort=Effort(pictured=80, search=3, final=6, proof=40, tokens=8))
+    """Calibrated with less effort than usual, and once through its files."""
+    made = calibrate(loaded, effort=Effort(search=8, final=8, proof=64, tokens=8))
     target = tmp_path_factory.mktemp("guard")
     made.save_pretrained(target)
     return Guard.from_pretrained(target)

@@ -97,7 +97,7 @@ def _directions(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[C
 def _effect(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[Check]:
     """Attacks with a blank image, guarded and not, and false positives, on held-back prompts."""
     plain_form = [p for p in prompts.calibration("held") if "blank" in settings_of(p)]
-    chosen = thin(plain_form, 32)
+    chosen = thin(plain_form, 96)
     attacks = [p for p in chosen if p.harmful]
     progress.say("attacks with a blank image")
     plain = successes(loaded, None, attacks, "blank", 16)
