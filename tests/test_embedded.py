@@ -51,7 +51,7 @@ def loaded(folder: Path) -> LoadedModel:
 @pytest.fixture(scope="session")
 def guard(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Guard:
     """Calibrated with less effort than usual, and once through its files."""
-    made = calibrate(loaded, effort=Effort(search=8, final=8, proof=64, tokens=8))
+    made = calibrate(loaded, effort=Effort(search=6, final=6, tokens=8))
     target = tmp_path_factory.mktemp("guard")
     made.save_pretrained(target)
     return Guard.from_pretrained(target)
