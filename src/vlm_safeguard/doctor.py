@@ -75,12 +75,13 @@ def _directions(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[C
         states = record(loaded, items, Path(folder), what="anchors", progress=progress)
         harmful, harmless = states[: len(pairs)].clone(), states[len(pairs) :].clone()
     checks = []
-    flipped = [
-        layer
-        for layer in guard.config.steering.layers
-        if ((harmful - harmless)[:, layer] @ guard.tensors[f"directions.{layer}"][0]).mean() <= 0
-    ]
-    found = f"flipped in layers {flipped}" if flipped else "harm is positive in every layer"
+    flipped = []
+    for layer in guard.config.steering.layers:
+        gap = (harmful - harmless)[:, layer] @ guard.tensors[f"directions.{layer}"][0]
+        # In the lowest layers the last token hardly knows of harm: the mean is noise round zero.
+        if gap.mean() < -3 * gap.std() / len(gap) ** 0.5:
+            flipped.append(layer)
+    found = f"flipped in layers {flipped}" if flipped else "harm is negative in no layer"
     checks.append(Check("sign", not flipped, found))
     for index, gate in enumerate(guard.config.gates):
         if gate.source != "text" or gate.per_layer:
