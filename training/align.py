@@ -15,9 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
 
 from training.common import (
     DATA,
@@ -26,19 +23,13 @@ from training.common import (
     REFUSALS,
     SEED,
     Example,
-    answer_loss,
     base_model,
-    collate,
-    frozen,
     log,
     read_jsonl,
     train,
 )
 from training.forms import reform
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK = 16
-
+from training.lora import save_lora, text_loss, trainable, with_lora
 
 OPENING = 16  # answer tokens that are trained on: whether to refuse is decided in the first few
 
@@ -108,28 +99,17 @@ def main() -> None:
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
     model, tokenizer = base_model(args.cache)
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, lora_dropout=0.0)
-    tuned = get_peft_model(frozen(model), config)
-    parameters = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
-    inner = tuned.base_model.model
-
-    def loss_of(group: list[Example]) -> torch.Tensor:
-        batch = collate(group, tokenizer)
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = inner.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).last_hidden_state
-            return answer_loss(hidden, inner.lm_head, batch.labels)
-
-    folder = args.out / "align"
-    data = batches(args.out, tokenizer)
+    tuned = with_lora(model)
     tuned.train()
-    train(parameters, loss_of, data, steps=args.steps, lr=lambda _: 4e-4, out=folder)
-    tensors = get_peft_model_state_dict(tuned)
-    temporary = folder / "lora.tmp"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-    temporary.replace(folder / "lora.safetensors")
-    log(f"alignment written to {folder / 'lora.safetensors'}")
+    train(
+        trainable(tuned),
+        text_loss(tuned, tokenizer),
+        batches(args.out, tokenizer),
+        steps=args.steps,
+        lr=lambda _: 4e-4,
+        out=args.out / "align",
+    )
+    save_lora(tuned, args.out / "align")
 
 
 if __name__ == "__main__":

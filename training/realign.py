@@ -13,23 +13,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
 
-from training.align import PROJECTIONS, batches
-from training.common import (
-    SEED,
-    Example,
-    answer_loss,
-    base_model,
-    collate,
-    frozen,
-    log,
-    read_all,
-    train,
-)
-from training.visual_tuning import RANK
+from training.align import batches
+from training.common import SEED, base_model, read_all, train
+from training.lora import save_lora, text_loss, trainable, with_lora
 from vlm_safeguard.demo.assemble import merge_lora
 
 
@@ -49,32 +38,17 @@ def main() -> None:
     torch.set_num_threads(2)
     llm, tokenizer = base_model(args.cache)
     merge_lora(llm, load_file(args.out / "align" / "lora.safetensors"))
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, lora_dropout=0.0)
-    tuned = get_peft_model(frozen(llm), config)
+    tuned = with_lora(llm)
     set_peft_model_state_dict(tuned, load_file(args.out / "joint" / "lora.safetensors"))
-    inner = tuned.base_model.model
-
-    def loss_of(group: list[Example]) -> torch.Tensor:
-        batch = collate(group, tokenizer)
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = inner.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).last_hidden_state
-            return answer_loss(hidden, inner.lm_head, batch.labels)
-
-    out = args.out / "realign"
     train(
-        {n: p for n, p in tuned.named_parameters() if p.requires_grad},
-        loss_of,
+        trainable(tuned),
+        text_loss(tuned, tokenizer),
         batches(args.out, tokenizer, weighted, reword=True),
         steps=args.steps,
         lr=lambda _: 4e-4,
-        out=out,
+        out=args.out / "realign",
     )
-    tensors = {k: v.contiguous() for k, v in get_peft_model_state_dict(tuned).items()}
-    save_file(tensors, out / "lora.tmp")
-    (out / "lora.tmp").replace(out / "lora.safetensors")
-    log(f"text alignment of the tuned model written to {out}")
+    save_lora(tuned, args.out / "realign")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,12 @@ from pathlib import Path
 
 import easy_vqa
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from training import pictures as pics
-from training.align import PROJECTIONS, batches, opening
+from training.align import batches, opening
 from training.common import (
     END,
     IMAGE_PROMPT,
@@ -44,10 +42,10 @@ from training.common import (
     read_jsonl,
     train,
 )
+from training.lora import save_lora, trainable, with_lora
 from training.vision_tower import normalise
 from vlm_safeguard.demo.assemble import IMAGE_TOKEN, merge_lora
 
-RANK = 16
 FILE = "projector.safetensors"
 PROJECTOR_NAMES = {"0": "linear_1", "2": "linear_2"}
 PROJECTOR_SHARES = {"vqa": 0.5, "naming": 0.3, "pictured": 0.2, "text": 0.0}
@@ -261,9 +259,8 @@ def tune_jointly(args: argparse.Namespace, bank: Bank, llm, tokenizer, image_id:
             for tensor in [load_file(args.out / "projector" / FILE)[f"{name}.{kind}"]]
         }
     )
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, lora_dropout=0.0)
-    tuned = get_peft_model(frozen(llm), config)
-    parameters = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
+    tuned = with_lora(llm)
+    parameters = trainable(tuned)
     parameters |= {f"projector.{n}": p for n, p in projector.named_parameters()}
     out = args.out / "joint"
     train(
@@ -275,10 +272,7 @@ def tune_jointly(args: argparse.Namespace, bank: Bank, llm, tokenizer, image_id:
         out=out,
     )
     save_projector(projector, out)
-    tensors = {k: v.contiguous() for k, v in get_peft_model_state_dict(tuned).items()}
-    save_file(tensors, out / "lora.tmp")
-    (out / "lora.tmp").replace(out / "lora.safetensors")
-    log(f"visual tuning written to {out}")
+    save_lora(tuned, out)
 
 
 def main() -> None:

@@ -1,0 +1,53 @@
+"""The LoRA that the language model is trained with, in every stage the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from training.common import Example, answer_loss, collate, frozen, log
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK = 16
+FILE = "lora.safetensors"
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    """The frozen model with a new LoRA on every projection."""
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, lora_dropout=0.0)
+    return get_peft_model(frozen(model), config)
+
+
+def trainable(tuned: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are learned, by name."""
+    return {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+
+
+def text_loss(tuned: nn.Module, tokenizer) -> Callable[[list[Example]], Tensor]:
+    """The loss of a group of examples without pictures."""
+    inner = tuned.base_model.model
+
+    def loss_of(group: list[Example]) -> Tensor:
+        batch = collate(group, tokenizer)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = inner.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).last_hidden_state
+            return answer_loss(hidden, inner.lm_head, batch.labels)
+
+    return loss_of
+
+
+def save_lora(tuned: nn.Module, folder: Path) -> None:
+    """Write the LoRA to ``folder``, whole or not at all."""
+    tensors = {k: v.contiguous() for k, v in get_peft_model_state_dict(tuned).items()}
+    temporary = folder / "lora.tmp"
+    save_file(tensors, temporary)
+    temporary.replace(folder / FILE)
+    log(f"LoRA written to {folder}")
