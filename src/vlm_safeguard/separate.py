@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,8 +78,8 @@ def fit_gate(
     choices: list[tuple[int, ...]] = [(layer,) for layer in depth]
     for width in (4, 8, 16):
         choices += [tuple(depth[i : i + width]) for i in range(0, len(depth) - width + 1, 2)]
-    best: tuple[float, str, tuple[int, ...], float] = (-1.0, "", (), 0.0)
-    rates = (math.nan, math.nan)
+    best: GateFit | None = None
+    best_value = -1.0
     for kind in ("first", "discriminant", "components"):
         bases = {n: _basis(kind, harmful[:, n], harmless[:, n], directions[n]) for n in depth}
         inner = {
@@ -98,17 +98,14 @@ def fit_gate(
             cut = threshold(h, s, budget)
             tpr, fpr = (h > cut).double().mean().item(), (s > cut).double().mean().item()
             value = tpr + 0.1 * auc(h, s)  # AUC breaks ties
-            if value > best[0]:
-                best, rates = (value, kind, layers, cut), (tpr, fpr)
-    _, kind, layers, cut = best
-    vectors = []
-    for n in layers:
-        basis = _basis(kind, harmful[:, n], harmless[:, n], directions[n])
-        x, y = harmful[:, n].float() @ basis.T, harmless[:, n].float() @ basis.T
-        vectors.append(_discriminant(x, y) @ basis)
-    fit = GateFit(layers, torch.stack(vectors), 0.0)
-    seen = fit.scores(harmless[harmless_fold >= 0])
-    return GateFit(layers, fit.vectors, float(seen.mean() + cut * seen.std()), *rates)
+            if value > best_value:
+                vectors = torch.stack([_discriminant(*inner[n]) @ bases[n] for n in layers])
+                best_value, best = value, GateFit(layers, vectors, cut, tpr, fpr)
+    if best is None:
+        raise ValueError("no gate can be judged: scores of the states are not finite")
+    # The cut was found in units of the harmless scores' spread; the final vectors have their own.
+    seen = replace(best, threshold=0.0).scores(harmless[harmless_fold >= 0])
+    return replace(best, threshold=float(seen.mean() + best.threshold * seen.std()))
 
 
 def _project(
