@@ -36,7 +36,7 @@ from vlm_safeguard.models import (
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.proof import prove
-from vlm_safeguard.requests import Request, Setting, requests
+from vlm_safeguard.requests import PICTURED, Request, Setting, requests
 from vlm_safeguard.search import search
 from vlm_safeguard.separate import GateFit, auc, fit_gate
 from vlm_safeguard.settings import Gate, GuardConfig, Markup, ModelIdentity, Steering
@@ -90,11 +90,11 @@ def calibrate(
         # The witness reads the words of every request, so it learns from all whose words tell.
         worded = [p for p in fit if p.speaks_for_itself]
         text = _record(loaded, worded, "text", folder, progress)
-        pictured = {
+        pictured: dict[str, States] = {
             setting: _record(
                 loaded, thin(within(fit, setting), effort.pictured // 2), setting, folder, progress
             )
-            for setting in ("blank", "picture")
+            for setting in PICTURED
         }
         witness, in_vlm = _fit_gates(_with_anchors(text, pairs), pictured, directions, budget)
         table = _separability(text, pictured, directions)

@@ -11,15 +11,14 @@ import torch
 from vlm_safeguard import prompts
 from vlm_safeguard.activations import record
 from vlm_safeguard.errors import GuardError
-from vlm_safeguard.evaluate.compare import thin
 from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.stats import mcnemar, wilson
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel, find_decoder, template_digest
 from vlm_safeguard.progress import Progress
-from vlm_safeguard.requests import Request, requests, settings_of
+from vlm_safeguard.requests import PICTURED, Request, requests
 from vlm_safeguard.separate import auc
-from vlm_safeguard.trials import successes
+from vlm_safeguard.trials import attack, per_prompt, within
 from vlm_safeguard.witness import find_markup
 
 
@@ -68,20 +67,21 @@ def diagnose(loaded: LoadedModel, guard: Guard, *, progress: Progress | None = N
 
 def _directions(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[Check]:
     """Sign of every direction on the anchors; separability of the text-only gate."""
-    pairs = prompts.anchors()[::3]
+    # All of them: in the lowest layers the last token hardly knows of harm, and a part of the
+    # anchors would tell nothing about the sign that all of them gave.
+    pairs = prompts.anchors()
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
         texts = [p.harmful for p in pairs] + [p.harmless for p in pairs]
         items = [Request(text, None) for text in texts]
         states = record(loaded, items, Path(folder), what="anchors", progress=progress)
         harmful, harmless = states[: len(pairs)].clone(), states[len(pairs) :].clone()
     checks = []
-    flipped = []
-    for layer in guard.config.steering.layers:
-        gap = (harmful - harmless)[:, layer] @ guard.tensors[f"directions.{layer}"][0]
-        # In the lowest layers the last token hardly knows of harm: the mean is noise round zero.
-        if gap.mean() < -3 * gap.std() / len(gap) ** 0.5:
-            flipped.append(layer)
-    found = f"flipped in layers {flipped}" if flipped else "harm is negative in no layer"
+    flipped = [
+        layer
+        for layer in guard.config.steering.layers
+        if ((harmful - harmless)[:, layer] @ guard.tensors[f"directions.{layer}"][0]).mean() <= 0
+    ]
+    found = f"flipped in layers {flipped}" if flipped else "harm is positive in every layer"
     checks.append(Check("sign", not flipped, found))
     for index, gate in enumerate(guard.config.gates):
         if gate.source != "text" or gate.per_layer:
@@ -96,23 +96,22 @@ def _directions(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[C
 
 
 def _effect(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[Check]:
-    """Attacks with a blank image, guarded and not, and false positives, on held-back prompts."""
-    plain_form = [p for p in prompts.calibration("held") if "blank" in settings_of(p)]
-    chosen = thin(plain_form, 96)
-    attacks = [p for p in chosen if p.harmful]
-    progress.say("attacks with a blank image")
-    plain = successes(loaded, None, attacks, "blank", 16)
-    guarded = successes(loaded, guard, attacks, "blank", 16)
+    """Attacks with images, guarded and not, and false positives, on held-back prompts."""
+    held = prompts.calibration("held")
+    attacks = [p for p in held if p.harmful]
+    tried = []
+    for setting in PICTURED:
+        progress.say(f"attacks, {setting}")
+        tried.append(attack(loaded, guard, attacks, setting, 12))
+    plain, guarded = per_prompt(tried)
+    p_value = mcnemar(plain, guarded)
     found = (
-        f"{sum(guarded)} of {len(attacks)} attacks succeed, unguarded {sum(plain)} "
-        f"(exact McNemar p = {mcnemar(plain, guarded):.2g})"
+        f"{sum(guarded)} of {len(guarded)} attacks with images succeed, unguarded {sum(plain)} "
+        f"(p = {p_value:.2g})"
     )
-    # Calibration proved the effect on more requests; few are left to succeed here, so p is shown
-    # and not demanded.
-    helps = sum(guarded) < sum(plain)
+    helps = p_value < 0.05 and sum(guarded) < sum(plain)
     checks = [Check("effect", helps or sum(plain) == sum(guarded) == 0, found)]
-    many = [p for p in thin(plain_form, 128) if not p.harmful]
-    harmless = requests(many, "blank")
+    harmless = requests(within([p for p in held if not p.harmful], "blank"), "blank")
     fired = [bool(a.fired) for a in respond(loaded, harmless, guard, max_new_tokens=1)]
     rate = wilson(sum(fired), len(fired))
     allowed = guard.config.calibration.get("budget", {}).get("false_positives", 0.02)

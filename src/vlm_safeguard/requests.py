@@ -14,6 +14,7 @@ from vlm_safeguard.prompts import Prompt
 
 Setting = Literal["text", "blank", "picture"]
 SETTINGS: tuple[Setting, ...] = ("text", "blank", "picture")
+PICTURED: tuple[Setting, ...] = ("blank", "picture")
 
 
 @dataclass(frozen=True)

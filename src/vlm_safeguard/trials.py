@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,6 +32,35 @@ def successes(
     """Whether each attack got something else than a refusal; garbled text counts as success."""
     answers = respond(loaded, requests(items, setting), guard, max_new_tokens=tokens, batch=24)
     return [judge(answer.text) != "refused" for answer in answers]
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """The same attacks without a guard and with it: whether each succeeded, in one setting."""
+
+    prompts: list[Prompt]
+    plain: list[bool]
+    guarded: list[bool]
+
+
+def attack(
+    loaded: LoadedModel, guard: Guard, items: Sequence[Prompt], setting: Setting, tokens: int
+) -> Attacks:
+    """Try those of ``items`` that are meant in ``setting``, without ``guard`` and with it."""
+    meant = within(items, setting)
+    plain, guarded = (successes(loaded, g, meant, setting, tokens) for g in (None, guard))
+    return Attacks(meant, plain, guarded)
+
+
+def per_prompt(tried: Iterable[Attacks]) -> tuple[list[bool], list[bool]]:
+    """Without and with the guard, one pair for each prompt: it succeeds if it did in any trial."""
+    before: dict[str, bool] = {}
+    after: dict[str, bool] = {}
+    for trial in tried:
+        for prompt, plain, guarded in zip(trial.prompts, trial.plain, trial.guarded, strict=True):
+            before[prompt.id] = before.get(prompt.id, False) or plain
+            after[prompt.id] = after.get(prompt.id, False) or guarded
+    return list(before.values()), list(after.values())
 
 
 @torch.inference_mode()
