@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.common import Example, answer_loss, collate, frozen, log
+from training.common import Example, answer_loss, arithmetic, collate, frozen, log
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
@@ -35,7 +34,7 @@ def text_loss(tuned: nn.Module, tokenizer) -> Callable[[list[Example]], Tensor]:
 
     def loss_of(group: list[Example]) -> Tensor:
         batch = collate(group, tokenizer)
-        with torch.autocast("cpu", torch.bfloat16):
+        with arithmetic():
             hidden = inner.model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             ).last_hidden_state

@@ -16,6 +16,7 @@ import torch
 from training.common import (
     PROMPT,
     base_model,
+    fast_dtype,
     first_sentences,
     log,
     read_all,
@@ -55,7 +56,7 @@ def main() -> None:
     torch.set_num_threads(2)
     if todo:
         model, tokenizer = base_model(args.cache)
-        answers = answer(model.to(torch.bfloat16), tokenizer, [r["prompt"] for r in todo])
+        answers = answer(model.to(fast_dtype()), tokenizer, [r["prompt"] for r in todo])
         known |= {r["prompt"]: r | {"answer": a} for r, a in zip(todo, answers, strict=True)}
     # An answer of a word or two teaches nothing about answering.
     kept = [known[r["prompt"]] for r in rows if len(known[r["prompt"]]["answer"].split()) >= 3]
