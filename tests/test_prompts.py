@@ -17,7 +17,7 @@ SHARED = ROOT.parent / "shared" / "benchmarks"
 
 def groups() -> dict[str, list[str]]:
     pairs = prompts.anchors()
-    calibration = prompts.calibration("fit") + prompts.calibration("held")
+    calibration = [p for split in prompts.SPLITS for p in prompts.calibration(split)]
     found = {
         "anchors": [text for pair in pairs for text in (pair.harmful, pair.harmless)],
         "calibration": [spoken(p) for p in calibration if p.form != "jailbreak"],
@@ -70,10 +70,7 @@ def test_anchor_pairs_have_the_same_form_and_length() -> None:
 
 def test_calibration_has_the_promised_breadth() -> None:
     own = [
-        p
-        for split in ("fit", "held")
-        for p in prompts.calibration(split)  # type: ignore[arg-type]
-        if p.form != "jailbreak"
+        p for split in prompts.SPLITS for p in prompts.calibration(split) if p.form != "jailbreak"
     ]
     harmful = [p for p in own if p.harmful]
     harmless = [p for p in own if not p.harmful]
@@ -83,9 +80,17 @@ def test_calibration_has_the_promised_breadth() -> None:
     assert len({p.id for p in own}) == len(own)
 
 
-def test_calibration_halves_share_no_question() -> None:
-    fit = {p.cluster for p in prompts.calibration("fit")}
-    assert not fit & {p.cluster for p in prompts.calibration("held")}
+def test_calibration_parts_share_no_question() -> None:
+    clusters = [{p.cluster for p in prompts.calibration(split)} for split in prompts.SPLITS]
+    assert len(set().union(*clusters)) == sum(map(len, clusters))
+
+
+def test_thresholds_are_set_on_enough_harmless_questions() -> None:
+    bound = prompts.calibration("bound")
+    assert not any(p.harmful for p in bound)
+    assert len({p.cluster for p in bound}) >= 300  # 1 % at 95 % confidence
+    lookalikes = sum(p.intent == "lookalike" for p in bound) / len(bound)
+    assert 0.2 <= lookalikes <= 0.3
 
 
 @pytest.mark.parametrize("kind", ["malicious", "jailbreak", "picture"])

@@ -57,7 +57,7 @@ def spoken(prompt: prompts.Prompt) -> str:
 
 def packaged() -> list[str]:
     """Every question the package calibrates or evaluates with."""
-    asked = [spoken(p) for p in prompts.calibration("fit") + prompts.calibration("held")]
+    asked = [spoken(p) for split in prompts.SPLITS for p in prompts.calibration(split)]
     for kind in ("malicious", "jailbreak", "picture"):
         asked += [spoken(p) for p in prompts.evaluation(kind)]  # type: ignore[arg-type]
     return asked + [text for pair in prompts.anchors() for text in (pair.harmful, pair.harmless)]

@@ -10,20 +10,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlm_safeguard import method, prompts
-from vlm_safeguard.activations import anchor_states, record
-from vlm_safeguard.benchmarks.selection import evenly
 from vlm_safeguard.effort import Budget, Effort
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import (
@@ -34,32 +29,12 @@ from vlm_safeguard.models import (
     weights_digest,
 )
 from vlm_safeguard.progress import Progress
-from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.proof import prove
-from vlm_safeguard.requests import PICTURED, Setting, requests
+from vlm_safeguard.recordings import States, fit_gates, record_calibration
 from vlm_safeguard.search import search
-from vlm_safeguard.separate import GateFit, auc, fit_gate
+from vlm_safeguard.separate import GateFit, auc
 from vlm_safeguard.settings import Gate, GuardConfig, Markup, ModelIdentity, Steering
-from vlm_safeguard.trials import within
 from vlm_safeguard.witness import find_markup
-
-MAX_RANK = 64
-FOLDS = 5  # of the cross-validation that chooses a gate
-
-
-@dataclass(frozen=True)
-class States:
-    """Recorded states (k, L, d) of one set of prompts, with their labels."""
-
-    states: Tensor
-    harmful: Tensor  # (k,) bool
-    fold: Tensor  # (k,); a question and its wrapped copy share it
-
-    def split(self) -> tuple[Tensor, Tensor]:
-        return self.states[self.harmful], self.states[~self.harmful]
-
-    def folds(self) -> tuple[Tensor, Tensor]:
-        return self.fold[self.harmful], self.fold[~self.harmful]
 
 
 def calibrate(
@@ -81,29 +56,14 @@ def calibrate(
     markup = find_markup(loaded)
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
-        pairs = anchor_states(loaded, folder, progress)
-        directions = {
-            layer: method.safety_directions(pairs[0, :, layer], pairs[1, :, layer], MAX_RANK)
-            for layer in range(pairs.shape[2])
-        }
-        fit = prompts.calibration("fit")
-        # The witness reads the words of every request, so it learns from all whose words tell.
-        worded = [p for p in fit if p.speaks_for_itself]
-        text = _record(loaded, worded, "text", folder, progress)
-        pictured: dict[str, States] = {
-            setting: _record(
-                loaded,
-                evenly(within(fit, setting), effort.pictured // 2),
-                setting,
-                folder,
-                progress,
-            )
-            for setting in PICTURED
-        }
-        witness, in_vlm = _fit_gates(_with_anchors(text, pairs), pictured, directions, budget)
+        recorded = record_calibration(loaded, effort, folder, progress)
+        pairs, directions = recorded.pairs, recorded.directions
+        text, pictured = recorded.text, recorded.pictured
+        witness, in_vlm = fit_gates(recorded, budget)
         table = _separability(text, pictured, directions)
         gates = _gate_rates(witness, {"text": text}) + _gate_rates(in_vlm, pictured)
         base = _Foundation(loaded, directions, pairs, markup, witness, in_vlm)
+        fit = prompts.calibration("fit")
         guard, tried = search(loaded, base.build, fit, budget, effort, progress)
     proof = prove(loaded, guard, budget, effort, progress)
     results = {
@@ -116,52 +76,6 @@ def calibrate(
     }
     guard.config = guard.config.model_copy(update={"calibration": results})
     return guard
-
-
-def _record(
-    loaded: LoadedModel,
-    items: Sequence[Prompt],
-    setting: Setting,
-    folder: Path,
-    progress: Progress,
-) -> States:
-    states = record(
-        loaded,
-        requests(items, setting),
-        folder,
-        what=f"calibration prompts, {setting}",
-        progress=progress,
-    )
-    fold = [hashlib.sha256(p.cluster.encode()).digest()[0] % FOLDS for p in items]
-    return States(states, torch.tensor([p.harmful for p in items]), torch.tensor(fold))
-
-
-def _with_anchors(text: States, pairs: Tensor) -> States:
-    """The anchors teach the witness too. The directions come from them, so they look further
-    apart than other prompts do, and nothing is judged by them (a negative fold)."""
-    count = pairs.shape[1]
-    labels = torch.arange(2 * count) < count
-    folds = torch.full((2 * count,), -1)
-    return States(
-        torch.cat([text.states, pairs.flatten(0, 1)]),
-        torch.cat([text.harmful, labels]),
-        torch.cat([text.fold, folds]),
-    )
-
-
-def _fit_gates(
-    text: States, pictured: dict[str, States], directions: dict[int, Tensor], budget: Budget
-) -> tuple[GateFit, GateFit]:
-    """The witness gets half of the false-positive budget, the in-VLM gate the other half."""
-    half = budget.false_positives / 2
-    witness = fit_gate(*text.split(), *text.folds(), directions, half)
-    every = States(
-        *(
-            torch.cat([getattr(s, name) for s in pictured.values()])
-            for name in ("states", "harmful", "fold")
-        )
-    )
-    return witness, fit_gate(*every.split(), *every.folds(), directions, half)
 
 
 def _gate_rates(fit: GateFit, settings: dict[str, States]) -> list[dict[str, Any]]:

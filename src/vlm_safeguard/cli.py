@@ -247,6 +247,34 @@ def gap(
         print(f"{output / 'gap.md'}")
 
 
+@app.command()
+def gates(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Page to write.")] = None,
+    max_fpr: Annotated[float, typer.Option(min=0.001, max=0.5, help="Harmless stopped.")] = 0.02,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare forms of gate on held-back prompts: what each finds at the same cost."""
+    from vlm_safeguard import gates as forms
+    from vlm_safeguard.effort import Effort
+    from vlm_safeguard.files import write_whole
+
+    progress = _progress(quiet)
+    loaded = _load(model, dtype, device, progress)
+    budget = Budget(false_positives=max_fpr)
+    rows, together = forms.study(loaded, budget, Effort(), progress)
+    text = forms.page(model, rows, together, budget)
+    if output:
+        write_whole({output: text.encode()})
+    if json_:
+        _print(forms.facts(rows, together))
+    else:
+        print(text, end="")
+
+
 @app.command("validate-judge")
 def validate_judge(
     labels: Annotated[Path, typer.Argument(help="JSONL: prompt, response, label on each line.")],

@@ -17,6 +17,8 @@ from typing import Any, Literal
 from vlm_safeguard.errors import DataError
 
 Label = Literal["harmful", "harmless"]
+Split = Literal["fit", "bound", "held"]
+SPLITS: tuple[Split, ...] = ("fit", "bound", "held")
 SLOT = "[QUESTION]"
 
 
@@ -68,11 +70,12 @@ def anchors() -> list[AnchorPair]:
     return [AnchorPair(**row) for row in _rows("anchors.jsonl")]
 
 
-def calibration(split: Literal["fit", "held"]) -> list[Prompt]:
-    """Calibration prompts of one half: plain, inside jailbreak wrappers, and about a picture.
+def calibration(split: Split) -> list[Prompt]:
+    """Calibration prompts of one part: plain, inside jailbreak wrappers, and about a picture.
 
     Wrappers go round every fourth plain question of both labels, so that a wrapper by itself says
-    nothing about harm. ``fit`` chooses, ``held`` proves.
+    nothing about harm. ``fit`` chooses, ``bound`` (harmless ones alone) is for thresholds with
+    a guarantee, and ``held`` proves.
     """
     plain: list[Prompt] = []
     pictured: list[Prompt] = []

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from vlm_safeguard.conformal import conformal_threshold
+
+Kind = Literal["first", "discriminant", "components"]
+KINDS: tuple[Kind, ...] = ("first", "discriminant", "components")
 COMPONENTS = 192  # leading principal components that a gate may use
 SHRINKAGE = 0.2  # of the within-class covariance towards a multiple of the identity
 
@@ -39,6 +45,7 @@ class GateFit:
     layers: tuple[int, ...]
     vectors: Tensor  # (n, d)
     threshold: float
+    spread: float = 1.0  # standard deviation of the harmless scores that it was fitted on
     unseen_tpr: float = math.nan  # cross-validated: on prompts that the vectors were not fitted to
     unseen_fpr: float = math.nan
 
@@ -55,6 +62,9 @@ def fit_gate(
     harmless_fold: Tensor,
     directions: dict[int, Tensor],
     budget: float,
+    *,
+    kinds: Sequence[Kind] = KINDS,
+    pooled: bool = True,
 ) -> GateFit:
     """The gate with the best true-positive rate within the false-positive budget.
 
@@ -71,16 +81,17 @@ def fit_gate(
         harmful_fold, harmless_fold: number of the fold of each, (k,); copies of a question share
             it. Those of a negative fold teach the vectors and are never judged by.
         directions: V_l by layer.
+        kinds: which candidates are tried. pooled: also over runs of layers.
     """
     shared = set(harmful_fold.tolist()) & set(harmless_fold.tolist())
     folds = sorted(fold for fold in shared if fold >= 0)
     depth = sorted(directions)
     choices: list[tuple[int, ...]] = [(layer,) for layer in depth]
-    for width in (4, 8, 16):
+    for width in (4, 8, 16) if pooled else ():
         choices += [tuple(depth[i : i + width]) for i in range(0, len(depth) - width + 1, 2)]
     best: GateFit | None = None
     best_value = -1.0
-    for kind in ("first", "discriminant", "components"):
+    for kind in kinds:
         bases = {n: _basis(kind, harmful[:, n], harmless[:, n], directions[n]) for n in depth}
         inner = {
             n: (harmful[:, n].float() @ b.T, harmless[:, n].float() @ b.T) for n, b in bases.items()
@@ -100,12 +111,28 @@ def fit_gate(
             value = tpr + 0.1 * auc(h, s)  # AUC breaks ties
             if value > best_value:
                 vectors = torch.stack([_discriminant(*inner[n]) @ bases[n] for n in layers])
-                best_value, best = value, GateFit(layers, vectors, cut, tpr, fpr)
+                best_value, best = (
+                    value,
+                    GateFit(layers, vectors, cut, unseen_tpr=tpr, unseen_fpr=fpr),
+                )
     if best is None:
         raise ValueError("no gate can be judged: scores of the states are not finite")
     # The cut was found in units of the harmless scores' spread; the final vectors have their own.
     seen = replace(best, threshold=0.0).scores(harmless[harmless_fold >= 0])
-    return replace(best, threshold=float(seen.mean() + best.threshold * seen.std()))
+    scale = float(seen.std())
+    return replace(best, threshold=float(seen.mean()) + best.threshold * scale, spread=scale)
+
+
+def bounded(gates: Sequence[GateFit], scores: Tensor, epsilon: float) -> tuple[GateFit, ...]:
+    """The gates with their thresholds moved together until the request's false-positive rate, by
+    whichever gate, is at most ``epsilon`` with the confidence of ``conformal.CONFIDENCE``.
+
+    Args:
+        scores: the highest score of each harmless question by any of the gates, in units of the
+            gate's spread, (n,); none of the questions was fitted on.
+    """
+    shift = conformal_threshold(scores, epsilon)
+    return tuple(replace(g, threshold=g.threshold + shift * g.spread) for g in gates)
 
 
 def _project(
@@ -119,7 +146,7 @@ def _project(
     return found
 
 
-def _basis(kind: str, harmful: Tensor, harmless: Tensor, directions: Tensor) -> Tensor:
+def _basis(kind: Kind, harmful: Tensor, harmless: Tensor, directions: Tensor) -> Tensor:
     """Rows (r, d) of the subspace in which one layer's gate vector is looked for."""
     if kind == "first":
         return directions[:1]

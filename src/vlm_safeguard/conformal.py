@@ -1,0 +1,58 @@
+"""A threshold with a finite-sample guarantee, by split conformal calibration.
+
+Scores of harmless prompts that took no part in fitting the gate are exchangeable with those of
+harmless prompts to come. If k of n of them lie above a threshold, the false-positive rate there is
+at most epsilon with confidence 1 - BinomCDF(k; n, epsilon) (Vovk 2012, "Conditional validity of
+inductive conformal predictors", proposition 2a): a statement about this very threshold, not about
+an average over calibrations.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from vlm_safeguard.errors import CalibrationError
+
+CONFIDENCE = 0.95
+
+
+def allowed_exceedances(count: int, epsilon: float, confidence: float = CONFIDENCE) -> int:
+    """The largest k with BinomCDF(k; count, epsilon) <= 1 - confidence; -1 where there is none."""
+    if not 0 < epsilon < 1 or not 0 < confidence < 1:
+        raise ValueError("epsilon and confidence lie strictly between 0 and 1")
+    allowed, below = -1, 0.0
+    for k in range(count):
+        below += math.exp(
+            math.lgamma(count + 1)
+            - math.lgamma(k + 1)
+            - math.lgamma(count - k + 1)
+            + k * math.log(epsilon)
+            + (count - k) * math.log1p(-epsilon)
+        )
+        if below > 1 - confidence:
+            break
+        allowed = k
+    return allowed
+
+
+def conformal_threshold(scores: Tensor, epsilon: float, confidence: float = CONFIDENCE) -> float:
+    """The lowest threshold that keeps the false-positive rate at most ``epsilon`` with confidence.
+
+    Args:
+        scores: of harmless prompts the gate was not fitted on, one per question, (n,). A gate
+            opens on a score strictly above the threshold.
+        epsilon: false-positive rate, a share of 1.
+
+    Raises:
+        CalibrationError: too few scores for any threshold to be guaranteed.
+    """
+    allowed = allowed_exceedances(len(scores), epsilon, confidence)
+    if allowed < 0:
+        needed = math.ceil(math.log(1 - confidence) / math.log1p(-epsilon))
+        raise CalibrationError(
+            f"a false-positive rate of at most {epsilon:.2%} with {confidence:.0%} confidence "
+            f"needs {needed} harmless prompts to set the threshold on, there are {len(scores)}"
+        )
+    return float(scores.sort(descending=True).values[allowed])

@@ -1,0 +1,150 @@
+"""What a calibration records of the model, and the gates fitted to it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard import method, prompts
+from vlm_safeguard.activations import anchor_states, record
+from vlm_safeguard.benchmarks.selection import evenly
+from vlm_safeguard.effort import Budget, Effort
+from vlm_safeguard.models import LoadedModel
+from vlm_safeguard.progress import Progress
+from vlm_safeguard.prompts import Prompt
+from vlm_safeguard.requests import PICTURED, Setting, request, requests
+from vlm_safeguard.separate import GateFit, fit_gate
+from vlm_safeguard.trials import within
+
+MAX_RANK = 64
+FOLDS = 5  # of the cross-validation that chooses a gate
+
+
+@dataclass(frozen=True)
+class States:
+    """Recorded states (k, L, d) of one set of prompts, with their labels."""
+
+    states: Tensor
+    harmful: Tensor  # (k,) bool
+    fold: Tensor  # (k,); a question and its wrapped copy share it
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        return self.states[self.harmful], self.states[~self.harmful]
+
+    def folds(self) -> tuple[Tensor, Tensor]:
+        return self.fold[self.harmful], self.fold[~self.harmful]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """States of the anchors (2, N, L, d) and of the calibration prompts that choose, and the
+    safety directions by layer."""
+
+    pairs: Tensor
+    directions: dict[int, Tensor]
+    text: States
+    pictured: dict[str, States]
+
+    def witness_states(self) -> States:
+        """What the text-only witness learns from."""
+        return with_anchors(self.text, self.pairs)
+
+    def vlm_states(self) -> States:
+        """What the in-VLM gate learns from: every setting with a picture."""
+        return States(
+            *(
+                torch.cat([getattr(s, name) for s in self.pictured.values()])
+                for name in ("states", "harmful", "fold")
+            )
+        )
+
+
+def record_calibration(
+    loaded: LoadedModel, effort: Effort, folder: Path, progress: Progress
+) -> Recorded:
+    """Record all that the gates are fitted on; the states live in ``folder``."""
+    pairs = anchor_states(loaded, folder, progress)
+    directions = {
+        layer: method.safety_directions(pairs[0, :, layer], pairs[1, :, layer], MAX_RANK)
+        for layer in range(pairs.shape[2])
+    }
+    fit = prompts.calibration("fit")
+    # The witness reads the words of every request, so it learns from all whose words tell.
+    worded = [p for p in fit if p.speaks_for_itself]
+    text = record_states(loaded, worded, "text", folder, progress)
+    pictured: dict[str, States] = {}
+    for setting in PICTURED:
+        chosen = evenly(within(fit, setting), effort.pictured // 2)
+        pictured[setting] = record_states(loaded, chosen, setting, folder, progress)
+    return Recorded(pairs, directions, text, pictured)
+
+
+def record_states(
+    loaded: LoadedModel,
+    items: Sequence[Prompt],
+    setting: Setting,
+    folder: Path,
+    progress: Progress,
+) -> States:
+    states = record(
+        loaded,
+        requests(items, setting),
+        folder,
+        what=f"calibration prompts, {setting}",
+        progress=progress,
+    )
+    fold = [hashlib.sha256(p.cluster.encode()).digest()[0] % FOLDS for p in items]
+    return States(states, torch.tensor([p.harmful for p in items]), torch.tensor(fold))
+
+
+def with_anchors(text: States, pairs: Tensor) -> States:
+    """The anchors teach the witness too. The directions come from them, so they look further
+    apart than other prompts do, and nothing is judged by them (a negative fold)."""
+    count = pairs.shape[1]
+    labels = torch.arange(2 * count) < count
+    folds = torch.full((2 * count,), -1)
+    return States(
+        torch.cat([text.states, pairs.flatten(0, 1)]),
+        torch.cat([text.harmful, labels]),
+        torch.cat([text.fold, folds]),
+    )
+
+
+def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
+    """The text-only witness and the in-VLM gate; each gets half of the false-positive budget."""
+    half = budget.false_positives / 2
+    witness, in_vlm = (
+        fit_gate(*states.split(), *states.folds(), recorded.directions, half)
+        for states in (recorded.witness_states(), recorded.vlm_states())
+    )
+    return witness, in_vlm
+
+
+def bound_scores(
+    loaded: LoadedModel, witness: GateFit, in_vlm: GateFit, folder: Path, progress: Progress
+) -> Tensor:
+    """The highest score by any gate of each harmless question that sets the thresholds, (n,).
+
+    Each prompt is read as text and with a picture, blank and drawn ones in turn. A question and
+    its wrapped copy count as one, so that scores of different questions are independent.
+    """
+    items = prompts.calibration("bound")
+    text = record(loaded, requests(items, "text"), folder, what="bound, text", progress=progress)
+    mixed = [request(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
+    seen = record(loaded, mixed, folder, what="bound, pictures", progress=progress)
+    scores = torch.stack(
+        [
+            witness.scores(text) / witness.spread,
+            in_vlm.scores(text) / in_vlm.spread,
+            in_vlm.scores(seen) / in_vlm.spread,
+        ]
+    )
+    highest: dict[str, float] = {}
+    for prompt, score in zip(items, scores.max(0).values.tolist(), strict=True):
+        highest[prompt.cluster] = max(score, highest.get(prompt.cluster, score))
+    return torch.tensor(list(highest.values()))

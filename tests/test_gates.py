@@ -1,0 +1,54 @@
+"""The comparison of gates: its common false-positive rate, its page, and the thresholds set on
+questions of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_safeguard.conformal import allowed_exceedances
+from vlm_safeguard.effort import Budget
+from vlm_safeguard.evaluate.stats import wilson
+from vlm_safeguard.gates import Row, at_false_positives, facts, page
+from vlm_safeguard.separate import GateFit, bounded
+
+values = st.lists(st.floats(-50, 50), min_size=1, max_size=150).map(torch.tensor)
+
+
+@given(values, values, st.sampled_from([0.01, 0.05, 0.2]))
+def test_no_more_harmless_requests_are_stopped_than_the_share(
+    harmful: torch.Tensor, harmless: torch.Tensor, share: float
+) -> None:
+    found = at_false_positives(harmful, harmless, share)
+    # The best that any threshold can do, by trying each harmless score.
+    best = max(
+        int((harmful > cut).sum()) for cut in harmless if (harmless > cut).double().mean() <= share
+    )
+    assert found.count == best and found.n == len(harmful)
+
+
+def test_gates_move_together_until_the_budget_is_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(400, 3, 8, generator=generator)
+    gates = [
+        GateFit((0, 1), torch.randn(2, 8, generator=generator), 1.0, spread=3.0),
+        GateFit((2,), torch.randn(1, 8, generator=generator), -2.0, spread=0.5),
+    ]
+    scores = torch.stack([g.scores(states) / g.spread for g in gates]).max(0).values
+    moved = bounded(gates, scores, 0.02)
+    fired = torch.stack([g.scores(states) > 1e-4 for g in moved]).any(0)
+    assert int(fired.sum()) == allowed_exceedances(400, 0.02)
+    shifts = [(m.threshold - g.threshold) / g.spread for m, g in zip(moved, gates, strict=True)]
+    assert shifts[0] == pytest.approx(shifts[1], abs=1e-5)
+
+
+def test_the_page_shows_every_row_with_its_counts() -> None:
+    rows = [Row("one", "text", "text", "3-9", 0.91, wilson(7, 10))]
+    rows.append(Row("one", "vlm", "blank", "4", 0.5, wilson(2, 10)))
+    together = {"blank": {"found": wilson(8, 10), "stopped": wilson(0, 50)}}
+    text = page("embedded", rows, together, Budget())
+    assert "| one | text | any | 3-9 | 0.910 | 70.0%" in text and "(2/10)" in text
+    assert "| blank | 80.0%" in text and "(0/50)" in text
+    assert facts(rows, together)["calibrated"]["blank"]["found"]["count"] == 8
