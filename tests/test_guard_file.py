@@ -12,10 +12,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save
 
 from tests import tiny
+from vlm_safeguard.card import CARD_FILE
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import CONFIG_FILE, TENSOR_FILE, Guard
 from vlm_safeguard.settings import Gate, Steering
 
+FILES = sorted([CARD_FILE, CONFIG_FILE, TENSOR_FILE])
 GATES = [tiny.gate("text", 1, 3, threshold=0.25), tiny.gate("vlm", 2, per_layer=True)]
 
 
@@ -52,7 +54,7 @@ def same(one, other):
 def test_round_trip(made, folder, model):
     loaded = Guard.from_pretrained(folder)
     assert same(loaded, made)
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, TENSOR_FILE]
+    assert sorted(path.name for path in folder.iterdir()) == FILES
     inputs, logits = tiny.batch(tiny.PROMPTS), []
     for guard in (made, loaded):
         with guard.attach(model), torch.no_grad():
@@ -253,7 +255,7 @@ def test_a_failing_disk_breaks_nothing_silently(model, made, folder, monkeypatch
         patch.setattr(os, function, failing)
         with pytest.raises(GuardError, match="No space left"):
             newer.save_pretrained(folder)
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, TENSOR_FILE]
+    assert sorted(path.name for path in folder.iterdir()) == FILES
     if (function, call) == ("replace", 2):  # the one gap: new tensors, old settings. Noticed.
         with pytest.raises(GuardError, match="digest"):
             Guard.from_pretrained(folder)

@@ -132,6 +132,36 @@ def doctor(
 
 
 @app.command()
+def push(
+    guard: Annotated[Path, typer.Argument(help="Guard folder.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the hub; made if missing.")],
+    branch: Annotated[str | None, typer.Option(help="Existing branch, instead of main.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub name of the guarded model, for the card.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make it private if new.")] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request, change no branch.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Push a guard and its card to the model hub, after checking its files."""
+    from vlm_safeguard.guard import Guard
+
+    address = Guard.from_pretrained(guard).push_to_hub(
+        repository,
+        private=private or None,
+        branch=branch,
+        create_pr=create_pr,
+        base_model=base_model,
+    )
+    if json_:
+        _print({"commit": address})
+    else:
+        print(address)
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to ask.")],

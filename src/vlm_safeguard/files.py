@@ -1,8 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files that are read with a limit."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -35,3 +38,44 @@ def write_whole(files: dict[Path, bytes]) -> None:
     finally:
         for temporary in staged:
             Path(temporary).unlink(missing_ok=True)
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most ``limit`` bytes; never waits on a pipe or a device.
+
+    Links are followed, because the cache of the hub consists of them, as far as they lead to a
+    regular file.
+
+    Raises:
+        FileNotFoundError: there is nothing under this name.
+        OSError: anything else; ``strerror`` says what, without the file's name.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link that leads nowhere", str(path)) from None
+        raise
+    except ValueError as error:  # a zero byte in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    _check_regular(mode, path)
+    # What was looked at may have been replaced since: look again at what was opened.
+    with io.BufferedReader(io.FileIO(path, opener=_open_at_once)) as stream:
+        state = os.fstat(stream.fileno())
+        _check_regular(state.st_mode, path)
+        data = stream.read(limit + 1) if state.st_size <= limit else b""
+    if state.st_size > limit or len(data) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than the {limit} bytes allowed", str(path))
+    return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a pipe without waiting for its other end."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _check_regular(mode: int, path: Path) -> None:
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, "it is a folder, not a file", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is a pipe, socket or device, not a file", str(path))

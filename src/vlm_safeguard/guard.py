@@ -1,30 +1,28 @@
-"""The guard artifact: ``guard.json`` (settings, provenance, results) + ``guard.safetensors``."""
+"""A calibrated guard: loaded, saved, shared, and attached to its model."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from vlm_safeguard import artifact, hub
+from vlm_safeguard.artifact import CONFIG_FILE, TENSOR_FILE
+from vlm_safeguard.card import CARD_FILE, MARK, card
 from vlm_safeguard.errors import GuardError
-from vlm_safeguard.files import write_whole
-from vlm_safeguard.models import config_digest, find_decoder, weights_digest
+from vlm_safeguard.files import read_limited, write_whole
+from vlm_safeguard.models import config_digest, find_decoder, template_digest, weights_digest
 from vlm_safeguard.session import Session
-from vlm_safeguard.settings import SCHEMA_VERSION, GuardConfig
+from vlm_safeguard.settings import GuardConfig
 from vlm_safeguard.witness import ImageMarkup
 
-CONFIG_FILE, TENSOR_FILE = "guard.json", "guard.safetensors"
-MAX_JSON, MAX_TENSORS = 4 << 20, 2 << 30  # bytes; far above any real guard
+_MAX_CARD = 1 << 20  # bytes of a README that is looked through for our mark
+_EXACT = (torch.float32, torch.bfloat16)  # in which the digest of the weights is the same
 
 
 class Guard:
@@ -32,110 +30,172 @@ class Guard:
 
     ``tensors`` hold, in float32: ``directions.{l}`` (m, d) and ``anchor.{l}`` (m,), the harmful
     anchors' mean coordinates, for each steered layer; ``gate.{i}`` (n, d), the vectors of gate i.
+
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` have the signatures of
+    ``huggingface_hub.ModelHubMixin`` over plain functions of that library. The mixin itself does
+    not fit: it asks the hub for a ``config.json`` and deletes one that lies in the target folder,
+    takes every name that is no folder for one on the hub, and puts no limit on what it fetches.
     """
 
     def __init__(self, config: GuardConfig, tensors: dict[str, Tensor]) -> None:
         self.config = config
         self.tensors = tensors
-        self._check_shapes()
-
-    def _check_shapes(self) -> None:
-        model, steering = self.config.model, self.config.steering
-        expected: dict[str, tuple[int, ...]] = {}
-        for layer in steering.layers:
-            expected[f"directions.{layer}"] = (steering.rank, model.hidden_size)
-            expected[f"anchor.{layer}"] = (steering.rank,)
-        for index, gate in enumerate(self.config.gates):
-            expected[f"gate.{index}"] = (len(gate.layers), model.hidden_size)
-        found = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-        if found != expected:
-            wrong = sorted(set(found.items()) ^ set(expected.items()))
-            raise GuardError(f"the guard's tensors do not fit its settings: {wrong[:3]}")
-        used = [*steering.layers, *(n for gate in self.config.gates for n in gate.layers)]
-        if any(not 0 <= layer < model.layers for layer in used):
-            raise GuardError(f"the guard names layers outside 0..{model.layers - 1}")
-        for name, tensor in self.tensors.items():
-            if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
-                raise GuardError(f"the guard's tensor {name} is not finite float32")
-        for layer in steering.layers:
-            rows = self.tensors[f"directions.{layer}"].double()
-            if (rows @ rows.T - torch.eye(len(rows))).abs().max() > 1e-3:
-                raise GuardError(f"the directions of layer {layer} are not orthonormal")
+        artifact.check_tensors(tensors, config)
 
     # -- files ---------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write both files; each appears whole or not at all, and a torn pair is detected.
+    @classmethod
+    def from_bytes(cls, settings: bytes, tensors: bytes) -> Guard:
+        """A guard from the contents of ``guard.json`` and ``guard.safetensors``.
+
+        Raises:
+            GuardError: anything that ``docs/guard-format.md`` does not allow.
+        """
+        files = {CONFIG_FILE: settings, TENSOR_FILE: tensors}
+
+        def fetch(name: str, limit: int) -> bytes:
+            if len(files[name]) > limit:
+                raise GuardError(f"{name} is larger than the {limit} bytes allowed")
+            return files[name]
+
+        return cls(*artifact.read(fetch))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        endpoint: str | None = None,
+    ) -> Guard:
+        """Read a guard and check it whole: schema, digest, shapes, finiteness.
+
+        Args:
+            pretrained_name_or_path: a folder, or "owner/name" of a repository on the hub. A folder
+                that exists, a ``Path``, and whatever else reads as a path never leads to the hub.
+            revision: branch, tag or commit on the hub. A commit pins the guard.
+            token: of the hub; by default that of ``hf auth login``.
+            cache_dir: where fetched files are kept.
+            force_download: fetch again what is in the cache.
+            local_files_only: take it from the cache, ask nothing of the network.
+            endpoint: address of another hub than that of ``HF_ENDPOINT``.
+
+        Raises:
+            GuardError: missing, torn, tampered with, of another schema version, or not to be had
+                from the hub.
+        """
+        name = os.fspath(pretrained_name_or_path)
+        folder = _expanded(name)
+        local = isinstance(pretrained_name_or_path, Path) or os.path.lexists(folder)
+        if not local and hub.is_repository(name):
+            repository = hub.Repository(
+                name, revision, token, cache_dir, force_download, local_files_only, endpoint
+            )
+            fetch = repository.read
+        else:
+            if revision is not None:
+                raise GuardError(
+                    f"a revision is of a repository on the hub, and {name} is a path: leave it out"
+                )
+            fetch = _Folder(folder).read
+        try:
+            return cls(*artifact.read(fetch))
+        except GuardError as error:
+            raise GuardError(f"cannot load the guard {name}: {error}") from error
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        base_model: str | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write both files and the card; each appears whole or not at all, and a torn pair is
+        detected on loading. A ``README.md`` that is not one of our cards is left as it is.
+
+        Args:
+            save_directory: folder, made if missing.
+            push_to_hub: also push the guard, see ``push_to_hub`` for further arguments.
+            repo_id: where to push it; by default the folder's name.
+            base_model: hub name of the guarded model, for the card.
+
+        Returns:
+            The address of the commit if pushed.
 
         Raises:
             GuardError: mode ``erase`` (an ablation that weakens the model), a calibration record
-                with NaN or Inf, or a disk error.
+                with NaN or Inf or beyond the limits, a disk error, or the hub's refusal.
         """
-        if self.config.steering.mode == "erase":
-            raise GuardError(
-                "`erase` alone removes refusals: it is an ablation for experiments and is never "
-                "saved as a guard"
-            )
-        target = Path(folder)
-        blob = save_tensors({k: v.contiguous() for k, v in self.tensors.items()})
-        config = self.config.model_copy(update={"tensors_sha256": hashlib.sha256(blob).hexdigest()})
-        try:
-            text = json.dumps(config.model_dump(), indent=1, allow_nan=False) + "\n"
-        except ValueError as error:
-            raise GuardError("the guard's settings or record hold NaN or Inf") from error
+        target = Path(save_directory)
+        if not push_to_hub and (repo_id is not None or push_to_hub_kwargs):
+            raise GuardError("repo_id and its like are for push_to_hub=True")
+        files = self._render(base_model, repo_id)
         try:
             target.mkdir(parents=True, exist_ok=True)
-            write_whole({target / TENSOR_FILE: blob, target / CONFIG_FILE: text.encode()})
+            if not _may_write_card(target / CARD_FILE):
+                del files[CARD_FILE]
+            write_whole({target / name: data for name, data in files.items()})
         except OSError as error:
             reason = error.strerror or error
             raise GuardError(f"cannot write the guard to {target}: {reason}") from error
-        self.config = config
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(
+            repo_id or target.resolve().name, base_model=base_model, **push_to_hub_kwargs
+        )
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Guard:
-        """Read a guard and check it whole: schema, digest, shapes, finiteness.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Push a guard of vlm-safeguard",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        create_pr: bool = False,
+        base_model: str | None = None,
+        endpoint: str | None = None,
+    ) -> str:
+        """Push both files and the card to the hub, in one commit; make the repository if needed.
+
+        Args:
+            repo_id: "owner/name", or a name under your own account.
+            private: for a new repository.
+            token: with the right to write; by default that of ``hf auth login``.
+            branch: existing branch; by default the main one.
+            create_pr: open a pull request instead of writing to the branch.
+            base_model: hub name of the guarded model, for the card.
+            endpoint: address of another hub than that of ``HF_ENDPOINT``.
+
+        Returns:
+            The address of the commit.
 
         Raises:
-            GuardError: missing, torn, tampered with, or of another schema version.
+            GuardError: the guard cannot be saved (see ``save_pretrained``), or the hub refuses it
+                or does not answer.
         """
-        source = Path(folder)
-        try:
-            text = _read_limited(source / CONFIG_FILE, MAX_JSON)
-            blob = _read_limited(source / TENSOR_FILE, MAX_TENSORS)
-            raw = json.loads(text)
-        except FileNotFoundError as error:
-            raise GuardError(
-                f"{source} is no guard: {Path(error.filename).name} is missing. Make one with "
-                "`vlm-safeguard calibrate MODEL -o GUARD`"
-            ) from error
-        except OSError as error:
-            raise GuardError(f"cannot read the guard {source}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise GuardError(f"{source / CONFIG_FILE} is not valid JSON: calibrate anew") from error
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version != SCHEMA_VERSION:
-            raise GuardError(
-                f"{source} has guard schema {version!r}, this version reads {SCHEMA_VERSION}: "
-                "calibrate anew or install the version that wrote it"
-            )
-        try:
-            config = GuardConfig.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise GuardError(f"{source / CONFIG_FILE}: {place}: {first['msg']}") from error
-        if hashlib.sha256(blob).hexdigest() != config.tensors_sha256:
-            raise GuardError(
-                f"{source / TENSOR_FILE} does not match the digest in {CONFIG_FILE}: the guard "
-                "is torn or was changed. Calibrate anew"
-            )
-        if config.steering.mode == "erase":
-            raise GuardError(f"{source}: `erase` is an ablation and cannot be loaded as a guard")
-        try:
-            tensors = load_tensors(blob)
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise GuardError(f"{source / TENSOR_FILE} is damaged: calibrate anew") from error
-        return cls(config, tensors)
+        return hub.push(
+            repo_id,
+            self._render(base_model, repo_id),
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            branch=branch,
+            create_pr=create_pr,
+            endpoint=endpoint,
+        )
+
+    def _render(self, base_model: str | None, repo_id: str | None) -> dict[str, bytes]:
+        """Every file by name, tensors first: a torn pair then shows by its digest."""
+        self.config, settings, blob = artifact.render(self.config, self.tensors)
+        page = card(self.config, base_model=base_model, repo_id=repo_id)
+        return {TENSOR_FILE: blob, CONFIG_FILE: settings, CARD_FILE: page.encode()}
 
     # -- use -----------------------------------------------------------------------------------
 
@@ -144,11 +204,14 @@ class Guard:
         markup = self.config.markup
         return ImageMarkup(tuple(markup.token_ids), tuple(markup.before), tuple(markup.after))
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: Any, processor: Any = None) -> None:
         """Refuse a model this guard was not calibrated on.
 
+        Args:
+            processor: the model's; given, its chat template is compared too.
+
         Raises:
-            GuardError: the size, configuration or weights differ.
+            GuardError: the size, configuration, weights or chat template differ; says which.
         """
         decoder, own = find_decoder(model), self.config.model
         if (decoder.hidden_size, len(decoder.layers)) != (own.hidden_size, own.layers):
@@ -157,23 +220,43 @@ class Guard:
                 f"model has {len(decoder.layers)} layers of {decoder.hidden_size}"
             )
         if config_digest(model) != own.config_sha256:
-            raise GuardError(f"this guard is for {own.name}: the model's configuration differs")
+            raise GuardError(
+                f"this guard is for {own.name}: the model's configuration differs (vocabulary, "
+                "attention heads, rope, vision tower or the like). Load the model that it was "
+                "calibrated on, or calibrate on this one"
+            )
         if weights_digest(model) != own.weights_sha256:
             raise GuardError(
-                f"this guard is for {own.name}: the model's weights differ. A guard belongs to "
-                "the weights it was calibrated on; run `vlm-safeguard calibrate` on these"
+                f"this guard is for {own.name}: the model's weights differ{_dtype_hint(model)}. A "
+                "guard belongs to the weights it was calibrated on, of one revision; run "
+                "`vlm-safeguard calibrate` on these"
+            )
+        if processor is not None and own.template_sha256:
+            self._check_template(processor)
+
+    def _check_template(self, processor: Any) -> None:
+        if getattr(processor, "chat_template", None) is None:
+            raise GuardError(
+                f"this guard is for {self.config.model.name}: the processor has no chat template"
+            )
+        if template_digest(processor) != self.config.model.template_sha256:
+            raise GuardError(
+                f"this guard is for {self.config.model.name}: the chat template differs, so its "
+                "gates would read other prompts than those it was calibrated on. Load the "
+                "processor of the same revision, or calibrate with this one"
             )
 
     @contextmanager
-    def attach(self, model: Any) -> Iterator[Session]:
+    def attach(self, model: Any, processor: Any = None) -> Iterator[Session]:
         """Guard every ``generate`` and forward call of ``model`` inside the ``with`` block.
 
-        The model is left as it was afterwards, also after an exception.
+        The model is left as it was afterwards, also after an exception. Given the ``processor``,
+        its chat template is checked too.
 
         Raises:
             GuardError: the guard belongs to another model, or one is attached already.
         """
-        self.check_model(model)
+        self.check_model(model, processor)
         session = Session(self.config, self.tensors, self.image_markup, model)
         session.arm()
         try:
@@ -182,7 +265,45 @@ class Guard:
             session.disarm()
 
 
-def _read_limited(path: Path, limit: int) -> bytes:
-    if path.stat().st_size > limit:
-        raise GuardError(f"{path} is larger than any guard ({limit} bytes at most)")
-    return path.read_bytes()
+class _Folder:
+    """Reads a guard's files from a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, name: str, limit: int) -> bytes:
+        try:
+            return read_limited(self.folder / name, limit)
+        except FileNotFoundError as error:
+            raise GuardError(
+                f"it is no guard: {name} is missing. Make one with `vlm-safeguard calibrate MODEL "
+                "-o GUARD`; a guard on the hub is named owner/name"
+            ) from error
+        except OSError as error:
+            raise GuardError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~ of somebody unknown
+        return Path(name)
+
+
+def _may_write_card(path: Path) -> bool:
+    """Whether nothing, or a card of ours that nobody made their own, lies at ``path``."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        return MARK.encode() in read_limited(path, _MAX_CARD)
+    except OSError:
+        return False
+
+
+def _dtype_hint(model: Any) -> str:
+    """Where the weights' type alone can make them differ: says so."""
+    others = {parameter.dtype for parameter in model.parameters()} - set(_EXACT)
+    if not others:
+        return ""
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+    return f" (some are {names}; guards are recognised in float32 and bfloat16)"

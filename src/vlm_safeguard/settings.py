@@ -1,12 +1,35 @@
-"""What a guard is set to: the contents of ``guard.json``, validated."""
+"""What a guard is set to: the contents of ``guard.json``, validated, and how large it may be."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 SCHEMA_VERSION = 1
+
+# Far above any real guard; docs/guard-format.md states each of them.
+MAX_MODEL_LAYERS = 1024
+MAX_HIDDEN_SIZE = 65_536
+MAX_RANK = 1024
+MAX_GATES = 16
+MAX_MARKUP_TOKENS = 256  # in each of the three lists
+MAX_TOKEN_ID = 2**31 - 1
+MAX_GUARDED_TOKENS = 1_000_000
+MAX_ALPHA = 1e4
+MAX_MAGNITUDE = 1e20  # of thresholds and of every tensor's values: sums of them fit float32
+MAX_DATA_FILES = 64
+MAX_NAME = 256  # characters
+
+# No control characters, line separators or lone surrogates: such names break terminals and logs.
+_PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
+_Name = Annotated[str, Field(max_length=MAX_NAME, pattern=_PRINTABLE)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Sha256OrNone = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+_Layer = Annotated[int, Field(ge=0, lt=MAX_MODEL_LAYERS)]
+_TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+_Threshold = Annotated[FiniteFloat, Field(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
 
 
 class _Strict(BaseModel):
@@ -21,8 +44,8 @@ class Gate(_Strict):
     """
 
     source: Literal["text", "vlm"]
-    layers: list[int] = Field(min_length=1)
-    thresholds: list[FiniteFloat]
+    layers: list[_Layer] = Field(min_length=1, max_length=MAX_MODEL_LAYERS)
+    thresholds: list[_Threshold] = Field(max_length=MAX_MODEL_LAYERS)
     per_layer: bool = False
 
     @model_validator(mode="after")
@@ -39,36 +62,38 @@ class Steering(_Strict):
     reference: Literal["text", "anchor"] = "text"
     query: Literal["pass", "text"] = "text"
     positions: Literal["generated", "all"] = "generated"
-    layers: list[int] = []
-    rank: int = Field(default=1, ge=1)
-    alpha: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
-    tokens: int | None = Field(default=None, ge=1)
+    layers: list[_Layer] = Field(default=[], max_length=MAX_MODEL_LAYERS)
+    rank: int = Field(default=1, ge=1, le=MAX_RANK)
+    alpha: float = Field(default=0.0, ge=0.0, le=MAX_ALPHA, allow_inf_nan=False)
+    tokens: int | None = Field(default=None, ge=1, le=MAX_GUARDED_TOKENS)
 
     @model_validator(mode="after")
     def _layers_to_work_on(self) -> Steering:
         if (self.mode == "defer") == bool(self.layers):
             raise ValueError("every mode but `defer` steers at least one layer, `defer` none")
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError("a layer is steered once")
         return self
 
 
 class ModelIdentity(_Strict):
-    """Which model a guard belongs to."""
+    """Which model a guard belongs to. An empty ``template_sha256``: no template was recorded."""
 
-    name: str
-    config_sha256: str
-    weights_sha256: str
-    template_sha256: str
-    hidden_size: int
-    layers: int
+    name: _Name
+    config_sha256: _Sha256
+    weights_sha256: _Sha256
+    template_sha256: _Sha256OrNone
+    hidden_size: int = Field(ge=1, le=MAX_HIDDEN_SIZE)
+    layers: int = Field(ge=1, le=MAX_MODEL_LAYERS)
 
 
 class Markup(_Strict):
     """See ``witness.ImageMarkup``."""
 
-    token_ids: list[int] = Field(min_length=1)
-    before: list[int] = []
-    after: list[int] = []
-    pad_id: int = 0
+    token_ids: list[_TokenId] = Field(min_length=1, max_length=MAX_MARKUP_TOKENS)
+    before: list[_TokenId] = Field(default=[], max_length=MAX_MARKUP_TOKENS)
+    after: list[_TokenId] = Field(default=[], max_length=MAX_MARKUP_TOKENS)
+    pad_id: _TokenId = 0
 
 
 class GuardConfig(_Strict):
@@ -77,8 +102,11 @@ class GuardConfig(_Strict):
     schema_version: Literal[1] = 1
     model: ModelIdentity
     markup: Markup
-    gates: list[Gate] = Field(min_length=1)
+    gates: list[Gate] = Field(min_length=1, max_length=MAX_GATES)
     steering: Steering
+    data_sha256: dict[_Name, _Sha256] = Field(default={}, max_length=MAX_DATA_FILES)
+    calibration: dict[str, Any] = {}
+    tensors_sha256: _Sha256OrNone = ""
 
     @model_validator(mode="after")
     def _defer_by_text(self) -> GuardConfig:
@@ -86,6 +114,29 @@ class GuardConfig(_Strict):
             raise ValueError("`defer` is decided before the picture is read: text gates only")
         return self
 
-    data_sha256: dict[str, str] = {}
-    calibration: dict[str, Any] = {}
-    tensors_sha256: str = ""
+    @field_validator("calibration")
+    @classmethod
+    def _budget_in_numbers(cls, record: dict[str, Any]) -> dict[str, Any]:
+        """The record is for reading, of any form; its budget alone is put to use (the doctor)."""
+        budget = record.get("budget", {})
+        if not isinstance(budget, dict) or any(
+            isinstance(value, bool) or not isinstance(value, (int, float))
+            for value in budget.values()
+        ):
+            raise ValueError("the budget of a calibration consists of named numbers")
+        return record
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that ``guard.safetensors`` must hold, and no other."""
+        width, steering = self.model.hidden_size, self.steering
+        found: dict[str, tuple[int, ...]] = {}
+        for layer in steering.layers:
+            found[f"directions.{layer}"] = (steering.rank, width)
+            found[f"anchor.{layer}"] = (steering.rank,)
+        for index, gate in enumerate(self.gates):
+            found[f"gate.{index}"] = (len(gate.layers), width)
+        return found
+
+    def tensor_bytes(self) -> int:
+        """Size of all tensors' values in bytes: four each, float32."""
+        return 4 * sum(math.prod(shape) for shape in self.shapes().values())
