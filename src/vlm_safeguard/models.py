@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -239,7 +240,11 @@ def render(processor: Any, prompt: str, pictures: int = 0) -> str:
 
     if pictures:
         return rendered(pictures)
-    plain, one, two = rendered(0), rendered(1), rendered(2)
+    plain = rendered(0)
+    try:
+        one, two = rendered(1), rendered(2)
+    except TemplateError:  # one picture at most
+        return plain
     size, end = len(two) - len(one), 0
     while end < len(one) and one[end] == two[end]:
         end += 1
