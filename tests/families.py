@@ -8,9 +8,13 @@ templates write a picture and its wrapper as the published templates do.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers as tf
@@ -18,6 +22,14 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from vlm_safeguard.models import LoadedModel
+
+# Modules that ask for torchvision or num2words, of which pictures need neither.
+_PIXTRAL = "transformers.models.pixtral"
+_pillow = import_module(f"{_PIXTRAL}.image_processing_pil_pixtral")
+with patch.dict(sys.modules, {f"{_PIXTRAL}.image_processing_pixtral": _pillow}):
+    processing_pixtral = import_module(f"{_PIXTRAL}.processing_pixtral")
+processing_smolvlm = import_module("transformers.models.smolvlm.processing_smolvlm")
+
 
 LAYERS, WIDTH = 4, 32
 PAD, EOS, BOS, FIRST_SPECIAL = 0, 1, 2, 260
@@ -56,16 +68,18 @@ class Family:
     picture: its own, those before it and those after it. ``exact``: whether the template words
     text alone as it does beside a picture, white space included. ``mixed``: whether the family
     itself gives the rows of a batch with and without pictures what it gives each alone.
-    ``both_ways``: whether tokens of a prompt attend to those after them.
+    ``both_ways``: whether tokens of a prompt attend to those after them. ``text_alone``: whether
+    its processor takes requests without a picture.
     """
 
     name: str
     build: Callable[[], LoadedModel]
-    markup: tuple[str, str, str]
+    markup: tuple[tuple[str, ...], str, str]
     decoder: str = "model.language_model"
     exact: bool = True
     mixed: bool = True
     both_ways: bool = False
+    text_alone: bool = True
 
 
 FAMILIES: dict[str, Family] = {}
@@ -116,10 +130,10 @@ def template(picture: str) -> str:
 
 
 def without_video(processor: type) -> type:
-    """The processor's class where its processor for videos, which needs torchvision, is None."""
+    """The processor's class with anything for its processor of videos, which needs torchvision."""
 
     def check(self: Any, name: str, argument: Any) -> Any:
-        if name == "video_processor" and argument is None:
+        if name == "video_processor":
             return None
         return super(made, self).check_argument_for_proper_class(name, argument)
 
@@ -152,7 +166,7 @@ def _clip() -> Any:
     return tf.CLIPImageProcessorPil(do_resize=True, size=SQUARE, do_center_crop=False)
 
 
-@family("LLaVA", markup=("<image>", "", "\n"))
+@family("LLaVA", markup=(("<image>",), "", "\n"))
 def llava() -> LoadedModel:
     config = tf.LlavaConfig(
         vision_config=tf.CLIPVisionConfig(**VISION),
@@ -170,7 +184,7 @@ def llava() -> LoadedModel:
     return ready(tf.LlavaForConditionalGeneration(config), processor, "tiny LLaVA")
 
 
-@family("VipLLaVA", markup=("<image>", "", "\n"))
+@family("VipLLaVA", markup=(("<image>",), "", "\n"))
 def vipllava() -> LoadedModel:
     config = tf.VipLlavaConfig(
         vision_config=tf.CLIPVisionConfig(**VISION),
@@ -192,7 +206,7 @@ def vipllava() -> LoadedModel:
 GRID = [[24, 24], [24, 48], [48, 24]]
 
 
-@family("LLaVA-NeXT", markup=("<image>", "", "\n"))
+@family("LLaVA-NeXT", markup=(("<image>",), "", "\n"))
 def llava_next() -> LoadedModel:
     config = tf.LlavaNextConfig(
         vision_config=tf.CLIPVisionConfig(**VISION),
@@ -213,7 +227,7 @@ def llava_next() -> LoadedModel:
     return ready(tf.LlavaNextForConditionalGeneration(config), processor, "tiny LLaVA-NeXT")
 
 
-@family("LLaVA-OneVision", markup=("<image>", "", "\n"))
+@family("LLaVA-OneVision", markup=(("<image>",), "", "\n"))
 def llava_onevision() -> LoadedModel:
     config = tf.LlavaOnevisionConfig(
         vision_config=tf.SiglipVisionConfig(**VISION),
@@ -243,7 +257,7 @@ QWEN_IDS = {
     "image_token_id": FIRST_SPECIAL + 2,
     "video_token_id": FIRST_SPECIAL + 3,
 }
-QWEN_MARKUP = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+QWEN_MARKUP = (("<|image_pad|>",), "<|vision_start|>", "<|vision_end|>")
 QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -320,3 +334,332 @@ def qwen3_vl() -> LoadedModel:
         _qwen_pictures(), tokenizer(QWEN), chat_template=template(QWEN_PICTURE)
     )
     return ready(tf.Qwen3VLForConditionalGeneration(config), processor, "tiny Qwen3-VL")
+
+
+# -- tiles with a wrapper ----------------------------------------------------------------------
+
+
+def _tiles(**more: Any) -> Any:
+    return tf.GotOcr2ImageProcessorPil(
+        size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=4, **MEAN, **more
+    )
+
+
+@family("InternVL", markup=(("<IMG_CONTEXT>",), "<img>", "</img>\n"))
+def internvl() -> LoadedModel:
+    specials = ["<IMG_CONTEXT>", "<img>", "</img>", "<video>"]
+    config = tf.InternVLConfig(
+        vision_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "image_size": [24, 24],
+            "patch_size": [6, 6],
+        },
+        text_config=tf.Qwen2Config(**TEXT),
+        image_token_id=FIRST_SPECIAL,
+        image_seq_length=4,
+    )
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    processor = without_video(tf.InternVLProcessor)(
+        _tiles(),
+        tokenizer(specials, **named),
+        image_seq_length=4,
+        chat_template=template("<IMG_CONTEXT>\n"),
+    )
+    return ready(tf.InternVLForConditionalGeneration(config), processor, "tiny InternVL")
+
+
+AYA = ("<|IMG_PATCH|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "TILE_GLOBAL")
+AYA += tuple(f"TILE_{n}" for n in range(1, 13))
+
+
+@family("Aya Vision", markup=(AYA, "", ""))
+def aya_vision() -> LoadedModel:
+    specials = [*AYA, "<image>", "<|IMG_LINE_BREAK|>"]
+    config = tf.AyaVisionConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION | {"patch_size": 6}),
+        text_config=tf.Cohere2Config(**TEXT, sliding_window=16),
+        image_token_index=FIRST_SPECIAL,
+        adapter_intermediate_size=24,
+    )
+    processor = tf.AyaVisionProcessor(
+        _tiles(),
+        tokenizer(specials),
+        patch_size=6,
+        img_size=24,
+        downsample_factor=2,
+        chat_template=template("<image>"),
+    )
+    return ready(tf.AyaVisionForConditionalGeneration(config), processor, "tiny Aya Vision")
+
+
+# -- masks of their own ------------------------------------------------------------------------
+
+
+@family("Gemma 3", markup=(("<image_soft_token>",), "\n\n<start_of_image>", "<end_of_image>\n\n"))
+def gemma3() -> LoadedModel:
+    specials = ["<image_soft_token>", "<start_of_image>", "<end_of_image>"]
+    config = tf.Gemma3Config(
+        vision_config=tf.SiglipVisionConfig(**VISION),
+        text_config=tf.Gemma3TextConfig(**TEXT, sliding_window=16, query_pre_attn_scalar=8),
+        image_token_index=FIRST_SPECIAL,
+        boi_token_index=FIRST_SPECIAL + 1,
+        eoi_token_index=FIRST_SPECIAL + 2,
+        mm_tokens_per_image=4,
+    )
+    named = {
+        "image_token": "<image_soft_token>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+    }
+    processor = tf.Gemma3Processor(
+        tf.Gemma3ImageProcessorPil(size=SQUARE),
+        tokenizer(specials, **named),
+        image_seq_length=4,
+        chat_template=template("<start_of_image>"),
+    )
+    return ready(tf.Gemma3ForConditionalGeneration(config), processor, "tiny Gemma 3")
+
+
+@family("PaliGemma", markup=(("<image>",), "", ""), both_ways=True, mixed=False, text_alone=False)
+def paligemma() -> LoadedModel:
+    config = tf.PaliGemmaConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION, projection_dim=WIDTH),
+        text_config=tf.GemmaConfig(**TEXT),
+        image_token_index=FIRST_SPECIAL,
+        projection_dim=WIDTH,
+        hidden_size=WIDTH,
+    )
+    pictures = tf.SiglipImageProcessorPil(size=SQUARE)
+    pictures.image_seq_length = 4
+    processor = tf.PaliGemmaProcessor(
+        pictures,
+        tokenizer(["<image>"], image_token="<image>"),
+        chat_template=template("<image>"),
+    )
+    return ready(tf.PaliGemmaForConditionalGeneration(config), processor, "tiny PaliGemma")
+
+
+# -- Idefics -----------------------------------------------------------------------------------
+
+IDEFICS_TEMPLATE = (
+    "<s>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+IDEFICS = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+IDEFICS += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+
+
+@family(
+    "Idefics2",
+    markup=(("<image>",), "<fake_token_around_image>", "<fake_token_around_image>"),
+    decoder="model.text_model",
+)
+def idefics2() -> LoadedModel:
+    config = tf.Idefics2Config(
+        vision_config=VISION,
+        perceiver_config={
+            "hidden_size": WIDTH,
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 8,
+            "num_key_value_heads": 1,
+        },
+        text_config=tf.MistralConfig(**TEXT),
+        image_token_id=FIRST_SPECIAL,
+    )
+    processor = tf.Idefics2Processor(
+        tf.Idefics2ImageProcessorPil(
+            size={"shortest_edge": 12, "longest_edge": 24}, do_image_splitting=False
+        ),
+        tokenizer(IDEFICS),
+        image_seq_len=4,
+        chat_template=IDEFICS_TEMPLATE,
+    )
+    return ready(tf.Idefics2ForConditionalGeneration(config), processor, "tiny Idefics2")
+
+
+VIDEO = SimpleNamespace(num_frames=1, fps=1, size=None)
+
+
+def _idefics3(splitting: bool) -> LoadedModel:
+    config = tf.Idefics3Config(
+        vision_config=VISION,
+        text_config=tf.LlamaConfig(**TEXT),
+        image_token_id=FIRST_SPECIAL,
+    )
+    processor = tf.Idefics3Processor(
+        tf.Idefics3ImageProcessorPil(
+            size={"longest_edge": 72},
+            max_image_size={"longest_edge": 24},
+            do_image_splitting=splitting,
+        ),
+        tokenizer(IDEFICS),
+        image_seq_len=1,
+        chat_template=IDEFICS_TEMPLATE,
+    )
+    return ready(tf.Idefics3ForConditionalGeneration(config), processor, "tiny Idefics3")
+
+
+@family(
+    "Idefics3",
+    markup=(("<image>",), "<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+    decoder="model.text_model",
+    exact=False,
+)
+def idefics3() -> LoadedModel:
+    return _idefics3(splitting=False)
+
+
+@family(
+    "SmolVLM",
+    markup=(("<image>",), "<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+    decoder="model.text_model",
+    exact=False,
+)
+def smolvlm() -> LoadedModel:
+    config = tf.SmolVLMConfig(
+        vision_config=VISION,
+        text_config=tf.LlamaConfig(**TEXT),
+        image_token_id=FIRST_SPECIAL,
+    )
+    with patch.object(processing_smolvlm, "num2words", str):  # it counts the frames of a video
+        processor = without_video(tf.SmolVLMProcessor)(
+            tf.SmolVLMImageProcessorPil(
+                size={"longest_edge": 72},
+                max_image_size={"longest_edge": 24},
+                do_image_splitting=False,
+            ),
+            tokenizer(IDEFICS),
+            VIDEO,
+            image_seq_len=1,
+            chat_template=IDEFICS_TEMPLATE,
+        )
+    return ready(tf.SmolVLMForConditionalGeneration(config), processor, "tiny SmolVLM")
+
+
+# -- cross-attention ---------------------------------------------------------------------------
+
+
+ASPECTS = [[rows, columns] for rows in range(1, 5) for columns in range(1, 5) if rows * columns < 5]
+
+
+@family("Mllama (Llama 3.2 Vision)", markup=(("<|image|>",), "", ""), mixed=False)
+def mllama() -> LoadedModel:
+    text = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    config = tf.MllamaConfig(
+        vision_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "intermediate_size": 24,
+            "vision_output_dim": 32,
+            "image_size": 24,
+            "patch_size": 12,
+            "max_num_tiles": 4,
+            "intermediate_layers_indices": [0],
+            "supported_aspect_ratios": [
+                [r, c] for r in range(1, 5) for c in range(1, 5) if r * c < 5
+            ],
+        },
+        text_config=text | {"cross_attention_layers": [1]},
+        image_token_index=FIRST_SPECIAL,
+    )
+    processor = tf.MllamaProcessor(
+        tf.MllamaImageProcessorPil(size=SQUARE, max_image_tiles=4),
+        tokenizer(["<|image|>", "<|python_tag|>"]),
+        chat_template="<s>" + template("<|image|>"),
+    )
+    made = ready(tf.MllamaForConditionalGeneration(config), processor, "tiny Mllama")
+    for name, parameter in made.model.named_parameters():
+        if "gate" in name and parameter.numel() == 1:
+            torch.nn.init.constant_(parameter, 0.5)  # they start closed
+    return made
+
+
+# -- Pixtral's vision tower --------------------------------------------------------------------
+
+PIXTRAL = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+
+
+def _pixtral(**more: Any) -> Any:
+    return processing_pixtral.PixtralProcessor(
+        tf.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size=8),
+        tokenizer(PIXTRAL),
+        patch_size=8,
+        chat_template=template("[IMG]"),
+        **more,
+    )
+
+
+def _pixtral_tower() -> Any:
+    return tf.PixtralVisionConfig(**VISION | {"patch_size": 8, "image_size": 64})
+
+
+@family("Pixtral", markup=(("[IMG]", "[IMG_BREAK]"), "", "[IMG_END]"))
+def pixtral() -> LoadedModel:
+    config = tf.LlavaConfig(
+        vision_config=_pixtral_tower(),
+        text_config=tf.MistralConfig(**TEXT),
+        image_token_id=FIRST_SPECIAL,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return ready(tf.LlavaForConditionalGeneration(config), _pixtral(), "tiny Pixtral")
+
+
+@family("Mistral 3", markup=(("[IMG]", "[IMG_BREAK]"), "", "[IMG_END]"))
+def mistral3() -> LoadedModel:
+    config = tf.Mistral3Config(
+        vision_config=_pixtral_tower(),
+        text_config=tf.MistralConfig(**TEXT),
+        image_token_index=FIRST_SPECIAL,
+        spatial_merge_size=2,
+    )
+    processor = _pixtral(spatial_merge_size=2)
+    return ready(tf.Mistral3ForConditionalGeneration(config), processor, "tiny Mistral 3")
+
+
+@family("GLM-4V", markup=(("<|image|>",), "<|begin_of_image|>", "<|end_of_image|>"))
+def glm4v() -> LoadedModel:
+    specials = ["<|image|>", "<|begin_of_image|>", "<|end_of_image|>", "<|video|>"]
+    specials += ["<|begin_of_video|>", "<|end_of_video|>"]
+    text = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    config = tf.Glm4vConfig(
+        text_config=text | _mrope(1, 1, 2, partial_rotary_factor=1.0),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": WIDTH,
+            "num_heads": 2,
+            "patch_size": 8,
+            "image_size": 32,
+        },
+        image_token_id=FIRST_SPECIAL,
+        image_start_token_id=FIRST_SPECIAL + 1,
+        image_end_token_id=FIRST_SPECIAL + 2,
+        video_token_id=FIRST_SPECIAL + 3,
+        video_start_token_id=FIRST_SPECIAL + 4,
+        video_end_token_id=FIRST_SPECIAL + 5,
+    )
+    processor = without_video(tf.Glm4vProcessor)(
+        tf.Glm4vImageProcessorPil(
+            patch_size=8, size={"shortest_edge": 512, "longest_edge": 8192}, merge_size=2
+        ),
+        tokenizer(specials),
+        chat_template=template("<|begin_of_image|><|image|><|end_of_image|>"),
+    )
+    return ready(tf.Glm4vForConditionalGeneration(config), processor, "tiny GLM-4V")

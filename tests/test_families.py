@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests import families, tiny
 from tests.families import FAMILIES, Family
+from vlm_safeguard.errors import ModelError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel, encode, find_decoder
 from vlm_safeguard.settings import Markup
@@ -73,23 +74,38 @@ def states_in(module: Any, run: Any) -> dict[int, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
+    for layer in range(last - 1, -1, -1):  # past a layer that did not run the stream goes as it is
+        taken.setdefault(layer, taken[layer + 1])
     return taken
 
 
-def bare_states(one: Family, loaded: LoadedModel, prompt: str) -> dict[int, Tensor]:
+def bare_states(
+    one: Family, loaded: LoadedModel, prompt: str, pictured: bool = True
+) -> dict[int, Tensor]:
     """Last states (d) of the language model by itself on the template's text: one row, no
-    padding, no mask, no positions."""
+    padding, no mask, no positions. Where the template writes no white space beside a picture,
+    the text of a ``pictured`` request has none there."""
+    if not one.text_alone:  # what its processor writes without the picture's own tokens
+        ids = encode(loaded, [prompt], [families.photo(1)])["input_ids"][0].tolist()
+        image = loaded.model.config.image_token_id
+        return last_states(one, loaded, [token for token in ids if token != image])
     text = loaded.processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "text", "text": prompt}]}],
         add_generation_prompt=True,
         tokenize=False,
     )
-    ids = loaded.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    if pictured and not one.exact:
+        text = text.replace("User: ", "User:", 1)
+    tokenizer = loaded.processor.tokenizer
+    return last_states(one, loaded, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def last_states(one: Family, loaded: LoadedModel, ids: list[int]) -> dict[int, Tensor]:
     options = {}
     if one.both_ways:
-        options["attention_mask"] = torch.zeros(1, 1, ids.shape[1], ids.shape[1])
-    module = decoder_of(one, loaded)
-    states = states_in(module, lambda: module(input_ids=ids, use_cache=False, **options))
+        options["attention_mask"] = torch.zeros(1, 1, len(ids), len(ids))
+    module, row = decoder_of(one, loaded), torch.tensor([ids])
+    states = states_in(module, lambda: module(input_ids=row, use_cache=False, **options))
     return {layer: state[0, -1] for layer, state in states.items()}
 
 
@@ -103,8 +119,12 @@ def guard_for(
     if isinstance(thresholds, float):
         thresholds = [thresholds] * len(layers)
     made = tiny.with_thresholds(made, [thresholds])
-    ids = [loaded.processor.tokenizer.encode(t, add_special_tokens=False) for t in one.markup]
-    markup = Markup(token_ids=ids[0], before=ids[1], after=ids[2], pad_id=families.PAD)
+    tokens, *wrapper = one.markup
+    before, after = (
+        loaded.processor.tokenizer.encode(text, add_special_tokens=False) for text in wrapper
+    )
+    ids = loaded.processor.tokenizer.convert_tokens_to_ids(tokens)
+    markup = Markup(token_ids=ids, before=before, after=after, pad_id=families.PAD)
     return Guard(made.config.model_copy(update={"markup": markup}), made.tensors)
 
 
@@ -159,7 +179,7 @@ def test_the_witness_is_the_bare_language_model(one: Family, loaded: LoadedModel
         scores = torch.tensor([d.scores["text.0"] for d in session.decisions])
     expected = torch.zeros(len(PROMPTS), len(layers), dtype=torch.float64)
     for row, prompt in enumerate(PROMPTS):
-        states = bare_states(one, loaded, prompt)
+        states = bare_states(one, loaded, prompt, pictured=row == 0 or not one.mixed)
         for place, layer in enumerate(layers):
             vector = made.tensors["gate.0"][place].double()
             expected[row, place] = states[layer].double() @ vector
@@ -234,9 +254,13 @@ def test_cached_decoding_equals_recomputing(one: Family, loaded: LoadedModel) ->
 
 
 def test_markup(one: Family, loaded: LoadedModel) -> None:
+    if not one.text_alone:
+        with pytest.raises(ModelError, match=f"{one.name}: its processor refuses"):
+            find_markup(loaded)
+        return
     markup = find_markup(loaded)
     decode = loaded.processor.tokenizer.decode
-    assert [decode([t]) for t in markup.token_ids] == [one.markup[0]]
+    assert {decode([t]) for t in markup.token_ids} == set(one.markup[0])
     assert (decode(markup.before), decode(markup.after)) == one.markup[1:]
 
 
@@ -247,6 +271,8 @@ SIZES = [(40, 32), (64, 64), (200, 40), (40, 200), (130, 90), (30, 31)]
 def test_the_reading_of_a_pictured_request_is_the_text_alone(
     one: Family, loaded: LoadedModel, size: tuple[int, int]
 ) -> None:
+    if not one.text_alone:
+        pytest.skip("its processor takes no text alone")
     markup, tokenizer = find_markup(loaded), loaded.processor.tokenizer
     prompt = "Say,\n\nwhat is this?\n"
     for prompts in ([prompt], [prompt, PROMPTS[1]]):

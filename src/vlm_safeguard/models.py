@@ -267,16 +267,16 @@ def process(
         ModelError: the processor takes no such batch.
     """
     options: dict[str, Any] = {"padding": True, "return_tensors": "pt", "add_special_tokens": False}
-    images = [picture for picture in pictures if picture is not None]
-    if images:
-        options["images"] = images
+    images = [[] if picture is None else [picture] for picture in pictures]
+    if any(images):
+        options["images"] = images  # row by row: some processors take a flat list for one row's
     try:
         return dict(loaded.processor(text=list(texts), **options))
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{loaded.name}: its processor refuses {len(texts)} requests with {len(images)} "
-            f"pictures: {reason}"
+            f"{loaded.name}: its processor refuses {len(texts)} requests with "
+            f"{sum(map(len, images))} pictures: {reason}"
         ) from error
 
 
@@ -298,7 +298,9 @@ def encode(
     ]
     batch = process(loaded, texts, pictures)
     return {
-        key: value.to(loaded.device) for key, value in batch.items() if isinstance(value, Tensor)
+        key: value.to(loaded.device)
+        for key, value in batch.items()
+        if isinstance(value, Tensor) and key != "labels"  # those are for training
     }
 
 

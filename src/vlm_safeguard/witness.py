@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -94,13 +94,12 @@ def find_markup(loaded: LoadedModel) -> ImageMarkup:
     blocks = [_block(tokenizer, plain, row, image_id, loaded.name) for row in rows]
     # Tokens that no text can hold, because ``encode`` breaks them where a user types them.
     special = set(tokenizer.get_added_vocab().values()) | {image_id}
-    markup = _markup(blocks, special)
+    markup = _markup(tokenizer, blocks, special)
     if markup is None:
         raise ModelError(
             f"{loaded.name}: what its template writes around a picture depends on the picture's "
             "size, so the text-only reading cannot be derived from the token ids"
         )
-    markup = replace(markup, token_ids=_same_kind(tokenizer, markup.token_ids, special))
     for row, block in zip(rows, blocks, strict=True):
         reading = [row[i] for i in markup.kept(row)]
         same = reading == plain if block.exact else _says(tokenizer, reading, plain)
@@ -162,10 +161,10 @@ def _block(tokenizer: Any, plain: list[int], full: list[int], image_id: int, nam
 WRAPPER = 12  # tokens at most around a picture where the cut is not exact
 
 
-def _markup(blocks: list[_Block], special: set[int]) -> ImageMarkup | None:
+def _markup(tokenizer: Any, blocks: list[_Block], special: set[int]) -> ImageMarkup | None:
     """One markup for all blocks; None where their wrappers cannot be brought under one."""
     before, after = {b.before for b in blocks}, {b.after for b in blocks}
-    inside = {token for b in blocks for token in b.inside}
+    inside = _same_kind(tokenizer, {token for b in blocks for token in b.inside}, special)
     loose = {token for wrap in (*before, *after) for token in wrap if token in special}
     if len(before) > 1 or len(after) > 1 or loose & inside:
         # Wrappers that change with the picture: their special tokens count as the picture's own.
@@ -189,17 +188,14 @@ def _up_to(wrap: tuple[int, ...], special: set[int]) -> tuple[int, ...]:
     return wrap[:place]
 
 
-def _same_kind(tokenizer: Any, tokens: tuple[int, ...], special: set[int]) -> tuple[int, ...]:
-    """``tokens`` and the special tokens that differ from one of them in numbers alone: the row
-    and column tags that no picture tried here has."""
-    kinds = {re.sub(r"\d+", "#", str(tokenizer.convert_ids_to_tokens(t))) for t in tokens}
-    kinds = {kind for kind in kinds if "#" in kind}
-    more = {
-        token
-        for token in special
-        if re.sub(r"\d+", "#", str(tokenizer.convert_ids_to_tokens(token))) in kinds
+def _same_kind(tokenizer: Any, tokens: set[int], special: set[int]) -> set[int]:
+    """``tokens`` and the special tokens that differ from a special one of them in numbers alone:
+    the row and column tags that no picture tried here has."""
+    kinds = {
+        token: re.sub(r"\d+", "#", str(tokenizer.convert_ids_to_tokens(token))) for token in special
     }
-    return tuple(sorted({*tokens, *more}))
+    seen = {kinds[token] for token in tokens & special if "#" in kinds[token]}
+    return tokens | {token for token in special if kinds[token] in seen}
 
 
 def _says(tokenizer: Any, ids: list[int], plain: list[int]) -> bool:
