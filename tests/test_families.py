@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests import families, tiny
+from tests import families, family_table, tiny
 from tests.families import FAMILIES, Family
+from vlm_safeguard.activations import record
+from vlm_safeguard.doctor import describe, examine
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import LoadedModel, encode, find_decoder
+from vlm_safeguard.models import LoadedModel, encode, find_decoder, watch_layer
+from vlm_safeguard.requests import Request
 from vlm_safeguard.settings import Markup
 from vlm_safeguard.witness import find_markup, text_columns, text_only, verify_residual_stream
 
@@ -76,7 +82,7 @@ def states_in(module: Any, run: Any) -> dict[int, Tensor]:
             handle.remove()
     for layer in range(last - 1, -1, -1):  # past a layer that did not run the stream goes as it is
         taken.setdefault(layer, taken[layer + 1])
-    return taken
+    return {layer: taken[layer] for layer in range(last + 1)}
 
 
 def bare_states(
@@ -258,34 +264,241 @@ def test_markup(one: Family, loaded: LoadedModel) -> None:
         with pytest.raises(ModelError, match=f"{one.name}: its processor refuses"):
             find_markup(loaded)
         return
-    markup = find_markup(loaded)
-    decode = loaded.processor.tokenizer.decode
+    markup, decode = find_markup(loaded), loaded.processor.tokenizer.decode
     assert {decode([t]) for t in markup.token_ids} == set(one.markup[0])
     assert (decode(markup.before), decode(markup.after)) == one.markup[1:]
+    assert markup.inner == ()
 
 
 SIZES = [(40, 32), (64, 64), (200, 40), (40, 200), (130, 90), (30, 31)]
+MULTILINE = "Say,\n\nwhat is this?\n"
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-def test_the_reading_of_a_pictured_request_is_the_text_alone(
-    one: Family, loaded: LoadedModel, size: tuple[int, int]
-) -> None:
+def readings(loaded: LoadedModel, prompts: list[str], size: tuple[int, int]) -> list[list[int]]:
+    """Rows of the text-only reading of pictured requests."""
+    inputs = encode(loaded, prompts, [families.photo(3, *size)] * len(prompts))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    columns = text_columns(ids, mask, find_markup(loaded))
+    ids, mask = text_only(ids, columns, families.PAD)
+    return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+
+
+@pytest.mark.parametrize("name", [n for n, one in FAMILIES.items() if one.text_alone])
+def test_the_reading_of_a_pictured_request_is_the_text_alone(name: str) -> None:
+    one, loaded = FAMILIES[name], loaded_of(FAMILIES[name])
+    prompts, tokenizer = [MULTILINE, PROMPTS[1]], loaded.processor.tokenizer
+    text = encode(loaded, prompts, [None, None])
+    expected = [
+        row[kept.bool()].tolist()
+        for row, kept in zip(text["input_ids"], text["attention_mask"], strict=True)
+    ]
+    if not one.exact:
+        said = [tokenizer.decode(row).replace("User: ", "User:", 1) for row in expected]
+        expected = [tokenizer.encode(line, add_special_tokens=False) for line in said]
+    for size in SIZES:
+        assert readings(loaded, prompts, size) == expected
+        assert readings(loaded, prompts[:1], size) == expected[:1]
+
+
+def test_rows_of_tiles_and_what_stands_between_them() -> None:
+    loaded = families.tiled()
+    tokenizer, markup = loaded.processor.tokenizer, find_markup(loaded)
+    tags = {f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)}
+    tokens = {tokenizer.decode([token]) for token in markup.token_ids}
+    assert tokens == tags | {"<image>", "<fake_token_around_image>", "<global-img>"}
+    assert [tokenizer.decode([token]) for token in markup.inner] == ["\n"]
+    assert markup.before == markup.after == ()
+    seen = set()
+    for size in SIZES:
+        (reading,) = readings(loaded, [MULTILINE], size)
+        assert tokenizer.decode(reading) == f"<s>User:{MULTILINE}<end_of_utterance>\nAssistant:"
+        ids = encode(loaded, [MULTILINE], [families.photo(3, *size)])["input_ids"]
+        seen |= set(ids[0].tolist()) & set(tokenizer.convert_tokens_to_ids(sorted(tags)))
+    assert len(seen) > 3
+
+
+def test_a_template_that_says_more_without_a_picture() -> None:
+    """As Llama 3.2's, which has a system message where there is no picture."""
+    loaded = families.llava()
+    pictured = "{% if messages[0]['content'][0]['type'] == 'image' %}"
+    loaded.processor.chat_template = (
+        pictured + "{% else %}system: Today is Monday.\n{% endif %}"
+    ) + loaded.processor.chat_template
+    expected = "user: How?\nassistant: "
+    decode = loaded.processor.tokenizer.decode
+    assert decode(encode(loaded, ["How?"], [None])["input_ids"][0]) == expected
+    assert decode(readings(loaded, ["How?"], (40, 32))[0]) == expected
+
+
+def test_newlines_of_a_wrapper_that_melt_with_those_of_the_text() -> None:
+    loaded = families.gemma3(newlines=True)
+    (reading,) = readings(loaded, [MULTILINE], (40, 32))
+    said = loaded.processor.tokenizer.decode(reading)
+    assert said.split("Say,")[1] == ("Say," + MULTILINE[4:] + "\nassistant\n").split("Say,")[1]
+    assert said.split("Say,")[0].rstrip() == "user" and said.split("Say,")[0].endswith("\n")
+
+
+def test_a_template_with_other_words_around_a_picture_is_refused() -> None:
+    loaded = families.llava()
+    loaded.processor.chat_template = (
+        "{% if messages[0]['content'][0]['type'] == 'image' %}Look: {% endif %}"
+    ) + loaded.processor.chat_template.replace("assistant", "{{ messages[0]['content'] | length }}")
+    with pytest.raises(ModelError, match="tiny LLaVA: its chat template words"):
+        find_markup(loaded)
+
+
+# -- layers that a request without a picture skips ---------------------------------------------
+
+
+def test_the_stream_past_a_skipped_layer_is_read_and_replaced() -> None:
+    loaded = families.mllama()
+    decoder = find_decoder(loaded.model)
+    assert decoder.skipped == {1}
+    text, pictured = (encode(loaded, PROMPTS[:1], [i]) for i in (None, families.photo(1)))
+    for inputs in (text, pictured):
+        seen: dict[int, Tensor] = {}
+
+        def see(layer: int, seen: dict[int, Tensor] = seen) -> Any:
+            return lambda hidden: seen.__setitem__(layer, hidden.clone())
+
+        def move(hidden: Tensor) -> Tensor:
+            return hidden + 1
+
+        handles = [watch_layer(decoder, layer, see(layer)) for layer in range(families.LAYERS)]
+        plain = states_in(decoder.module, lambda inputs=inputs: loaded.model(**inputs))
+        for layer, state in plain.items():
+            assert torch.equal(seen[layer], state)
+        assert torch.equal(plain[0], plain[1]) == (inputs is text)
+        handles.append(watch_layer(decoder, 1, move))
+        moved = states_in(decoder.module, lambda inputs=inputs: loaded.model(**inputs))
+        assert torch.equal(moved[1], plain[1] + 1)
+        assert not torch.equal(moved[2], plain[2])
+        for handle in handles:
+            handle.remove()
+        again = states_in(decoder.module, lambda inputs=inputs: loaded.model(**inputs))
+        assert torch.equal(again[3], plain[3])
+
+
+def test_recorded_states_of_a_skipped_layer_are_those_below(tmp_path: Path) -> None:
+    loaded = families.mllama()
+    items = [Request(prompt, None) for prompt in PROMPTS]
+    states = record(loaded, items, tmp_path)
+    assert torch.equal(states[:, 0], states[:, 1])
+    for row, prompt in enumerate(PROMPTS):
+        expected = bare_states(FAMILIES["mllama"], loaded, prompt)
+        close(states[row], torch.stack([expected[layer] for layer in range(families.LAYERS)]))
+    pictured = record(loaded, [Request(PROMPTS[0], families.photo(1))], tmp_path)
+    assert (pictured[0, 0] - pictured[0, 1]).abs().max() > 1e-2
+
+
+# -- what cannot be guarded --------------------------------------------------------------------
+
+REASONS = {
+    "InstructBLIP with a decoder-only LLM": "a generate\\(\\) of its own",
+    "InstructBLIP with T5": "encoder-decoder",
+    "BLIP-2": "a generate\\(\\) of its own",
+    "Kosmos-2": "a generate\\(\\) of its own",
+    "Florence-2": "encoder-decoder",
+    "Gemma 3n": "no residual stream",
+}
+
+
+@pytest.mark.parametrize("name", families.REFUSED)
+def test_refused_by_name(name: str) -> None:
+    model = families.REFUSED[name]().eval()
+    with pytest.raises(ModelError, match=f"{type(model).__name__}.*{REASONS[name]}"):
+        verify_residual_stream(model)
+
+
+def test_a_text_only_model_has_no_image_token() -> None:
+    text = LlamaForCausalLM(LlamaConfig(**families.TEXT))
+    processor = families.llava().processor
+    with pytest.raises(ModelError, match="only words: its configuration names no image token"):
+        find_markup(LoadedModel(text, processor, "only words"))
+
+
+def _integers(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda _, __, output: (output * 8).to(torch.int8))
+
+
+def _none(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda *_: (None,))
+
+
+def _other_width(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda _, __, output: output[..., : families.WIDTH // 2])
+
+
+@pytest.mark.parametrize("spoil", [_integers, _none, _other_width])
+def test_layers_without_a_residual_stream_are_refused(spoil: Any) -> None:
+    model = families.llava().model
+    spoil(find_decoder(model).layers[-1])
+    with pytest.raises(ModelError, match=r"LlavaForConditionalGeneration.*residual stream"):
+        verify_residual_stream(model)
+
+
+def test_layers_that_do_not_hand_on_what_they_put_out_are_refused() -> None:
+    model = families.llava().model
+    layer = find_decoder(model).layers[2]
+    layer.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+    with pytest.raises(ModelError, match="what layer 1 puts out is not what layer 2 takes in"):
+        verify_residual_stream(model)
+
+
+def test_layers_that_do_not_run_are_refused() -> None:
+    model = families.llava().model
+    decoder = find_decoder(model).module
+    forward = decoder.forward
+
+    def early(*args: Any, **kwargs: Any) -> Any:
+        layers, decoder.layers = decoder.layers, decoder.layers[:2]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            decoder.layers = layers
+
+    decoder.forward = early
+    with pytest.raises(ModelError, match=r"of layers \[0, 1, 2, 3\] a text-only pass ran \[0, 1\]"):
+        verify_residual_stream(model)
+
+
+@pytest.mark.parametrize("fault", ["shorter", "elsewhere", "twice", "itself"])
+def test_a_decoder_that_cannot_be_verified_is_refused(fault: str) -> None:
+    model = families.llava().model
+    if fault == "shorter":
+        model.model.language_model.layers = model.model.language_model.layers[:3]
+    elif fault == "elsewhere":
+        model.get_decoder = lambda: model.model.vision_tower
+    elif fault == "twice":
+        model.model.language_model.more = nn.ModuleList(nn.Identity() for _ in range(4))
+    elif fault == "itself":  # what get_decoder() falls back to where it finds no name it knows
+        model.get_decoder = lambda: model
+        assert find_decoder(model).path == "model.language_model"
+        return
+    with pytest.raises(ModelError, match="cannot verify the decoder of LlavaForCond"):
+        find_decoder(model)
+
+
+# -- what doctor and the docs say --------------------------------------------------------------
+
+
+def test_description_and_checks(one: Family, loaded: LoadedModel) -> None:
     if not one.text_alone:
-        pytest.skip("its processor takes no text alone")
-    markup, tokenizer = find_markup(loaded), loaded.processor.tokenizer
-    prompt = "Say,\n\nwhat is this?\n"
-    for prompts in ([prompt], [prompt, PROMPTS[1]]):
-        inputs = encode(loaded, prompts, [families.photo(3, *size)] * len(prompts))
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        reading = text_only(ids, text_columns(ids, mask, markup), families.PAD)
-        text = encode(loaded, prompts, [None] * len(prompts))
-        if one.exact:
-            assert torch.equal(reading[0], text["input_ids"])
-            assert torch.equal(reading[1], text["attention_mask"])
-        for row in range(len(prompts)):
-            said = [
-                tokenizer.decode(ids[row][mask[row].bool()])
-                for ids, mask in (reading, (text["input_ids"], text["attention_mask"]))
-            ]
-            assert said[0].split(":", 1)[1].lstrip() == said[1].split(":", 1)[1].lstrip()
+        with pytest.raises(ModelError):
+            describe(loaded)
+        return
+    found = describe(loaded)
+    assert (found.model, found.family) == (loaded.name, type(loaded.model).__name__)
+    assert (found.decoder, found.layers, found.hidden_size) == (one.decoder, 4, 32)
+    assert set(found.image_tokens) == set(one.markup[0])
+    assert (found.before, found.after) == one.markup[1:]
+    assert (found.dtypes, found.devices) == (("float32",), ("cpu",))
+    assert found.template == hashlib.sha256(loaded.processor.chat_template.encode()).hexdigest()
+    said = {check.name: check.found for check in examine(found)}
+    assert f"{one.decoder}: 4 layers of 32" in said["decoder"]
+    assert repr(found.image_tokens[0]) in said["image tokens"]
+
+
+def test_the_committed_table_is_current() -> None:
+    committed = family_table.DOCS.read_text(encoding="utf-8")
+    assert committed == family_table.written_into(committed), "python -m tests.family_table"

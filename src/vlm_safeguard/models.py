@@ -171,9 +171,8 @@ def hidden_of(output: Any) -> Tensor:
             else type(hidden).__name__
         )
         raise ModelError(
-            f"a decoder layer puts out {found}, no residual stream in floating point (batch, "
-            "tokens, hidden size), so this model cannot be guarded. Load it without quantised "
-            "activations and with transformers' own layers"
+            f"a decoder layer puts out {found}, no residual stream (batch, tokens, hidden size) in "
+            "floating point that a guard could read and steer"
         )
     return hidden
 
@@ -272,10 +271,10 @@ def process(
         options["images"] = images  # row by row: some processors take a flat list for one row's
     try:
         return dict(loaded.processor(text=list(texts), **options))
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ValueError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"{loaded.name}: its processor refuses {len(texts)} requests with "
+            f"{loaded.name}: its processor refuses a batch of {len(texts)} with "
             f"{sum(map(len, images))} pictures: {reason}"
         ) from error
 

@@ -292,7 +292,13 @@ def verify_residual_stream(model: Any) -> Decoder:
 
     def leave(layer: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> Any:
-            left[layer] = hidden_of(output) * 1.5
+            hidden = hidden_of(output)
+            if hidden.shape != (*ids.shape, decoder.hidden_size):
+                raise ModelError(
+                    f"layer {layer} puts out a state of shape {tuple(hidden.shape)} for "
+                    f"{ids.shape[1]} tokens, no residual stream of {decoder.hidden_size}"
+                )
+            left[layer] = -hidden  # another stream, no larger
             return replace_hidden(output, left[layer])
 
         return hook
@@ -303,6 +309,8 @@ def verify_residual_stream(model: Any) -> Decoder:
         handles.append(module.register_forward_hook(leave(layer)))
     try:
         text_pass(model, ids, torch.ones_like(ids))
+    except ModelError as error:
+        raise ModelError(f"cannot verify the decoder of {name}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -311,12 +319,11 @@ def verify_residual_stream(model: Any) -> Decoder:
         raise ModelError(
             f"cannot verify the decoder of {name}: of layers {ran} a text-only pass ran {order}"
         )
-    shape = (*ids.shape, decoder.hidden_size)
     for layer, following in pairwise(ran):
-        if left[layer].shape != shape or not torch.equal(left[layer], taken[following]):
+        if not torch.equal(left[layer], taken[following].to(left[layer].device)):
             raise ModelError(
                 f"cannot verify the decoder of {name}: what layer {layer} puts out is not what "
-                f"layer {following} takes in, so there is no residual stream to read and steer"
+                f"layer {following} takes in, so there is no residual stream to steer"
             )
     return decoder
 
