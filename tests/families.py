@@ -339,6 +339,58 @@ def qwen3_vl() -> LoadedModel:
     return ready(tf.Qwen3VLForConditionalGeneration(config), processor, "tiny Qwen3-VL")
 
 
+@family("Qwen3-VL-MoE", markup=QWEN_MARKUP)
+def qwen3_vl_moe() -> LoadedModel:
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    config = tf.Qwen3VLMoeConfig(
+        text_config=TEXT | _mrope(2, 1, 1) | experts,
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": WIDTH,
+            "num_heads": 2,
+            "patch_size": 8,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        **QWEN_IDS,
+    )
+    processor = without_video(tf.Qwen3VLProcessor)(
+        _qwen_pictures(), tokenizer(QWEN), chat_template=template(QWEN_PICTURE)
+    )
+    return ready(tf.Qwen3VLMoeForConditionalGeneration(config), processor, "tiny Qwen3-VL-MoE")
+
+
+@family("Qwen3.5", markup=QWEN_MARKUP)
+def qwen3_5() -> LoadedModel:
+    linear = {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_conv_kernel_dim": 4,
+    }
+    config = tf.Qwen3_5Config(
+        text_config=TEXT | _mrope(2, 1, 1) | linear,
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": WIDTH,
+            "num_heads": 2,
+            "patch_size": 8,
+            "num_position_embeddings": 16,
+        },
+        **QWEN_IDS,
+    )
+    processor = without_video(tf.Qwen3VLProcessor)(
+        _qwen_pictures(), tokenizer(QWEN), chat_template=template(QWEN_PICTURE)
+    )
+    return ready(tf.Qwen3_5ForConditionalGeneration(config), processor, "tiny Qwen3.5")
+
+
 # -- tiles with a wrapper ----------------------------------------------------------------------
 
 
