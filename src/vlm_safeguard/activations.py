@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vlm_safeguard import prompts
 from vlm_safeguard.errors import ModelError
-from vlm_safeguard.models import LoadedModel, encode, find_decoder, hidden_of
+from vlm_safeguard.models import LoadedModel, encode, watch_layer
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.requests import Request, batches
+from vlm_safeguard.witness import verify_residual_stream
 
 
 @torch.inference_mode()
@@ -31,12 +32,13 @@ def record(
 
     They are written to a file in ``folder`` batch by batch and returned as a memory map of it, so
     that memory stays flat in the number of requests. Own hooks read the layers: what a model
-    reports as ``hidden_states`` may be normed or unsteered.
+    reports as ``hidden_states`` may be normed or unsteered. A layer that a request without a
+    picture skips has the state of the one below.
 
     Raises:
-        ModelError: a state is NaN or Inf.
+        ModelError: the decoder cannot be verified, or a state is NaN or Inf.
     """
-    decoder = find_decoder(loaded.model)
+    decoder = verify_residual_stream(loaded.model)
     depth, width = len(decoder.layers), decoder.hidden_size
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".states", delete=False) as handle:
         path = handle.name
@@ -46,13 +48,13 @@ def record(
     seen: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
-        def hook(_: Any, __: Any, output: Any) -> None:
+        def see(hidden: Tensor) -> None:
             # Batches are padded on the left: the last column is the last prompt token.
-            seen[layer] = hidden_of(output)[:, -1].float().cpu()
+            seen[layer] = hidden[:, -1].float().cpu()
 
-        return hook
+        return see
 
-    handles = [m.register_forward_hook(keep(i)) for i, m in enumerate(decoder.layers)]
+    handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(depth)]
     try:
         groups = batches(items, batch)
         for group in progress.track(groups, what) if progress else groups:

@@ -114,16 +114,18 @@ def doctor(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check MODEL, and a guard on it: belonging, sign, separability, effect."""
-    from vlm_safeguard.doctor import diagnose, examine
+    """Check MODEL: decoder, image tokens; and a guard on it: sign, separability, effect."""
+    from vlm_safeguard.doctor import describe, diagnose, examine
     from vlm_safeguard.guard import Guard
 
     progress = _progress(quiet)
     artifact = Guard.from_pretrained(guard) if guard else None
     loaded = _load(model, dtype, device, progress)
-    checks = diagnose(loaded, artifact, progress=progress) if artifact else examine(loaded)
+    found = describe(loaded)
+    checks = diagnose(loaded, artifact, progress=progress) if artifact else examine(found)
     if json_:
-        _print({"ok": all(c.ok for c in checks), "checks": [vars(c) for c in checks]})
+        facts = {"ok": all(c.ok for c in checks), "model": vars(found)}
+        _print(facts | {"checks": [vars(c) for c in checks]})
     else:
         for check in checks:
             print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.found}")

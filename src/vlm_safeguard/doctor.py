@@ -14,12 +14,12 @@ from vlm_safeguard.errors import GuardError
 from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.stats import mcnemar, wilson
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import LoadedModel, find_decoder, template_digest
+from vlm_safeguard.models import LoadedModel, template_digest
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.requests import PICTURED, requests
 from vlm_safeguard.separate import auc
 from vlm_safeguard.trials import attack, per_prompt, within
-from vlm_safeguard.witness import find_markup
+from vlm_safeguard.witness import find_markup, verify_residual_stream
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,86 @@ class Check:
     found: str
 
 
-def examine(loaded: LoadedModel) -> list[Check]:
-    """What the model looks like to the guard: decoder, markup, dtype."""
-    decoder, markup = find_decoder(loaded.model), find_markup(loaded)
-    weight = next(decoder.module.parameters())
-    wrapped = (
-        f", wrapped in {markup.before} and {markup.after}" if markup.before + markup.after else ""
+@dataclass(frozen=True)
+class Description:
+    """What the guard finds on a model.
+
+    ``skipped``: layers that a request without a picture leaves out. ``image_tokens``, ``before``,
+    ``after`` and ``inner`` are the markup (see ``witness.ImageMarkup``) as text. ``template``:
+    SHA-256 of the chat template. ``dtypes`` and ``devices`` are those of the decoder's weights.
+    """
+
+    model: str
+    family: str
+    decoder: str
+    layers: int
+    hidden_size: int
+    skipped: tuple[int, ...]
+    image_tokens: tuple[str, ...]
+    before: str
+    after: str
+    inner: tuple[str, ...]
+    template: str
+    dtypes: tuple[str, ...]
+    devices: tuple[str, ...]
+
+
+def describe(loaded: LoadedModel) -> Description:
+    """What the model looks like to a guard, each of it verified on the model itself.
+
+    Raises:
+        ModelError: the model cannot be guarded; the message says why.
+    """
+    decoder, markup = verify_residual_stream(loaded.model), find_markup(loaded)
+    tokenizer, weights = loaded.processor.tokenizer, list(decoder.module.parameters())
+    return Description(
+        model=loaded.name,
+        family=type(loaded.model).__name__,
+        decoder=decoder.path,
+        layers=len(decoder.layers),
+        hidden_size=decoder.hidden_size,
+        skipped=tuple(sorted(decoder.skipped)),
+        image_tokens=tuple(tokenizer.decode([token]) for token in markup.token_ids),
+        before=tokenizer.decode(list(markup.before)),
+        after=tokenizer.decode(list(markup.after)),
+        inner=tuple(tokenizer.decode([token]) for token in markup.inner),
+        template=template_digest(loaded.processor),
+        dtypes=tuple(sorted({str(w.dtype).removeprefix("torch.") for w in weights})),
+        devices=tuple(sorted({str(w.device) for w in weights})),
     )
+
+
+def examine(found: Description) -> list[Check]:
+    """A description as checks, all of them passed."""
+    skipped = (
+        f", of which a request without a picture skips {list(found.skipped)}"
+        if found.skipped
+        else ""
+    )
+    wrapper = (
+        f" between {found.before!r} and {found.after!r}" if found.before or found.after else ""
+    )
+    shown = list(map(repr, found.image_tokens[:4]))
+    more = len(found.image_tokens) - len(shown)
+    tokens = ", ".join(shown) + (f" and {more} more" if more else "")
     return [
+        Check("model", True, found.family),
         Check(
             "decoder",
             True,
-            f"{decoder.path}: {len(decoder.layers)} layers of "
-            f"{decoder.hidden_size}, {weight.dtype}, {weight.device}",
+            f"{found.decoder}: {found.layers} layers of {found.hidden_size}{skipped}, "
+            f"{', '.join(found.dtypes)}, {', '.join(found.devices)}",
         ),
-        Check("image tokens", True, f"ids {list(markup.token_ids)}{wrapped}"),
+        Check("residual stream", True, "each layer takes in what the one below puts out"),
+        Check("image tokens", True, tokens + wrapper),
+        Check("chat template", True, f"sha256 {found.template}"),
     ]
 
 
 def diagnose(loaded: LoadedModel, guard: Guard, *, progress: Progress | None = None) -> list[Check]:
     """Check ``guard`` against ``loaded``; the caller decides what a failed check means."""
     progress = progress or Progress(quiet=True)
-    checks = examine(loaded)
+    checks = [check for check in examine(describe(loaded)) if check.name != "chat template"]
     try:
         guard.check_model(loaded.model)
         checks.append(Check("belongs to this model", True, guard.config.model.name))

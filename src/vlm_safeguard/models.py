@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from vlm_safeguard.errors import ModelError
@@ -22,12 +24,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Decoder:
-    """The verified language decoder of a VLM. ``path`` is its name inside the model."""
+    """The verified language decoder of a VLM. ``path`` is its name inside the model.
+
+    ``skipped`` are the layers that a request without a picture leaves out: layers that attend to
+    the picture alone. The residual stream goes past them unchanged.
+    """
 
     module: nn.Module
     layers: nn.ModuleList
     path: str
     hidden_size: int
+    skipped: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -103,48 +110,173 @@ def _local_folder(name: str) -> bool:
 def find_decoder(model: Any) -> Decoder:
     """The language decoder and its layers, checked against the configuration.
 
-    ``get_decoder()`` may silently return the model itself and a search by module lists may find
-    the vision tower, so whatever is found must have the text configuration's number of layers and
-    must not lie inside the vision tower. What cannot be verified is refused, never guessed.
+    ``get_decoder()`` may silently return the model itself or a wrapper of the decoder, and a
+    search by module lists alone may find the vision tower. So the decoder is the one module that
+    holds both the embedding of the token ids and a list of as many layers as the text
+    configuration says, and it must lie where ``get_decoder()`` points. What cannot be verified is
+    refused, never guessed.
 
     Raises:
-        ModelError: no decoder could be verified.
+        ModelError: the model is not of a kind that can be guarded, or no decoder could be verified.
     """
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_decoder"):
         raise ModelError(f"{name} is not a transformers model with a decoder")
-    if getattr(config, "is_encoder_decoder", False):
+    try:
+        text = config.get_text_config(decoder=True)
+    except ValueError as error:  # several text configurations
+        raise ModelError(f"cannot verify the decoder of {name}: {error}") from error
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder model: its decoder is not a residual LLM")
-    text = config.get_text_config(decoder=True)
-    module = model.get_decoder()
-    layers = getattr(module, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) != text.num_hidden_layers:
-        found = len(layers) if isinstance(layers, nn.ModuleList) else "no"
+    if getattr(type(model), "generate", None) is not GenerationMixin.generate:
         raise ModelError(
-            f"cannot verify the decoder of {name}: get_decoder() has {found} layers, its text "
-            f"configuration says {text.num_hidden_layers}"
+            f"{name} has a generate() of its own, which goes round the forward pass that a guard "
+            "follows, so it cannot be guarded"
         )
-    path = next((n for n, m in model.named_modules() if m is module), None)
-    if path is None or "vision" in path:
-        raise ModelError(f"cannot verify the decoder of {name}: it lies at {path!r}")
-    return Decoder(module, layers, path, text.hidden_size)
+    depth = getattr(text, "num_hidden_layers", None)
+    embedding, pointed = model.get_input_embeddings(), model.get_decoder()
+    found = [
+        (path, module, layers)
+        for path, module in model.named_modules()
+        for layers in module.children()
+        if isinstance(layers, nn.ModuleList) and len(layers) == depth
+        if _holds(module, embedding) and _holds(pointed, module)
+    ]
+    if len(found) != 1:
+        raise ModelError(
+            f"cannot verify the decoder of {name}: where get_decoder() points, {len(found)} "
+            f"modules hold the token embedding and {depth} layers, as the text configuration says"
+        )
+    path, module, layers = found[0]
+    skipped = frozenset(getattr(text, "cross_attention_layers", None) or ())
+    return Decoder(module, layers, path, text.hidden_size, skipped)
 
 
-def hidden_of(output: Tensor | tuple | ModelOutput) -> Tensor:
-    """The residual stream in a decoder layer's output: a Tensor, or the first of a tuple."""
-    return output if isinstance(output, Tensor) else output[0]
+def _holds(module: nn.Module, part: nn.Module | None) -> bool:
+    return any(inner is part for inner in module.modules())
 
 
-def replace_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
+def hidden_of(output: Any) -> Tensor:
+    """The residual stream (B, T, d) in a decoder layer's output: a Tensor, or a tuple's first.
+
+    Raises:
+        ModelError: there is none.
+    """
+    hidden = output[0] if isinstance(output, tuple | list | ModelOutput) and output else output
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3 or not hidden.is_floating_point():
+        found = (
+            f"{hidden.dtype} of shape {tuple(hidden.shape)}"
+            if isinstance(hidden, Tensor)
+            else type(hidden).__name__
+        )
+        raise ModelError(
+            f"a decoder layer puts out {found}, no residual stream (batch, tokens, hidden size) in "
+            "floating point that a guard could read and steer"
+        )
+    return hidden
+
+
+def replace_hidden(output: Any, hidden: Tensor) -> Tensor | tuple:
     """A layer output of the same kind with another residual stream."""
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+def watch_layer(decoder: Decoder, layer: int, see: Callable[[Tensor], Tensor | None]) -> Any:
+    """Call ``see`` with the residual stream (B, T, d) after a layer, each time it comes past.
+
+    What ``see`` returns takes its place, unless it is None. After a layer that a request without
+    a picture skips, the stream is read where the next layer that always runs takes it in, so that
+    ``see`` is called once in every pass. Watch layers in ascending order.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+
+    Raises:
+        ModelError: no layer above a skipped one always runs.
+    """
+    if layer not in decoder.skipped:
+
+        def after(_: nn.Module, __: Any, output: Any) -> Any:
+            changed = see(hidden_of(output))
+            return None if changed is None else replace_hidden(output, changed)
+
+        return decoder.layers[layer].register_forward_hook(after)
+    following = [n for n in range(layer + 1, len(decoder.layers)) if n not in decoder.skipped]
+    if not following:
+        raise ModelError(f"layer {layer} is skipped without a picture, and no layer follows it")
+
+    def before(_: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if args:
+            changed = see(hidden_of(args[0]))
+            return None if changed is None else ((changed, *args[1:]), kwargs)
+        changed = see(hidden_of(kwargs.get("hidden_states")))
+        return None if changed is None else (args, kwargs | {"hidden_states": changed})
+
+    return decoder.layers[following[0]].register_forward_pre_hook(before, with_kwargs=True)
 
 
 def conversation(prompt: str, images: int = 0) -> list[dict[str, Any]]:
     """One user turn in the chat format that processors' templates take, pictures first."""
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in range(images)]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+
+
+def render(processor: Any, prompt: str, pictures: int = 0) -> str:
+    """A single-turn request through the chat template, pictures first, ready for an answer.
+
+    Without a picture it is the request with its pictures taken out, which the template's own
+    rendering of text alone is, unless the template says more where there is no picture (a system
+    message, say).
+    """
+
+    def rendered(count: int) -> str:
+        return str(
+            processor.apply_chat_template(
+                conversation(prompt, count), add_generation_prompt=True, tokenize=False
+            )
+        )
+
+    if pictures:
+        return rendered(pictures)
+    plain = rendered(0)
+    try:
+        one, two = rendered(1), rendered(2)
+    except TemplateError:  # one picture at most
+        return plain
+    size, end = len(two) - len(one), 0
+    while end < len(one) and one[end] == two[end]:
+        end += 1
+    if (
+        size <= 0
+        or one[end:] != two[end + size :]
+        or two[end : end + size] != one[end - size : end]
+    ):
+        return plain  # the template does not write one picture after the other
+    cut = one[: end - size] + one[end:]
+    return plain if "".join(plain.split()) == "".join(cut.split()) else cut
+
+
+def process(
+    loaded: LoadedModel, texts: Sequence[str], pictures: Sequence[Image.Image | None]
+) -> dict[str, Any]:
+    """Rendered requests, each with one picture or none, through the processor; left-padded.
+
+    Raises:
+        ModelError: the processor takes no such batch.
+    """
+    options: dict[str, Any] = {"padding": True, "return_tensors": "pt", "add_special_tokens": False}
+    images = [[] if picture is None else [picture] for picture in pictures]
+    if any(images):
+        options["images"] = images  # row by row: some processors take a flat list for one row's
+    try:
+        return dict(loaded.processor(text=list(texts), **options))
+    except (ValueError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{loaded.name}: its processor refuses a batch of {len(texts)} with "
+            f"{sum(map(len, images))} pictures: {reason}"
+        ) from error
 
 
 def encode(
@@ -154,23 +286,20 @@ def encode(
 
     Left-padded, on the model's device. Prompts pass through the chat template. Control tokens
     typed by a user are neutralised so that a prompt cannot open a turn of its own.
+
+    Raises:
+        ModelError: the processor takes no such batch.
     """
     processor = loaded.processor
     texts = [
-        processor.apply_chat_template(
-            conversation(neutralise(processor.tokenizer, prompt), 0 if picture is None else 1),
-            add_generation_prompt=True,
-            tokenize=False,
-        )
+        render(processor, neutralise(processor.tokenizer, prompt), 0 if picture is None else 1)
         for prompt, picture in zip(prompts, pictures, strict=True)
     ]
-    images = [picture for picture in pictures if picture is not None]
-    options: dict[str, Any] = {"images": images} if images else {}
-    batch = processor(
-        text=texts, padding=True, return_tensors="pt", add_special_tokens=False, **options
-    )
+    batch = process(loaded, texts, pictures)
     return {
-        key: value.to(loaded.device) for key, value in batch.items() if isinstance(value, Tensor)
+        key: value.to(loaded.device)
+        for key, value in batch.items()
+        if isinstance(value, Tensor) and key != "labels"  # those are for training
     }
 
 

@@ -20,7 +20,13 @@ from vlm_safeguard import method
 from vlm_safeguard.errors import GuardError, GuardRuntimeError
 from vlm_safeguard.models import find_decoder, hidden_of, replace_hidden
 from vlm_safeguard.settings import GuardConfig
-from vlm_safeguard.witness import ImageMarkup, positions_of, text_columns, text_only
+from vlm_safeguard.witness import (
+    ImageMarkup,
+    positions_of,
+    text_columns,
+    text_only,
+    text_pass,
+)
 
 _MARK = "_vlm_safeguard_session"
 _UNSUPPORTED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate")
@@ -225,12 +231,7 @@ class Session:
         self._witnessed, self._witness_seen = request, set()
         try:
             with suppress(_EnoughSeen):
-                self.decoder.module(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=positions_of(mask),
-                    use_cache=False,
-                )
+                text_pass(self.model, ids, mask)
         finally:
             self._witnessed = None
         needed = self._witness_layers if self._wants_text(request) else self._text_gate_layers

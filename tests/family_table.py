@@ -1,0 +1,77 @@
+"""The table of model families in ``docs/families.md``, made from the matrix.
+
+python -m tests.family_table    # writes it anew
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.families import FAMILIES, REFUSED, Family
+from vlm_safeguard.doctor import describe
+from vlm_safeguard.errors import ModelError
+from vlm_safeguard.files import write_whole
+from vlm_safeguard.witness import verify_residual_stream
+
+DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+START, END = "<!-- made by python -m tests.family_table -->", "<!-- end -->"
+
+
+def table() -> str:
+    """Both tables: what is verified, and what is refused and why."""
+    lines = [
+        "| Family | Class in transformers | Language layers | Tokens of a picture "
+        "| Text-only reading |",
+        "|---|---|---|---|---|",
+        *(_row(one) for one in FAMILIES.values()),
+        "",
+        "Refused, by name:",
+        "",
+        "| Family | Reason |",
+        "|---|---|",
+        *(f"| {name} | {_reason(name)} |" for name in REFUSED),
+    ]
+    return "\n".join(lines)
+
+
+def _row(one: Family) -> str:
+    loaded = one.build()
+    decoder = verify_residual_stream(loaded.model)
+    skipped = f", {len(decoder.skipped)} of 4 cross-attention" if decoder.skipped else ""
+    try:
+        found = describe(loaded)
+    except ModelError as error:
+        tokens, reading = _code(*one.markup[0]), f"not to be had: {_after_colon(error)}"
+    else:
+        shown = found.image_tokens[:4] + (("...",) if len(found.image_tokens) > 4 else ())
+        tokens = " ".join(filter(None, (_code(found.before), _code(*shown), _code(found.after))))
+        reading = "as the template has it" + ("" if one.exact else ", but for white space")
+    where = f"`{decoder.path}.layers`{skipped}"
+    return f"| {one.name} | `{type(loaded.model).__name__}` | {where} | {tokens} | {reading} |"
+
+
+def _code(*tokens: str) -> str:
+    written = (token.replace("\n", "\\n").replace("|", "\\|") for token in tokens if token)
+    return " ".join(f"`{token}`" for token in written)
+
+
+def _reason(name: str) -> str:
+    try:
+        verify_residual_stream(REFUSED[name]().eval())
+    except ModelError as error:
+        return str(error)
+    raise RuntimeError(f"{name} is not refused: move it into the matrix")
+
+
+def _after_colon(error: ModelError) -> str:
+    return str(error).split(": ", 1)[1].rstrip(".")
+
+
+def written_into(text: str) -> str:
+    """``text`` with the table in its place."""
+    before, rest = text.split(START, 1)
+    return f"{before}{START}\n{table()}\n{END}{rest.split(END, 1)[1]}"
+
+
+if __name__ == "__main__":
+    write_whole({DOCS: written_into(DOCS.read_text(encoding="utf-8")).encode()})

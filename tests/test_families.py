@@ -1,0 +1,504 @@
+"""Every family of ``tests.families`` through the same code: decoder, text, steering, markup."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests import families, family_table, tiny
+from tests.families import FAMILIES, Family
+from vlm_safeguard.activations import record
+from vlm_safeguard.doctor import describe, examine
+from vlm_safeguard.errors import ModelError
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.models import LoadedModel, encode, find_decoder, watch_layer
+from vlm_safeguard.requests import Request
+from vlm_safeguard.settings import Markup
+from vlm_safeguard.witness import find_markup, text_columns, text_only, verify_residual_stream
+
+PROMPTS = ["What is this?", "How many of them are there, would you say?"]
+NEW = 4
+CLOSE = {"atol": 2e-4, "rtol": 1e-3}
+ALWAYS, NEVER = -1e9, 1e9
+
+
+@pytest.fixture(params=FAMILIES)
+def one(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@lru_cache(maxsize=1)  # the tests run family by family
+def loaded_of(one: Family) -> LoadedModel:
+    return one.build()
+
+
+@pytest.fixture
+def loaded(one: Family) -> LoadedModel:
+    return loaded_of(one)
+
+
+def decoder_of(one: Family, loaded: LoadedModel) -> Any:
+    return loaded.model.get_submodule(one.decoder)
+
+
+def text_layers(one: Family, loaded: LoadedModel) -> list[int]:
+    """Layers that run without a picture too."""
+    config = loaded.model.config.get_text_config(decoder=True)
+    skipped = getattr(config, "cross_attention_layers", None) or []
+    return [layer for layer in range(families.LAYERS) if layer not in skipped]
+
+
+def states_in(module: Any, run: Any) -> dict[int, Tensor]:
+    """The residual stream (B, T, d) after every layer that ran: what the next one took in."""
+    taken: dict[int, Tensor] = {}
+    last = len(module.layers) - 1
+
+    def take(layer: int) -> Any:
+        def hook(_: Any, args: tuple, kwargs: dict) -> None:
+            taken[layer - 1] = (args[0] if args else kwargs["hidden_states"]).clone()
+
+        return hook
+
+    def leave(_: Any, __: Any, output: Any) -> None:
+        taken[last] = (output[0] if isinstance(output, tuple) else output).clone()
+
+    handles = [
+        layer.register_forward_pre_hook(take(n), with_kwargs=True)
+        for n, layer in enumerate(module.layers)
+    ]
+    handles.append(module.layers[last].register_forward_hook(leave))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in range(last - 1, -1, -1):  # past a layer that did not run the stream goes as it is
+        taken.setdefault(layer, taken[layer + 1])
+    return {layer: taken[layer] for layer in range(last + 1)}
+
+
+def bare_states(
+    one: Family, loaded: LoadedModel, prompt: str, pictured: bool = True
+) -> dict[int, Tensor]:
+    """Last states (d) of the language model by itself on the template's text: one row, no
+    padding, no mask, no positions. Where the template writes no white space beside a picture,
+    the text of a ``pictured`` request has none there."""
+    if not one.text_alone:  # what its processor writes without the picture's own tokens
+        ids = encode(loaded, [prompt], [families.photo(1)])["input_ids"][0].tolist()
+        image = loaded.model.config.image_token_id
+        return last_states(one, loaded, [token for token in ids if token != image])
+    text = loaded.processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": prompt}]}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    if pictured and not one.exact:
+        text = text.replace("User: ", "User:", 1)
+    tokenizer = loaded.processor.tokenizer
+    return last_states(one, loaded, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def last_states(one: Family, loaded: LoadedModel, ids: list[int]) -> dict[int, Tensor]:
+    options = {}
+    if one.both_ways:
+        options["attention_mask"] = torch.zeros(1, 1, len(ids), len(ids))
+    module, row = decoder_of(one, loaded), torch.tensor([ids])
+    states = states_in(module, lambda: module(input_ids=row, use_cache=False, **options))
+    return {layer: state[0, -1] for layer, state in states.items()}
+
+
+def guard_for(
+    one: Family, loaded: LoadedModel, thresholds: float | list[float] = ALWAYS, **steering: Any
+) -> Guard:
+    """A guard gated by the text, and its markup as written down in the matrix."""
+    layers = text_layers(one, loaded)
+    gates = [tiny.gate("text", *layers, threshold=0.0)]
+    made = tiny.guard(loaded.model, gates, layers=[layers[1], layers[-1]], **steering)
+    if isinstance(thresholds, float):
+        thresholds = [thresholds] * len(layers)
+    made = tiny.with_thresholds(made, [thresholds])
+    tokens, *wrapper = one.markup
+    before, after = (
+        loaded.processor.tokenizer.encode(text, add_special_tokens=False) for text in wrapper
+    )
+    ids = loaded.processor.tokenizer.convert_tokens_to_ids(tokens)
+    markup = Markup(token_ids=ids, before=before, after=after, pad_id=families.PAD)
+    return Guard(made.config.model_copy(update={"markup": markup}), made.tensors)
+
+
+def batch(one: Family, loaded: LoadedModel) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Two requests as one batch and each alone; the second is text alone where that goes."""
+    pictures = [families.photo(1), None if one.mixed else families.photo(2)]
+    alone = [encode(loaded, [p], [i]) for p, i in zip(PROMPTS, pictures, strict=True)]
+    return encode(loaded, PROMPTS, pictures), alone
+
+
+def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    options = {"max_new_tokens": NEW, "do_sample": False} | options
+    out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
+    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+# -- the decoder -------------------------------------------------------------------------------
+
+
+def test_decoder(one: Family, loaded: LoadedModel) -> None:
+    decoder = verify_residual_stream(loaded.model)
+    assert decoder == find_decoder(loaded.model)
+    assert decoder.path == one.decoder
+    assert decoder.module is decoder_of(one, loaded)
+    assert len(decoder.layers) == families.LAYERS and decoder.hidden_size == families.WIDTH
+    assert sorted(decoder.skipped | set(text_layers(one, loaded))) == list(range(families.LAYERS))
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in decoder.layers)
+
+
+def test_the_picture_matters(one: Family, loaded: LoadedModel) -> None:
+    """Without this the rest would say little."""
+    logits = [
+        loaded.model(**encode(loaded, PROMPTS[:1], [families.photo(seed)])).logits[0, -1]
+        for seed in (1, 2)
+    ]
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+
+
+# -- the text-only pass ------------------------------------------------------------------------
+
+
+def test_the_witness_is_the_bare_language_model(one: Family, loaded: LoadedModel) -> None:
+    inputs, _ = batch(one, loaded)
+    made = guard_for(one, loaded, 0.0)
+    layers = text_layers(one, loaded)
+    with made.attach(loaded.model) as session:
+        generate(loaded.model, inputs, max_new_tokens=1)
+        scores = torch.tensor([d.scores["text.0"] for d in session.decisions])
+    expected = torch.zeros(len(PROMPTS), len(layers), dtype=torch.float64)
+    for row, prompt in enumerate(PROMPTS):
+        states = bare_states(one, loaded, prompt, pictured=row == 0 or not one.mixed)
+        for place, layer in enumerate(layers):
+            vector = made.tensors["gate.0"][place].double()
+            expected[row, place] = states[layer].double() @ vector
+    close(scores.double(), expected)
+
+
+# -- steering ----------------------------------------------------------------------------------
+
+
+def test_a_closed_gate_changes_nothing(one: Family, loaded: LoadedModel) -> None:
+    inputs, _ = batch(one, loaded)
+    tokens, logits = generate(loaded.model, inputs)
+    with guard_for(one, loaded, NEVER).attach(loaded.model) as session:
+        guarded = generate(loaded.model, inputs)
+        assert not any(d.fired for d in session.decisions)
+    assert torch.equal(guarded[0], tokens) and torch.equal(guarded[1], logits)
+
+
+@pytest.mark.parametrize(("mode", "query"), [("restore", "text"), ("add", "text"), ("add", "pass")])
+def test_an_open_gate_moves_states_by_the_formula(
+    one: Family, loaded: LoadedModel, mode: str, query: str
+) -> None:
+    alpha = 0.5
+    made = guard_for(one, loaded, mode=mode, query=query, alpha=alpha, tokens=1)
+    inputs = encode(loaded, PROMPTS[:1], [families.photo(1)])
+    module, layer = decoder_of(one, loaded), made.config.steering.layers[0]
+    plain = states_in(module, lambda: loaded.model(**inputs))[layer][0].double()
+    with made.attach(loaded.model):
+        moved = states_in(module, lambda: loaded.model(**inputs))[layer][0].double()
+    rows = made.tensors[f"directions.{layer}"].double()
+    state = plain[-1]
+    text = bare_states(one, loaded, PROMPTS[0])[layer].double()
+    if mode == "add":
+        expected = state + alpha * rows.T @ (rows @ (text if query == "text" else state))
+    else:
+        expected = state - rows.T @ (rows @ state) + (1 + alpha) * rows.T @ (rows @ text)
+    assert (expected - state).norm() > 0.1
+    close(moved[-1], expected)
+    assert torch.equal(moved[:-1], plain[:-1])
+
+
+def test_rows_of_a_batch_get_what_they_get_alone(one: Family, loaded: LoadedModel) -> None:
+    """With the gate open for the one of them alone."""
+    inputs, alone = batch(one, loaded)
+    made = guard_for(one, loaded, 0.0)
+    with made.attach(loaded.model) as session:
+        generate(loaded.model, inputs, max_new_tokens=1)
+        scores = torch.tensor([d.scores["text.0"] for d in session.decisions])
+    made = guard_for(one, loaded, scores.mean(0).tolist())
+    with made.attach(loaded.model) as session:
+        _, together = generate(loaded.model, inputs)
+        fired = [d.fired for d in session.decisions]
+        assert sorted(fired) == [False, True]
+        for row, request in enumerate(alone):
+            close(together[row], generate(loaded.model, request)[1][0])
+            assert [d.fired for d in session.decisions] == fired[row : row + 1]
+    _, plain = generate(loaded.model, inputs)
+    open_row = fired.index(True)
+    assert (together[open_row] - plain[open_row]).abs().max() > 1e-2
+    close(together[1 - open_row], plain[1 - open_row])
+
+
+def test_cached_decoding_equals_recomputing(one: Family, loaded: LoadedModel) -> None:
+    inputs = encode(loaded, PROMPTS[:1], [families.photo(1)])
+    with guard_for(one, loaded, tokens=2).attach(loaded.model):
+        _, cached = generate(loaded.model, inputs)
+        _, anew = generate(loaded.model, inputs, use_cache=False)
+    close(cached, anew)
+
+
+# -- processor and template --------------------------------------------------------------------
+
+
+def test_markup(one: Family, loaded: LoadedModel) -> None:
+    if not one.text_alone:
+        with pytest.raises(ModelError, match=f"{one.name}: its processor refuses"):
+            find_markup(loaded)
+        return
+    markup, decode = find_markup(loaded), loaded.processor.tokenizer.decode
+    assert {decode([t]) for t in markup.token_ids} == set(one.markup[0])
+    assert (decode(markup.before), decode(markup.after)) == one.markup[1:]
+    assert markup.inner == ()
+
+
+SIZES = [(40, 32), (64, 64), (200, 40), (40, 200), (130, 90), (30, 31)]
+MULTILINE = "Say,\n\nwhat is this?\n"
+
+
+def readings(loaded: LoadedModel, prompts: list[str], size: tuple[int, int]) -> list[list[int]]:
+    """Rows of the text-only reading of pictured requests."""
+    inputs = encode(loaded, prompts, [families.photo(3, *size)] * len(prompts))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    columns = text_columns(ids, mask, find_markup(loaded))
+    ids, mask = text_only(ids, columns, families.PAD)
+    return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+
+
+@pytest.mark.parametrize("name", [n for n, one in FAMILIES.items() if one.text_alone])
+def test_the_reading_of_a_pictured_request_is_the_text_alone(name: str) -> None:
+    one, loaded = FAMILIES[name], loaded_of(FAMILIES[name])
+    prompts, tokenizer = [MULTILINE, PROMPTS[1]], loaded.processor.tokenizer
+    text = encode(loaded, prompts, [None, None])
+    expected = [
+        row[kept.bool()].tolist()
+        for row, kept in zip(text["input_ids"], text["attention_mask"], strict=True)
+    ]
+    if not one.exact:
+        said = [tokenizer.decode(row).replace("User: ", "User:", 1) for row in expected]
+        expected = [tokenizer.encode(line, add_special_tokens=False) for line in said]
+    for size in SIZES:
+        assert readings(loaded, prompts, size) == expected
+        assert readings(loaded, prompts[:1], size) == expected[:1]
+
+
+def test_rows_of_tiles_and_what_stands_between_them() -> None:
+    loaded = families.tiled()
+    tokenizer, markup = loaded.processor.tokenizer, find_markup(loaded)
+    tags = {f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)}
+    tokens = {tokenizer.decode([token]) for token in markup.token_ids}
+    assert tokens == tags | {"<image>", "<fake_token_around_image>", "<global-img>"}
+    assert [tokenizer.decode([token]) for token in markup.inner] == ["\n"]
+    assert markup.before == markup.after == ()
+    seen = set()
+    for size in SIZES:
+        (reading,) = readings(loaded, [MULTILINE], size)
+        assert tokenizer.decode(reading) == f"<s>User:{MULTILINE}<end_of_utterance>\nAssistant:"
+        ids = encode(loaded, [MULTILINE], [families.photo(3, *size)])["input_ids"]
+        seen |= set(ids[0].tolist()) & set(tokenizer.convert_tokens_to_ids(sorted(tags)))
+    assert len(seen) > 3
+
+
+def test_a_template_that_says_more_without_a_picture() -> None:
+    """As Llama 3.2's, which has a system message where there is no picture."""
+    loaded = families.llava()
+    pictured = "{% if messages[0]['content'][0]['type'] == 'image' %}"
+    loaded.processor.chat_template = (
+        pictured + "{% else %}system: Today is Monday.\n{% endif %}"
+    ) + loaded.processor.chat_template
+    expected = "user: How?\nassistant: "
+    decode = loaded.processor.tokenizer.decode
+    assert decode(encode(loaded, ["How?"], [None])["input_ids"][0]) == expected
+    assert decode(readings(loaded, ["How?"], (40, 32))[0]) == expected
+
+
+def test_newlines_of_a_wrapper_that_melt_with_those_of_the_text() -> None:
+    loaded = families.gemma3(newlines=True)
+    (reading,) = readings(loaded, [MULTILINE], (40, 32))
+    said = loaded.processor.tokenizer.decode(reading)
+    assert said.split("Say,")[1] == ("Say," + MULTILINE[4:] + "\nassistant\n").split("Say,")[1]
+    assert said.split("Say,")[0].rstrip() == "user" and said.split("Say,")[0].endswith("\n")
+
+
+def test_a_template_with_other_words_around_a_picture_is_refused() -> None:
+    loaded = families.llava()
+    loaded.processor.chat_template = (
+        "{% if messages[0]['content'][0]['type'] == 'image' %}Look: {% endif %}"
+    ) + loaded.processor.chat_template.replace("assistant", "{{ messages[0]['content'] | length }}")
+    with pytest.raises(ModelError, match="tiny LLaVA: its chat template words"):
+        find_markup(loaded)
+
+
+# -- layers that a request without a picture skips ---------------------------------------------
+
+
+def test_the_stream_past_a_skipped_layer_is_read_and_replaced() -> None:
+    loaded = families.mllama()
+    decoder = find_decoder(loaded.model)
+    assert decoder.skipped == {1}
+    text, pictured = (encode(loaded, PROMPTS[:1], [i]) for i in (None, families.photo(1)))
+    for inputs in (text, pictured):
+        seen: dict[int, Tensor] = {}
+
+        def see(layer: int, seen: dict[int, Tensor] = seen) -> Any:
+            return lambda hidden: seen.__setitem__(layer, hidden.clone())
+
+        def move(hidden: Tensor) -> Tensor:
+            return hidden + 1
+
+        handles = [watch_layer(decoder, layer, see(layer)) for layer in range(families.LAYERS)]
+        plain = states_in(decoder.module, lambda inputs=inputs: loaded.model(**inputs))
+        for layer, state in plain.items():
+            assert torch.equal(seen[layer], state)
+        assert torch.equal(plain[0], plain[1]) == (inputs is text)
+        handles.append(watch_layer(decoder, 1, move))
+        moved = states_in(decoder.module, lambda inputs=inputs: loaded.model(**inputs))
+        assert torch.equal(moved[1], plain[1] + 1)
+        assert not torch.equal(moved[2], plain[2])
+        for handle in handles:
+            handle.remove()
+        again = states_in(decoder.module, lambda inputs=inputs: loaded.model(**inputs))
+        assert torch.equal(again[3], plain[3])
+
+
+def test_recorded_states_of_a_skipped_layer_are_those_below(tmp_path: Path) -> None:
+    loaded = families.mllama()
+    items = [Request(prompt, None) for prompt in PROMPTS]
+    states = record(loaded, items, tmp_path)
+    assert torch.equal(states[:, 0], states[:, 1])
+    for row, prompt in enumerate(PROMPTS):
+        expected = bare_states(FAMILIES["mllama"], loaded, prompt)
+        close(states[row], torch.stack([expected[layer] for layer in range(families.LAYERS)]))
+    pictured = record(loaded, [Request(PROMPTS[0], families.photo(1))], tmp_path)
+    assert (pictured[0, 0] - pictured[0, 1]).abs().max() > 1e-2
+
+
+# -- what cannot be guarded --------------------------------------------------------------------
+
+REASONS = {
+    "InstructBLIP with a decoder-only LLM": "a generate\\(\\) of its own",
+    "InstructBLIP with T5": "encoder-decoder",
+    "BLIP-2": "a generate\\(\\) of its own",
+    "Kosmos-2": "a generate\\(\\) of its own",
+    "Florence-2": "encoder-decoder",
+    "Gemma 3n": "no residual stream",
+}
+
+
+@pytest.mark.parametrize("name", families.REFUSED)
+def test_refused_by_name(name: str) -> None:
+    model = families.REFUSED[name]().eval()
+    with pytest.raises(ModelError, match=f"{type(model).__name__}.*{REASONS[name]}"):
+        verify_residual_stream(model)
+
+
+def test_a_text_only_model_has_no_image_token() -> None:
+    text = LlamaForCausalLM(LlamaConfig(**families.TEXT))
+    processor = families.llava().processor
+    with pytest.raises(ModelError, match="only words: its configuration names no image token"):
+        find_markup(LoadedModel(text, processor, "only words"))
+
+
+def _integers(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda _, __, output: (output * 8).to(torch.int8))
+
+
+def _none(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda *_: (None,))
+
+
+def _other_width(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda _, __, output: output[..., : families.WIDTH // 2])
+
+
+@pytest.mark.parametrize("spoil", [_integers, _none, _other_width])
+def test_layers_without_a_residual_stream_are_refused(spoil: Any) -> None:
+    model = families.llava().model
+    spoil(find_decoder(model).layers[-1])
+    with pytest.raises(ModelError, match=r"LlavaForConditionalGeneration.*residual stream"):
+        verify_residual_stream(model)
+
+
+def test_layers_that_do_not_hand_on_what_they_put_out_are_refused() -> None:
+    model = families.llava().model
+    layer = find_decoder(model).layers[2]
+    layer.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+    with pytest.raises(ModelError, match="what layer 1 puts out is not what layer 2 takes in"):
+        verify_residual_stream(model)
+
+
+def test_layers_that_do_not_run_are_refused() -> None:
+    model = families.llava().model
+    decoder = find_decoder(model).module
+    forward = decoder.forward
+
+    def early(*args: Any, **kwargs: Any) -> Any:
+        layers, decoder.layers = decoder.layers, decoder.layers[:2]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            decoder.layers = layers
+
+    decoder.forward = early
+    with pytest.raises(ModelError, match=r"of layers \[0, 1, 2, 3\] a text-only pass ran \[0, 1\]"):
+        verify_residual_stream(model)
+
+
+@pytest.mark.parametrize("fault", ["shorter", "elsewhere", "twice", "itself"])
+def test_a_decoder_that_cannot_be_verified_is_refused(fault: str) -> None:
+    model = families.llava().model
+    if fault == "shorter":
+        model.model.language_model.layers = model.model.language_model.layers[:3]
+    elif fault == "elsewhere":
+        model.get_decoder = lambda: model.model.vision_tower
+    elif fault == "twice":
+        model.model.language_model.more = nn.ModuleList(nn.Identity() for _ in range(4))
+    elif fault == "itself":  # what get_decoder() falls back to where it finds no name it knows
+        model.get_decoder = lambda: model
+        assert find_decoder(model).path == "model.language_model"
+        return
+    with pytest.raises(ModelError, match="cannot verify the decoder of LlavaForCond"):
+        find_decoder(model)
+
+
+# -- what doctor and the docs say --------------------------------------------------------------
+
+
+def test_description_and_checks(one: Family, loaded: LoadedModel) -> None:
+    if not one.text_alone:
+        with pytest.raises(ModelError):
+            describe(loaded)
+        return
+    found = describe(loaded)
+    assert (found.model, found.family) == (loaded.name, type(loaded.model).__name__)
+    assert (found.decoder, found.layers, found.hidden_size) == (one.decoder, 4, 32)
+    assert set(found.image_tokens) == set(one.markup[0])
+    assert (found.before, found.after) == one.markup[1:]
+    assert (found.dtypes, found.devices) == (("float32",), ("cpu",))
+    assert found.template == hashlib.sha256(loaded.processor.chat_template.encode()).hexdigest()
+    said = {check.name: check.found for check in examine(found)}
+    assert f"{one.decoder}: 4 layers of 32" in said["decoder"]
+    assert repr(found.image_tokens[0]) in said["image tokens"]
+
+
+def test_the_committed_table_is_current() -> None:
+    committed = family_table.DOCS.read_text(encoding="utf-8")
+    assert committed == family_table.written_into(committed), "python -m tests.family_table"
