@@ -90,7 +90,7 @@ def sound(kind: str, seed: int = 0) -> Files:
             "hidden_size": width,
             "layers": 6,
         },
-        "markup": {"token_ids": [258], "before": [], "after": [3], "pad_id": 0},
+        "markup": {"token_ids": [258], "before": [], "after": [3], "inner": [], "pad_id": 0},
         "gates": gates,
         "steering": steering,
         "data_sha256": {"anchors.jsonl": digests[3]},
@@ -430,8 +430,8 @@ def check_settings(data: bytes) -> dict[str, Any]:
     must(model["template_sha256"] == "" or is_digest(model["template_sha256"]), "template")
     must(is_int(model["hidden_size"], 1, 65536) and is_int(model["layers"], 1, 1024), "size")
     markup = raw["markup"]
-    check_keys(markup, {"token_ids"}, {"before", "after", "pad_id"}, "markup")
-    for name in ("token_ids", "before", "after"):
+    check_keys(markup, {"token_ids"}, {"before", "after", "inner", "pad_id"}, "markup")
+    for name in ("token_ids", "before", "after", "inner"):
         ids = markup.get(name, [])
         must(isinstance(ids, list) and len(ids) <= 256, f"{name} is a short list")
         must(all(is_int(n, 0, 2**31 - 1) for n in ids), f"{name} holds token ids")

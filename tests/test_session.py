@@ -299,7 +299,7 @@ def test_an_exception_leaves_no_state(model, accident):
     with guard.attach(model) as session:
         accident(model)
         assert session._request is None
-        assert session._witnessed is None
+        assert session._text.request is None
         for row in (1, 0, 3):  # a request, then others with other gates
             logits = forward(model, tiny.batch([tiny.PROMPTS[row]])).logits
             close(logits[0], references[row].logits([]))

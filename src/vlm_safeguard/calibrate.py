@@ -149,6 +149,7 @@ class _Foundation:
                 token_ids=list(self.markup.token_ids),
                 before=list(self.markup.before),
                 after=list(self.markup.after),
+                inner=list(self.markup.inner),
                 pad_id=tokenizer.pad_token_id,
             ),
             gates=gates,

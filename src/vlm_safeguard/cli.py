@@ -290,7 +290,7 @@ def gates(
     quiet: Quiet = False,
 ) -> None:
     """Compare forms of gate on held-back prompts: what each finds at the same cost."""
-    from vlm_safeguard import gates as forms
+    from vlm_safeguard import gate_forms as forms
     from vlm_safeguard.effort import Effort
     from vlm_safeguard.files import write_whole
 

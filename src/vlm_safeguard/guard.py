@@ -202,7 +202,9 @@ class Guard:
     @property
     def image_markup(self) -> ImageMarkup:
         markup = self.config.markup
-        return ImageMarkup(tuple(markup.token_ids), tuple(markup.before), tuple(markup.after))
+        return ImageMarkup(
+            tuple(markup.token_ids), tuple(markup.before), tuple(markup.after), tuple(markup.inner)
+        )
 
     def check_model(self, model: Any, processor: Any = None) -> None:
         """Refuse a model this guard was not calibrated on.

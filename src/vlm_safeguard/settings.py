@@ -93,6 +93,7 @@ class Markup(_Strict):
     token_ids: list[_TokenId] = Field(min_length=1, max_length=MAX_MARKUP_TOKENS)
     before: list[_TokenId] = Field(default=[], max_length=MAX_MARKUP_TOKENS)
     after: list[_TokenId] = Field(default=[], max_length=MAX_MARKUP_TOKENS)
+    inner: list[_TokenId] = Field(default=[], max_length=MAX_MARKUP_TOKENS)
     pad_id: _TokenId = 0
 
 

@@ -25,9 +25,9 @@ from vlm_safeguard.models import (
     LoadedModel,
     conversation,
     find_decoder,
-    hidden_of,
     neutralise,
     template_digest,
+    watch_layer,
     weights_digest,
 )
 from vlm_safeguard.progress import Progress
@@ -207,14 +207,14 @@ def observe(
     seen: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
-        def hook(_: Any, __: Any, output: Any) -> None:
+        def see(hidden: Tensor) -> None:
             # The first call is the prompt's. It is padded on the left: q is the last column.
             if layer not in seen:
-                seen[layer] = hidden_of(output)[:, -1].float().cpu()
+                seen[layer] = hidden[:, -1].float().cpu()
 
-        return hook
+        return see
 
-    handles = [m.register_forward_hook(keep(i)) for i, m in enumerate(decoder.layers)]
+    handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(len(decoder.layers))]
     words = [Request(" ".join(turn.text for turn in talk), None) for talk in talks]
     try:
         groups = batches(words, batch)

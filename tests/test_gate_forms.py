@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vlm_safeguard.conformal import allowed_exceedances
 from vlm_safeguard.effort import Budget
 from vlm_safeguard.evaluate.stats import wilson
-from vlm_safeguard.gates import Row, at_false_positives, facts, page
+from vlm_safeguard.gate_forms import Row, at_false_positives, facts, page
 from vlm_safeguard.separate import GateFit, bounded
 
 values = st.lists(st.floats(-50, 50), min_size=1, max_size=150).map(torch.tensor)

@@ -1,0 +1,45 @@
+"""Compiled models: what was compiled before a guard came is refused, hooks are never traced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_safeguard.errors import GuardError
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse a model that is compiled, whole or in part: its hooks might be ignored.
+
+    Raises:
+        GuardError: names the compiled part.
+    """
+    for name, module in model.named_modules():
+        if (
+            module._compiled_call_impl is not None
+            or "_orig_mod" in module._modules
+            or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        ):
+            raise GuardError(
+                f"the model is compiled{f' at {name}' if name else ''}: hooks put in after "
+                "torch.compile are ignored. Attach the guard first, then compile"
+            )
+
+
+def untraced(hook: Callable) -> Callable:
+    """The hook as one that torch.compile steps around: what it does depends on the request."""
+    return torch.compiler.disable(hook)
+
+
+def uncompiled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ``generate`` that keep it from compiling the model by itself (static caches)."""
+    config = options.get("generation_config")
+    if config is None:
+        return {**options, "disable_compile": True}
+    config = copy.copy(config)
+    config.disable_compile = True
+    return {**options, "generation_config": config}

@@ -1,0 +1,221 @@
+"""What can be guarded: the settings of ``generate``, the prompt, and each forward call after it.
+
+Whatever is not known to give every row what its prompt gives alone is refused here; nothing is
+let through unguarded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.request import Request
+from vlm_safeguard.settings import GuardConfig
+from vlm_safeguard.witness import ImageMarkup, text_columns
+
+_STEERED = "_vlm_safeguard_steered"  # on a cache; a copy of the cache carries it along
+
+# Settings of `generate`, by argument or in a GenerationConfig, that run other models, call the
+# model in an order of their own, or take its calls out of the hooks' reach.
+_UNGUARDED = (
+    "assistant_model",
+    "assistant_early_exit",
+    "is_assistant",
+    "prompt_lookup_num_tokens",
+    "use_mtp",
+    "speculation_type",
+    "custom_generate",
+    "penalty_alpha",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
+    "token_healing",
+    "compile_config",
+)
+# The keywords of calls that hold several requests in one row (packing, continuous batching).
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "block_table", "cache")
+
+
+def check_settings(model: Any, options: Mapping[str, Any]) -> None:
+    """Refuse ways of generating that are not guarded, wherever they are set.
+
+    An argument counts before ``generation_config``, that before the model's own, as in
+    ``generate``.
+
+    Raises:
+        GuardRuntimeError: a setting is not guarded.
+    """
+    sources = (options.get("generation_config"), getattr(model, "generation_config", None))
+
+    def setting(name: str) -> Any:
+        if name in options:
+            return options[name]
+        values = (getattr(source, name, None) for source in sources)
+        return next((value for value in values if value is not None), None)
+
+    for name in _UNGUARDED:
+        value = setting(name)
+        if value is not None and value is not False and value != 0:
+            raise GuardRuntimeError(f"generate({name}=...) is not guarded: leave it out")
+    if (setting("num_beam_groups") or 1) != 1:
+        raise GuardRuntimeError("generate(num_beam_groups=...) is not guarded: leave it out")
+    if (setting("guidance_scale") or 1) != 1:
+        raise GuardRuntimeError(
+            "generate(guidance_scale=...) runs a second prompt beside the guarded one: leave it out"
+        )
+    if setting("cache_implementation") == "paged":
+        raise GuardRuntimeError("continuous batching (a paged cache) is not guarded")
+
+
+def begin(
+    config: GuardConfig,
+    markup: ImageMarkup,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    embeds: Tensor | None,
+    needs_ids: bool,
+) -> tuple[Request, Tensor]:
+    """A new request from its whole prompt, and its attention mask (B, T).
+
+    Args:
+        ids: input ids, (B, T). embeds: input embeddings, (B, T, d). One may be missing.
+        mask: attention mask, (B, T); missing, leading padding is found by its token.
+        needs_ids: whether the guard reads the request's text.
+
+    Raises:
+        GuardRuntimeError: the prompt is missing, empty, or cannot be read.
+    """
+    if ids is None and needs_ids:
+        raise GuardRuntimeError(
+            "the guard reads the request's text from input_ids, which are missing"
+            + (" (only inputs_embeds were given)" if embeds is not None else "")
+            + ": pass input_ids"
+        )
+    given = ids if ids is not None else embeds
+    if given is None:
+        raise GuardRuntimeError("a forward call without input_ids cannot be guarded")
+    if given.ndim < 2 or given.shape[1] == 0:
+        raise GuardRuntimeError("the prompt is empty")
+    if embeds is not None and embeds.shape[:2] != given.shape[:2]:
+        raise GuardRuntimeError("input_ids and inputs_embeds differ in length")
+    if mask is None:
+        mask = torch.ones(given.shape[:2], device=given.device, dtype=torch.long)
+        if ids is not None:  # without a mask, only what leads a row can be padding
+            mask = ((ids != config.markup.pad_id).cumsum(1) > 0).long()
+    if not isinstance(mask, Tensor) or mask.shape != given.shape[:2]:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise GuardRuntimeError(
+            f"the attention mask must have the prompt's shape {tuple(given.shape[:2])}, got {found}"
+        )
+    if not bool(mask.any(1).all()):
+        raise GuardRuntimeError("a row of the batch holds no token")
+    width = mask.shape[1]
+    attended = mask.bool()
+    last = width - 1 - attended.long().flip(1).argmax(1)
+    columns = text_columns(ids, mask, markup) if ids is not None else None
+    padding = (~attended).sum(1).tolist()
+    return Request(config.gates, width, last.tolist(), padding, columns), mask
+
+
+def check_left_padded(request: Request) -> None:
+    """Refuse a prompt that ``generate`` would not continue at its last token."""
+    if any(column != request.prompt_width - 1 for column in request.last_prompt):
+        raise GuardRuntimeError("generate continues at the last column: pad on the left")
+
+
+def check_not_packed(options: Mapping[str, Any], mask: Tensor | None = None) -> None:
+    """Refuse a call that holds several requests in one row: only the last would be read.
+
+    ``mask`` (B, T) is the prompt's, with the first call.
+    """
+    packed = any(options.get(name) is not None for name in _PACKED)
+    places = options.get("position_ids")
+    if mask is not None and isinstance(places, Tensor) and places.ndim == 2:
+        both = mask[:, 1:].bool() & mask[:, :-1].bool()
+        packed = packed or bool(((places.diff(dim=1) < 0) & both[:, : places.shape[1] - 1]).any())
+    if packed:
+        raise GuardRuntimeError(
+            "several requests packed into one row (continuous batching, restarting positions) are "
+            "not guarded: give each a row of its own"
+        )
+
+
+def enter_call(
+    request: Request | None, cache: Any, past: int, rows: int, length: int, generating: bool
+) -> Request:
+    """Set the request to its next forward call: ``length`` columns on top of ``past`` cached ones.
+
+    Raises:
+        GuardRuntimeError: the call does not carry the request on.
+    """
+    if request is None:
+        raise GuardRuntimeError(
+            "this cache was not filled under the guard: start the request from its prompt"
+        )
+    if request.done:
+        _check_carries_on(request, cache, past, length, generating)
+    else:
+        if past >= request.prompt_width:
+            raise GuardRuntimeError("the cache holds the whole prompt: the gate would not be read")
+        if getattr(cache, _STEERED, False):
+            if past:
+                raise GuardRuntimeError(
+                    "this cache holds steered states of an earlier request: send the conversation "
+                    "whole, without it"
+                )
+            setattr(cache, _STEERED, False)  # it was emptied since
+    request.cache = cache
+    if rows != request.rows:
+        if rows % request.rows or not generating or request.done:
+            raise GuardRuntimeError(f"the request has {request.rows} rows, the call {rows}")
+        request.repeat(rows // request.rows)
+    request.first, request.end = past, past + length
+    if request.reads_prompt and min(request.last_prompt) < past:
+        raise GuardRuntimeError("a row's prompt ends before this chunk: pad on the left")
+    return request
+
+
+def _check_carries_on(
+    request: Request, cache: Any, past: int, length: int, generating: bool
+) -> None:
+    if past and past != request.done:
+        raise GuardRuntimeError(
+            "this cache was not filled under the guard: start the request from its prompt"
+        )
+    if past and request.cache is not cache:
+        raise GuardRuntimeError("this cache belongs to another request than the guarded one")
+    if past and length > 1 and (request.decided or not generating):
+        raise GuardRuntimeError(
+            "more than one token on top of a cache: a new turn, a chunk of a prompt or guessed "
+            "tokens would escape the gate. Start from the whole prompt"
+        )
+    if not past and length != request.done + 1:
+        raise GuardRuntimeError("a forward call inside generate is not of its request")
+
+
+def check_prompt_in_parts(config: GuardConfig, request: Request) -> None:
+    """Refuse prefix caches and chunks of a prompt where they would change what is done."""
+    if request.done >= request.prompt_width:
+        return
+    past, steer = request.first, config.steering
+    if steer.positions == "all" and (past or request.end < request.prompt_width):
+        raise GuardRuntimeError(
+            "positions `all` needs the prompt in one call: no prefix cache, no chunks"
+        )
+    if past and steer.mode == "defer":
+        raise GuardRuntimeError("`defer` cannot take pictures out of a prefix cache")
+
+
+def adapters(model: Any) -> list[str]:
+    """Names of the adapters on a model: PEFT leaves them on the model that it changes."""
+    return sorted(getattr(model, "peft_config", None) or {})
+
+
+def mark_steered(cache: Any) -> None:
+    """Remember on a cache that steered states went into it."""
+    if cache is not None:
+        setattr(cache, _STEERED, True)
