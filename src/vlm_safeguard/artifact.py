@@ -100,7 +100,7 @@ def parse_settings(data: bytes) -> GuardConfig:
         config = GuardConfig.model_validate(raw, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part)[:80] for part in first["loc"])
+        place = ".".join(ascii(str(part))[1:-1][:80] for part in first["loc"])
         raise GuardError(f"{CONFIG_FILE}: {place}: {first['msg']}") from error
     if config.steering.mode == "erase":
         raise GuardError("`erase` is an ablation and cannot be loaded as a guard")
