@@ -391,6 +391,33 @@ def test_recorded_states_of_a_skipped_layer_are_those_below(tmp_path: Path) -> N
     assert (pictured[0, 0] - pictured[0, 1]).abs().max() > 1e-2
 
 
+def test_a_guard_reads_and_steers_where_a_layer_is_skipped() -> None:
+    loaded = families.mllama()
+    one = FAMILIES["mllama"]
+    made = guard_for(one, loaded)
+    gate = tiny.gate("text", 0, 1, per_layer=True)
+    steered = tiny.guard(loaded.model, [gate], layers=[1, 3])
+    steered = Guard(
+        steered.config.model_copy(update={"markup": made.config.markup}), steered.tensors
+    )
+    text, pictured = (encode(loaded, PROMPTS[:1], [i]) for i in (None, families.photo(1)))
+    state = bare_states(one, loaded, PROMPTS[0])
+    expected = [float(state[n] @ steered.tensors["gate.0"][n]) for n in (0, 1)]
+    for inputs in (text, pictured):
+        plain, logits = generate(loaded.model, inputs)
+        open_guard = tiny.with_thresholds(steered, [[-50.0, -50.0]])
+        with open_guard.attach(loaded.model) as session:
+            _, moved = generate(loaded.model, inputs)
+            scores = session.decisions[0].scores["text.0"]
+            rows = session.attestation.rows
+        assert scores == pytest.approx([e + 50.0 for e in expected], abs=1e-3)
+        assert not torch.equal(moved, logits) and len(rows) == 1
+        shut = tiny.with_thresholds(steered, [[50.0, 50.0]])
+        with shut.attach(loaded.model):
+            same, untouched = generate(loaded.model, inputs)
+        assert torch.equal(untouched, logits) and torch.equal(same, plain)
+
+
 # -- what cannot be guarded --------------------------------------------------------------------
 
 REASONS = {
