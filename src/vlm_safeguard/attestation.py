@@ -57,17 +57,16 @@ class Attestation:
 
 def decisions_of(request: Request) -> list[Decision]:
     """One decision per row, in batch order. The prompt must have been read to its end."""
-    by_text, by_vlm = request.fired("text").tolist(), request.fired("vlm").tolist()
+    by_text, by_vlm = request.fired("text"), request.fired("vlm")
     named = {
-        f"{request.gates[index].source}.{index}": scores.tolist()
-        for index, scores in request.scores.items()
+        f"{request.gates[index].source}.{index}": scores for index, scores in request.scores.items()
     }
     return [
         Decision(
             by_text[row] or by_vlm[row],
             by_text[row],
             by_vlm[row],
-            {name: table[row] for name, table in named.items()},
+            {name: list(table[row]) for name, table in named.items()},
         )
         for row in range(request.rows)
     ]

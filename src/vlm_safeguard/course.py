@@ -173,7 +173,7 @@ def enter_call(
         if rows % request.rows or not generating or request.done:
             raise GuardRuntimeError(f"the request has {request.rows} rows, the call {rows}")
         request.repeat(rows // request.rows)
-    request.first, request.end = past, past + length
+    request.enter(past, past + length)
     if request.reads_prompt and min(request.last_prompt) < past:
         raise GuardRuntimeError("a row's prompt ends before this chunk: pad on the left")
     return request

@@ -29,7 +29,7 @@ def without_pictures(request: Request, options: dict[str, Any]) -> dict[str, Any
         raise GuardRuntimeError("`defer` needs two-dimensional position ids")
     if given is None:
         given = torch.ones(len(columns), request.end, dtype=torch.long, device=columns.device)
-    opened = request.fired("text").to(columns.device)[:, None]
+    opened = torch.tensor(request.fired("text"), device=columns.device)[:, None]
     mask = given.clone()
     prompt = mask[:, : request.prompt_width]
     prompt[opened & ~columns[:, : prompt.shape[1]]] = 0

@@ -53,9 +53,8 @@ class Steerer:
             stop = min(end, width)
             found.append(Piece(slice(0, stop - first), True, max(0, stop - max(first, done))))
         elif first < width <= end:
-            places = [column - first for column in request.last_prompt]
-            common = len(set(places)) == 1 and places[0] >= 0
-            columns = slice(places[0], places[0] + 1) if common else places
+            q = request.q
+            columns = slice(q, q + 1) if isinstance(q, int) else q
             found.append(Piece(columns, True, int(done < width)))
         stop = end if steer.tokens is None else min(end, width + steer.tokens - 1)
         start = max(first, width)
@@ -91,9 +90,9 @@ class Steerer:
     def _step(self, hidden: Tensor, dose: Dose) -> Tensor:
         """All of (B, 1, d), or its open rows."""
         if dose.index is None:
-            return self._moved(hidden[:, 0], dose)[:, None]
-        moved = self._moved(hidden[:, 0].index_select(0, dose.index), dose)
-        return hidden.index_copy(0, dose.index, moved[:, None])
+            return self._moved(hidden.squeeze(1), dose).unsqueeze(1)
+        moved = self._moved(hidden.squeeze(1).index_select(0, dose.index), dose)
+        return hidden.index_copy(0, dose.index, moved.unsqueeze(1))
 
     def _at_slice(self, changed: Tensor, dose: Dose, columns: slice) -> None:
         view = changed[:, columns]
@@ -105,6 +104,10 @@ class Steerer:
     def _moved(self, states: Tensor, dose: Dose) -> Tensor:
         """States (b, d) or (b, T, d) of the open rows, steered."""
         wide = states.float()
+        if wide.ndim == 2 and dose.pull is not None and dose.directions is not None:
+            # `restore` at one column, the step that counts: erase and pull in three operations.
+            inside = wide @ dose.directions.T
+            return torch.addmm(wide + dose.pull, inside, dose.directions, alpha=-1).to(states.dtype)
         if dose.directions is not None:
             wide = method.erase(wide, dose.directions)
         if dose.pull is not None:
@@ -113,17 +116,18 @@ class Steerer:
 
     def _dose(self, request: Request, layer: int, at_prompt: bool, device: torch.device) -> Dose:
         """What is done at a layer; gates that count there are decided by now."""
-        rows = request.open_rows(layer, at_prompt=at_prompt).nonzero().flatten()
-        dose = Dose(rows.tolist())
+        opened = request.open_rows(layer, at_prompt=at_prompt)
+        dose = Dose([row for row, is_open in enumerate(opened) if is_open])
         if not dose.rows:
             return dose
         if len(dose.rows) < request.rows:
-            dose.index = rows.to(device)
+            dose.index = torch.tensor(dose.rows, device=device)
         directions = self.directions(layer, device)
         if self._steer.mode != "add":
             dose.directions = directions
         if self._steer.mode != "erase":
-            dose.pull = self._pull(request, layer, directions)[rows.to(device)]
+            pull = self._pull(request, layer, directions)
+            dose.pull = pull if dose.index is None else pull.index_select(0, dose.index)
         return dose
 
     def _pull(self, request: Request, layer: int, directions: Tensor) -> Tensor:
@@ -149,5 +153,5 @@ class Steerer:
         if layer not in request.text_coordinates:  # no row was opened by its text
             return anchor
         text = request.text_coordinates[layer]
-        by_text = request.open_rows(layer, "text").to(text.device)[:, None]
+        by_text = torch.tensor(request.open_rows(layer, "text"), device=text.device)[:, None]
         return torch.where(by_text, text, anchor.to(text.device))

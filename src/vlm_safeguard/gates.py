@@ -37,7 +37,7 @@ class GateReader:
         for index, place in self._at.get((source, layer), ()):
             if self._gates[index].per_layer:
                 scores = self._score(index, states[:, None], slice(place, place + 1))
-                request.latch(index, place, scores[:, 0])
+                request.latch(index, place, scores)
                 continue
             held = request.states.setdefault(index, {})
             held[place] = states
@@ -46,8 +46,8 @@ class GateReader:
                 stacked = torch.stack([held[n].to(states.device) for n in range(len(held))], 1)
                 request.latch(index, None, self._score(index, stacked, slice(None)))
 
-    def _score(self, index: int, states: Tensor, places: slice) -> Tensor:
-        """Scores (B, n) on the host of a gate's layers ``places``, from states (B, n, d)."""
+    def _score(self, index: int, states: Tensor, places: slice) -> list[list[float]]:
+        """Scores, per row, of a gate's layers ``places``, from states (B, n, d)."""
         device = states.device
         if self._vectors[index].device != device:  # once: the last layer of a gate stays in place
             self._vectors[index] = self._vectors[index].to(device)
@@ -57,4 +57,4 @@ class GateReader:
         ).cpu()
         if not torch.isfinite(scores).all():
             raise GuardRuntimeError("the request is blocked: a gate score is NaN or Inf")
-        return scores
+        return scores.tolist()

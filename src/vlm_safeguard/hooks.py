@@ -55,10 +55,10 @@ class Hooks:
             plain = self.model.generate
             for layer, see in layers.items():
                 self._handles.append(watch_layer(self.decoder, layer, untraced(see)))
-            self._handles += [
-                self.model.register_forward_pre_hook(untraced(before), with_kwargs=True),
-                self.model.register_forward_hook(untraced(after), always_call=True),
-            ]
+            first = self.model.register_forward_pre_hook(untraced(before), with_kwargs=True)
+            self._handles.append(first)  # at once: should the next not go on, this one goes off
+            last = self.model.register_forward_hook(untraced(after), always_call=True)
+            self._handles.append(last)
             self.model.generate = generate
         except BaseException:
             self.take_off()

@@ -3,19 +3,22 @@
 One request is a ``generate`` call, or a forward pass that starts without a cache. Its state is
 made anew at each start and dropped at the end, so nothing can leak into the next.
 
-What is decided is kept on the host: a decoding step then needs no look at the device to know
-which rows are open.
+What is decided is kept on the host, in lists: a decoding step then needs no look at the device to
+know which rows are open.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vlm_safeguard.settings import Gate
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,10 @@ class Request:
     last_prompt: list[int]  # column of q in each row
     padding: list[int]  # prompt columns in each row that hold no token
     text_columns: Tensor | None = None  # (B, T) columns of the text-only reading
-    # By gate; scores not read yet are NaN. A pooled gate opens rows, (B, 1), the others (B, n).
-    scores: dict[int, Tensor] = field(default_factory=dict)
-    opened: dict[int, Tensor] = field(default_factory=dict)
+    # By gate, then row: one score per layer, NaN if not read yet; open or not, per layer too
+    # unless the gate is pooled.
+    scores: dict[int, list[list[float]]] = field(default_factory=dict)
+    opened: dict[int, list[list[bool]]] = field(default_factory=dict)
     states: dict[int, dict[int, Tensor]] = field(default_factory=dict)  # of gates still undecided
     text_coordinates: dict[int, Tensor] = field(default_factory=dict)  # by layer, (B, m)
     pass_coordinates: dict[int, Tensor] = field(default_factory=dict)
@@ -86,15 +90,14 @@ class Request:
     # The current forward call: its first column, one past its last, where it may be steered.
     first: int = 0
     end: int = 0
+    q: int | list[int] = 0  # place in it of the last prompt token, per row where they differ
     pieces: list[Piece] = field(default_factory=list)
     done: int = 0  # columns that finished calls have gone through
     any_open: bool = False  # whether a gate of any row is, once the prompt has been read
 
     def __post_init__(self) -> None:
         for index, gate in enumerate(self.gates):
-            self.scores.setdefault(
-                index, torch.full((len(self.last_prompt), len(gate.layers)), torch.nan)
-            )
+            self.scores[index] = [[math.nan] * len(gate.layers) for _ in self.last_prompt]
 
     @property
     def rows(self) -> int:
@@ -109,55 +112,71 @@ class Request:
     def decided(self) -> bool:
         return self.done >= self.prompt_width
 
+    def enter(self, first: int, end: int) -> None:
+        """Go on to the forward call of columns ``first`` up to ``end``."""
+        self.first, self.end = first, end
+        places = [column - first for column in self.last_prompt]
+        self.q = places[0] if len(set(places)) == 1 else places
+
     def states_at_q(self, hidden: Tensor) -> Tensor:
         """States (B, d), float32, at the last prompt token, from all of the call's (B, T, d)."""
-        places = [column - self.first for column in self.last_prompt]
-        if len(set(places)) == 1:
-            return hidden[:, places[0]].float()
-        return hidden[torch.arange(len(places)), torch.tensor(places)].float()
+        if isinstance(self.q, int):
+            return hidden[:, self.q].float()
+        return hidden[torch.arange(self.rows), torch.tensor(self.q)].float()
 
     def repeat(self, times: int) -> None:
         """One row per beam or returned sequence, in the order generate expands them."""
-        self.last_prompt = [column for column in self.last_prompt for _ in range(times)]
-        self.padding = [count for count in self.padding for _ in range(times)]
+        self.last_prompt, self.padding = _each(self.last_prompt, times), _each(self.padding, times)
         if self.text_columns is not None:
             self.text_columns = self.text_columns.repeat_interleave(times, 0)
-        for table in (self.scores, self.opened, self.text_coordinates):
-            for key in table:
-                table[key] = table[key].repeat_interleave(times, 0)
+        self.scores = {key: _each(table, times) for key, table in self.scores.items()}
+        self.opened = {key: _each(table, times) for key, table in self.opened.items()}
+        for layer, table in self.text_coordinates.items():
+            self.text_coordinates[layer] = table.repeat_interleave(times, 0)
 
-    def latch(self, index: int, place: int | None, scores: Tensor) -> None:
-        """Keep scores of a gate: of its layer number ``place``, (B,), or of all, (B, n)."""
+    def latch(self, index: int, place: int | None, scores: list[list[float]]) -> None:
+        """Keep the scores of a gate, per row: of its layer number ``place``, or of all layers."""
         known = self.scores[index]
+        for row, values in enumerate(scores):
+            if place is None:
+                known[row] = values
+            else:
+                known[row] = [*known[row][:place], *values, *known[row][place + 1 :]]
         if place is None:
-            self.scores[index] = scores
-            self.opened[index] = scores.sum(1, keepdim=True) > 0
-        else:
-            known[:, place] = scores
-            self.opened[index] = known > 0  # layers still unread are NaN, so closed
+            self.opened[index] = [[sum(values) > 0] for values in known]
+        else:  # layers still unread are NaN, so closed
+            self.opened[index] = [[value > 0 for value in values] for values in known]
 
-    def open_rows(self, layer: int, source: str | None = None, at_prompt: bool = False) -> Tensor:
-        """Rows (B,) open at a layer, by gates of one source or any.
+    def open_rows(
+        self, layer: int, source: str | None = None, at_prompt: bool = False
+    ) -> list[bool]:
+        """Which rows are open at a layer, by gates of one source or any.
 
         At the prompt's own columns a pooled gate of the request's own pass acts from its last
         layer on, because below that it is not decided yet; so it is in every later call.
         """
-        rows = torch.zeros(self.rows, dtype=torch.bool)
+        rows = [False] * self.rows
         for index, opened in self.opened.items():
-            gate = self.gates[index]
+            gate, place = self.gates[index], 0
             if source not in (None, gate.source):
                 continue
             if gate.per_layer:
-                if layer in gate.layers:
-                    rows = rows | opened[:, gate.layers.index(layer)]
-            elif not (at_prompt and gate.source == "vlm" and layer < max(gate.layers)):
-                rows = rows | opened[:, 0]
+                if layer not in gate.layers:
+                    continue
+                place = gate.layers.index(layer)
+            elif at_prompt and gate.source == "vlm" and layer < max(gate.layers):
+                continue
+            rows = [known or own[place] for known, own in zip(rows, opened, strict=True)]
         return rows
 
-    def fired(self, source: str | None = None) -> Tensor:
-        """Rows (B,) that any gate of a source, or at all, opened at any layer."""
-        rows = torch.zeros(self.rows, dtype=torch.bool)
+    def fired(self, source: str | None = None) -> list[bool]:
+        """Which rows any gate of a source, or at all, opened at any layer."""
+        rows = [False] * self.rows
         for index, opened in self.opened.items():
             if source in (None, self.gates[index].source):
-                rows = rows | opened.any(1)
+                rows = [known or any(own) for known, own in zip(rows, opened, strict=True)]
         return rows
+
+
+def _each(values: list[_T], times: int) -> list[_T]:
+    return [value for value in values for _ in range(times)]

@@ -186,7 +186,7 @@ class Session:
             self._work = self._steer_layer
         else:
             self._work = None  # no layer has anything to do but to be counted
-        if self.config.steering.mode == "defer" and bool(request.fired("text").any()):
+        if self.config.steering.mode == "defer" and any(request.fired("text")):
             return args, without_pictures(request, kwargs)
         return None
 
@@ -237,7 +237,7 @@ class Session:
             if request.cache is None:
                 request.cache = getattr(output, "past_key_values", None)
             if request.reads_prompt:
-                request.any_open = bool(request.fired().any())
+                request.any_open = any(request.fired())
                 if request.any_open:
                     course.mark_steered(request.cache)
                 self._reported = request

@@ -83,10 +83,7 @@ class TextPass:
         coordinates (see ``Steerer``) and the text's are not used."""
         undecided = not self._gate_layers <= set(self._seen)
         wants = self._steerer.wants_text and (
-            self._mode == "add"
-            or not self._gate_layers
-            or undecided
-            or bool(request.fired("text").any())
+            self._mode == "add" or not self._gate_layers or undecided or any(request.fired("text"))
         )
         return self.layers if wants else self._gate_layers
 

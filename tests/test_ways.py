@@ -1,0 +1,953 @@
+"""Every way of generating gives each row what its prompt gives alone, or is refused."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+from tests import checkpoint, tiny
+from tests.reference import Reference
+from vlm_safeguard.errors import GuardError, GuardRuntimeError
+from vlm_safeguard.models import find_decoder, load
+from vlm_safeguard.session import Session
+
+NEW = 4
+CLOSE = {"atol": 2e-4, "rtol": 1e-3}
+GATES = [tiny.gate("text", 5), tiny.gate("vlm", 2)]
+TEXTS = [tiny.words(seed, 4 + seed) for seed in range(5)]  # prompts without pictures
+
+
+def calibrated(model, prompts, gates=GATES, **steering):
+    """A guard that opens for some of the prompts, and their references."""
+    made = tiny.guard(model, gates, **({"tokens": 3} | steering))
+    known = [Reference(model, made, prompt).known.scores for prompt in prompts]
+    thresholds = []
+    for index, one in enumerate(made.config.gates):
+        sums = torch.tensor([sum(k[index].values()) for k in known])
+        thresholds.append([float(sums.quantile(0.7)) / len(one.layers)] * len(one.layers))
+    made = tiny.with_thresholds(made, thresholds)
+    references = [Reference(model, made, prompt) for prompt in prompts]
+    assert 0 < sum(r.fired for r in references) < len(references)
+    return made, references
+
+
+@pytest.fixture(scope="module")
+def mixed(model):
+    return calibrated(model, tiny.PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def texts(model):
+    return calibrated(model, TEXTS)
+
+
+def generate(model, inputs, **options):
+    """Sequences without their prompts, and the logits of every step, (B, new, vocabulary)."""
+    options = {"max_new_tokens": NEW, "do_sample": False} | options
+    out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
+    return out.sequences[:, -NEW:], torch.stack(out.logits, 1)
+
+
+def holds(references, tokens, logits, copies=1):
+    """Each row's logits are the reference's for its prompt and its tokens."""
+    assert len(tokens) == copies * len(references)
+    for row, (answer, table) in enumerate(zip(tokens.tolist(), logits, strict=True)):
+        expected = references[row // copies].logits(answer[:-1])[-len(answer) :]
+        torch.testing.assert_close(table, expected, **CLOSE)
+
+
+def always(model, threshold=-1e9, **steering):
+    return tiny.guard(model, [tiny.gate("text", 2, threshold=threshold)], **steering)
+
+
+# -- ways of choosing tokens -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": True, "use_cache": False},
+        {"generation_config": GenerationConfig(max_new_tokens=NEW, do_sample=True, top_k=0)},
+    ],
+    ids=["greedy", "sampled", "returned", "no-cache", "config"],
+)
+def test_greedy_and_sampled(model, mixed, options):
+    made, references = mixed
+    torch.manual_seed(0)
+    if "generation_config" in options:
+        options["generation_config"].return_dict_in_generate = True
+    with made.attach(model) as session:
+        tokens, logits = generate(model, tiny.batch(tiny.PROMPTS), **options)
+        copies = options.get("num_return_sequences", 1)
+        fired = [r.fired for r in references for _ in range(copies)]
+        assert [d.fired for d in session.decisions] == fired
+    holds(references, tokens, logits, copies)
+
+
+@pytest.mark.parametrize(
+    ("beams", "returned", "sample"), [(3, 1, False), (3, 2, False), (2, 2, True)]
+)
+def test_the_scores_of_beams(model, mixed, beams, returned, sample):
+    made, references = mixed
+    torch.manual_seed(0)
+    with made.attach(model):
+        out = model.generate(
+            **tiny.batch(tiny.PROMPTS),
+            max_new_tokens=NEW,
+            num_beams=beams,
+            num_return_sequences=returned,
+            do_sample=sample,
+            top_k=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    for row, answer in enumerate(out.sequences[:, -NEW:].tolist()):
+        table = references[row // returned].logits(answer[:-1])[-NEW:].log_softmax(-1)
+        expected = table[range(NEW), answer].sum() / NEW
+        torch.testing.assert_close(out.sequences_scores[row], expected, **CLOSE)
+
+
+def test_another_architecture():
+    model = tiny.onevision()
+    made, references = calibrated(model, TEXTS)
+    inputs = tiny.batch(TEXTS)
+    torch.manual_seed(0)
+    with made.attach(model):
+        holds(references, *generate(model, inputs, do_sample=True, num_return_sequences=2), 2)
+        holds(references, *generate(model, inputs, cache_implementation="static"))
+        holds(references, *generate(model, inputs, prefill_chunk_size=3))
+
+
+# -- caches ------------------------------------------------------------------------------------
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="offloads from CUDA")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dynamic",
+        "static",
+        pytest.param("offloaded", marks=needs_cuda),
+        pytest.param("offloaded_static", marks=needs_cuda),
+    ],
+)
+def test_caches_by_name(model, mixed, kind):
+    made, references = mixed
+    with made.attach(model):
+        for _ in range(2):  # the second time a static cache's room is reused
+            holds(
+                references,
+                *generate(model, tiny.batch(tiny.PROMPTS), cache_implementation=kind),
+            )
+
+
+def test_a_static_cache_of_the_users_own(model, mixed):
+    made, references = mixed
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=40)
+    with made.attach(model):
+        for _ in range(2):
+            out = generate(model, tiny.batch(tiny.PROMPTS), past_key_values=cache)
+            holds(references, *out)
+            cache.reset()
+
+
+def test_a_quantised_cache_fails_without_its_library_or_is_guarded(model, texts):
+    made, references = texts
+    with made.attach(model) as session:
+        try:
+            generate(model, tiny.batch(TEXTS), cache_implementation="quantized")
+        except ImportError:
+            assert session._request is None
+        else:
+            assert [d.fired for d in session.decisions] == [r.fired for r in references]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_a_prefill_in_chunks(model, texts, chunk):
+    made, references = texts
+    with made.attach(model) as session:
+        holds(references, *generate(model, tiny.batch(TEXTS), prefill_chunk_size=chunk))
+        assert [d.fired for d in session.decisions] == [r.fired for r in references]
+
+
+def test_a_forward_call_whose_cache_the_model_made(model, mixed):
+    made, references = mixed
+    for reference in references[:3]:
+        prompt = torch.tensor([reference.prompt])
+        with made.attach(model), torch.no_grad():
+            out = model(**tiny.batch([reference.prompt]))
+            answer, tables = [], [out.logits[:, -1]]
+            for _ in range(NEW - 1):
+                answer.append(int(tables[-1].argmax()))
+                token = torch.tensor([answer[-1:]])
+                out = model(input_ids=token, past_key_values=out.past_key_values)
+                tables.append(out.logits[:, -1])
+        expected = reference.logits(answer)[prompt.shape[1] - 1 :]
+        torch.testing.assert_close(torch.cat(tables), expected, **CLOSE)
+
+
+def test_generate_of_the_class_is_guarded_too(model, mixed):
+    made, references = mixed
+    with made.attach(model):
+        out = type(model).generate(
+            model,
+            **tiny.batch(tiny.PROMPTS),
+            max_new_tokens=NEW,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    holds(references, out.sequences[:, -NEW:], torch.stack(out.logits, 1))
+
+
+# -- turns and embeddings ----------------------------------------------------------------------
+
+
+def test_turns_that_are_sent_whole(model, mixed):
+    made, references = mixed
+    with made.attach(model):
+        for reference in references[:3]:
+            tokens, _ = generate(model, tiny.batch([reference.prompt]))
+            turn = [*reference.prompt, *tokens[0].tolist(), *tiny.pictured(tiny.words(20, 4))]
+            second = Reference(model, made, turn)
+            holds([second], *generate(model, tiny.batch([turn])))
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_turn_on_the_cache_of_the_last(model, opened):
+    """Where the last turn was steered its cache is refused, a copy of it too; where it was not,
+    it is what the whole conversation gives."""
+    made = always(model, -1e9 if opened else 1e9)
+    prompt = tiny.words(1, 6)
+    with made.attach(model):
+        cache = DynamicCache()
+        first = model.generate(
+            torch.tensor([prompt]), past_key_values=cache, max_new_tokens=NEW, do_sample=False
+        )
+        turn = [*first[0].tolist(), *tiny.words(2, 5)]
+        inputs = {"input_ids": torch.tensor([turn]), "attention_mask": torch.ones(1, len(turn))}
+        for held in (copy.deepcopy(cache), cache):
+            if opened:
+                with pytest.raises(GuardRuntimeError, match="steered states"):
+                    generate(model, inputs, past_key_values=held)
+            else:
+                out = generate(model, inputs, past_key_values=held)
+                holds([Reference(model, made, turn)], *out)
+
+
+def _embedded(model, inputs):
+    """Embeddings of a batch with its pictures in them."""
+    ids = inputs["input_ids"]
+    embedded = model.get_input_embeddings()(ids)
+    if "pixel_values" in inputs:
+        features = torch.cat(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
+        embedded = embedded.clone()
+        embedded[ids == tiny.IMAGE] = features
+    return {"inputs_embeds": embedded.detach(), "attention_mask": inputs["attention_mask"]}
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_embeddings_alone_where_no_text_is_read(model, beams):
+    gates = [tiny.gate("vlm", 1, 3)]
+    made, references = calibrated(model, tiny.PROMPTS, gates, reference="anchor")
+    inputs = _embedded(model, tiny.batch(tiny.PROMPTS))
+    with made.attach(model) as session:
+        if beams == 1:
+            holds(references, *generate(model, inputs))
+        else:
+            model.generate(**inputs, num_beams=beams, max_new_tokens=NEW)
+        copies = beams
+        assert [d.fired for d in session.decisions] == [
+            r.fired for r in references for _ in range(copies)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("source", "steering"),
+    [
+        ("text", {"reference": "anchor"}),
+        ("vlm", {"reference": "text"}),
+        ("text", {"mode": "defer"}),
+    ],
+)
+def test_embeddings_alone_where_the_text_is_read(model, source, steering):
+    made = tiny.guard(model, [tiny.gate(source, 2)], **steering)
+    inputs = _embedded(model, tiny.batch(tiny.PROMPTS))
+    with made.attach(model):
+        with pytest.raises(GuardRuntimeError, match="pass input_ids"):
+            generate(model, inputs)
+        with pytest.raises(GuardRuntimeError, match="pass input_ids"):
+            model(**inputs)
+
+
+def test_embeddings_beside_their_ids(model, mixed):
+    made, references = mixed
+    inputs = tiny.batch(tiny.PROMPTS)
+    both = _embedded(model, inputs) | {"input_ids": inputs["input_ids"]}
+    with made.attach(model):
+        holds(references, *generate(model, both))
+
+
+# -- refused -----------------------------------------------------------------------------------
+
+REFUSED = {
+    "prompt_lookup_num_tokens": 2,
+    "assistant_early_exit": 2,
+    "use_mtp": True,
+    "is_assistant": True,
+    "penalty_alpha": 0.6,
+    "dola_layers": "low",
+    "num_beam_groups": 2,
+    "guidance_scale": 2.0,
+    "token_healing": True,
+    "cache_implementation": "paged",
+    "force_words_ids": [[5]],
+}
+
+
+@pytest.mark.parametrize("where", ["argument", "config", "model"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_are_refused(model, monkeypatch, name, where):
+    inputs = tiny.batch(tiny.PROMPTS)
+    config = GenerationConfig(max_new_tokens=2)
+    setattr(config, name, REFUSED[name])
+    options = {"max_new_tokens": 2}
+    if where == "argument":
+        options[name] = REFUSED[name]
+    elif where == "config":
+        options["generation_config"] = config
+    else:
+        monkeypatch.setattr(model, "generation_config", config)
+    with (
+        always(model).attach(model),
+        pytest.raises(GuardRuntimeError, match=r"not guarded|second prompt"),
+    ):
+        model.generate(**inputs, **options)
+
+
+def test_other_models_and_code_are_refused(model):
+    inputs = tiny.batch(tiny.PROMPTS)
+    with always(model).attach(model):
+        for name, value in {
+            "assistant_model": tiny.llava(),
+            "custom_generate": lambda *_, **__: None,
+            "compile_config": object(),
+        }.items():
+            with pytest.raises(GuardRuntimeError, match=name):
+                model.generate(**inputs, **{name: value})
+
+
+def test_several_requests_in_one_row_are_refused(model):
+    ids = torch.tensor([tiny.words(0, 10)])
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    with always(model).attach(model):
+        for packed in ({"position_ids": places}, {"cu_seq_lens_q": torch.tensor([0, 4, 10])}):
+            with pytest.raises(GuardRuntimeError, match="packed"):
+                model(input_ids=ids, **packed)
+            with pytest.raises(GuardRuntimeError, match="packed"):
+                model.generate(ids, max_new_tokens=2, **packed)
+
+
+def test_guessed_tokens_on_the_cache_are_refused(model):
+    """What speculation would look like to the hooks, whatever setting led to it."""
+
+    def speculate(*_, **__):
+        cache = DynamicCache()
+        ids = torch.tensor([tiny.words(0, 6)])
+        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids[:, :3], past_key_values=cache)
+
+    ids = torch.tensor([tiny.words(0, 6)])
+    model.generate = speculate
+    try:
+        with always(model).attach(model), pytest.raises(GuardRuntimeError, match="guessed"):
+            model.generate(ids)
+    finally:
+        del model.generate
+
+
+# -- streams and pipelines ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return checkpoint.save(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load(folder)
+
+
+def test_a_text_stream_from_a_thread(loaded):
+    model, tokenizer = loaded.model, loaded.processor.tokenizer
+    made = always(model, tokens=None)
+    ids = torch.tensor([tiny.words(0, 6)])
+    reference = Reference(model, made, ids[0].tolist())
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1}
+    with made.attach(model) as session:
+        thread = threading.Thread(
+            target=model.generate, kwargs={"inputs": ids, "streamer": streamer, **options}
+        )
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+        assert session.decisions[0].fired
+    assert text == tokenizer.decode(reference.greedy(NEW)[0])
+
+
+def test_a_pipeline(loaded):
+    model = loaded.model
+    made = always(model, tokens=None)
+    pipe = pipeline("image-text-to-text", model=model, processor=loaded.processor)
+    talk = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": Image.new("RGB", (24, 24), (200, 30, 30))},
+                {"type": "text", "text": "What is it?"},
+            ],
+        }
+    ]
+
+    def answer():
+        settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1}
+        return pipe(text=talk, return_full_text=False, generate_kwargs=settings)
+
+    plain = answer()
+    with made.attach(model) as session:
+        guarded = answer()
+        assert session.decisions[0].fired
+        assert session.attestation.rows[0].changed == {2: NEW, 4: NEW}
+    assert plain != guarded
+    assert answer() == plain
+
+
+# -- models of other kinds ---------------------------------------------------------------------
+
+
+def _parts(model):
+    return {
+        "model": model,
+        "decoder": model.model.language_model,
+        "layer": model.model.language_model.layers[1],
+        "mlp": model.model.language_model.layers[5].mlp,
+        "vision": model.model.vision_tower,
+    }
+
+
+@pytest.mark.parametrize("how", ["in place", "forward"])
+@pytest.mark.parametrize("part", ["model", "decoder", "layer", "mlp", "vision"])
+def test_what_is_compiled_anywhere_is_refused(part, how):
+    model = tiny.llava()
+    made, module = always(model), _parts(model)[part]
+    if how == "in place":
+        module.compile(backend="eager")
+    else:
+        module.forward = torch.compile(module.forward, backend="eager")
+    hooks = dict(model._forward_hooks)
+    with pytest.raises(GuardError, match="compiled"), made.attach(model):
+        pass
+    assert dict(model._forward_hooks) == hooks
+    assert "generate" not in model.__dict__
+
+
+def test_a_compiled_layer_in_place_of_a_layer_is_refused():
+    model = tiny.llava()
+    made, layers = always(model), find_decoder(model).layers
+    layers[3] = torch.compile(layers[3], backend="eager")
+    with pytest.raises(GuardError), made.attach(model):  # its parameters' names differ as well
+        pass
+    session = Session(made.config, made.tensors, made.image_markup, model)
+    with pytest.raises(GuardError, match=r"compiled at .*layers\.3"):
+        session.arm()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_copy_from_before_withholds_its_output():
+    """Nothing on the model tells of it: torch.compile(model) wraps the model from outside."""
+    torch._dynamo.reset()
+    model = tiny.llava(num_hidden_layers=2)
+    made = tiny.guard(model, [tiny.gate("vlm", 0)], layers=[1], reference="anchor")
+    inputs = {"input_ids": torch.tensor([tiny.words(0, 6)])}
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(**inputs)
+        with made.attach(model), pytest.raises(GuardRuntimeError, match="withheld"):
+            compiled(**inputs)
+    torch._dynamo.reset()
+
+
+def test_compiled_after_attaching():
+    """Twice under guard, with the gate open and shut; free of it afterwards."""
+    torch._dynamo.reset()
+    model = tiny.llava(num_hidden_layers=2)
+    scores = []
+    prompts = [tiny.words(0, 6), tiny.words(1, 6)]
+    made = tiny.guard(model, [tiny.gate("vlm", 0)], layers=[1], reference="anchor")
+    inputs = [{"input_ids": torch.tensor([prompt])} for prompt in prompts]
+    with torch.no_grad(), made.attach(model) as session:
+        for one in inputs:
+            model(**one)
+            scores.append(session.decisions[0].scores["vlm.0"][0])
+    made = tiny.with_thresholds(made, [[sum(scores) / 2]])
+    with torch.no_grad():
+        plain = [model(**one).logits for one in inputs]
+        with made.attach(model):
+            expected = [model(**one).logits for one in inputs]
+        with made.attach(model) as session:
+            compiled, fired = torch.compile(model, backend="eager"), []
+            for one, logits in zip(inputs, expected, strict=True):
+                torch.testing.assert_close(compiled(**one).logits, logits)
+                fired.append(session.decisions[0].fired)
+        assert sorted(fired) == [False, True]
+        for one, logits in zip(inputs, plain, strict=True):
+            torch.testing.assert_close(compiled(**one).logits, logits)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(mixed, reentrant):
+    model = tiny.llava()
+    made, references = calibrated(model, tiny.PROMPTS)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    inputs = tiny.batch(tiny.PROMPTS)
+    with made.attach(model):
+        logits = model(**inputs).logits
+        for row, reference in enumerate(references):
+            kept = inputs["attention_mask"][row].bool()
+            expected = reference.logits([])
+            torch.testing.assert_close(logits[row, kept].detach(), expected, **CLOSE)
+        logits.sum().backward()
+    model.eval()
+    with made.attach(model):
+        holds(references, *generate(model, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_restores_to_its_own_rounding(dtype):
+    """At every changed column the coordinates are (1 + alpha) times the anchors' mean."""
+    model = tiny.llava().to(dtype)
+    made = always(model, reference="anchor", alpha=0.5, tokens=2)
+    states = {}
+    inputs = tiny.batch(tiny.PROMPTS)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with made.attach(model) as session:
+        hooks = [
+            find_decoder(model)
+            .layers[layer]
+            .register_forward_hook(
+                lambda _, __, out, n=layer: states.setdefault(n, []).append(out.double())
+            )
+            for layer in made.config.steering.layers
+        ]
+        generate(model, inputs)
+        for hook in hooks:
+            hook.remove()
+        assert all(d.fired for d in session.decisions)
+    for layer in made.config.steering.layers:
+        rows = made.tensors[f"directions.{layer}"].double()
+        target = 1.5 * made.tensors[f"anchor.{layer}"].double()
+        prompt, second, third, _ = states[layer][-NEW:]  # after the text-only pass
+        for state in (prompt[:, -1], second[:, 0]):
+            slack = torch.finfo(dtype).eps * state.norm(dim=1).max()
+            assert ((state @ rows.T - target).abs() < slack).all()
+        assert ((third[:, 0] @ rows.T - target).abs().amax(1) > 0.1).all()
+
+
+def test_layers_whose_weights_are_elsewhere_between_calls():
+    """As accelerate leaves them for a model larger than its device: on `meta` until needed."""
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny.llava()
+    made, references = calibrated(model, tiny.PROMPTS)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=False)
+    assert next(find_decoder(model).layers[2].parameters()).device.type == "meta"
+    session = Session(made.config, made.tensors, made.image_markup, model)
+    session.arm()
+    try:
+        tokens, logits = generate(model, tiny.batch(tiny.PROMPTS))
+    finally:
+        session.disarm()
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    holds(references, tokens, logits)
+
+
+def test_directions_follow_the_states_to_their_device(model):
+    """The plan of a dose is made where the layer's states are, not where a parameter lies."""
+    made = always(model)
+    session = Session(made.config, made.tensors, made.image_markup, model)
+    layer = made.config.steering.layers[0]
+    elsewhere = session._steerer.directions(layer, torch.device("meta"))
+    assert elsewhere.device.type == "meta"
+
+
+# -- adapters ----------------------------------------------------------------------------------
+
+
+def _lora():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    return peft, settings
+
+
+def test_an_adapter_on_the_model_needs_a_guard_of_its_own():
+    _, settings = _lora()
+    model = tiny.llava()
+    without = always(model)
+    model.add_adapter(settings)
+    with pytest.raises(GuardError, match="weights differ"), without.attach(model):
+        pass
+    made, references = calibrated(model, tiny.PROMPTS)  # of the model with its adapter
+    with made.attach(model):
+        holds(references, *generate(model, tiny.batch(tiny.PROMPTS)))
+
+
+def test_an_adapter_that_comes_under_guard_is_noticed():
+    _, settings = _lora()
+    model = tiny.llava()
+    with always(model).attach(model):
+        generate(model, tiny.batch(tiny.PROMPTS))
+        model.add_adapter(settings)
+        with pytest.raises(GuardRuntimeError, match="adapter"):
+            generate(model, tiny.batch(tiny.PROMPTS))
+
+
+def test_a_model_inside_a_peft_model():
+    peft, settings = _lora()
+    model = tiny.llava()
+    without = always(model)
+    wrapped = peft.get_peft_model(model, settings).eval()
+    for outer in (wrapped, model):
+        with pytest.raises(GuardError), without.attach(outer):
+            pass
+    made, references = calibrated(model, tiny.PROMPTS)
+    with made.attach(model):  # the guard on the VLM, the call through its wrapper
+        holds(references, *generate(wrapped, tiny.batch(tiny.PROMPTS)))
+    assert "generate" not in model.__dict__
+
+
+# -- threads -----------------------------------------------------------------------------------
+
+
+class _Stops:
+    """A streamer that waits in the middle of a generation."""
+
+    def __init__(self, then=None):
+        self.there, self.go, self.then, self.calls = threading.Event(), threading.Event(), then, 0
+
+    def put(self, _):
+        self.calls += 1
+        if self.calls == 3:
+            self.there.set()
+            if self.then:
+                self.then()
+            else:
+                self.go.wait(10)
+
+    def end(self):
+        pass
+
+
+def _in_thread(function, *args, **kwargs):
+    """Start a call; returns its thread and where its result or exception will be."""
+    box = []
+
+    def run():
+        try:
+            box.append(function(*args, **kwargs))
+        except Exception as error:
+            box.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, box
+
+
+def test_attached_in_one_thread_used_in_another(model, mixed):
+    made, references = mixed
+    with made.attach(model):
+        thread, box = _in_thread(generate, model, tiny.batch(tiny.PROMPTS))
+        thread.join()
+        holds(references, *box[0])
+        holds(references, *generate(model, tiny.batch(tiny.PROMPTS)))
+
+
+@pytest.mark.parametrize("call", ["generate", "forward", "decoding"])
+def test_a_call_beside_a_generation_is_refused_and_leaves_it_alone(model, mixed, call):
+    made, references = mixed
+    inputs = tiny.batch(tiny.PROMPTS[:1])
+    streamer = _Stops()
+    with made.attach(model):
+        cache = DynamicCache()
+        model(**inputs, past_key_values=cache)
+        thread, box = _in_thread(generate, model, inputs, streamer=streamer)
+        assert streamer.there.wait(10)
+        with pytest.raises(GuardRuntimeError, match="already"):
+            if call == "generate":
+                model.generate(**inputs)
+            elif call == "forward":
+                model(**inputs)
+            else:
+                model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        streamer.go.set()
+        thread.join()
+    holds(references[:1], *box[0])
+
+
+def test_two_threads_with_a_forward_call_each_get_it_or_an_error(model, mixed):
+    made, references = mixed
+    inputs = [tiny.batch([prompt]) for prompt in tiny.PROMPTS]
+    wrong, refused, right = [], [], []
+
+    def work(row):
+        for _ in range(15):
+            try:
+                with torch.no_grad():
+                    logits = model(**inputs[row]).logits
+            except GuardRuntimeError as error:
+                refused.append(error)
+            else:
+                close = torch.allclose(logits[0], expected[row], **CLOSE)
+                (right if close else wrong).append(row)
+
+    expected = [reference.logits([]) for reference in references]
+    with made.attach(model):
+        threads = [threading.Thread(target=work, args=(row,)) for row in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert right and not wrong
+    assert all("already" in str(error) for error in refused)
+
+
+def test_an_interrupted_call_holds_up_nobody(model, mixed):
+    """KeyboardInterrupt passes by the hooks that clean up after an exception."""
+    made, references = mixed
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with made.attach(model):
+        handle = find_decoder(model).layers[1].mlp.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**tiny.batch(tiny.PROMPTS))
+        handle.remove()
+        holds(references, *generate(model, tiny.batch(tiny.PROMPTS)))
+
+    def dies():
+        handle = find_decoder(model).layers[1].mlp.register_forward_hook(interrupt)
+        try:
+            model(**tiny.batch(tiny.PROMPTS))
+        except KeyboardInterrupt:
+            handle.remove()
+
+    with made.attach(model):
+        thread, _ = _in_thread(dies)
+        thread.join()
+        holds(references, *generate(model, tiny.batch(tiny.PROMPTS)))
+
+
+def test_a_generate_kept_from_before_the_end_is_refused(model):
+    with always(model).attach(model):
+        kept = model.generate
+    with pytest.raises(GuardRuntimeError, match="taken off"):
+        kept(**tiny.batch(tiny.PROMPTS))
+    generate(model, tiny.batch(tiny.PROMPTS))
+
+
+def test_leaving_inside_a_generation_is_refused(model, mixed):
+    made, references = mixed
+    inputs = tiny.batch(tiny.PROMPTS[:1])
+    with made.attach(model) as session:
+
+        def leave():
+            with pytest.raises(GuardRuntimeError, match="inside"):
+                session.disarm()
+
+        holds(references[:1], *generate(model, inputs, streamer=_Stops(leave)))
+
+
+# -- hooks that go or do not come --------------------------------------------------------------
+
+
+def _hooks(model):
+    return [
+        (name, dict(module._forward_hooks), dict(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("place", ["model", "model before", "layer", "everything"])
+def test_hooks_that_are_removed_in_the_middle(place):
+    model = tiny.llava()
+
+    def remove():
+        if place == "model":
+            model._forward_hooks.clear()
+        elif place == "model before":
+            model._forward_pre_hooks.clear()
+        elif place == "layer":
+            find_decoder(model).layers[4]._forward_hooks.clear()
+        else:
+            for module in model.modules():
+                module._forward_hooks.clear()
+                module._forward_pre_hooks.clear()
+
+    inputs = tiny.batch(tiny.PROMPTS[:1])
+    with always(model).attach(model) as session:
+        with pytest.raises(GuardRuntimeError):
+            generate(model, inputs, streamer=_Stops(remove))
+        assert session._request is None
+    assert "generate" not in model.__dict__
+
+
+def test_a_layer_left_out_for_another_run_twice():
+    """The number of calls alone would look right."""
+    model = tiny.llava()
+    decoder = find_decoder(model)
+    made = always(model, reference="anchor", layers=[2, 3])
+    with made.attach(model):
+        model(**tiny.batch(tiny.PROMPTS), use_cache=False)
+        layers = list(decoder.layers)
+        decoder.module.layers = nn.ModuleList([*layers[:3], layers[2], *layers[4:]])
+        with pytest.raises(GuardRuntimeError, match="withheld"):
+            model(**tiny.batch(tiny.PROMPTS), use_cache=False)
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_a_half_attached_guard_is_taken_out_again(model, monkeypatch, fails):
+    made = always(model)
+    before, calls = _hooks(model), []
+    register = nn.Module.register_forward_hook
+
+    def failing(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == fails:
+            raise MemoryError("on purpose")
+        return register(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "register_forward_hook", failing)
+    with pytest.raises(MemoryError), made.attach(model):
+        pass
+    monkeypatch.undo()
+    assert _hooks(model) == before
+    assert "generate" not in model.__dict__
+    with made.attach(model) as session:
+        generate(model, tiny.batch(tiny.PROMPTS))
+        assert all(d.fired for d in session.decisions)
+
+
+def test_attached_again_and_again(model, mixed):
+    made, references = mixed
+    before = _hooks(model)
+    for _ in range(3):
+        with made.attach(model):
+            holds(references, *generate(model, tiny.batch(tiny.PROMPTS)))
+            with pytest.raises(GuardError, match="already"), made.attach(model):
+                pass
+            with pytest.raises(GuardError, match="already"), always(model).attach(model):
+                pass
+        assert _hooks(model) == before
+
+
+# -- what the session attests ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("tokens", [1, 3, None])
+def test_the_attestation_of_a_generation(model, tokens, use_cache):
+    made, references = calibrated(model, tiny.PROMPTS, tokens=tokens)
+    with made.attach(model) as session:
+        assert session.attestation is None
+        generate(model, tiny.batch(tiny.PROMPTS), use_cache=use_cache)
+        told = session.attestation
+        assert [row.decision for row in told.rows] == session.decisions
+    assert told.layers == (2, 4, 5)  # steered 2 and 4, gates at 5 and 2
+    assert (told.calls.passes, told.calls.made, told.calls.expected) == (NEW, 3 * NEW, 3 * NEW)
+    by_text = any(r.is_open(0, "text") for r in references)
+    assert by_text
+    assert (told.text_pass.passes, told.text_pass.made, told.text_pass.expected) == (1, 3, 3)
+    dose = min(tokens or NEW, NEW)
+    for row, reference in zip(told.rows, references, strict=True):
+        assert row.changed == ({2: dose, 4: dose} if reference.fired else {})
+        for index, gate in enumerate(made.config.gates):
+            score = row.decision.scores[f"{gate.source}.{index}"]
+            known = reference.known.scores[index]
+            expected = [known[layer] for layer in gate.layers]
+            torch.testing.assert_close(torch.tensor(score), torch.tensor(expected), **CLOSE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_attestation_counts_no_padding(model, side):
+    made = always(model, positions="all", tokens=2)
+    with made.attach(model) as session:
+        model(**tiny.batch(tiny.PROMPTS, side))
+        told = session.attestation
+    for row, prompt in zip(told.rows, tiny.PROMPTS, strict=True):
+        assert row.changed == {2: len(prompt), 4: len(prompt)}
+
+
+def test_a_gate_inside_the_vlm_steers_the_layers_below_it_one_step_later(model):
+    made = tiny.guard(model, [tiny.gate("vlm", 3, threshold=-1e9)], tokens=3, reference="anchor")
+    with made.attach(model) as session:
+        generate(model, tiny.batch(tiny.PROMPTS))
+        rows = session.attestation.rows
+    assert all(row.changed == {2: 2, 4: 3} for row in rows)
+
+
+def test_nothing_is_attested_of_a_request_that_was_withheld(model):
+    with always(model).attach(model) as session:
+        generate(model, tiny.batch(tiny.PROMPTS))
+        find_decoder(model).layers[4]._forward_hooks.clear()
+        with pytest.raises(GuardRuntimeError):
+            generate(model, tiny.batch(tiny.PROMPTS))
+        assert session.attestation is None
+        assert session.decisions == []
+
+
+# -- cost --------------------------------------------------------------------------------------
+
+
+def test_a_step_with_nothing_to_do_only_counts_its_layers(model, monkeypatch):
+    """No tensor is touched by the guard where the gate is shut or the dose is over."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Count.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    def operations(guarded):
+        with torch.no_grad():
+            out = model(**tiny.batch(tiny.PROMPTS))
+            token = torch.full((len(tiny.PROMPTS), 1), 7)
+            with Count():
+                Count.calls = 0
+                model(input_ids=token, past_key_values=out.past_key_values)
+        return Count.calls
+
+    plain = operations(False)
+    for threshold, tokens in ((1e9, None), (-1e9, 1)):
+        with always(model, threshold, tokens=tokens).attach(model):
+            assert operations(True) == plain
