@@ -132,7 +132,8 @@ def find_decoder(model: Any) -> Decoder:
     if getattr(type(model), "generate", None) is not GenerationMixin.generate:
         raise ModelError(
             f"{name} has a generate() of its own, which goes round the forward pass that a guard "
-            "follows, so it cannot be guarded"
+            "follows, so it cannot be guarded; if it wraps a model (an adapter's wrapper), attach "
+            "the guard to the model inside"
         )
     depth = getattr(text, "num_hidden_layers", None)
     embedding, pointed = model.get_input_embeddings(), model.get_decoder()
