@@ -363,6 +363,25 @@ def test_several_requests_in_one_row_are_refused(model):
                 model.generate(ids, max_new_tokens=2, **packed)
 
 
+@pytest.mark.parametrize("by_config", [True, False])
+def test_generate_does_not_compile_the_model_by_itself(model, monkeypatch, by_config):
+    """It would where the cache is static and the device no CPU."""
+    asked = []
+
+    def criteria(self, _, config):
+        asked.append(config.disable_compile)
+        return False
+
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", criteria)
+    config = GenerationConfig(max_new_tokens=2, cache_implementation="static")
+    options = {"generation_config": config} if by_config else config.to_diff_dict()
+    options.pop("transformers_version", None)
+    with always(model).attach(model):
+        model.generate(**tiny.batch(tiny.PROMPTS), **options)
+    assert asked == [True]
+    assert config.disable_compile is None
+
+
 def test_guessed_tokens_on_the_cache_are_refused(model):
     """What speculation would look like to the hooks, whatever setting led to it."""
 

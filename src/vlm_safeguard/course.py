@@ -116,7 +116,7 @@ def begin(
     width = mask.shape[1]
     attended = mask.bool()
     last = width - 1 - attended.long().flip(1).argmax(1)
-    columns = text_columns(ids, mask, markup) if ids is not None else None
+    columns = text_columns(ids, mask, markup) if needs_ids and ids is not None else None
     padding = (~attended).sum(1).tolist()
     return Request(config.gates, width, last.tolist(), padding, columns), mask
 
