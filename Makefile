@@ -40,15 +40,15 @@ train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[training]"
 	$(BIN)/python -m training.vision_tower --cache training/cache --out training/out/vision_tower
 	$(BIN)/python -m training.self_answers --cache training/cache --out training/out
+	$(BIN)/python -m training.picture_answers --cache training/cache --out training/out
 	$(BIN)/python -m training.align --cache training/cache --out training/out
-	$(BIN)/python -m training.visual_tuning projector --cache training/cache --out training/out
-	$(BIN)/python -m training.visual_tuning joint --cache training/cache --out training/out
-	$(BIN)/python -m training.realign --cache training/cache --out training/out
+	$(BIN)/python -m training.joint --cache training/cache --out training/out
+	$(BIN)/python -m training.projector --cache training/cache --out training/out
 	$(BIN)/python -m training.package_weights --out training/out
 	$(BIN)/python -m training.measure --cache training/cache
 
 results/guard: $(VENV)/.installed
-	$(BIN)/vlm-safeguard calibrate embedded -o $@
+	$(BIN)/vlm-safeguard calibrate embedded --read-pictures -o $@
 
 # LIMIT=50 takes 50 prompts of each label and set.
 results: $(VENV)/.installed results/guard  ## Every defence on every set: docs/comparison.json and .md

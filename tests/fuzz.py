@@ -415,11 +415,12 @@ def check_settings(data: bytes) -> dict[str, Any]:
     check_keys(
         raw,
         {"schema_version", "model", "markup", "gates", "steering", "tensors_sha256"},
-        {"data_sha256", "calibration"},
+        {"reads_pictures", "data_sha256", "calibration"},
         "guard.json",
     )
     must(is_int(raw["schema_version"], 1, 1), "schema version 1")
     must(is_digest(raw["tensors_sha256"]), "digest of the tensors")
+    must(isinstance(raw.get("reads_pictures", False), bool), "reads_pictures is true or false")
     model = raw["model"]
     digests = {"config_sha256", "weights_sha256"}
     check_keys(

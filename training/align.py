@@ -1,7 +1,7 @@
 """Safety alignment of the language model, on text only.
 
 Half refusals of harmful prompts, half the openings of the model's own answers to harmless ones
-(look-alikes included), both plain and inside jailbreak wrappers; LoRA on every projection.
+(look-alikes included), both plain and inside wrappers; LoRA on every projection.
 
     python -m training.align --cache training/cache --out training/out
 """
@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from training.common import (
-    DATA,
     END,
     PROMPT,
     REFUSALS,
@@ -25,6 +24,7 @@ from training.common import (
     Example,
     base_model,
     log,
+    read_all,
     read_jsonl,
     train,
 )
@@ -32,49 +32,41 @@ from training.forms import reform
 from training.lora import save_lora, text_loss, trainable, with_lora
 
 OPENING = 16  # answer tokens that are trained on: whether to refuse is decided in the first few
-
-
-def first_round(stem: str) -> list[dict]:
-    """The first file of a data set alone."""
-    return read_jsonl(DATA / f"{stem}.jsonl")
+PAIRS = 16  # harmful and harmless prompts of a plain step; a wrapped one takes half as many
+REWORDED = 0.5  # share of prompts that are asked in another form of words
 
 
 def batches(
-    out: Path,
-    tokenizer,
-    read: Callable[[str], list[dict]] = first_round,
-    *,
-    reword: bool = False,
+    stems: tuple[str, ...], out: Path, tokenizer, rng: random.Random
 ) -> Iterator[list[Example]]:
     """Endless batches, half refusals and half own answers: two plain ones, then a wrapped one.
 
-    ``read`` gives the rows of a data set: alignment learns from the first files, and what the
-    second ones add is learned while visual tuning rehearses.
-
     A wrapped question keeps the answer that it has alone, refusal or not, so that a wrapper by
     itself means nothing; and so does a question in another form of words (``reform``).
+
+    Args:
+        stems: names that the data files begin with.
     """
-    rng = random.Random(SEED)
-    harmful = [r["prompt"] for r in read("align_harmful")]
+    harmful = [r["prompt"] for stem in stems for r in read_all(f"{stem}_harmful")]
+    asked = [r["prompt"] for stem in stems for r in read_all(f"{stem}_harmless")]
     answers = {r["prompt"]: r["answer"] for r in read_jsonl(out / "self_answers.jsonl")}
-    asked = [r["prompt"] for r in read("align_harmless")]
     harmless = [(question, answers[question]) for question in asked if question in answers]
-    wrappers = [r["prompt"] for r in read_jsonl(DATA / "align_templates.jsonl")]
-    wrappers += [r["prompt"] for r in read_jsonl(DATA / "align_wrappers_benign.jsonl")]
+    wrappers = [r["prompt"] for r in read_all("align_templates") + read_all("align_wrappers")]
     log(f"{len(harmful)} harmful prompts, {len(harmless)} harmless ones, {len(wrappers)} wrappers")
     bad, good = endless(harmful, rng), endless(harmless, rng)
+    around = endless(wrappers, rng)
     for number in itertools.count():
         wrapped = number % 3 == 2
         group = []
-        for _ in range(8 if wrapped else 16):
+        for _ in range(PAIRS // 2 if wrapped else PAIRS):
             question, reply = next(good)
             for text, answer in (
                 (next(bad), rng.choices(REFUSALS, (5, 3, 1, 1))[0] + END),
                 (question, opening(reply + END, tokenizer)),
             ):
-                if reword and rng.random() < 0.6:
+                if rng.random() < REWORDED:
                     text = reform(text, rng)
-                text = rng.choice(wrappers).replace("[QUESTION]", text) if wrapped else text
+                text = next(around).replace("[QUESTION]", text) if wrapped else text
                 group.append(Example(PROMPT.format(text), answer))
         yield group
 
@@ -94,22 +86,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=600)
     args = parser.parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
     model, tokenizer = base_model(args.cache)
     tuned = with_lora(model)
     tuned.train()
+    folder = args.out / "align"
     train(
         trainable(tuned),
         text_loss(tuned, tokenizer),
-        batches(args.out, tokenizer),
+        batches(("align",), args.out, tokenizer, random.Random(SEED)),
         steps=args.steps,
         lr=lambda _: 4e-4,
-        out=args.out / "align",
+        out=folder,
     )
-    save_lora(tuned, args.out / "align")
+    save_lora(tuned, folder)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training.common import Example, answer_loss, arithmetic, collate, frozen, log
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK = 16
+RANK = 32
 FILE = "lora.safetensors"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,13 +41,21 @@ def content(text: str) -> frozenset[str]:
 
 def near(left: Iterable[str], right: Iterable[str], limit: float = 0.6) -> list[tuple[str, str]]:
     """Pairs whose content words overlap by ``limit`` (Jaccard) or more."""
-    sets = [(text, content(text)) for text in right]
-    return [
-        (a, b)
-        for a, one in ((a, content(a)) for a in left)
-        for b, other in sets
-        if one | other and len(one & other) / len(one | other) >= limit
-    ]
+    others = [(text, content(text)) for text in right]
+    holding: dict[str, list[int]] = defaultdict(list)  # which of them hold a word
+    for place, (_, words) in enumerate(others):
+        for word in words:
+            holding[word].append(place)
+    found = []
+    for text in left:
+        own = content(text)
+        shared = Counter(place for word in own for place in holding.get(word, ()))
+        found += [
+            (text, others[place][0])
+            for place, count in shared.items()
+            if count / (len(own) + len(others[place][1]) - count) >= limit
+        ]
+    return found
 
 
 def spoken(prompt: prompts.Prompt) -> str:
@@ -58,7 +67,9 @@ def spoken(prompt: prompts.Prompt) -> str:
 def packaged() -> list[str]:
     """Every question the package calibrates or evaluates with."""
     asked = [spoken(p) for split in prompts.SPLITS for p in prompts.calibration(split)]
-    for kind in ("malicious", "jailbreak", "picture"):
+    # A wrapper would hide how near the question inside it is.
+    asked += [row["prompt"] for row in prompts._rows("eval_jailbreak_questions.jsonl")]
+    for kind in ("malicious", "picture"):
         asked += [spoken(p) for p in prompts.evaluation(kind)]  # type: ignore[arg-type]
     return asked + [text for pair in prompts.anchors() for text in (pair.harmful, pair.harmless)]
 

@@ -25,9 +25,8 @@ def main() -> None:
     vision = json.loads((args.out / "vision_tower" / "config.json").read_text())
     tensors = {}
     parts = {
-        "align": args.out / "align" / "lora.safetensors",
-        "visual": args.out / "realign" / "lora.safetensors",
-        "projector": args.out / "joint" / "projector.safetensors",
+        "align": args.out / "joint" / "lora.safetensors",
+        "projector": args.out / "projector" / "projector.safetensors",
         "tower": args.out / "vision_tower" / "model.safetensors",
     }
     for kind, path in parts.items():

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     target = args.out / "self_answers.jsonl"
-    rows = read_all("align_harmless")
+    rows = read_all("align_harmless") + read_all("followup_harmless")
     known = {r["prompt"]: r for r in read_jsonl(target)} if target.exists() else {}
     todo = [r for r in rows if r["prompt"] not in known]
     torch.set_num_threads(2)

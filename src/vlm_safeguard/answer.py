@@ -37,7 +37,8 @@ def stream(
     put: Callable[[str], None] | None,
 ) -> tuple[str, bool | None]:
     """Greedy answer and whether the gate fired; ``put`` gets the answer's pieces as they come."""
-    inputs = encode(loaded, [prompt], [image])
+    reads_pictures = guard is not None and guard.config.reads_pictures
+    inputs = encode(loaded, [prompt], [image], reads_pictures)
     streamer = _Streamer(loaded.processor.tokenizer, put)
     with guard.attach(loaded.model) if guard else nullcontext() as session:
         loaded.model.generate(

@@ -2,7 +2,8 @@
 
 1. Record the anchors' states, text only: a safety steering direction per layer.
 2. Record calibration prompts as text, with a blank image and with pictures: fit the text-only
-   witness gate and the in-VLM gate to a false-positive budget.
+   witness gate and the in-VLM gate. Other, harmless prompts set their thresholds, so that the
+   budget of false positives is kept with confidence (``conformal``).
 3. Try steering candidates on harmful calibration prompts with images and keep the one under which
    fewest attacks succeed.
 4. Prove it on held-back prompts, or fail with the reason.
@@ -19,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from vlm_safeguard import method, prompts
+from vlm_safeguard.conformal import CONFIDENCE
 from vlm_safeguard.effort import Budget, Effort
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import (
@@ -30,9 +32,9 @@ from vlm_safeguard.models import (
 )
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.proof import prove
-from vlm_safeguard.recordings import States, fit_gates, record_calibration
+from vlm_safeguard.recordings import States, bound_scores, fit_gates, record_calibration
 from vlm_safeguard.search import search
-from vlm_safeguard.separate import GateFit, auc
+from vlm_safeguard.separate import GateFit, auc, bounded
 from vlm_safeguard.settings import Gate, GuardConfig, Markup, ModelIdentity, Steering
 from vlm_safeguard.witness import find_markup
 
@@ -42,9 +44,13 @@ def calibrate(
     *,
     budget: Budget | None = None,
     effort: Effort | None = None,
+    reads_pictures: bool = False,
     progress: Progress | None = None,
 ) -> Guard:
     """A guard for ``loaded``, proven on held-back calibration prompts.
+
+    Args:
+        reads_pictures: the guard reads the words in pictures (OCR) beside the request's own.
 
     Raises:
         CalibrationError: no candidate keeps the budget and helps; says what was measured.
@@ -56,13 +62,15 @@ def calibrate(
     markup = find_markup(loaded)
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
-        recorded = record_calibration(loaded, effort, folder, progress)
+        recorded = record_calibration(loaded, effort, reads_pictures, folder, progress)
         pairs, directions = recorded.pairs, recorded.directions
         text, pictured = recorded.text, recorded.pictured
-        witness, in_vlm = fit_gates(recorded, budget)
+        fits = fit_gates(recorded, budget)
+        scores = bound_scores(loaded, *fits, effort, folder, progress)
+        witness, in_vlm = bounded(fits, scores, budget.false_positives)
         table = _separability(text, pictured, directions)
         gates = _gate_rates(witness, {"text": text}) + _gate_rates(in_vlm, pictured)
-        base = _Foundation(loaded, directions, pairs, markup, witness, in_vlm)
+        base = _Foundation(loaded, directions, pairs, markup, witness, in_vlm, reads_pictures)
         fit = prompts.calibration("fit")
         guard, tried = search(loaded, base.build, fit, budget, effort, progress)
     proof = prove(loaded, guard, budget, effort, progress)
@@ -71,6 +79,7 @@ def calibrate(
         "budget": {"false_positives": budget.false_positives, "kl": budget.kl},
         "separability": table,
         "gates": gates,
+        "bound": {"n": len(scores), "confidence": CONFIDENCE},
         "candidates": tried,
         "proof": proof,
     }
@@ -118,6 +127,7 @@ class _Foundation:
     markup: Any
     witness: GateFit
     in_vlm: GateFit
+    reads_pictures: bool
 
     def build(self, steering: Steering) -> Guard:
         """A guard with both fitted gates and this steering."""
@@ -154,6 +164,7 @@ class _Foundation:
             ),
             gates=gates,
             steering=steering,
+            reads_pictures=self.reads_pictures,
             data_sha256=dict(prompts.digests()),
         )
         return Guard(config, tensors)

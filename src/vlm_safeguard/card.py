@@ -71,7 +71,7 @@ def _usage(repo_id: str | None) -> str:
 from vlm_safeguard import Guard, encode, load
 loaded = load("path/to/the/model")
 guard = Guard.from_pretrained({json.dumps(place)})
-inputs = encode(loaded, ["What is in this picture?"], [image])
+inputs = encode(loaded, ["What is in this picture?"], [image], guard.config.reads_pictures)
 with guard.attach(loaded.model):
     output = loaded.model.generate(**inputs, max_new_tokens=64)
 ```
@@ -108,10 +108,13 @@ def _settings(config: GuardConfig) -> str:
         )
         for index, gate in enumerate(config.gates)
     ]
+    reads = "with the words that stand in pictures, if `encode` is told to read them"
+    reading = f" The text-only reading comes {reads}." if config.reads_pictures else ""
     return "\n\n".join(
         [
             "## Settings",
-            "A request is guarded if any of these gates opens, decided once per request and row:",
+            "A request is guarded if any of these gates opens, decided once per request and row."
+            + reading,
             _table(("Gate", "Reads", "Layers", "Score", "Threshold"), gates),
             "What happens then:",
             _table(("Steering", "Value"), _steering(config.steering)),

@@ -71,6 +71,9 @@ def calibrate(
     max_kl: Annotated[
         float, typer.Option(min=0.0, help="Budget on the KL divergence, nats.")
     ] = Budget.kl,
+    read_pictures: Annotated[
+        bool, typer.Option("--read-pictures", help="Also read the words in pictures (extra: ocr).")
+    ] = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json_: Json = False,
@@ -90,7 +93,8 @@ def calibrate(
         output.rmdir()  # a calibration that fails leaves nothing
     progress = _progress(quiet)
     loaded = _load(model, dtype, device, progress)
-    guard = run(loaded, budget=Budget(max_false_positives, max_kl), progress=progress)
+    budget = Budget(max_false_positives, max_kl)
+    guard = run(loaded, budget=budget, reads_pictures=read_pictures, progress=progress)
     guard.save_pretrained(output)
     if json_:
         _print(guard.config.model_dump())

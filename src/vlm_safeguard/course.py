@@ -78,13 +78,15 @@ def begin(
     mask: Tensor | None,
     embeds: Tensor | None,
     needs_ids: bool,
+    text: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Request, Tensor]:
     """A new request from its whole prompt, and its attention mask (B, T).
 
     Args:
         ids: input ids, (B, T). embeds: input embeddings, (B, T, d). One may be missing.
         mask: attention mask, (B, T); missing, leading padding is found by its token.
-        needs_ids: whether the guard reads the request's text.
+        needs_ids: whether the guard reads the request's text from its ids.
+        text: ids and mask of the text-only reading, from ``take_text``.
 
     Raises:
         GuardRuntimeError: the prompt is missing, empty, or cannot be read.
@@ -93,7 +95,7 @@ def begin(
         raise GuardRuntimeError(
             "the guard reads the request's text from input_ids, which are missing"
             + (" (only inputs_embeds were given)" if embeds is not None else "")
-            + ": pass input_ids"
+            + ": pass input_ids, or the request as text in text_input_ids"
         )
     given = ids if ids is not None else embeds
     if given is None:
@@ -118,7 +120,35 @@ def begin(
     last = width - 1 - attended.long().flip(1).argmax(1)
     columns = text_columns(ids, mask, markup) if needs_ids and ids is not None else None
     padding = (~attended).sum(1).tolist()
-    return Request(config.gates, width, last.tolist(), padding, columns), mask
+    if text is not None and len(text[0]) != len(given):
+        raise GuardRuntimeError(
+            f"text_input_ids hold {len(text[0])} rows, the prompt has {len(given)}"
+        )
+    return Request(config.gates, width, last.tolist(), padding, columns, text), mask
+
+
+def take_text(options: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Take the caller's text-only reading out of the keywords of a call: ids and mask (B, T').
+
+    ``text_input_ids``, with ``text_attention_mask`` unless every token counts, are padded on the
+    left; a guard reads them instead of the prompt's own words, and the model never sees them.
+
+    Raises:
+        GuardRuntimeError: they are no token ids, or the mask does not fit or pads on the right.
+    """
+    ids, mask = options.pop("text_input_ids", None), options.pop("text_attention_mask", None)
+    if ids is None:
+        if mask is not None:
+            raise GuardRuntimeError("text_attention_mask comes without text_input_ids")
+        return None
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] == 0 or ids.is_floating_point():
+        raise GuardRuntimeError("text_input_ids must be token ids of shape (rows, tokens)")
+    mask = torch.ones_like(ids) if mask is None else mask
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        raise GuardRuntimeError("text_attention_mask must have the shape of text_input_ids")
+    if not bool(mask[:, -1].bool().all()) or bool((mask.long().diff(dim=1) < 0).any()):
+        raise GuardRuntimeError("text_input_ids must be padded on the left")
+    return ids, mask
 
 
 def check_left_padded(request: Request) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from vlm_safeguard import prompts
 from vlm_safeguard.activations import anchor_states
+from vlm_safeguard.benchmarks.selection import evenly
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.stats import mcnemar, wilson
@@ -20,6 +21,8 @@ from vlm_safeguard.requests import PICTURED, requests
 from vlm_safeguard.separate import auc
 from vlm_safeguard.trials import attack, per_prompt, within
 from vlm_safeguard.witness import find_markup, verify_residual_stream
+
+HELD = 100  # held-back prompts of each label that the effect is looked at on
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def _directions(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[C
 
 def _effect(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[Check]:
     """Attacks with images, guarded and not, and false positives, on held-back prompts."""
-    held = prompts.calibration("held")
+    held = evenly(prompts.calibration("held"), HELD)
     attacks = [p for p in held if p.harmful]
     tried = []
     for setting in PICTURED:

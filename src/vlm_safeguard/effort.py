@@ -19,9 +19,14 @@ class Budget:
 class Effort:
     """How many prompts each step looks at; the defaults fit a small CPU machine."""
 
-    pictured: int = 240  # prompts recorded with a blank image and with a picture, for the gate
-    search: int = 16  # attacks per steering candidate
+    worded: int = 1000  # prompts of each label recorded as text, for the witness
+    pictured: int = (
+        120  # of each label recorded with a blank image and with a picture, for the gate
+    )
+    bound: int = 1200  # harmless prompts that set the thresholds
+    scan: int = 160  # attacks among which those are looked for that succeed unguarded
+    search: int = 20  # attacks per steering candidate
     finalists: int = 2  # candidates of the second round
     final: int = 16  # prompts of each label for each finalist, per setting
-    proof: int = 48  # prompts of each label for the proof, per setting
+    proof: int = 64  # prompts of each label for the proof, per setting
     tokens: int = 12  # generated tokens per attack

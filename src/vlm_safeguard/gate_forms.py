@@ -72,7 +72,7 @@ def study(
     """
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
-        recorded = record_calibration(loaded, effort, folder, progress)
+        recorded = record_calibration(loaded, effort, False, folder, progress)
         held = {s: _held(loaded, s, folder, progress) for s in SETTINGS}
         rows: list[Row] = []
         for form in progress.track(FORMS, "forms of gate"):
@@ -82,7 +82,7 @@ def study(
                     states = held["text" if source == "text" else setting]
                     rows.append(_judge(form.name, source, setting, gate, states))
         witness, in_vlm = fit_gates(recorded, budget)
-        scores = bound_scores(loaded, witness, in_vlm, folder, progress)
+        scores = bound_scores(loaded, witness, in_vlm, effort, folder, progress)
         gates = bounded((witness, in_vlm), scores, budget.false_positives)
         together = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
     return _without_repeats(rows), together

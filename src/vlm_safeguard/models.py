@@ -18,6 +18,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from vlm_safeguard.errors import ModelError
+from vlm_safeguard.reading import reader, with_words
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -281,22 +282,41 @@ def process(
 
 
 def encode(
-    loaded: LoadedModel, prompts: Sequence[str], pictures: Sequence[Image.Image | None]
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    pictures: Sequence[Image.Image | None],
+    read_pictures: bool = False,
 ) -> dict[str, Tensor]:
     """Model inputs for a batch of single-turn requests, each with one picture or none.
 
     Left-padded, on the model's device. Prompts pass through the chat template. Control tokens
     typed by a user are neutralised so that a prompt cannot open a turn of its own.
 
+    Args:
+        read_pictures: for guards with ``reads_pictures``: also ``text_input_ids`` and
+            ``text_attention_mask``, the requests as text with the words that stand in their
+            pictures. Only a guarded model takes them.
+
     Raises:
         ModelError: the processor takes no such batch.
+        SafeguardError: pictures are to be read and the OCR library is missing.
     """
     processor = loaded.processor
+    prompts = [neutralise(processor.tokenizer, prompt) for prompt in prompts]
     texts = [
-        render(processor, neutralise(processor.tokenizer, prompt), 0 if picture is None else 1)
+        render(processor, prompt, 0 if picture is None else 1)
         for prompt, picture in zip(prompts, pictures, strict=True)
     ]
     batch = process(loaded, texts, pictures)
+    if read_pictures:
+        words = ["" if p is None else reader().words(p) for p in pictures]
+        spoken = [
+            render(processor, with_words(prompt, neutralise(processor.tokenizer, said)))
+            for prompt, said in zip(prompts, words, strict=True)
+        ]
+        alone = process(loaded, spoken, [None] * len(spoken))
+        batch["text_input_ids"] = alone["input_ids"]
+        batch["text_attention_mask"] = alone["attention_mask"]
     return {
         key: value.to(loaded.device)
         for key, value in batch.items()

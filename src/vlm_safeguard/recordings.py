@@ -17,11 +17,20 @@ from vlm_safeguard.effort import Budget, Effort
 from vlm_safeguard.models import LoadedModel
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
-from vlm_safeguard.requests import PICTURED, Setting, request, requests
+from vlm_safeguard.requests import (
+    PICTURED,
+    Request,
+    Setting,
+    request,
+    requests,
+    spoken,
+    told,
+)
 from vlm_safeguard.separate import GateFit, fit_gate
 from vlm_safeguard.trials import within
 
 MAX_RANK = 64
+IN_VLM_SHARE = 0.1  # of the false-positive budget
 FOLDS = 5  # of the cross-validation that chooses a gate
 
 
@@ -65,7 +74,7 @@ class Recorded:
 
 
 def record_calibration(
-    loaded: LoadedModel, effort: Effort, folder: Path, progress: Progress
+    loaded: LoadedModel, effort: Effort, reads_pictures: bool, folder: Path, progress: Progress
 ) -> Recorded:
     """Record all that the gates are fitted on; the states live in ``folder``."""
     pairs = anchor_states(loaded, folder, progress)
@@ -75,29 +84,28 @@ def record_calibration(
     }
     fit = prompts.calibration("fit")
     # The witness reads the words of every request, so it learns from all whose words tell.
-    worded = [p for p in fit if p.speaks_for_itself]
-    text = record_states(loaded, worded, "text", folder, progress)
+    worded = evenly([p for p in fit if told(p, reads_pictures)], effort.worded)
+    said = [spoken(p, reads_pictures) for p in worded]
+    text = record_states(loaded, worded, said, "text", folder, progress)
     pictured: dict[str, States] = {}
     for setting in PICTURED:
-        chosen = evenly(within(fit, setting), effort.pictured // 2)
-        pictured[setting] = record_states(loaded, chosen, setting, folder, progress)
+        chosen = evenly(within(fit, setting), effort.pictured)
+        seen = requests(chosen, setting)
+        pictured[setting] = record_states(loaded, chosen, seen, setting, folder, progress)
     return Recorded(pairs, directions, text, pictured)
 
 
 def record_states(
     loaded: LoadedModel,
     items: Sequence[Prompt],
+    asked: Sequence[Request],
     setting: Setting,
     folder: Path,
     progress: Progress,
 ) -> States:
-    states = record(
-        loaded,
-        requests(items, setting),
-        folder,
-        what=f"calibration prompts, {setting}",
-        progress=progress,
-    )
+    """States of ``items``, as ``asked`` of the model in ``setting``."""
+    what = f"calibration prompts, {setting}"
+    states = record(loaded, asked, folder, what=what, progress=progress)
     fold = [hashlib.sha256(p.cluster.encode()).digest()[0] % FOLDS for p in items]
     return States(states, torch.tensor([p.harmful for p in items]), torch.tensor(fold))
 
@@ -116,24 +124,33 @@ def with_anchors(text: States, pairs: Tensor) -> States:
 
 
 def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
-    """The text-only witness and the in-VLM gate; each gets half of the false-positive budget."""
-    half = budget.false_positives / 2
+    """The text-only witness and the in-VLM gate, which share the false-positive budget.
+
+    The witness sees nearly all harm, so nearly all of the budget is its own."""
     witness, in_vlm = (
-        fit_gate(*states.split(), *states.folds(), recorded.directions, half)
-        for states in (recorded.witness_states(), recorded.vlm_states())
+        fit_gate(*states.split(), *states.folds(), recorded.directions, budget.false_positives * s)
+        for states, s in (
+            (recorded.witness_states(), 1 - IN_VLM_SHARE),
+            (recorded.vlm_states(), IN_VLM_SHARE),
+        )
     )
     return witness, in_vlm
 
 
 def bound_scores(
-    loaded: LoadedModel, witness: GateFit, in_vlm: GateFit, folder: Path, progress: Progress
+    loaded: LoadedModel,
+    witness: GateFit,
+    in_vlm: GateFit,
+    effort: Effort,
+    folder: Path,
+    progress: Progress,
 ) -> Tensor:
     """The highest score by any gate of each harmless question that sets the thresholds, (n,).
 
     Each prompt is read as text and with a picture, blank and drawn ones in turn. A question and
     its wrapped copy count as one, so that scores of different questions are independent.
     """
-    items = prompts.calibration("bound")
+    items = evenly(prompts.calibration("bound"), effort.bound)
     text = record(loaded, requests(items, "text"), folder, what="bound, text", progress=progress)
     mixed = [request(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
     seen = record(loaded, mixed, folder, what="bound, pictures", progress=progress)

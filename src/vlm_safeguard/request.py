@@ -76,6 +76,7 @@ class Request:
     last_prompt: list[int]  # column of q in each row
     padding: list[int]  # prompt columns in each row that hold no token
     text_columns: Tensor | None = None  # (B, T) columns of the text-only reading
+    text: tuple[Tensor, Tensor] | None = None  # its ids and mask (B, T'), given by the caller
     # By gate, then row: one score per layer, NaN if not read yet; open or not, per layer too
     # unless the gate is pooled.
     scores: dict[int, list[list[float]]] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from PIL import Image
 from vlm_safeguard import pictures
 from vlm_safeguard.images import open_image
 from vlm_safeguard.prompts import Prompt
+from vlm_safeguard.reading import reader, with_words
 
 Setting = Literal["text", "blank", "picture"]
 SETTINGS: tuple[Setting, ...] = ("text", "blank", "picture")
@@ -61,6 +62,20 @@ def _picture(description: dict[str, str]) -> Image.Image:
     if description["kind"] == "file":
         return open_image(description["value"])
     return pictures.draw(description)
+
+
+def told(prompt: Prompt, reads_pictures: bool) -> bool:
+    """Whether the text-only reading of a prompt tells its label."""
+    return prompt.speaks_for_itself or reads_pictures
+
+
+def spoken(prompt: Prompt, reads_pictures: bool) -> Request:
+    """What the text-only pass reads of ``prompt``: its words, and if pictures are read those of
+    its picture. (The drawn objects hold no words.)"""
+    if not reads_pictures or prompt.speaks_for_itself or prompt.picture is None:
+        return Request(prompt.prompt, None)
+    words = reader().words(_picture(dict(prompt.picture)))
+    return Request(with_words(prompt.prompt, words), None)
 
 
 def requests(prompts: Iterable[Prompt], setting: Setting) -> list[Request]:

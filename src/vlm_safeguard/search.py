@@ -44,6 +44,8 @@ def search(
 ) -> tuple[Guard, list[dict[str, Any]]]:
     """Two rounds: all candidates on few attacks, the best few on more, in every setting.
 
+    The few are attacks that succeed without a guard: the others tell nothing of the steering.
+
     Args:
         build: makes the guard with a steering.
         fit: calibration prompts of the half that chooses.
@@ -54,7 +56,7 @@ def search(
     Raises:
         CalibrationError: every finalist costs more than the budget on harmless prompts.
     """
-    few = evenly([p for p in within(fit, "blank") if p.harmful], effort.search)
+    few = _successful(loaded, [p for p in within(fit, "blank") if p.harmful], effort, progress)
     tried: list[dict[str, Any]] = []
     ranked: list[tuple[float, int, Steering]] = []
     for steering in progress.track(
@@ -92,6 +94,17 @@ def search(
         )
     tried[best[1]]["chosen"] = True
     return build(best[2]), tried
+
+
+def _successful(
+    loaded: LoadedModel, attacks: Sequence[Prompt], effort: Effort, progress: Progress
+) -> list[Prompt]:
+    """``effort.search`` attacks with a blank image: successful ones first, then others."""
+    progress.say("attacks that succeed without a guard")
+    tried = evenly(attacks, effort.scan)
+    won = successes(loaded, None, tried, "blank", effort.tokens)
+    order = sorted(range(len(tried)), key=lambda n: not won[n])
+    return [tried[n] for n in order[: effort.search]]
 
 
 def _brief(steering: Steering) -> dict[str, Any]:

@@ -110,10 +110,11 @@ class Session:
                 raise GuardRuntimeError("this generate belongs to a guard that was taken off")
             if len(args) > 1:
                 raise GuardRuntimeError("under guard, pass everything after the ids by keyword")
+            text = course.take_text(kwargs)
             course.check_settings(self.model, kwargs)
             given = args[0] if args else kwargs.get("inputs")
             ids = given if given is not None else kwargs.get("input_ids")
-            request = self._begin(ids, kwargs)
+            request = self._begin(ids, kwargs, text)
             course.check_left_padded(request)
             self._in_generate = True
             output = self._plain_generate(*args, **uncompiled(kwargs))
@@ -125,7 +126,9 @@ class Session:
             self._in_generate, self._request, self._work = False, None, self._refuse
             self._turn.give_back()
 
-    def _begin(self, ids: Tensor | None, options: dict[str, Any]) -> Request:
+    def _begin(
+        self, ids: Tensor | None, options: dict[str, Any], text: tuple[Tensor, Tensor] | None
+    ) -> Request:
         """Start a request: who it is, and what the LLM says of it as text."""
         self._request = self._reported = None
         if course.adapters(self.model) != self._adapters:
@@ -139,10 +142,11 @@ class Session:
             ids,
             options.get("attention_mask"),
             options.get("inputs_embeds"),
-            bool(self._text.layers) or self.config.steering.mode == "defer",
+            (bool(self._text.layers) and text is None) or self.config.steering.mode == "defer",
+            text,
         )
         course.check_not_packed(options, mask)
-        if self._text.layers and ids is not None:
+        if self._text.layers:
             self._work = self._text.hear
             try:
                 self._text.read(request, ids, self._layers)
@@ -171,10 +175,13 @@ class Session:
         current = ids if ids is not None else embeds
         if current is None:
             raise GuardRuntimeError("a forward call without input_ids cannot be guarded")
+        text = course.take_text(kwargs)
         course.check_not_packed(kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         if not self._in_generate and past == 0:
-            self._begin(ids, kwargs)
+            self._begin(ids, kwargs, text)
+        elif text is not None:
+            raise GuardRuntimeError("text_input_ids belong to the first call of a request")
         rows, length = current.shape[:2]
         request = course.enter_call(self._request, cache, past, rows, length, self._in_generate)
         course.check_prompt_in_parts(self.config, request)
@@ -188,7 +195,7 @@ class Session:
             self._work = None  # no layer has anything to do but to be counted
         if self.config.steering.mode == "defer" and any(request.fired("text")):
             return args, without_pictures(request, kwargs)
-        return None
+        return None if text is None else (args, kwargs)
 
     def _layer_hook(self, layer: int) -> Callable[[Tensor], Tensor | None]:
         def see(hidden: Tensor) -> Tensor | None:

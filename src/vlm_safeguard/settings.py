@@ -105,6 +105,7 @@ class GuardConfig(_Strict):
     markup: Markup
     gates: list[Gate] = Field(min_length=1, max_length=MAX_GATES)
     steering: Steering
+    reads_pictures: bool = False  # the words in pictures are part of the text-only reading
     data_sha256: dict[_Name, _Sha256] = Field(default={}, max_length=MAX_DATA_FILES)
     calibration: dict[str, Any] = {}
     tensors_sha256: _Sha256OrNone = ""

@@ -41,21 +41,29 @@ class TextPass:
         self.layers = self._gate_layers | (steerer.layers if steerer.wants_text else frozenset())
         self.request: Request | None = None  # the one whose text is being read
 
-    def read(self, request: Request, ids: Tensor, guarded: list[int]) -> None:
-        """Read a request with prompt ``ids`` (B, T); ``guarded``: layers with a hook, in order.
+    def read(self, request: Request, ids: Tensor | None, guarded: list[int]) -> None:
+        """Read a request with prompt ``ids`` (B, T), unless the caller gave its text-only reading;
+        ``guarded``: layers with a hook, in order.
 
         Raises:
             GuardRuntimeError: a row has no text, a layer did not run, or a score is not finite.
         """
-        columns = request.text_columns
-        if columns is None or not bool(columns.any(1).all()):
-            raise GuardRuntimeError("a row of the batch holds no text beside its pictures")
-        self._ask_witness(request, *text_only(ids, columns, self._pad_id))
+        if request.text is not None:
+            self._ask_witness(request, *request.text)
+        else:
+            self._ask_witness(request, *self._derived(request, ids))
         expected = self._expected(request, guarded)
         if list(self._seen) != expected:
             missing = sorted(set(expected) - set(self._seen))
             raise GuardRuntimeError(f"the text-only pass did not reach layers {missing}")
         request.text_calls.count(len(self._seen), len(expected))
+
+    def _derived(self, request: Request, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The text-only reading, ids and mask, out of the prompt's own ids."""
+        columns = request.text_columns
+        if ids is None or columns is None or not bool(columns.any(1).all()):
+            raise GuardRuntimeError("a row of the batch holds no text beside its pictures")
+        return text_only(ids, columns, self._pad_id)
 
     @torch.no_grad()
     def _ask_witness(self, request: Request, ids: Tensor, mask: Tensor) -> None:

@@ -101,7 +101,8 @@ def _next_token(
     loaded: LoadedModel, items: Sequence[Request], guard: Guard | None
 ) -> tuple[Tensor, list[bool]]:
     """Log-probabilities (B, vocabulary) of the first token, and which rows the gate opened."""
-    inputs = encode(loaded, [item.text for item in items], [item.image for item in items])
+    reads_pictures = guard is not None and guard.config.reads_pictures
+    inputs = encode(loaded, [r.text for r in items], [r.image for r in items], reads_pictures)
     with guard.attach(loaded.model) if guard else nullcontext() as session:
         logits = loaded.model(**inputs, logits_to_keep=1).logits[:, -1]
         opened = [d.fired for d in session.decisions] if session else []

@@ -26,7 +26,8 @@ def paper_formula(base_guard: Guard, alpha: float) -> Guard:
         tensors[f"anchor.{layer}"] = base_guard.tensors[f"anchor.{layer}"][:1].contiguous()
     tensors["gate.0"] = torch.cat([tensors[f"directions.{n}"] for n in layers])
     gate = Gate(source="vlm", layers=layers, thresholds=[0.0] * len(layers), per_layer=True)
-    return Guard(config.model_copy(update={"steering": steering, "gates": [gate]}), tensors)
+    own = {"steering": steering, "gates": [gate], "reads_pictures": False}
+    return Guard(config.model_copy(update=own), tensors)
 
 
 def with_steering(guard: Guard, **changes: Any) -> Guard:

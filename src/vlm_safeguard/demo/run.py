@@ -31,11 +31,13 @@ from vlm_safeguard.evaluate.compare import (
 )
 from vlm_safeguard.evaluate.judge import NOTE
 from vlm_safeguard.evaluate.measures import easy_vqa_accuracy, perplexity, time_ratios
+from vlm_safeguard.evaluate.tradeoff import tradeoff
 from vlm_safeguard.files import check_writable, write_whole
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel, load
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
+from vlm_safeguard.reading import reader
 from vlm_safeguard.requests import requests
 from vlm_safeguard.variants import paper_formula
 
@@ -69,6 +71,7 @@ def run_demo(
     size = FULL if full else QUICK
     if find_spec("easy_vqa") is None:
         raise DemoError("the demonstration needs easy-vqa: pip install 'vlm-safeguard[demo]'")
+    reader()  # found missing now, not after minutes
     given = Guard.from_pretrained(guard_folder) if guard_folder else None
     sets = own_sets(size.per_set)
     for path in extra:
@@ -80,7 +83,8 @@ def run_demo(
     loaded = load(folder)
     guard_folder = guard_folder or output / "guard"
     if given is None:
-        calibrate(loaded, progress=progress).save_pretrained(guard_folder)
+        made = calibrate(loaded, reads_pictures=True, progress=progress)
+        made.save_pretrained(guard_folder)
     guard = given or Guard.from_pretrained(guard_folder)
     systems: dict[str, Guard | None] = {"unguarded": None, "guarded": guard}
     if full and guard.config.steering.layers:
@@ -88,6 +92,7 @@ def run_demo(
     rows = compare(loaded, systems, sets, max_new_tokens=size.tokens, progress=progress)
     summary: dict[str, Any] = {"settings": table(rows)}
     summary["benchmarks"] = by_benchmark(rows)
+    summary["tradeoff"] = tradeoff(rows)
     summary |= _costs(loaded, guard, rows, size, progress)
     summary["note"] = NOTE
     summary["guard"] = str(guard_folder)

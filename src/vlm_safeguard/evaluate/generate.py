@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vlm_safeguard.attestation import Decision
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel, encode
 from vlm_safeguard.progress import Progress
@@ -16,12 +17,14 @@ from vlm_safeguard.requests import Request, batches
 
 @dataclass(frozen=True)
 class Response:
-    """What a model said. ``fired`` is None where no guard was attached."""
+    """What a model said. ``fired`` and ``score``, the highest of the gates' scores per layer, are
+    None where no guard was attached."""
 
     text: str
     tokens: int
     truncated: bool
     fired: bool | None
+    score: float | None = None
 
 
 @torch.inference_mode()
@@ -40,16 +43,28 @@ def respond(
     stops = loaded.model.generation_config.eos_token_id
     ends = set(stops if isinstance(stops, list) else [stops])
     found: dict[int, Response] = {}
+    reads_pictures = guard is not None and guard.config.reads_pictures
     with guard.attach(loaded.model) if guard else nullcontext() as session:
         groups = batches(items, batch)
         for group in progress.track(groups, what) if progress else groups:
-            inputs = encode(loaded, [items[i].text for i in group], [items[i].image for i in group])
+            chosen = [items[i] for i in group]
+            inputs = encode(
+                loaded, [r.text for r in chosen], [r.image for r in chosen], reads_pictures
+            )
             out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            fired = [d.fired for d in session.decisions] if session else [None] * len(group)
+            decided = session.decisions if session else [None] * len(group)
             for row, index in enumerate(group):
                 said = out[row, inputs["input_ids"].shape[1] :].tolist()
                 stop = next((n for n, token in enumerate(said) if token in ends), None)
                 said = said if stop is None else said[:stop]
                 text = tokenizer.decode(said, skip_special_tokens=True).strip()
-                found[index] = Response(text, len(said), stop is None, fired[row])
+                found[index] = Response(text, len(said), stop is None, *_gate(decided[row]))
     return [found[i] for i in range(len(items))]
+
+
+def _gate(decision: Decision | None) -> tuple[bool | None, float | None]:
+    """Whether a gate opened, and the highest of the gates' scores, each per layer."""
+    if decision is None:
+        return None, None
+    means = (sum(scores) / len(scores) for scores in decision.scores.values())
+    return decision.fired, max(means)

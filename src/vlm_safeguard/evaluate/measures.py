@@ -139,8 +139,10 @@ def time_ratios(
         times: dict[bool, tuple[float, float]] = {}
         for defended in (False, True) if n % 2 else (True, False):
             text = reword(item.text) if defended else item.text
-            inputs = encode(loaded, [text], [item.image])
-            attached = guard.attach(loaded.model) if guard and defended else nullcontext()
+            own = guard if defended else None
+            reads_pictures = own is not None and own.config.reads_pictures
+            inputs = encode(loaded, [text], [item.image], reads_pictures)
+            attached = own.attach(loaded.model) if own else nullcontext()
             with attached:
                 times[defended] = _timed(loaded, inputs, tokens)
         first.append(times[True][0] / times[False][0])

@@ -7,6 +7,7 @@ from vlm_safeguard.report.plots import (
     plot_gap,
     plot_pca,
     plot_separability,
+    plot_tradeoff,
     save_png,
 )
 from vlm_safeguard.report.words import cut_words
@@ -20,6 +21,7 @@ __all__ = [
     "plot_gap",
     "plot_pca",
     "plot_separability",
+    "plot_tradeoff",
     "save_png",
     "write_report",
 ]

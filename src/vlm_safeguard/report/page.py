@@ -22,6 +22,7 @@ from vlm_safeguard.report.plots import (
     plot_gap,
     plot_pca,
     plot_separability,
+    plot_tradeoff,
 )
 from vlm_safeguard.report.words import (
     RESPONSE_WORDS,
@@ -88,6 +89,12 @@ def _page(data: ReportData) -> dict[str, Any]:
         "costs": tables.costs(summary),
         "gap": _plots(
             plot_gap, summary, known_settings(settings), "Attack success and over-refusal"
+        ),
+        "tradeoff": _plots(
+            plot_tradeoff,
+            summary.get("tradeoff") or {},
+            known_settings(summary.get("tradeoff")),
+            "Attack success against over-refusal as the thresholds move",
         ),
         "rates": tables.rates_table(settings),
         "pca": _plots(plot_pca, pca, pca, "States of harmful and harmless requests on two axes"),

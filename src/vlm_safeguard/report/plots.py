@@ -83,6 +83,27 @@ def plot_gap(summary: Mapping[str, Any], *, stacked: bool = False) -> Figure:
     return figure
 
 
+@matplotlib.rc_context(STYLE)
+def plot_tradeoff(curves: Mapping[str, Any], *, stacked: bool = False) -> Figure:
+    """Attack success against over-refusal as the gates' thresholds move, a curve per setting."""
+    figure, (axis,) = _panels(1, stacked, wide=(6.4, 4.4), narrow=(4.4, 4.2))
+    for name in known_settings(curves):
+        colour, dash, marker = _SETTING_LOOKS[name]
+        points = [(p["over_refusal"], p["asr"]) for p in curves[name]]
+        axis.plot(*zip(*points, strict=True), dash, color=colour, label=SETTING_NAMES[name])
+        own = next(p for p in curves[name] if p["shift"] == 0)
+        axis.plot(own["over_refusal"], own["asr"], marker, color=colour, markersize=8)
+        axis.plot(*points[-1], marker, color=colour, markersize=8, markerfacecolor="white")
+    axis.set_xlabel("harmless requests wrongly refused (%)")
+    axis.set_ylabel("attacks that succeed (%)")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    axis.set_xlim(-0.01, 0.31)  # nobody would take a guard that refuses more
+    axis.set_ylim(bottom=-0.01)
+    axis.legend()
+    return figure
+
+
 def _bars(
     axis: Any,
     measured: Sequence[Mapping[str, Any]],

@@ -1,20 +1,20 @@
-"""The two visual stages: the projector alone, then projector and a small LoRA, gently.
+"""The visual stage: LLaVA's projector, trained alone against the finished language model.
 
-With a picture everything is harmless: easy-VQA questions, naming emoji, and general instructions
-with the model's own text-only answers, asked with a picture attached. No harmful prompt and no
-refusal has a picture: safety with images is trained neither for nor against. The second stage
-rehearses the alignment beside it, on text only.
+With a picture everything is harmless, and everything is about the picture: easy-VQA questions,
+naming emoji, and instructions about what is shown (``training.picture_answers``). No harmful
+prompt and no refusal has a picture, so safety with images is trained neither for nor against. The
+language model is frozen: what it does on text it still does afterwards. General questions are not
+asked beside a picture, which would teach to look past it.
 
-    python -m training.visual_tuning projector --cache training/cache --out training/out
-    python -m training.visual_tuning joint --cache training/cache --out training/out
+    python -m training.projector --cache training/cache --out training/out
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from training import pictures as pics
-from training.align import batches, opening
+from training.align import opening
 from training.common import (
     END,
     IMAGE_PROMPT,
-    PROMPT,
     SEED,
     Example,
     answer_loss,
@@ -39,19 +38,18 @@ from training.common import (
     collate,
     frozen,
     log,
-    read_all,
     read_jsonl,
     train,
 )
-from training.lora import save_lora, trainable, with_lora
+from training.lora import FILE as LORA
+from training.picture_answers import FILE as ANSWERS
 from training.picture_answers import article
 from training.vision_tower import normalise
 from vlm_safeguard.demo.assemble import IMAGE_TOKEN, merge_lora
 
 FILE = "projector.safetensors"
-PROJECTOR_NAMES = {"0": "linear_1", "2": "linear_2"}
-PROJECTOR_SHARES = {"vqa": 0.5, "naming": 0.3, "pictured": 0.2, "text": 0.0}
-JOINT_SHARES = {"vqa": 0.38, "naming": 0.12, "pictured": 0.17, "text": 0.33}
+PROJECTOR_NAMES = {"0": "linear_1", "2": "linear_2"}  # ours -> LLaVA's
+SHARES = {"vqa": 0.5, "naming": 0.25, "grounded": 0.25}
 EMOJI_VARIANTS = 4
 NAMING = (
     ("What is in this picture?", "It is {}."),
@@ -148,70 +146,51 @@ def naming_examples(bank: Bank, rng: random.Random) -> list[Example]:
     return found
 
 
-def rehearsal(out: Path, tokenizer) -> list[Example]:
-    """Text only: what alignment was trained on, with more harmless prompts, look-alikes twice.
-
-    Without it the LLM unlearns refusing altogether, with pictures and without. It is safety
-    training on text, as models with a text share in their visual mixture have it; no picture is
-    part of it.
-    """
-    found = [e for group in itertools.islice(batches(out, tokenizer, read_all), 120) for e in group]
-    for row in read_jsonl(out / "self_answers.jsonl"):
-        if row["kind"] == "lookalike":
-            answer = opening(row["answer"] + END, tokenizer)
-            found += [Example(PROMPT.format(row["prompt"]), answer)] * 2
-    return found
-
-
-def mixture(
-    bank: Bank, out: Path, tokenizer, shares: dict[str, float], size: int, seed: int
-) -> Iterator[list[Example]]:
-    """Endless batches with fixed shares of each kind of example."""
-    rng = random.Random(seed)
-    own = [
-        (r["prompt"], opening(r["answer"] + END, tokenizer, 24))
-        for r in read_jsonl(out / "self_answers.jsonl")
+def grounded_examples(bank: Bank, out: Path, tokenizer) -> list[Example]:
+    """Instructions about the thing in the picture, see ``training.picture_answers``."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, name in zip(bank.emoji, bank.concept, strict=True):
+        places[name].append(place)
+    for place in bank.shapes:
+        places[bank.shape_of[place]].append(place)
+    rng = random.Random(SEED)
+    return [
+        Example(
+            IMAGE_PROMPT.format(row["asked"]),
+            opening(row["answer"] + END, tokenizer, 24),
+            rng.choice(places[row["thing"]]),
+        )
+        for row in read_jsonl(out / ANSWERS)
+        for _ in range(3)
     ]
+
+
+def mixture(bank: Bank, out: Path, tokenizer, size: int, seed: int) -> Iterator[list[Example]]:
+    """Endless batches of about ``size`` with fixed shares of each kind of example."""
     pools = {
         "vqa": question_examples(bank),
-        "naming": naming_examples(bank, rng),
-        "pictured": [
-            Example(
-                IMAGE_PROMPT.format(question),
-                answer,
-                rng.choice(bank.emoji if rng.random() < 0.7 else bank.shapes),
-            )
-            for question, answer in own
-            for _ in range(2)
-        ],
+        "naming": naming_examples(bank, random.Random(seed)),
+        "grounded": grounded_examples(bank, out, tokenizer),
     }
-    if shares["text"]:
-        pools["text"] = rehearsal(out, tokenizer)
-    return mixed(pools, {k: share for k, share in shares.items() if share}, size, seed)
-
-
-def mixed(
-    pools: dict[str, list[Example]], shares: dict[str, float], size: int, seed: int
-) -> Iterator[list[Example]]:
-    """Endless batches of about ``size`` with fixed shares of each kind of example."""
     streams = [
-        batches_by_length(pools[kind], max(1, round(size * share)), seed + n)
-        for n, (kind, share) in enumerate(shares.items())
+        batches_by_length(pools[kind], round(size * share), seed + n)
+        for n, (kind, share) in enumerate(SHARES.items())
     ]
     while True:
         yield [example for stream in streams for example in next(stream)]
 
 
-def loss_with(llm, projector: nn.Module, bank: Bank, tokenizer, image_id: int):
+def loss_with(
+    llm: nn.Module, projector: nn.Module, bank: Bank, tokenizer, image_id: int
+) -> Callable[[list[Example]], Tensor]:
     """The loss of a group of examples, pictures put in by ``projector``."""
 
     def loss_of(group: list[Example]) -> Tensor:
         batch = collate(group, tokenizer, image_id, bank.features.shape[1])
         pictured = batch.input_ids == image_id
         embeds = llm.model.embed_tokens(batch.input_ids.masked_fill(pictured, 0))
-        if batch.images:
-            seen = projector(bank.features[batch.images]).flatten(0, 1)
-            embeds = embeds.masked_scatter(pictured[..., None], seen.to(embeds.dtype))
+        seen = projector(bank.features[batch.images]).flatten(0, 1)
+        embeds = embeds.masked_scatter(pictured[..., None], seen.to(embeds.dtype))
         with arithmetic():
             states = llm.model(
                 inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False
@@ -221,7 +200,7 @@ def loss_with(llm, projector: nn.Module, bank: Bank, tokenizer, image_id: int):
     return loss_of
 
 
-def new_projector(bank: Bank, llm) -> nn.Sequential:
+def new_projector(bank: Bank, llm: nn.Module) -> nn.Sequential:
     """LLaVA's two-layer projector; features start at the scale of the word embeddings."""
     width, hidden = bank.features.shape[2], llm.config.hidden_size
     projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
@@ -232,67 +211,6 @@ def new_projector(bank: Bank, llm) -> nn.Sequential:
     return projector
 
 
-def tune_projector(args: argparse.Namespace, bank: Bank, llm, tokenizer, image_id: int) -> None:
-    """First stage: the projector alone, against the LLM as it was published."""
-    llm = frozen(llm)
-    projector = new_projector(bank, llm)
-    out = args.out / "projector"
-    train(
-        {f"projector.{n}": p for n, p in projector.named_parameters()},
-        loss_with(llm, projector, bank, tokenizer, image_id),
-        mixture(bank, args.out, tokenizer, PROJECTOR_SHARES, 24, SEED),
-        steps=args.steps_projector,
-        lr=lambda _: 2e-3,
-        out=out,
-    )
-    save_projector(projector, out)
-
-
-def tune_jointly(args: argparse.Namespace, bank: Bank, llm, tokenizer, image_id: int) -> None:
-    """Second stage: projector and a LoRA on the LLM that was aligned on text."""
-    merge_lora(llm, load_file(args.out / "align" / "lora.safetensors"))
-    projector = new_projector(bank, llm)
-    projector.load_state_dict(
-        {
-            f"{place}.{kind}": tensor
-            for place, name in PROJECTOR_NAMES.items()
-            for kind in ("weight", "bias")
-            for tensor in [load_file(args.out / "projector" / FILE)[f"{name}.{kind}"]]
-        }
-    )
-    tuned = with_lora(llm)
-    parameters = trainable(tuned)
-    parameters |= {f"projector.{n}": p for n, p in projector.named_parameters()}
-    out = args.out / "joint"
-    train(
-        parameters,
-        loss_with(tuned.base_model.model, projector, bank, tokenizer, image_id),
-        mixture(bank, args.out, tokenizer, JOINT_SHARES, 24, SEED + 1),
-        steps=args.steps_joint,
-        lr=lambda name: 5e-4 if name.startswith("projector.") else 4e-4,
-        out=out,
-    )
-    save_projector(projector, out)
-    save_lora(tuned, out)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("projector", "joint"))
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps-projector", type=int, default=150)
-    parser.add_argument("--steps-joint", type=int, default=280)
-    args = parser.parse_args()
-    torch.manual_seed(SEED)
-    torch.set_num_threads(2)
-    llm, tokenizer = base_model(args.cache)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    stage = tune_projector if args.stage == "projector" else tune_jointly
-    stage(args, build_bank(args.out, args.cache), llm, tokenizer, image_id)
-
-
 def save_projector(projector: nn.Sequential, folder: Path) -> None:
     """Under the names that LLaVA gives its projector."""
     tensors = {
@@ -301,6 +219,33 @@ def save_projector(projector: nn.Sequential, folder: Path) -> None:
     }
     save_file(tensors, folder / "projector.tmp")
     (folder / "projector.tmp").replace(folder / FILE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=220)
+    args = parser.parse_args()
+    torch.manual_seed(SEED)
+    torch.set_num_threads(2)
+    llm, tokenizer = base_model(args.cache)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    merge_lora(llm, load_file(args.out / "joint" / LORA))
+    llm = frozen(llm)
+    bank = build_bank(args.out, args.cache)
+    projector = new_projector(bank, llm)
+    folder = args.out / "projector"
+    train(
+        {f"projector.{n}": p for n, p in projector.named_parameters()},
+        loss_with(llm, projector, bank, tokenizer, image_id),
+        mixture(bank, args.out, tokenizer, 24, SEED),
+        steps=args.steps,
+        lr=lambda _: 2e-3,
+        out=folder,
+    )
+    save_projector(projector, folder)
 
 
 if __name__ == "__main__":

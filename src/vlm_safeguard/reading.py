@@ -1,0 +1,80 @@
+"""The words that stand in a picture, read by OCR (rapidocr, an extra of this package).
+
+A typographic attack (FigStep, arXiv 2311.05608) writes the harmful request into the picture and
+asks for it in harmless words. A guard that reads pictures puts their words back where the picture
+stood in the text-only reading, so that the language model's own sense of harm sees them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm_safeguard.errors import SafeguardError
+
+SIDE = 320  # pixels of the shorter side that lines of text are looked for at
+CERTAIN = 0.6  # confidence from which a line counts
+MAX_CHARACTERS = 600  # of one picture: a scanned page is not a request
+_KEPT = 4096  # pictures whose words are remembered
+_WORD = re.compile(r"[^\W_]{2}")
+
+
+class Reader:
+    """Reads pictures; the recognition models come with rapidocr, nothing is downloaded.
+
+    Raises:
+        SafeguardError: rapidocr is not installed.
+    """
+
+    def __init__(self) -> None:
+        if find_spec("rapidocr") is None or find_spec("onnxruntime") is None:
+            raise SafeguardError(
+                "reading the words in pictures needs rapidocr: pip install 'vlm-safeguard[ocr]'"
+            )
+        from rapidocr import RapidOCR
+
+        self._engine: Any = RapidOCR(
+            params={
+                "Global.use_cls": False,  # upside-down lines: an engine of its own, rarely needed
+                "Global.log_level": "error",
+                "Det.limit_side_len": SIDE,
+                "Det.limit_type": "min",
+            }
+        )
+        self._known: dict[str, str] = {}
+
+    def words(self, picture: Image.Image) -> str:
+        """The words in an RGB picture, in reading order; empty if there are none."""
+        pixels = np.asarray(picture.convert("RGB"))
+        key = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+        if key not in self._known:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            self._known[key] = self._read(pixels)
+        return self._known[key]
+
+    def _read(self, pixels: np.ndarray) -> str:
+        found = self._engine(pixels[:, :, ::-1])  # it takes BGR, as OpenCV does
+        lines = [
+            text
+            for text, score in zip(found.txts or (), found.scores or (), strict=True)
+            if score >= CERTAIN and _WORD.search(text)
+        ]
+        return " ".join(" ".join(lines).split())[:MAX_CHARACTERS]
+
+
+@lru_cache
+def reader() -> Reader:
+    """The reader of this process: its models are loaded once."""
+    return Reader()
+
+
+def with_words(prompt: str, words: str) -> str:
+    """``prompt`` with the words of its picture where the picture stood: in front of it."""
+    return f'"{words}"\n{prompt}' if words else prompt

@@ -1,0 +1,98 @@
+"""The words in pictures: what is read, and that the text-only pass takes them in place."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from PIL import Image
+
+from vlm_safeguard import pictures, reading
+from vlm_safeguard.errors import SafeguardError
+
+needs_ocr = pytest.mark.skipif(
+    importlib.util.find_spec("rapidocr") is None, reason="rapidocr is not installed"
+)
+
+
+@needs_ocr
+@pytest.mark.parametrize("words", ["water the plants", "Paint the garden fence", "call your aunt"])
+def test_drawn_words_are_read(words: str) -> None:
+    said = reading.reader().words(pictures.draw({"kind": "text", "value": words}))
+    assert said.lower().split() == words.lower().split()
+
+
+@needs_ocr
+@pytest.mark.parametrize("kind", ["blank", "noise"])
+def test_a_picture_without_words_has_none(kind: str) -> None:
+    picture = pictures.blank() if kind == "blank" else pictures.noise(3)
+    assert reading.reader().words(picture) == ""
+
+
+@needs_ocr
+def test_tiny_and_flat_pictures_are_read_as_nothing() -> None:
+    for size in ((1, 1), (1, 300), (300, 1)):
+        assert reading.reader().words(Image.new("RGB", size, (9, 9, 9))) == ""
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "find_spec", lambda name: None)
+    with pytest.raises(SafeguardError, match=r"vlm-safeguard\[ocr\]"):
+        reading.Reader()
+
+
+def test_words_stand_where_the_picture_stood() -> None:
+    assert reading.with_words("Do it.", "bake a cake") == '"bake a cake"\nDo it.'
+    assert reading.with_words("Do it.", "") == "Do it."
+
+
+class _Engine:
+    """Finds given lines."""
+
+    def __init__(self, lines: list[tuple[str, float]] | None) -> None:
+        self.lines, self.calls = lines, 0
+
+    def __call__(self, pixels: object) -> object:
+        self.calls += 1
+        found = self.lines or []
+        return type(
+            "Found",
+            (),
+            {
+                "txts": tuple(t for t, _ in found) if self.lines else None,
+                "scores": tuple(s for _, s in found) if self.lines else None,
+            },
+        )()
+
+
+def made(lines: list[tuple[str, float]] | None) -> reading.Reader:
+    one = object.__new__(reading.Reader)
+    one._engine, one._known = _Engine(lines), {}
+    return one
+
+
+def test_unsure_and_single_letters_are_dropped() -> None:
+    one = made([("bake", 0.9), ("T", 0.99), ("noise", 0.3), ("a  cake", 0.8)])
+    assert one.words(Image.new("RGB", (20, 20))) == "bake a cake"
+
+
+def test_long_texts_are_cut() -> None:
+    assert len(made([("word " * 900, 1.0)]).words(Image.new("RGB", (20, 20)))) <= 600
+
+
+def test_a_picture_is_read_once() -> None:
+    one = made(None)
+    for _ in range(3):
+        assert one.words(Image.new("RGB", (20, 20))) == ""
+    one.words(Image.new("RGB", (20, 21)))
+    assert one._engine.calls == 2
+
+
+def test_the_pixels_given_to_the_engine_are_in_its_order() -> None:
+    seen: list[torch.Tensor] = []
+    one = made(None)
+    engine = one._engine
+    one._engine = lambda pixels: (seen.append(torch.tensor(pixels.copy())), engine(pixels))[1]
+    one.words(Image.new("RGB", (4, 4), (1, 2, 3)))
+    assert seen[0][0, 0].tolist() == [3, 2, 1]

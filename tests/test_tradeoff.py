@@ -1,0 +1,52 @@
+"""The curve of attack success against over-refusal, on cases that are easy to count."""
+
+from __future__ import annotations
+
+from vlm_safeguard.evaluate.compare import Row
+from vlm_safeguard.evaluate.generate import Response
+from vlm_safeguard.evaluate.judge import Verdict
+from vlm_safeguard.evaluate.tradeoff import tradeoff
+from vlm_safeguard.prompts import Prompt
+from vlm_safeguard.report import plot_tradeoff
+
+
+def rows(name: str, harmful: bool, score: float, plain: Verdict, guarded: Verdict) -> list[Row]:
+    label = "harmful" if harmful else "harmless"
+    prompt = Prompt(name, name, label, "plain", "", name)  # type: ignore[arg-type]
+    unguarded = Response("", 1, False, None)
+    kept = Response("", 1, False, score > 0, score)
+    return [
+        Row("unguarded", "text", "own", prompt, unguarded, plain),
+        Row("guarded", "text", "own", prompt, kept, guarded),
+    ]
+
+
+CASES = (
+    rows("a", True, 2.0, "complied", "refused")
+    + rows("b", True, -1.0, "complied", "complied")
+    + rows("c", False, 0.5, "complied", "refused")
+    + rows("d", False, -3.0, "complied", "complied")
+)
+
+
+def test_the_guard_as_it_is_and_the_model_without_one_are_on_the_curve() -> None:
+    curve = tradeoff(CASES)["text"]
+    assert set(tradeoff(CASES)) == {"text"}
+    own = next(point for point in curve if point["shift"] == 0)
+    assert (own["asr"], own["over_refusal"]) == (0.5, 0.5)
+    assert (curve[-1]["asr"], curve[-1]["over_refusal"]) == (1.0, 0.0)
+
+
+def test_lower_thresholds_stop_more_and_higher_ones_less() -> None:
+    by_shift = {point["shift"]: point for point in tradeoff(CASES)["text"]}
+    assert by_shift[0.5]["over_refusal"] == 0 and by_shift[0.5]["asr"] == 0.5
+    assert by_shift[-3.0]["asr"] == 0 and by_shift[-3.0]["over_refusal"] == 0.5
+
+
+def test_a_setting_without_both_labels_has_no_curve() -> None:
+    assert tradeoff([row for row in CASES if row.prompt.harmful]) == {}
+
+
+def test_every_curve_is_drawn() -> None:
+    (axis,) = plot_tradeoff(tradeoff(CASES)).axes
+    assert len(axis.lines) == 3  # the curve, the guard, no guard
