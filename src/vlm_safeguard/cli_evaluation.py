@@ -47,13 +47,22 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each label per set.")] = None,
     vqa: Annotated[int, typer.Option(min=0, help="easy-vqa questions for utility.")] = 0,
     pairs: Annotated[int, typer.Option(min=0, help="Paired timing runs per defence.")] = 0,
+    throughput: Annotated[
+        int, typer.Option(min=0, help="Rounds that time prompts at batch 1 and at --batch.")
+    ] = 0,
+    labels: Annotated[
+        Path | None, typer.Option(help="Labelled responses: also ASR corrected for the judge.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 32,
     batch: Annotated[int, typer.Option(min=1, max=4096)] = 32,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare defences on benchmarks, through inspect_ai; goes on where it was stopped."""
     try:
+        from vlm_safeguard.harness.evaluate import Measure
         from vlm_safeguard.harness.evaluate import evaluate as run
     except ModuleNotFoundError as error:
         if error.name != "inspect_ai":
@@ -61,7 +70,7 @@ def evaluate(
         raise SafeguardError(
             "evaluating needs inspect_ai: pip install 'vlm-safeguard[eval]'"
         ) from error
-    from vlm_safeguard.harness.report import markdown
+    from vlm_safeguard.harness.page import markdown
     from vlm_safeguard.harness.run import Plan, names
 
     plan = Plan(
@@ -76,8 +85,11 @@ def evaluate(
         vqa=vqa,
         max_tokens=max_new_tokens,
         batch=batch,
+        dtype=dtype,
+        device=device,
     )
-    facts = run(plan, output, pairs, make_progress(quiet))
+    measure = Measure(pairs=pairs, rounds=throughput, labels=labels)
+    facts = run(plan, output, measure, make_progress(quiet))
     if json_:
         print_json(facts)
     else:
