@@ -97,6 +97,28 @@ def evaluate(
 
 
 @app.command()
+def utility(
+    results: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, JSON.")],
+    name: Annotated[
+        list[str] | None, typer.Option(help="What to call each, in their order.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Compare runs of lmms-eval, for example without and with a guard; the first is the measure."""
+    from vlm_safeguard.evaluate.lmms import compare_lmms, lmms_page, read_lmms
+
+    if name and len(name) != len(results):
+        raise SafeguardError(f"{len(name)} name for {len(results)} files: give --name for each")
+    runs = [read_lmms(*one) for one in zip(results, name or [None] * len(results), strict=True)]
+    table = compare_lmms(runs)
+    if json_:
+        left_out = [{"run": run.name, "metrics": list(run.left_out)} for run in runs]
+        print_json({"table": table, "left_out": left_out})
+    else:
+        print(lmms_page(runs, table), end="")
+
+
+@app.command()
 def gap(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for page and plots.")],
