@@ -90,7 +90,7 @@ def test_differences_are_from_the_first_run(both: tuple[Path, Path]) -> None:
         ("", "broken JSON"),
         ('{"results": {"shapes"', "broken JSON"),
         ("[" * 100_000, "broken JSON"),
-        ([1], "no JSON object"),
+        ([1], "holds no JSON object"),
         ({"plan": {}}, "'results' should hold tasks"),
         ({"results": {"shapes": 0.5}}, "'results' should hold tasks"),
         ({"results": {}}, "no metric with a number"),

@@ -96,6 +96,26 @@ def evaluate(
         print(markdown(facts), end="")
 
 
+@app.command("check-results")
+def check_results(
+    first: Annotated[Path, typer.Argument(help="results.json, or its folder.")],
+    second: Annotated[Path, typer.Argument(help="The same of a second run.")],
+    json_: Json = False,
+) -> None:
+    """Whether two runs of one evaluation came out the same; exit code 1 if a cell differs."""
+    from vlm_safeguard.evaluate.rerun import compare_runs, flipped, read_run, rerun_page
+
+    runs = read_run(first), read_run(second)
+    found, flips = compare_runs(*runs), flipped(*runs)
+    same = not any(one.differs for one in found)
+    if json_:
+        print_json({"same": same, "flipped": flips, "rates": [one.as_dict() for one in found]})
+    else:
+        print(rerun_page(found, flips), end="")
+    if not same:
+        raise typer.Exit(1)
+
+
 @app.command()
 def utility(
     results: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, JSON.")],

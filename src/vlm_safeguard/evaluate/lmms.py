@@ -7,7 +7,6 @@ being "N/A" where it knows none.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -16,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.files import read_limited
+from vlm_safeguard.evaluate.rows import read_object
 
-MAX_BYTES = 64 << 20
 # The other standard errors (_clt, _clustered) may be of a sample's score, not of the metric.
 _SPREAD = re.compile(r".+_stderr(_clt|_clustered)?")
 
@@ -62,7 +60,7 @@ def read_lmms(path: Path, name: str | None = None) -> LmmsRun:
     Raises:
         DataError: the file is missing, no JSON, none of lmms-eval's, or without a single metric.
     """
-    facts = _json(path)
+    facts = read_object(path, "results")
     tasks = facts.get("results")
     if not isinstance(tasks, dict) or not all(isinstance(one, dict) for one in tasks.values()):
         raise DataError(f"{path} is no results file of lmms-eval: 'results' should hold tasks")
@@ -200,18 +198,6 @@ def _setup(facts: dict[str, Any], task: str) -> dict[str, Any]:
         "number of shots": _dict(facts, "n-shot").get(task),
         "data set": [config.get(name) for name in ("dataset_path", "dataset_name", "test_split")],
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(read_limited(path, MAX_BYTES).decode("utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read the results {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is broken JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path} is no results file of lmms-eval: it holds no JSON object")
-    return found
 
 
 def _dict(facts: dict[str, Any], name: str) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from vlm_safeguard.errors import DataError
+from vlm_safeguard.evaluate.rows import read_rows, text_of
 from vlm_safeguard.evaluate.stats import Rate, wilson
 from vlm_safeguard.judges.base import Asks, Judge
-from vlm_safeguard.judges.rows import read_rows, text_of
 
 Label = Literal["refused", "complied", "degenerate"]
 OUTCOMES = ("refused", "complied", "degenerate", "empty", "unscored")
