@@ -144,6 +144,8 @@ def gap(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for page and plots.")],
     per_set: Annotated[int | None, typer.Option(min=1, help="Prompts of each label.")] = None,
     guard: Annotated[Path | None, typer.Option(help="Also read this guard's gates.")] = None,
+    name: Annotated[str, typer.Option(help="What the names of the files begin with.")] = "gap",
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 32,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json_: Json = False,
@@ -153,6 +155,8 @@ def gap(
     from vlm_safeguard.gap import study, write
     from vlm_safeguard.guard import Guard
 
+    if Path(name).name != name:
+        raise SafeguardError(f"--name {name!r} is no file name: name the folder with -o")
     try:
         check_writable(output)
     except OSError as error:
@@ -160,12 +164,18 @@ def gap(
     progress = make_progress(quiet)
     artifact = Guard.from_pretrained(guard) if guard else None
     loaded = load_model(model, dtype, device, progress)
-    found = study(loaded, per_set=per_set, guard=artifact, progress=progress)
-    write(found, output)
+    found = study(
+        loaded,
+        per_set=per_set,
+        guard=artifact,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+    write(found, output, name)
     if json_:
         print_json({key: value for key, value in found.items() if key != "responses"})
     else:
-        print(f"{output / 'gap.md'}")
+        print(output / f"{name}.md")
 
 
 @app.command()
