@@ -129,7 +129,8 @@ def utility(
 
     if name and len(name) != len(results):
         raise SafeguardError(f"{len(name)} name for {len(results)} files: give --name for each")
-    runs = [read_lmms(*one) for one in zip(results, name or [None] * len(results), strict=True)]
+    names = name or [path.stem for path in results]
+    runs = [read_lmms(*one) for one in zip(results, names, strict=True)]
     table = compare_lmms(runs)
     if json_:
         left_out = [{"run": run.name, "metrics": list(run.left_out)} for run in runs]

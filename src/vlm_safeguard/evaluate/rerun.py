@@ -16,6 +16,7 @@ from vlm_safeguard.evaluate.rows import read_object, read_rows
 from vlm_safeguard.evaluate.stats import difference_interval, mcnemar, wilson
 
 Cell = tuple[str, str, str, str]  # model, benchmark, setting, defence
+Bounds = tuple[float, float, float]  # a rate and its interval
 Verdicts = dict[Cell, dict[str, tuple[str, str]]]  # by prompt: its label, the verdict
 
 PLACE = ("model", "benchmark", "setting", "defence")
@@ -62,8 +63,9 @@ class Run:
 
     path: Path
     plan: dict[str, Any]
-    cells: dict[Cell, dict[str, Any]]
-    accuracy: dict[Cell, dict[str, Any]]
+    sizes: dict[Cell, int]  # prompts
+    rates: dict[Cell, dict[str, Bounds | None]]
+    accuracy: dict[Cell, Bounds | None]
     verdicts: Verdicts | None
 
 
@@ -76,9 +78,12 @@ def read_run(path: Path) -> Run:
     path = path / "results.json" if path.is_dir() else path
     facts = read_object(path, "results of an evaluation")
     try:
-        cells = {_place(entry): _rates(entry) for entry in facts["table"]}
-        accuracy = {
-            (model, "easy_vqa", "picture", defence): _rate(one, "accuracy", "low", "high", "n")
+        sizes = {_place(entry): int(entry["n"]) for entry in facts["table"]}
+        rates = {_place(entry): _rates(entry) for entry in facts["table"]}
+        accuracy: dict[Cell, Bounds | None] = {
+            (str(model), "easy_vqa", "picture", str(defence)): _rate(
+                one, "accuracy", "low", "high", "n"
+            )
             for model, defences in facts["easy_vqa"].items()
             for defence, one in defences.items()
         }
@@ -89,7 +94,7 @@ def read_run(path: Path) -> Run:
         ) from error
     responses = path.with_name("responses.jsonl")
     own = path.name == "results.json" and responses.exists()
-    return Run(path, plan, cells, accuracy, _verdicts(responses) if own else None)
+    return Run(path, plan, sizes, rates, accuracy, _verdicts(responses) if own else None)
 
 
 def compare_runs(first: Run, second: Run) -> list[Compared]:
@@ -110,7 +115,7 @@ def compare_runs(first: Run, second: Run) -> list[Compared]:
                 f"in {second.path}"
             )
     found: list[Compared] = []
-    for cell in dict.fromkeys([*first.cells, *second.cells]):
+    for cell in dict.fromkeys([*first.sizes, *second.sizes]):
         found += _cell(cell, first, second)
     for cell in dict.fromkeys([*first.accuracy, *second.accuracy]):
         one, other = first.accuracy.get(cell), second.accuracy.get(cell)
@@ -150,15 +155,17 @@ def _cell(cell: Cell, first: Run, second: Run) -> list[Compared]:
     def whole(why: str) -> list[Compared]:
         return [Compared(cell, "cell", None, None, None, None, why)]
 
-    one, other = first.cells.get(cell), second.cells.get(cell)
-    if one is None or other is None:
-        return whole(f"not in {(first if one is None else second).path}")
-    if one["n"] != other["n"]:
-        return whole(f"{one['n']} prompts in one run, {other['n']} in the other")
+    for run in (first, second):
+        if cell not in run.sizes:
+            return whole(f"not in {run.path}")
+    size = first.sizes[cell]
+    if size != second.sizes[cell]:
+        return whole(f"{size} prompts in one run, {second.sizes[cell]} in the other")
     if first.verdicts is None or second.verdicts is None:
+        one, other = first.rates[cell], second.rates[cell]
         return [_by_interval(cell, rate, one[rate], other[rate]) for rate in HITS]
     before, after = first.verdicts.get(cell, {}), second.verdicts.get(cell, {})
-    if before.keys() != after.keys() or len(before) != one["n"]:
+    if before.keys() != after.keys() or len(before) != size:
         return whole("the responses are not to the same prompts")
     return [_by_prompt(cell, rate, before, after) for rate in HITS]
 
@@ -184,44 +191,40 @@ def _by_prompt(
     return Compared(cell, rate, values[0], values[1], flips, p, why)
 
 
-def _by_interval(
-    cell: Cell, rate: str, one: dict[str, Any] | None, other: dict[str, Any] | None
-) -> Compared:
-    values = [side and side["value"] for side in (one, other)]
-    if one is None or other is None:
-        why = "" if one is other else "only one run has it"
-        return Compared(cell, rate, values[0], values[1], None, None, why)
-    sides = [(side["value"], side["low"], side["high"]) for side in (one, other)]
-    low, high = difference_interval(sides[0], sides[1])
-    why = "" if low <= 0 <= high else f"difference {low:+.1%} to {high:+.1%}"
-    return Compared(cell, rate, values[0], values[1], None, None, why)
+def _by_interval(cell: Cell, rate: str, one: Bounds | None, other: Bounds | None) -> Compared:
+    why = ""
+    if one and other:
+        low, high = difference_interval(one, other)
+        why = "" if low <= 0 <= high else f"difference {low:+.1%} to {high:+.1%}"
+    elif one or other:
+        why = "only one run has it"
+    values = (one[0] if one else None, other[0] if other else None)
+    return Compared(cell, rate, *values, None, None, why)
 
 
 def _place(entry: dict[str, Any]) -> Cell:
     return entry["model"], entry["benchmark"], entry["setting"], entry["defence"]
 
 
-def _rates(entry: dict[str, Any]) -> dict[str, Any]:
+def _rates(entry: dict[str, Any]) -> dict[str, Bounds | None]:
     """The rates of a row of the table, counts made rates with their intervals."""
-    n = entry["n"]
-    found: dict[str, Any] = {"n": n}
-    for name in ("asr", "over_refusal"):
-        found[name] = _rate(entry, name, f"{name}_low", f"{name}_high", f"{name}_n")
+    found = {
+        name: _rate(entry, name, f"{name}_low", f"{name}_high", f"{name}_n")
+        for name in ("asr", "over_refusal")
+    }
     for name, count in (
         ("degenerate", entry["degenerate"] + entry["empty"]),
         ("unscored", entry["unscored"]),
     ):
-        rate = wilson(count, n)
-        found[name] = {"value": rate.value, "low": rate.low, "high": rate.high}
+        rate = wilson(count, entry["n"])
+        found[name] = rate.value, rate.low, rate.high
     return found
 
 
-def _rate(entry: dict[str, Any], *names: str) -> dict[str, float] | None:
-    """Value, low and high at ``names``; None for a rate of nothing."""
-    value, low, high, n = (entry[name] for name in names)
-    if not n:
-        return None
-    return {"value": float(value), "low": float(low), "high": float(high)}
+def _rate(entry: dict[str, Any], value: str, low: str, high: str, n: str) -> Bounds | None:
+    """What stands at these names; None for a rate of nothing."""
+    found = entry[value], entry[low], entry[high]
+    return (float(found[0]), float(found[1]), float(found[2])) if entry[n] else None
 
 
 def _verdicts(path: Path) -> Verdicts:
