@@ -216,7 +216,7 @@ def _command(found: Mapping[str, Any]) -> str:
     """What gives these numbers again."""
     parts = ["vlm-safeguard gap", found["model"]["name"], f"--per-set {found['n_harmful']}"]
     parts += [f"--max-new-tokens {found['max_new_tokens']}"]
-    return " ".join([*parts, *(["--guard GUARD"] if found["guard_sha256"] else [])])
+    return " ".join([*parts, *([] if found["guard_sha256"] is None else ["--guard GUARD"])])
 
 
 def _title(one: Mapping[str, Any]) -> str:
