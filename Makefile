@@ -12,7 +12,7 @@ BENCHMARKS ?= ../shared/benchmarks
 PUBLISHED := $(if $(wildcard $(BENCHMARKS)),malicious_instruct jailbreak_instructions mm_harmful_bench)
 SETS := own_malicious own_jailbreak own_picture $(PUBLISHED)
 
-.PHONY: demo test lint format train results clean
+.PHONY: demo test lint format train results results-check throughput gap clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,12 +51,30 @@ results/guard: $(VENV)/.installed
 	$(BIN)/vlm-safeguard calibrate embedded --read-pictures -o $@
 
 # LIMIT=50 takes 50 prompts of each label and set.
+EVALUATE = $(BIN)/vlm-safeguard evaluate embedded --defence all --guard results/guard \
+  $(addprefix --benchmark ,$(SETS)) $(if $(PUBLISHED),--data $(BENCHMARKS)) \
+  --max-new-tokens 24 --batch 48 --vqa 160 --labels docs/judge-labels.jsonl \
+  $(if $(LIMIT),--limit $(LIMIT))
+
 results: $(VENV)/.installed results/guard  ## Every defence on every set: docs/comparison.json and .md
-	$(BIN)/vlm-safeguard evaluate embedded --defence all --guard results/guard -o results/run \
-	  $(addprefix --benchmark ,$(SETS)) $(if $(PUBLISHED),--data $(BENCHMARKS)) \
-	  --max-new-tokens 24 --batch 48 --vqa 160 --pairs 7 $(if $(LIMIT),--limit $(LIMIT))
+	$(EVALUATE) -o results/run --pairs 7 --throughput 3
 	cp results/run/results.json docs/comparison.json
 	cp results/run/results.md docs/comparison.md
+
+# Prompt by prompt where the first run is still here, else against the committed rates.
+FIRST ?= $(or $(wildcard results/run/results.json),docs/comparison.json)
+results-check: $(VENV)/.installed results/guard  ## A second run, and whether it came out the same
+	$(EVALUATE) -o results/again
+	$(BIN)/vlm-safeguard check-results $(FIRST) results/again
+
+throughput: $(VENV)/.installed results/guard  ## Prompts per second at batch 1 and batched
+	$(BIN)/vlm-safeguard evaluate embedded --defence none --defence guard --guard results/guard \
+	  --benchmark own_malicious --setting blank --limit 1 --max-new-tokens 24 --throughput 5 \
+	  -o results/throughput
+
+gap: $(VENV)/.installed results/guard  ## The modality gap study: docs/gap-study.md and its plots
+	$(BIN)/vlm-safeguard gap embedded --guard results/guard --per-set 40 --max-new-tokens 24 \
+	  -o docs --name gap-study
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests import checkpoint, tiny
 from vlm_safeguard import models, pictures, prompts
 from vlm_safeguard.activations import record
 from vlm_safeguard.benchmarks.selection import thin
+from vlm_safeguard.cli import app
 from vlm_safeguard.errors import DataError, GuardError, SafeguardError
 from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.judge import judge
 from vlm_safeguard.evaluate.stats import mcnemar, wilson
-from vlm_safeguard.gap import page, study, write
+from vlm_safeguard.gap import study, write
 from vlm_safeguard.gap.conditions import CONDITIONS, READ, landscape, seed_of, without_pictures
 from vlm_safeguard.gap.study import encode_talks, observe, obstacle
 from vlm_safeguard.guard import Guard
@@ -184,7 +186,7 @@ def test_pictures_that_a_template_refuses_are_reported(
     assert refused.keys() == {"two", "three"}
     assert all("one picture only" in reason for reason in refused.values())
     write(found, tmp_path)
-    text = (tmp_path / page.PAGE_FILE).read_text()
+    text = (tmp_path / "gap.md").read_text()
     assert "Not applicable, two blanks: " in text and "one picture only" in text
     assert "| two blanks |" not in text and "Gates" not in text
 
@@ -309,18 +311,16 @@ def test_verdicts_are_the_judges(found: dict[str, Any]) -> None:
 
 def test_four_files_are_written(found: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "new"
-    write(found, folder)
-    assert {path.name for path in folder.iterdir()} == {
-        page.JSON_FILE,
-        page.PAGE_FILE,
-        page.REFUSALS_FILE,
-        page.LAYERS_FILE,
-    }
-    assert json.loads((folder / page.JSON_FILE).read_text()) == found
-    text = (folder / page.PAGE_FILE).read_text()
-    for name in (page.REFUSALS_FILE, page.LAYERS_FILE):
+    write(found, folder, "study")
+    plots = {"study-refusals.png", "study-layers.png"}
+    assert {path.name for path in folder.iterdir()} == {"study.json", "study.md", *plots}
+    assert json.loads((folder / "study.json").read_text()) == found
+    text = (folder / "study.md").read_text()
+    for name in plots:
         assert f"]({name})" in text
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert "--per-set 3 --max-new-tokens 3 --guard GUARD`" in text
+    assert found["guard_sha256"][:16] in text
     for condition in CONDITIONS:
         assert text.count(f"**{condition.title}**: ") == 1
     assert "needs reading" in text and "## Gates of the guard" in text
@@ -334,7 +334,7 @@ def test_a_model_that_takes_no_picture_at_all_still_gets_its_page(
         for name, one in found["conditions"].items()
     }
     write(found | {"conditions": conditions}, tmp_path)
-    text = (tmp_path / page.PAGE_FILE).read_text()
+    text = (tmp_path / "gap.md").read_text()
     assert text.count(": no room.") == len(BY_NAME) - 1
 
 
@@ -347,3 +347,27 @@ def test_nothing_is_written_where_a_part_fails(
     (tmp_path / "file").write_text("")
     with pytest.raises(SafeguardError, match="cannot write the study to"):
         write(found, tmp_path / "file")
+
+
+def test_a_study_that_is_interrupted_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pressing Ctrl-C in the second condition."""
+    seen: list[str] = []
+
+    def interrupted(*_: Any, what: str, **options: Any) -> Any:
+        seen.append(what)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return observe(*_, what=what, **options)
+
+    monkeypatch.setattr(sys.modules["vlm_safeguard.gap.study"], "observe", interrupted)
+    folder = checkpoint.save(tmp_path / "model")
+    arguments = ["gap", str(folder), "-o", str(tmp_path / "out"), "--per-set", "1", "--quiet"]
+    done = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "1"])
+    assert done.exit_code == 130 and seen == ["text only", "blank"]
+    assert list((tmp_path / "out").iterdir()) == []
+    done = CliRunner().invoke(app, [*arguments, "--name", "a/b"])
+    assert isinstance(done.exception, SafeguardError) and "name the folder with -o" in str(
+        done.exception
+    )

@@ -5,14 +5,22 @@ from __future__ import annotations
 import asyncio
 import base64
 import fcntl
+import itertools
 import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from inspect_ai import eval as run_inspect
-from inspect_ai.log import EvalLog
+from inspect_ai.log import EvalLog, read_eval_log
 from inspect_ai.model import (
     ChatMessageSystem,
     ChatMessageUser,
@@ -25,12 +33,18 @@ from inspect_ai.scorer import SampleScore, Score
 from tests import checkpoint
 from vlm_safeguard import prompts
 from vlm_safeguard.errors import DataError, ImageError, SafeguardError
-from vlm_safeguard.evaluate.generate import respond
+from vlm_safeguard.evaluate.generate import Response, respond
 from vlm_safeguard.harness import results, run, scorers, tasks
+from vlm_safeguard.harness.evaluate import Measure, evaluate
+from vlm_safeguard.harness.page import markdown
 from vlm_safeguard.harness.provider import VlmSafeguardAPI, read_request
+from vlm_safeguard.judges import judge_errors, make_judge
+from vlm_safeguard.judges.recorded import write_recorded
 from vlm_safeguard.models import load
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.requests import Request, requests
+
+LABELS = Path(__file__).parents[1] / "docs" / "judge-labels.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +112,14 @@ def published(folder: Path, pictures: dict[int, bytes]) -> Path:
     return folder
 
 
+def sound() -> bytes:
+    """A picture that can be read."""
+    [item] = requests(prompts.evaluation("picture")[:1], "picture")
+    return base64.b64decode(tasks.data_uri(item.image).partition(",")[2])
+
+
 def test_a_task_counts_a_corrupt_picture_as_unscored(folder: Path, tmp_path: Path) -> None:
-    sound = base64.b64decode(
-        tasks.data_uri(requests(prompts.evaluation("picture")[:1], "picture")[0].image).split(",")[
-            1
-        ]
-    )
-    data = published(tmp_path, {0: sound, 1: b"\xff\xd8\xff broken", 2: sound})
+    data = published(tmp_path, {0: sound(), 1: b"\xff\xd8\xff broken", 2: sound()})
     [log] = run_inspect(
         "vlm_safeguard/mm_harmful_bench",
         model=f"vlm-safeguard/{folder}",
@@ -231,7 +246,7 @@ def test_metrics_are_over_the_prompts_of_their_label() -> None:
 def test_a_judge_of_harm_is_not_asked_for_over_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = SimpleNamespace(verdict="refused", reason="", raw="safe")
     judge = SimpleNamespace(name="j", asks="harm", judge=lambda pairs: [verdict for _ in pairs])
-    monkeypatch.setattr(scorers, "_judge", lambda spec: judge)
+    monkeypatch.setattr(scorers, "shared_judge", lambda spec: judge)
     score = scorers.judged("j")
 
     async def ask(label: str) -> Any:
@@ -247,8 +262,6 @@ def test_a_judge_of_harm_is_not_asked_for_over_refusal(monkeypatch: pytest.Monke
 
 
 def test_the_whole_command_writes_results(folder: Path, tmp_path: Path) -> None:
-    from vlm_safeguard.harness.evaluate import evaluate
-
     plan = run.Plan(
         (str(folder),),
         ("none", "goal-priority"),
@@ -257,8 +270,11 @@ def test_the_whole_command_writes_results(folder: Path, tmp_path: Path) -> None:
         limit=2,
         vqa=4,
         max_tokens=4,
+        batch=3,
+        dtype="bfloat16",
     )
-    facts = evaluate(plan, tmp_path / "out", 2, Progress(quiet=True))
+    measure = Measure(pairs=2, rounds=2, labels=LABELS)
+    facts = evaluate(plan, tmp_path / "out", measure, Progress(quiet=True))
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == facts
     assert len(facts["table"]) == 4 and all(entry["n"] == 4 for entry in facts["table"])
     costs = facts["costs"][str(folder)]
@@ -267,7 +283,213 @@ def test_the_whole_command_writes_results(folder: Path, tmp_path: Path) -> None:
     assert facts["easy_vqa"][f"vlm-safeguard/{folder}"]["none"]["n"] == 4
     lines = (tmp_path / "out" / "responses.jsonl").read_text().splitlines()
     assert len(lines) == 16
-    assert "| own_malicious | blank | goal-priority |" in (tmp_path / "out/results.md").read_text()
+    speed = facts["throughput"][str(folder)]["goal-priority"]
+    assert (speed["prompts"], speed["batch"], speed["rounds"], speed["same"]) == (6, 3, 2, 6)
+    assert 0 < speed["ratio_low"] <= speed["ratio"] <= speed["ratio_high"]
+    page = (tmp_path / "out/results.md").read_text()
+    assert "| own_malicious | blank | goal-priority |" in page and "ASR corrected" in page
+    for defence in ("none", "goal-priority"):  # a row of costs and one of speeds
+        assert len([line for line in page.splitlines() if line.startswith(f"| {defence} |")]) == 2
+    assert facts["plan"]["dtype"] == "bfloat16"
+    logged = next((tmp_path / "out" / "logs").glob("*.eval"))
+    assert read_eval_log(str(logged), header_only=True).eval.model_args["dtype"] == "bfloat16"
+
+
+def test_costs_stand_on_the_page_with_what_was_measured() -> None:
+    cost = {"extra_passes": 1, "perplexity": 1.5}
+    facts = {
+        "made_with": {"commit": "c"},
+        "plan": {"judge": "phrases"},
+        "judge_errors": None,
+        "table": [],
+        "easy_vqa": {"vlm-safeguard/m": {"guard": {"accuracy": 0.5, "low": 0.2, "high": 0.8}}},
+        "costs": {"m": {"none": cost | {"extra_passes": 0}, "guard": cost}},
+        "throughput": {},
+    }
+    lines = markdown(facts).splitlines()
+    assert "| defence | extra passes | perplexity | easy-vqa accuracy |" in lines
+    assert (
+        "| none | 0 | 1.50 |  |" in lines and "| guard | 1 | 1.50 | 50.0% [20.0%, 80.0%] |" in lines
+    )
+
+
+def test_a_picture_that_cannot_be_read_stops_no_timing(folder: Path, tmp_path: Path) -> None:
+    """All responses are there by then: what they cost is measured on the other prompts."""
+    data = published(tmp_path, {0: b"\xff\xd8\xff broken", 1: sound()})
+    plan = run.Plan(
+        (str(folder),), ("none",), ("mm_harmful_bench",), data=str(data), max_tokens=2, batch=2
+    )
+    facts = evaluate(plan, tmp_path / "out", Measure(pairs=1, rounds=1), Progress(quiet=True))
+    assert [(e["n"], e["unscored"]) for e in facts["table"]] == [(2, 1)]
+    assert "damaged" in facts["unscored"][0]["reason"]
+    assert facts["costs"][str(folder)]["none"]["first_token_ratio"] > 0
+    assert facts["throughput"][str(folder)]["none"]["prompts"] == 1
+
+
+# -- corrected for the judge -----------------------------------------------------------------------
+
+
+def labelled(path: Path, rows: Sequence[tuple[str, str]], **more: str) -> Path:
+    """A file of labels from (response, label)."""
+    facts = [
+        {"prompt": f"p{n}", "response": said, "label": label} | more
+        for n, (said, label) in enumerate(rows)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in facts))
+    return path
+
+
+REFUSAL, HELP = "I'm sorry, I can't help with that.", "Sure, here is how."
+
+
+def test_rates_are_corrected_for_the_judges_errors(tmp_path: Path) -> None:
+    right = [(REFUSAL, "refused")] * 16 + [(HELP, "complied")] * 18
+    wrong = [(HELP, "refused")] * 4 + [(REFUSAL, "complied")] * 2
+    errors = judge_errors(make_judge("phrases"), labelled(tmp_path / "l.jsonl", right + wrong))
+    rows = judged("none", "cccccccccccccccrrrrr") + judged("none", "rrcc", harmful=False)
+    [entry] = results.table(rows, errors)
+    # Rogan and Gladen by hand: sensitivity 0.9, specificity 0.8, observed 0.75.
+    assert entry["asr_corrected"] == pytest.approx((0.75 + 0.8 - 1) / (0.9 + 0.8 - 1))
+    assert entry["asr_corrected_low"] < entry["asr_low"]
+    assert entry["asr_corrected_high"] > entry["asr_high"]
+    facts = errors.as_dict()
+    assert (facts["labels"], facts["n"], facts["sensitivity"]["value"]) == ("l.jsonl", 40, 0.9)
+
+
+def test_a_corrected_rate_is_no_surer_for_repeats_of_a_question(tmp_path: Path) -> None:
+    rows = [(REFUSAL, "refused")] * 20 + [(HELP, "complied")] * 20
+    errors = judge_errors(make_judge("phrases"), labelled(tmp_path / "l.jsonl", rows))
+    pairs = judged("none", "ccrrccrrccrrccrrccrr")  # both prompts of a question agree
+    apart = [replace(row, cluster=row.id) for row in pairs]
+    [clustered], [plain] = results.table(pairs, errors), results.table(apart, errors)
+    wide, narrow = (e["asr_corrected_high"] - e["asr_corrected_low"] for e in (clustered, plain))
+    assert wide > 1.2 * narrow
+
+
+def test_attack_success_is_corrected_on_harmful_prompts_alone() -> None:
+    """On harmless ones a judge errs otherwise, and a judge of harm means something else there."""
+    errors = judge_errors(make_judge("phrases"), LABELS)
+    assert (errors.validation.n, errors.harmless) == (118, 102)
+    assert (errors.validation.specificity.count, errors.validation.specificity.n) == (101, 105)
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        ([(HELP, "complied")], {"judge": "qwen"}, "by the verdicts of qwen.*errors of phrases"),
+        ([(HELP, "complied")], {"prompt_label": "harmless"}, "no response to a harmful prompt"),
+        ([(HELP, "complied")], {"prompt_label": "bad"}, "line 1: unknown prompt_label 'bad'"),
+        ([(HELP, "complied")], {}, "no response labelled as other .none is labelled so"),
+        ([(HELP, "fine")], {}, "line 1: unknown label 'fine'"),
+        ([], {}, "is empty"),
+    ],
+)
+def test_labels_that_cannot_correct_stop_the_run_before_it_starts(
+    rows: list[tuple[str, str]], more: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    labels = labelled(tmp_path / "labels.jsonl", rows, **more)
+    plan = run.Plan(("m",), ("none",), ("own_malicious",))
+    with pytest.raises(DataError, match=message):
+        evaluate(plan, tmp_path / "out", Measure(labels=labels), Progress(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_do_not_fit_a_recording_of_other_responses(tmp_path: Path) -> None:
+    judge = make_judge("phrases")
+    write_recorded(tmp_path / "r.jsonl", judge, [("q", HELP)], judge.judge([("q", HELP)]))
+    recorded = make_judge(f"recorded:{tmp_path / 'r.jsonl'}")
+    with pytest.raises(DataError, match=r"recorded phrases scored no .*no recorded verdict"):
+        judge_errors(recorded, labelled(tmp_path / "l.jsonl", [(HELP, "complied")]))
+
+
+# -- what goes wrong on the way --------------------------------------------------------------------
+
+
+def test_a_sample_that_cannot_be_generated_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = run.Plan((str(folder),), ("none",), ("own_malicious",), ("text",), limit=2)
+    bad = prompts.evaluation("malicious")[0].prompt
+
+    def failing(loaded: Any, items: Any, *rest: Any, **options: Any) -> Any:
+        if any(item.text == bad for item in items):
+            raise RuntimeError("out of memory")
+        return respond(loaded, items, *rest, **options)
+
+    monkeypatch.setattr("vlm_safeguard.harness.engine.respond", failing)
+    with pytest.raises(SafeguardError, match=r"1 of 1 .*, sample mal-\S+: .*out of memory"):
+        run.run(plan, tmp_path / "run", "none")
+    monkeypatch.setattr("vlm_safeguard.harness.engine.respond", respond)
+    [log] = run.run(plan, tmp_path / "run", "none")  # the same command goes on
+    assert len(results.read([log])[0]) == 4
+
+
+class Broken(BaseHTTPRequestHandler):
+    """A judge endpoint that gives every second verdict as half a JSON."""
+
+    numbers = itertools.count()  # one step is atomic: requests come from many threads
+
+    def do_POST(self) -> None:
+        verdict = '{"verdict": "refused"}' if next(self.numbers) % 2 == 0 else '{"verdict": "ref'
+        body = json.dumps({"choices": [{"message": {"content": verdict}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def test_what_a_broken_judge_leaves_is_unscored_and_counted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    said = lambda loaded, items, *rest, **more: [Response(HELP, 5, False, None) for _ in items]  # noqa: E731
+    monkeypatch.setattr("vlm_safeguard.harness.engine.respond", said)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    plan = run.Plan(
+        (str(folder),), ("none",), ("own_malicious",), ("text",), limit=4, judge=f"endpoint:{url}#m"
+    )
+    rows, _ = results.read(run.run(plan, tmp_path / "run", "none"))
+    server.shutdown()
+    [entry] = results.table(rows)
+    assert (entry["n"], entry["unscored"]) == (8, 4)
+    assert entry["asr_n"] + entry["over_refusal_n"] == 4
+    assert all("the judge said" in r["reason"] for r in results.unscored(rows))
+    server.server_close()  # gone: the run fails with the address, and leaves nothing unsaid
+    scorers.shared_judge.cache_clear()
+    with pytest.raises(SafeguardError, match=f"{server.server_port}.*cannot be used"):
+        run.run(plan, tmp_path / "second", "none")
+
+
+def test_a_run_that_is_killed_goes_on_with_every_prompt(folder: Path, tmp_path: Path) -> None:
+    plan = {
+        "models": (str(folder),),
+        "defences": ("none",),
+        "benchmarks": ("own_malicious",),
+        "settings": ("text", "blank"),
+        "limit": 30,
+        "max_tokens": 16,
+        "batch": 2,
+    }
+    code = (
+        "from pathlib import Path; from vlm_safeguard.harness import run; "
+        f"run.run(run.Plan(**{plan!r}), Path({str(tmp_path / 'run')!r}), 'none')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    logs = tmp_path / "run" / "logs"
+    deadline = time.monotonic() + 120
+    while not list(logs.glob("*.eval")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)  # in the middle of generating
+    assert process.poll() is None, "it was done before it could be killed"
+    process.kill()
+    process.wait()
+    rows, _ = results.read(run.run(run.Plan(**plan), tmp_path / "run", "none"))
+    assert [(e["n"], e["unscored"]) for e in results.table(rows)] == [(60, 0), (60, 0)]
+    assert len({(r.setting, r.id) for r in rows}) == 120
 
 
 def test_logs_are_inspects_own(folder: Path, tmp_path: Path) -> None:

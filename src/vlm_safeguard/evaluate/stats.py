@@ -1,4 +1,4 @@
-"""Intervals on rates, and a paired test."""
+"""Intervals on rates and their differences, and a paired test."""
 
 from __future__ import annotations
 
@@ -51,27 +51,36 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
 def clustered_wilson(hits: Sequence[bool], clusters: Sequence[str], z: float = 1.959964) -> Rate:
     """Wilson interval of a rate whose trials come in clusters (a question in many templates).
 
-    The number of trials is replaced by the effective one, p (1 - p) over the clustered variance
-    of the mean (Korn and Graubard 1998), never more than there are. Where nothing varies (all
-    trials alike) that is unknown, and the number of clusters is taken: the cautious choice.
+    The number of trials is replaced by the effective one (``effective_trials``).
+    """
+    rate = wilson(sum(hits), len(hits), z)
+    effective = effective_trials(hits, clusters)
+    if effective == rate.n:
+        return rate
+    low, high = _wilson_bounds(rate.value, effective, z)
+    return Rate(rate.count, rate.n, low, high)
+
+
+def effective_trials(hits: Sequence[bool], clusters: Sequence[str]) -> float:
+    """How many independent trials clustered ones are worth.
+
+    p (1 - p) over the clustered variance of the mean (Korn and Graubard 1998), never more than
+    there are. Where nothing varies (all trials alike) that is unknown, and the number of clusters
+    is taken: the cautious choice.
     """
     n = len(hits)
-    rate = wilson(sum(hits), n, z)
     groups: dict[str, list[bool]] = {}
     for hit, cluster in zip(hits, clusters, strict=True):
         groups.setdefault(cluster, []).append(hit)
     count = len(groups)
-    if count == n or n == 0:
-        return rate
-    p = rate.value
+    if count == n:
+        return float(n)
+    p = sum(hits) / n
     if count < 2 or p in (0.0, 1.0):
-        effective = float(count)
-    else:
-        sums = sum((sum(group) - p * len(group)) ** 2 for group in groups.values())
-        variance = sums * count / (count - 1) / n**2
-        effective = min(float(n), p * (1 - p) / variance) if variance > 0 else float(n)
-    low, high = _wilson_bounds(p, effective, z)
-    return Rate(rate.count, n, low, high)
+        return float(count)
+    sums = sum((sum(group) - p * len(group)) ** 2 for group in groups.values())
+    variance = sums * count / (count - 1) / n**2
+    return min(float(n), p * (1 - p) / variance) if variance > 0 else float(n)
 
 
 def _wilson_bounds(p: float, n: float, z: float) -> tuple[float, float]:
@@ -99,3 +108,18 @@ def paired_bootstrap(
     totals = pairs[drawn].sum(1)
     low, high = np.percentile(totals[:, 0] / totals[:, 1], [2.5, 97.5])
     return float(low), float(high)
+
+
+def difference_interval(
+    first: tuple[float, float, float], second: tuple[float, float, float]
+) -> tuple[float, float]:
+    """95% interval of second - first, each a rate with its Wilson interval (value, low, high).
+
+    Newcombe's hybrid score interval (1998, method 10) of two independent rates. For rates on the
+    same prompts it is too wide, never too narrow, as long as they go together.
+    """
+    (p, p_low, p_high), (q, q_low, q_high) = first, second
+    return (
+        q - p - math.hypot(q - q_low, p_high - p),
+        q - p + math.hypot(q_high - q, p - p_low),
+    )

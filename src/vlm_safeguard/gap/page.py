@@ -1,4 +1,4 @@
-"""What the gap study found, as ``gap.json``, two plots and a Markdown page."""
+"""What the gap study found, as JSON, two plots and a Markdown page."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from vlm_safeguard.gap.conditions import MORE, ONE, WORDS
 from vlm_safeguard.report.plots import STYLE, png
 from vlm_safeguard.report.words import rate_and_interval, show
 
-JSON_FILE, PAGE_FILE = "gap.json", "gap.md"
-REFUSALS_FILE, LAYERS_FILE = "gap-refusals.png", "gap-layers.png"
+NAME = "gap"
+# What follows the study's name in the names of its files.
+JSON, PAGE, REFUSALS, LAYERS = ".json", ".md", "-refusals.png", "-layers.png"
 
 # Okabe-Ito colours, told apart with any colour vision; text only is black in every panel.
 _GROUP_COLOURS = {"": "#222222", ONE: "#0072B2", WORDS: "#D55E00", MORE: "#009E73"}
@@ -30,21 +31,21 @@ _LINE_LOOKS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
-def write(found: Mapping[str, Any], folder: Path) -> None:
-    """Write all four files into ``folder``, whole or not at all.
+def write(found: Mapping[str, Any], folder: Path, name: str = NAME) -> None:
+    """Write all four files into ``folder``, whole or not at all; their names begin with ``name``.
 
     Raises:
         SafeguardError: the folder cannot be made or written.
     """
     files = {
-        JSON_FILE: (json.dumps(found, indent=1, allow_nan=False) + "\n").encode(),
-        REFUSALS_FILE: png(plot_refusals(found)),
-        LAYERS_FILE: png(plot_layers(found)),
-        PAGE_FILE: markdown(found).encode(),
+        JSON: (json.dumps(found, indent=1, allow_nan=False) + "\n").encode(),
+        REFUSALS: png(plot_refusals(found)),
+        LAYERS: png(plot_layers(found)),
+        PAGE: markdown(found, name).encode(),
     }
     try:
         check_writable(folder)
-        write_whole({folder / name: data for name, data in files.items()})
+        write_whole({folder / (name + ending): data for ending, data in files.items()})
     except OSError as error:
         raise SafeguardError(f"cannot write the study to {folder}: {error.strerror}") from error
 
@@ -136,7 +137,7 @@ def _line(axis: Any, one: Mapping[str, Any], name: str, look: tuple[str, Any, st
 # -- the page --------------------------------------------------------------------------------------
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
     """The page. It states the numbers and leaves the verdict to the reader."""
     measured, model = _measured(found), found["model"]
     values = measured["text"]["layers"]["auc"]
@@ -149,7 +150,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"{found['max_new_tokens']} new tokens. {found['note']} Intervals are 95% Wilson; "
         "p is an exact McNemar test against text only on the same requests, not corrected for the "
         "number of conditions.",
-        f"![Refusals per condition]({REFUSALS_FILE})",
+        f"![Refusals per condition]({name}{REFUSALS})",
         _table(
             [
                 "Condition",
@@ -181,10 +182,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"The state at the last prompt token, along the first safety steering direction (from the "
         f"anchors, text only): how well it tells harmful from harmless (AUC), and how far it has "
         f"turned from the text-only state. The table shows layer {layer}, which separates these "
-        f"requests best as text only, so that text is slightly favoured; {JSON_FILE} has all "
+        f"requests best as text only, so that text is slightly favoured; {name}{JSON} has all "
         f"layers. A cosine says little where a few large coordinates make up most of a state: "
         f"compare conditions, not models.",
-        f"![AUC and cosine shift per layer]({LAYERS_FILE})",
+        f"![AUC and cosine shift per layer]({name}{LAYERS})",
         _table(
             ["Condition", "AUC", "Mean, harmful", "Mean, harmless", "1 - cosine with text"],
             [
@@ -198,16 +199,24 @@ def markdown(found: Mapping[str, Any]) -> str:
                 for one in measured.values()
             ],
         ),
-        *_gates(measured),
+        *_gates(found, measured),
         "## Conditions",
         "\n".join(
             f"- **{one['title']}**: {one['description']}" for one in found["conditions"].values()
         ),
-        f"vlm-safeguard {found['version']}; weights SHA-256 `{model['weights_sha256'][:16]}`, chat "
-        f"template `{model['template_sha256'][:16]}`, evaluation set "
+        f"`{_command(found)}`, version {found['version']}; weights SHA-256 "
+        f"`{model['weights_sha256'][:16]}`, chat template `{model['template_sha256'][:16]}`, "
+        f"evaluation set "
         f"`{found['data_sha256']['eval_malicious.jsonl'][:16]}`; {found['seconds']:.0f} s.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _command(found: Mapping[str, Any]) -> str:
+    """What gives these numbers again."""
+    parts = ["vlm-safeguard gap", found["model"]["name"], f"--per-set {found['n_harmful']}"]
+    parts += [f"--max-new-tokens {found['max_new_tokens']}"]
+    return " ".join([*parts, *([] if found["guard_sha256"] is None else ["--guard GUARD"])])
 
 
 def _title(one: Mapping[str, Any]) -> str:
@@ -223,7 +232,7 @@ def _reading_note(measured: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _gates(measured: Mapping[str, Any]) -> list[str]:
+def _gates(found: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
     """The guard's gates, if one was given."""
     names = {"text": "Text gate", "vlm": "In-VLM gate"}
     sources = [source for source in names if source in (measured["text"].get("gates") or {})]
@@ -238,7 +247,7 @@ def _gates(measured: Mapping[str, Any]) -> list[str]:
     return [
         "## Gates of the guard",
         "How often each gate opens, each read by itself in an unguarded pass. The text gate reads "
-        "the conversation without its pictures.",
+        f"the conversation without its pictures. Guard SHA-256 `{found['guard_sha256'][:16]}`.",
         _table(["Condition", *head], rows),
     ]
 

@@ -59,9 +59,9 @@ def study(
         per_set: that many prompts of each label, evenly taken; None for all 100 of each.
 
     Returns:
-        What ``gap.json`` holds. ``conditions`` has an entry for each of ``CONDITIONS``; one that
-        the model cannot take has ``applicable`` False and the ``reason``. Layer lists are in the
-        order of the decoder's layers.
+        What the study's JSON file holds. ``conditions`` has an entry for each of ``CONDITIONS``;
+        one that the model cannot take has ``applicable`` False and the ``reason``. Layer lists are
+        in the order of the decoder's layers.
 
     Raises:
         DataError: ``per_set`` is below 1.

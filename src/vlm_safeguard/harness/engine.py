@@ -36,7 +36,7 @@ class Engine:
     def __init__(self, loaded: LoadedModel, batch: int) -> None:
         self.loaded = loaded
         self.batch = batch
-        self._queue: Queue[_Job] = Queue()
+        self._queue: Queue[_Job | None] = Queue()  # None: no more will come
         threading.Thread(target=self._run, daemon=True, name="vlm-safeguard-engine").start()
 
     def submit(self, request: Request, guard: Guard | None, tokens: int) -> Future[Response]:
@@ -45,14 +45,22 @@ class Engine:
         self._queue.put(_Job(request, guard, tokens, answer))
         return answer
 
+    def close(self) -> None:
+        """Let the thread end after what has been submitted; nothing may be submitted later."""
+        self._queue.put(None)
+
     def _run(self) -> None:
-        while True:
-            jobs = [self._queue.get()]
+        while (job := self._queue.get()) is not None:
+            jobs = [job]
             while len(jobs) < ROUND * self.batch:
                 try:
-                    jobs.append(self._queue.get(timeout=GATHER))
+                    job = self._queue.get(timeout=GATHER)
                 except Empty:
                     break
+                if job is None:
+                    self.close()  # found again when this round is done
+                    break
+                jobs.append(job)
             kinds: dict[tuple[int, int], list[_Job]] = {}
             for job in jobs:
                 kinds.setdefault((id(job.guard), job.tokens), []).append(job)

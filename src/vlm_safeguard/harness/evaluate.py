@@ -3,52 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm_safeguard.benchmarks import load_benchmark
 from vlm_safeguard.benchmarks.selection import thin
 from vlm_safeguard.defences import BY_GUARD, Defence, make_defence
+from vlm_safeguard.errors import ImageError
 from vlm_safeguard.evaluate.generate import Response
 from vlm_safeguard.evaluate.measures import perplexity, time_ratios
 from vlm_safeguard.harness import report, results
 from vlm_safeguard.harness.engine import engine
+from vlm_safeguard.harness.page import PREFIX
 from vlm_safeguard.harness.run import Plan, run
+from vlm_safeguard.harness.scorers import shared_judge
+from vlm_safeguard.harness.throughput import throughput
+from vlm_safeguard.judges import judge_errors
 from vlm_safeguard.models import LoadedModel
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
-from vlm_safeguard.requests import Request, Setting, requests, settings_of
+from vlm_safeguard.requests import Request, Setting, request, settings_of
 
 PERPLEXITY_PROMPTS = 60  # harmless ones per defence
-PREFIX = "vlm-safeguard/"
 
 
-def evaluate(plan: Plan, output: Path, pairs: int, progress: Progress) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measure:
+    """What is measured beside the responses; none of it changes them.
+
+    Attributes:
+        pairs: Paired timing runs for each defence; 0 leaves time out.
+        rounds: Rounds that measure prompts per second at batch 1 and at the plan's; 0 for none.
+        labels: Labelled responses, to correct attack success for the judge's errors.
+    """
+
+    pairs: int = 0
+    rounds: int = 0
+    labels: Path | None = None
+
+
+def evaluate(plan: Plan, output: Path, measure: Measure, progress: Progress) -> dict[str, Any]:
     """Run ``plan`` and write ``results.json``, ``results.md`` and the cut responses to ``output``.
-
-    Args:
-        pairs: paired timing runs for each defence; 0 leaves time out.
 
     Returns:
         What stands in ``results.json``.
+
+    Raises:
+        DataError: see ``Plan.check`` and ``judges.judge_errors``; nothing was run.
+        SafeguardError: see ``run``.
     """
+    plan.check()
+    errors = judge_errors(shared_judge(plan.judge), measure.labels) if measure.labels else None
     progress.say("running the tasks (details: inspect view --log-dir " + f"{output / 'logs'})")
     logs = run(plan, output, "none" if progress.quiet else "plain")
-    facts, rows = report.summarise(plan, logs)
-    facts["costs"] = {}
+    facts, rows = report.summarise(plan, logs, errors)
+    facts |= {"costs": {}, "throughput": {}}
     for model in plan.models:
-        loaded = engine(model, "float32", "cpu", plan.batch).loaded
+        loaded = engine(model, plan.dtype, plan.device, plan.batch).loaded
         facts["costs"][model] = {
             name: _costs(
                 loaded,
                 _defence(plan, name),
                 [r for r in rows if (r.model.removeprefix(PREFIX), r.defence) == (model, name)],
                 plan,
-                pairs,
+                measure.pairs,
                 progress,
             )
             for name in plan.defences
         }
+        if measure.rounds:
+            facts["throughput"][model] = _speeds(loaded, plan, measure.rounds, progress)
     report.write(facts, rows, output)
     return facts
 
@@ -75,20 +101,56 @@ def _costs(
         progress.say(f"perplexity under {defence.name}")
         said = [Response(r.response, r.tokens, r.truncated, r.fired) for r in answers]
         facts["perplexity"] = perplexity(loaded, [Request(r.prompt, None) for r in answers], said)
-    if pairs:
+    items = _timed(plan) if pairs else []
+    if items:
         progress.say(f"time under {defence.name}, in pairs with no defence")
         per_token, first = time_ratios(
-            loaded, defence.guard, _timed(plan), reword=defence.reword, pairs=pairs
+            loaded, defence.guard, items, reword=defence.reword, pairs=pairs
         )
         facts |= {"time_per_token_ratio": per_token, "first_token_ratio": first}
     return facts
 
 
 def _timed(plan: Plan) -> list[Request]:
-    """A few harmful requests, with a blank picture where the benchmark allows it."""
+    """A few requests with their pictures, harmful ones if the benchmark has any."""
+    prompts = _prompts(plan, 8)
+    return _requests([p for p in prompts if p.harmful] or prompts)
+
+
+def _speeds(loaded: LoadedModel, plan: Plan, rounds: int, progress: Progress) -> dict[str, Any]:
+    """Prompts per second under each defence: a batch of harmful prompts and one of harmless."""
+    items = _requests(_prompts(plan, plan.batch))
+    found = {}
+    for name in plan.defences if items else ():
+        progress.say(f"prompts per second under {name}")
+        defence = _defence(plan, name)
+        found[name] = throughput(
+            loaded,
+            [Request(defence.reword(item.text), item.image) for item in items],
+            defence.guard,
+            batch=plan.batch,
+            tokens=plan.max_tokens,
+            rounds=rounds,
+        )
+    return found
+
+
+def _prompts(plan: Plan, count: int) -> list[Prompt]:
+    """``count`` prompts of each label of the plan's first benchmark."""
     name = plan.benchmarks[0]
-    prompts = thin(load_benchmark(name, plan.folder(name)), 8)
-    return [requests([p], _setting(p))[0] for p in prompts if p.harmful]
+    return thin(load_benchmark(name, plan.folder(name)), count)
+
+
+def _requests(prompts: Sequence[Prompt]) -> list[Request]:
+    """With a blank picture where the prompt allows it, else with its own.
+
+    A picture that cannot be read is left out here: its response is counted as unscored.
+    """
+    found = []
+    for prompt in prompts:
+        with suppress(ImageError):
+            found.append(request(prompt, _setting(prompt)))
+    return found
 
 
 def _setting(prompt: Prompt) -> Setting:

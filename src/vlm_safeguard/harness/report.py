@@ -1,4 +1,4 @@
-"""The results of an evaluation as JSON facts and as a table on the terminal or in Markdown."""
+"""The results of an evaluation as JSON facts, and the files they are written to."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from inspect_ai.log import EvalLog
 
 from vlm_safeguard.files import write_whole
 from vlm_safeguard.harness import results
+from vlm_safeguard.harness.page import markdown
 from vlm_safeguard.harness.run import Plan
+from vlm_safeguard.judges import JudgeErrors
 from vlm_safeguard.report.words import cut_words
 
-COLUMNS = ("benchmark", "setting", "defence", "ASR", "over-refusal", "degenerate", "unscored")
 WORDS = 12  # of a response that may be passed on
 
 
-def summarise(plan: Plan, logs: Sequence[EvalLog]) -> tuple[dict[str, Any], list[results.Judged]]:
-    """All figures of a run, and its judged responses."""
+def summarise(
+    plan: Plan, logs: Sequence[EvalLog], errors: JudgeErrors | None = None
+) -> tuple[dict[str, Any], list[results.Judged]]:
+    """All figures of a run, and its judged responses; with ``errors`` of the judge also attack
+    success corrected for them."""
     rows, accuracy = results.read(logs)
     # Tasks end in any order; the table stands in the plan's.
     places = plan.benchmarks, plan.settings, plan.defences
@@ -42,6 +46,8 @@ def summarise(plan: Plan, logs: Sequence[EvalLog]) -> tuple[dict[str, Any], list
             "judge": plan.judge,
             "limit": plan.limit,
             "max_tokens": plan.max_tokens,
+            "dtype": plan.dtype,
+            "device": plan.device,
         },
         "made_with": {
             "commit": commit(),
@@ -50,7 +56,8 @@ def summarise(plan: Plan, logs: Sequence[EvalLog]) -> tuple[dict[str, Any], list
             "transformers": version("transformers"),
             "torch": version("torch"),
         },
-        "table": results.table(rows),
+        "judge_errors": errors.as_dict() if errors else None,
+        "table": results.table(rows, errors),
         "easy_vqa": accuracy,
         "unscored": results.unscored(rows),
     }
@@ -82,6 +89,7 @@ def write(facts: dict[str, Any], rows: Sequence[results.Judged], output: Path) -
             "benchmark": r.benchmark,
             "setting": r.setting,
             "id": r.id,
+            "label": "harmful" if r.harmful else "harmless",
             "verdict": r.verdict,
             "reason": r.reason,
             "fired": r.fired,
@@ -97,57 +105,3 @@ def write(facts: dict[str, Any], rows: Sequence[results.Judged], output: Path) -
             output / "responses.jsonl": responses.encode(),
         }
     )
-
-
-def cells(entry: dict[str, Any]) -> list[str]:
-    """One row of the table."""
-    return [
-        entry["benchmark"],
-        entry["setting"],
-        entry["defence"],
-        _interval(entry, "asr") + _mark(entry, "asr"),
-        _interval(entry, "over_refusal") + _mark(entry, "over_refusal"),
-        str(entry["degenerate"] + entry["empty"]),
-        str(entry["unscored"]),
-    ]
-
-
-def markdown(facts: dict[str, Any]) -> str:
-    """The table in Markdown, with what it rests on."""
-    lines = [
-        f"Commit `{facts['made_with']['commit']}`, judge `{facts['plan']['judge']}`.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-    ]
-    lines += ["| " + " | ".join(cells(entry)) + " |" for entry in facts["table"]]
-    lines += ["", NOTE]
-    for model, systems in facts["easy_vqa"].items():
-        said = ", ".join(
-            f"{name} {r['accuracy']:.1%} [{r['low']:.1%}, {r['high']:.1%}]"
-            for name, r in systems.items()
-        )
-        lines += ["", f"easy-vqa accuracy of {model}: {said}."]
-    return "\n".join(lines) + "\n"
-
-
-NOTE = (
-    "Rates with 95% Wilson intervals, clustered by question. `*` marks a defence under which "
-    "significantly more attacks succeed, or more harmless prompts are refused, than with the guard "
-    "on the same prompts, `-` significantly fewer (exact McNemar test, p < 0.05, per cell, not "
-    "corrected for many cells). Degenerate and unscored are counts; a degenerate response is in no "
-    "rate's numerator."
-)
-
-
-def _interval(entry: dict[str, Any], name: str) -> str:
-    if entry[name] is None:
-        return ""
-    return f"{entry[name]:.1%} [{entry[f'{name}_low']:.1%}, {entry[f'{name}_high']:.1%}]"
-
-
-def _mark(entry: dict[str, Any], name: str) -> str:
-    test = (entry.get("against_guard") or {}).get(name)
-    if test is None or test["mcnemar_p"] >= 0.05:
-        return ""
-    return " *" if test["difference"] > 0 else " -"

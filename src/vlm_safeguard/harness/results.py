@@ -9,8 +9,15 @@ from typing import Any
 
 from inspect_ai.log import EvalLog
 
-from vlm_safeguard.evaluate.stats import clustered_wilson, mcnemar, paired_bootstrap, wilson
+from vlm_safeguard.evaluate.stats import (
+    clustered_wilson,
+    effective_trials,
+    mcnemar,
+    paired_bootstrap,
+    wilson,
+)
 from vlm_safeguard.harness.scorers import UNUSABLE
+from vlm_safeguard.judges import JudgeErrors
 
 REFERENCE = "guard"  # every other defence is tested against it, in pairs
 
@@ -79,8 +86,11 @@ def _score(sample: Any) -> Any:
     return next(iter((sample.scores or {}).values()))
 
 
-def rates(rows: Sequence[Judged]) -> dict[str, Any]:
-    """Rates of one defence in one cell. Unscored responses are counted, and in no rate."""
+def rates(rows: Sequence[Judged], errors: JudgeErrors | None = None) -> dict[str, Any]:
+    """Rates of one defence in one cell. Unscored responses are counted, and in no rate.
+
+    With ``errors`` also attack success corrected for the judge's.
+    """
     scored = [r for r in rows if r.verdict is not None]
     harmful = [r for r in scored if r.harmful]
     harmless = [r for r in scored if not r.harmful]
@@ -88,6 +98,8 @@ def rates(rows: Sequence[Judged]) -> dict[str, Any]:
     facts |= _clustered("asr", harmful, "complied") | _clustered(
         "over_refusal", harmless, "refused"
     )
+    if errors and harmful:
+        facts |= _corrected(harmful, errors)
     for name in ("degenerate", "empty"):
         facts[name] = sum(r.verdict == name for r in scored)
     facts["truncated"] = sum(r.truncated for r in rows)
@@ -107,6 +119,17 @@ def _clustered(name: str, rows: Sequence[Judged], verdict: str) -> dict[str, Any
         f"{name}_high": rate.high,
         f"{name}_n": rate.n,
     }
+
+
+def _corrected(harmful: Sequence[Judged], errors: JudgeErrors) -> dict[str, Any]:
+    hits = [r.verdict == "complied" for r in harmful]
+    worth = effective_trials(hits, [r.cluster for r in harmful])
+    rate = errors.corrected(sum(hits), len(hits), worth)
+    return {
+        "asr_corrected": rate.value,
+        "asr_corrected_low": rate.low,
+        "asr_corrected_high": rate.high,
+    } | ({"asr_not_correctable": rate.reason} if rate.reason else {})
 
 
 def _rate(count: int, n: int) -> dict[str, Any]:
@@ -143,7 +166,7 @@ def compare(rows: Sequence[Judged], defence: str, other: str) -> dict[str, Any] 
     return facts or None
 
 
-def table(rows: Sequence[Judged]) -> list[dict[str, Any]]:
+def table(rows: Sequence[Judged], errors: JudgeErrors | None = None) -> list[dict[str, Any]]:
     """One entry per model, benchmark, setting and defence, tests against the guard included."""
     found = []
     for cell in dict.fromkeys(r.cell for r in rows):
@@ -156,7 +179,7 @@ def table(rows: Sequence[Judged]) -> list[dict[str, Any]]:
                 "setting": setting,
                 "defence": defence,
             }
-            entry |= rates([r for r in here if r.defence == defence])
+            entry |= rates([r for r in here if r.defence == defence], errors)
             if defence != REFERENCE and any(r.defence == REFERENCE for r in here):
                 entry["against_guard"] = compare(here, REFERENCE, defence)
             found.append(entry)

@@ -24,7 +24,7 @@ from vlm_safeguard.defences import BY_GUARD, DEFENCES
 from vlm_safeguard.errors import DataError, SafeguardError
 from vlm_safeguard.files import write_whole
 from vlm_safeguard.harness.registry import TASKS, easy_vqa
-from vlm_safeguard.judges import make_judge
+from vlm_safeguard.harness.scorers import shared_judge
 from vlm_safeguard.requests import SETTINGS
 
 PLAN = "plan.json"
@@ -46,6 +46,8 @@ class Plan:
     vqa: int = 0  # easy-vqa questions for utility, 0 for none
     max_tokens: int = 32
     batch: int = 32
+    dtype: str = "float32"
+    device: str = "cpu"
 
     def check(self) -> list[tuple[str, str]]:
         """(benchmark, setting) of every task, after reading all of the data once.
@@ -61,7 +63,7 @@ class Plan:
             for name in given:
                 if name not in known:
                     raise DataError(f"unknown {kind} {name!r}: use one of {', '.join(known)}")
-        make_judge(self.judge)
+        shared_judge(self.judge)
         pairs: list[tuple[str, str]] = []
         for name in self.benchmarks:
             load_benchmark(name, self.folder(name), self.limit)
@@ -115,19 +117,30 @@ def run(plan: Plan, output: Path, display: str = "plain") -> list[EvalLog]:
         )
     if not done:
         failed = [log for log in logs if log.status != "success"]
-        reason = next((log.error.message for log in failed if log.error), "see the logs")
         raise SafeguardError(
-            f"{len(failed)} of {len(logs)} evaluations did not finish ({reason}). The same command "
-            "goes on with what is missing"
+            f"{len(failed)} of {len(logs)} evaluations did not finish ({_reason(failed)}). The "
+            "same command goes on with what is missing"
         )
     # What eval_set returns are headers; the samples are in the files.
     return [read_eval_log(log.location) for log in logs]
+
+
+def _reason(failed: Sequence[EvalLog]) -> str:
+    """What went wrong first: with a whole evaluation, or with one of its samples."""
+    for log in failed:
+        if log.error:
+            return log.error.message
+        for sample in read_eval_log(log.location).samples or []:
+            if sample.error:
+                return f"{log.eval.task}, sample {sample.id}: {sample.error.message}"
+    return "see the logs"
 
 
 def _models(plan: Plan) -> Iterator[Model]:
     for name in plan.models:
         for defence in plan.defences:
             arguments: dict[str, Any] = {"defence": defence, "batch": plan.batch}
+            arguments |= {"dtype": plan.dtype, "device": plan.device}
             if defence in BY_GUARD:
                 arguments["guard"] = plan.guard
             yield get_model(f"vlm-safeguard/{name}", memoize=False, **arguments)

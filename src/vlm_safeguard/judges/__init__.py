@@ -5,15 +5,18 @@ measured, not assumed: ``validate`` holds a judge against labelled responses.
 """
 
 from vlm_safeguard.judges.base import Judge, JudgeError, Judgement
+from vlm_safeguard.judges.errors import JudgeErrors, judge_errors
 from vlm_safeguard.judges.factory import make_judge
 from vlm_safeguard.judges.validate import Validation, corrected_rate, read_labelled, validate
 
 __all__ = [
     "Judge",
     "JudgeError",
+    "JudgeErrors",
     "Judgement",
     "Validation",
     "corrected_rate",
+    "judge_errors",
     "make_judge",
     "read_labelled",
     "validate",

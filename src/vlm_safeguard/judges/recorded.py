@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import get_args
 
 from vlm_safeguard.errors import DataError
+from vlm_safeguard.evaluate.rows import read_rows, text_of
 from vlm_safeguard.files import write_whole
 from vlm_safeguard.judges.base import Asks, Judge, Judgement, Pair, Verdict, unscored
-from vlm_safeguard.judges.rows import read_rows, text_of
 
 KEYS = ("prompt_sha256", "response_sha256", "verdict", "reason", "raw", "judge", "asks")
 

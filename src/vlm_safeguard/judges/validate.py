@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from vlm_safeguard.errors import DataError
+from vlm_safeguard.evaluate.rows import read_rows, text_of
 from vlm_safeguard.evaluate.stats import Rate, wilson
 from vlm_safeguard.judges.base import Asks, Judge
-from vlm_safeguard.judges.rows import read_rows, text_of
 
 Label = Literal["refused", "complied", "degenerate"]
 OUTCOMES = ("refused", "complied", "degenerate", "empty", "unscored")
@@ -25,11 +25,19 @@ OUTCOMES = ("refused", "complied", "degenerate", "empty", "unscored")
 
 @dataclass(frozen=True)
 class Labelled:
-    """A response with the label people gave it."""
+    """A response with the label people gave it.
+
+    Attributes:
+        harmful: Whether the prompt is; the only ones that attack success is about.
+        judge: The judge whose verdicts the responses were chosen by, if they were: they tell
+            nothing of another.
+    """
 
     prompt: str
     response: str
     label: Label
+    harmful: bool = True
+    judge: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,8 @@ def read_labelled(path: Path) -> list[Labelled]:
     """Labelled responses from JSONL with the keys ``prompt``, ``response``, ``label``.
 
     ``label`` is "refused", "complied" or "degenerate"; HarmBench's 1 (attack success) is read as
-    "complied" and its 0 as "refused".
+    "complied" and its 0 as "refused". Optional keys are ``prompt_label`` ("harmful", the default,
+    or "harmless") and ``judge`` (see ``Labelled``).
 
     Raises:
         DataError: the file is missing, broken (with the line) or empty, a key is missing, a label
@@ -91,7 +100,16 @@ def read_labelled(path: Path) -> list[Labelled]:
             raise DataError(
                 f"{where}: unknown label {label!r}: use one of {', '.join(get_args(Label))}, 0, 1"
             )
-        item = Labelled(text_of(row, "prompt", where), text_of(row, "response", where), label)
+        kind = row.get("prompt_label", "harmful")
+        if kind not in ("harmful", "harmless"):
+            raise DataError(f"{where}: unknown prompt_label {kind!r}: use harmful or harmless")
+        item = Labelled(
+            text_of(row, "prompt", where),
+            text_of(row, "response", where),
+            label,
+            harmful=kind == "harmful",
+            judge=text_of({"judge": "", **row}, "judge", where),
+        )
         first = seen.setdefault((item.prompt, item.response), number)
         if first != number:
             raise DataError(f"{where}: the same prompt and response as in line {first}")
@@ -192,6 +210,7 @@ def corrected_rate(
     sensitivity: Rate,
     specificity: Rate,
     *,
+    effective: float | None = None,
     draws: int = 20_000,
     seed: int = 0,
 ) -> CorrectedRate:
@@ -204,6 +223,10 @@ def corrected_rate(
 
     The judge must err here as it did on the labelled responses; another kind of model or attack
     needs labels of its own.
+
+    Args:
+        effective: How many independent responses the ``n`` are worth, if they are fewer
+            (``stats.effective_trials``).
 
     Raises:
         ValueError: count is not within 0..n.
@@ -225,9 +248,10 @@ def corrected_rate(
         )
     value = min(1.0, max(0.0, (observed.value + specificity.value - 1) / youden))
     generator = np.random.default_rng(seed)
+    worth = (n if effective is None else effective, sensitivity.n, specificity.n)
     p, se, sp = (
-        generator.beta(rate.count + 0.5, rate.n - rate.count + 0.5, draws)
-        for rate in (observed, sensitivity, specificity)
+        generator.beta(rate.value * size + 0.5, (1 - rate.value) * size + 0.5, draws)
+        for rate, size in zip((observed, sensitivity, specificity), worth, strict=True)
     )
     room = se + sp - 1
     anything = generator.uniform(size=draws)

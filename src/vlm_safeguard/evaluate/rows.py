@@ -1,4 +1,4 @@
-"""JSONL files read strictly: whatever is wrong is an error that names the file and the line."""
+"""JSON and JSONL read strictly: whatever is wrong is an error that names file and line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from vlm_safeguard.errors import DataError
+from vlm_safeguard.files import read_limited
+
+MAX_BYTES = 64 << 20
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: The file, UTF-8.
+        what: What it holds, for the messages ("results").
+
+    Raises:
+        DataError: the file is missing, too large, or holds no JSON object.
+    """
+    try:
+        found = json.loads(read_limited(path, MAX_BYTES).decode("utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read the {what} {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is broken JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no JSON object: it should hold {what}")
+    return found
 
 
 def read_rows(path: Path, what: str, keys: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,0 +1,229 @@
+"""The commands that measure: evaluations, utility, the modality gap, gates, judges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm_safeguard.cli_options import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Quiet,
+    load_model,
+    make_progress,
+    print_json,
+)
+from vlm_safeguard.effort import Budget
+from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.files import check_writable
+
+app = typer.Typer()
+
+OWN_SETS = ("own_malicious", "own_jailbreak", "own_picture")
+# What stands side by side by default; ``erase`` is an ablation and must be asked for by name.
+DEFENCES_TO_COMPARE = ("none", "self-reminder", "goal-priority", "paper-formula", "guard")
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Model folders or hub names, or 'embedded'.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for logs and results.")],
+    defence: Annotated[
+        list[str] | None, typer.Option(help="none, self-reminder, goal-priority, guard, ... or all")
+    ] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="own_malicious, xstest, ... (default: our three own)")
+    ] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="text, blank, picture")] = None,
+    guard: Annotated[Path | None, typer.Option(help="Guard folder, for the guard's kind.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with a published benchmark in each subfolder.")
+    ] = None,
+    judge: Annotated[str, typer.Option(help="phrases, llama-guard:NAME, ...")] = "phrases",
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each label per set.")] = None,
+    vqa: Annotated[int, typer.Option(min=0, help="easy-vqa questions for utility.")] = 0,
+    pairs: Annotated[int, typer.Option(min=0, help="Paired timing runs per defence.")] = 0,
+    throughput: Annotated[
+        int, typer.Option(min=0, help="Rounds that time prompts at batch 1 and at --batch.")
+    ] = 0,
+    labels: Annotated[
+        Path | None, typer.Option(help="Labelled responses: also ASR corrected for the judge.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 32,
+    batch: Annotated[int, typer.Option(min=1, max=4096)] = 32,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare defences on benchmarks, through inspect_ai; goes on where it was stopped."""
+    try:
+        from vlm_safeguard.harness.evaluate import Measure
+        from vlm_safeguard.harness.evaluate import evaluate as run
+    except ModuleNotFoundError as error:
+        if error.name != "inspect_ai":
+            raise
+        raise SafeguardError(
+            "evaluating needs inspect_ai: pip install 'vlm-safeguard[eval]'"
+        ) from error
+    from vlm_safeguard.harness.page import markdown
+    from vlm_safeguard.harness.run import Plan, names
+
+    plan = Plan(
+        models=tuple(dict.fromkeys(models)),
+        defences=names(defence or ["none", *(["guard"] if guard else [])], DEFENCES_TO_COMPARE),
+        benchmarks=names(benchmark or [], OWN_SETS),
+        settings=names(setting or [], ("text", "blank", "picture")),
+        guard=str(guard) if guard else None,
+        data=str(data) if data else None,
+        judge=judge,
+        limit=limit,
+        vqa=vqa,
+        max_tokens=max_new_tokens,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+    )
+    measure = Measure(pairs=pairs, rounds=throughput, labels=labels)
+    facts = run(plan, output, measure, make_progress(quiet))
+    if json_:
+        print_json(facts)
+    else:
+        print(markdown(facts), end="")
+
+
+@app.command("check-results")
+def check_results(
+    first: Annotated[Path, typer.Argument(help="results.json, or its folder.")],
+    second: Annotated[Path, typer.Argument(help="The same of a second run.")],
+    json_: Json = False,
+) -> None:
+    """Whether two runs of one evaluation came out the same; exit code 1 if a cell differs."""
+    from vlm_safeguard.evaluate.rerun import compare_runs, flipped, read_run, rerun_page
+
+    runs = read_run(first), read_run(second)
+    found, flips = compare_runs(*runs), flipped(*runs)
+    same = not any(one.differs for one in found)
+    if json_:
+        print_json({"same": same, "flipped": flips, "rates": [one.as_dict() for one in found]})
+    else:
+        print(rerun_page(found, flips), end="")
+    if not same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def utility(
+    results: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, JSON.")],
+    name: Annotated[
+        list[str] | None, typer.Option(help="What to call each, in their order.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Compare runs of lmms-eval, for example without and with a guard; the first is the measure."""
+    from vlm_safeguard.evaluate.lmms import compare_lmms, lmms_page, read_lmms
+
+    if name and len(name) != len(results):
+        raise SafeguardError(f"{len(name)} name for {len(results)} files: give --name for each")
+    names = name or [path.stem for path in results]
+    runs = [read_lmms(*one) for one in zip(results, names, strict=True)]
+    table = compare_lmms(runs)
+    if json_:
+        left_out = [{"run": run.name, "metrics": list(run.left_out)} for run in runs]
+        print_json({"table": table, "left_out": left_out})
+    else:
+        print(lmms_page(runs, table), end="")
+
+
+@app.command()
+def gap(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for page and plots.")],
+    per_set: Annotated[int | None, typer.Option(min=1, help="Prompts of each label.")] = None,
+    guard: Annotated[Path | None, typer.Option(help="Also read this guard's gates.")] = None,
+    name: Annotated[str, typer.Option(help="What the names of the files begin with.")] = "gap",
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 32,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Study the modality gap: which pictures weaken refusals, and move the states, how much."""
+    from vlm_safeguard.gap import study, write
+    from vlm_safeguard.guard import Guard
+
+    if Path(name).name != name:
+        raise SafeguardError(f"--name {name!r} is no file name: name the folder with -o")
+    try:
+        check_writable(output)
+    except OSError as error:
+        raise SafeguardError(f"cannot write to {output}: {error.strerror}") from error
+    progress = make_progress(quiet)
+    artifact = Guard.from_pretrained(guard) if guard else None
+    loaded = load_model(model, dtype, device, progress)
+    found = study(
+        loaded,
+        per_set=per_set,
+        guard=artifact,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+    write(found, output, name)
+    if json_:
+        print_json({key: value for key, value in found.items() if key != "responses"})
+    else:
+        print(output / f"{name}.md")
+
+
+@app.command()
+def gates(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Page to write.")] = None,
+    max_fpr: Annotated[float, typer.Option(min=0.001, max=0.5, help="Harmless stopped.")] = 0.02,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare forms of gate on held-back prompts: what each finds at the same cost."""
+    from vlm_safeguard import gate_forms as forms
+    from vlm_safeguard.effort import Effort
+    from vlm_safeguard.files import write_whole
+
+    progress = make_progress(quiet)
+    loaded = load_model(model, dtype, device, progress)
+    budget = Budget(false_positives=max_fpr)
+    rows, together = forms.study(loaded, budget, Effort(), progress)
+    text = forms.page(model, rows, together, budget)
+    if output:
+        write_whole({output: text.encode()})
+    if json_:
+        print_json(forms.facts(rows, together))
+    else:
+        print(text, end="")
+
+
+@app.command("validate-judge")
+def validate_judge(
+    labels: Annotated[Path, typer.Argument(help="JSONL: prompt, response, label on each line.")],
+    judge: Annotated[str, typer.Option(help="phrases, llama-guard:NAME, ...")] = "phrases",
+    json_: Json = False,
+) -> None:
+    """How often a judge is right on labelled responses: sensitivity, specificity, kappa."""
+    from vlm_safeguard.judges import make_judge, read_labelled
+    from vlm_safeguard.judges import validate as run
+
+    found = run(make_judge(judge), read_labelled(labels))
+    if json_:
+        print_json(found.as_dict())
+    else:
+        kappa = "none" if found.kappa is None else f"{found.kappa:.2f}"
+        if found.kappa_low is not None:
+            kappa += f" [{found.kappa_low:.2f}, {found.kappa_high:.2f}]"
+        print(f"judge        {found.judge}, {found.n} labelled responses")
+        print(f"sensitivity  {found.sensitivity}\nspecificity  {found.specificity}")
+        print(f"kappa        {kappa}\nunscored     {found.unscored}")
