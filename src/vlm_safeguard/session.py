@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from vlm_safeguard import course
 from vlm_safeguard.attestation import Attestation, Decision, attest, decisions_of
-from vlm_safeguard.compiling import uncompiled
+from vlm_safeguard.compiling import stepped_over, uncompiled, untraced
 from vlm_safeguard.defer import without_pictures
-from vlm_safeguard.dose import Steerer
+from vlm_safeguard.dose import STEP, Steerer, step
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.gates import GateReader
 from vlm_safeguard.hooks import Hooks
@@ -49,6 +49,9 @@ class Session:
         self._text = TextPass(config, model, gates, self._steerer, self._seen)
         self._layers = sorted(self._text.layers | gates.layers("vlm") | self._steerer.layers)
         self._hooks, self._turn = Hooks(model, decoder), Turn()
+        # torch.compile must not trace what a layer's hook calls; `_step_layer` is marked in `arm`.
+        self._read, self._steer = untraced(self._read_layer), untraced(self._steer_layer)
+        self._hear = untraced(self._text.hear)
         self._work: _Work | None = self._refuse
         self._in_generate = False
         self._request: Request | None = None
@@ -76,6 +79,8 @@ class Session:
                 goes wrong, nothing stays on the model.
         """
         self._adapters = course.adapters(self.model)
+        for function in (Session._step_layer, Session._current, *STEP):
+            stepped_over(function)
         self._plain_generate = self._hooks.put_on(
             self._before_forward,
             self._after_forward,
@@ -143,7 +148,7 @@ class Session:
         )
         course.check_not_packed(options, mask)
         if self._text.layers and ids is not None:
-            self._work = self._text.hear
+            self._work = self._hear
             try:
                 self._text.read(request, ids, self._layers)
             finally:
@@ -181,9 +186,10 @@ class Session:
         request.pieces = self._steerer.pieces(request)
         self._seen.clear()
         if request.reads_prompt:
-            self._work = self._read_layer
+            self._work = self._read
         elif request.any_open and request.pieces:
-            self._work = self._steer_layer
+            steps = self._steerer.one_more_step(request)
+            self._work = self._step_layer if steps else self._steer
         else:
             self._work = None  # no layer has anything to do but to be counted
         if self.config.steering.mode == "defer" and any(request.fired("text")):
@@ -211,6 +217,12 @@ class Session:
 
     def _steer_layer(self, layer: int, hidden: Tensor) -> Tensor | None:
         return self._steerer.steer(self._current(), layer, hidden)
+
+    def _step_layer(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """``_steer_layer`` for one more decoding step."""
+        request = self._current()
+        dose = request.later_doses.get(layer)
+        return None if dose is None else step(dose, hidden, request.pieces[0].new)
 
     def _current(self) -> Request:
         if self._request is None:
