@@ -50,8 +50,8 @@ Every figure is the median, with quartiles, of {found["rounds"]} paired runs: in
 variant runs once, in random order, in one process, and is divided by the unguarded run of its
 round. *Unguarded again* is that run against a second one: how far chance alone goes. Guards are
 made by hand, with gates forced open or shut and as many directions as the largest that a
-calibration tries; attaching stands by itself below. Prompts are {found["prompts"]}. Each generation
-is of {found["new_tokens"]} tokens; its time per token is that of its median step."""
+calibration tries; attaching stands by itself below. Prompts: {found["prompts"]}.
+Generations are of {found["new_tokens"]} tokens; the time per token is that of the median step."""
 
 
 def _vlm(batches: Mapping[str, Any]) -> str:

@@ -35,15 +35,6 @@ def untraced(hook: Callable) -> Callable:
     return torch.compiler.disable(hook)
 
 
-def stepped_over(hook: Callable) -> Callable:
-    """As ``untraced``, for a hook that runs at every layer of every step: nothing is wrapped around
-    it, which would cost more than the hook itself. What it calls may be traced, so functions that
-    it calls must be marked too."""
-    from torch._dynamo.decorators import skip  # not at the top: it takes a second to import
-
-    return skip(hook)
-
-
 def uncompiled(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of ``generate`` that keep it from compiling the model by itself (static caches)."""
     config = options.get("generation_config")

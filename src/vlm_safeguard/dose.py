@@ -178,6 +178,3 @@ def _at_slice(changed: Tensor, dose: Dose, columns: slice) -> None:
         view.copy_(moved)
     else:
         view.index_copy_(0, dose.index, moved)
-
-
-STEP = (step, _moved)  # all that a decoding step calls here

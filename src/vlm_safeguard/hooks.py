@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm_safeguard.compiling import refuse_compiled, stepped_over, untraced
+from vlm_safeguard.compiling import refuse_compiled, untraced
 from vlm_safeguard.errors import GuardError, GuardRuntimeError
 from vlm_safeguard.models import Decoder, watch_layer
 
@@ -54,7 +54,7 @@ class Hooks:
             self._generate, self._own = generate, self.model.__dict__.get("generate")
             plain = self.model.generate
             for layer, see in layers.items():
-                self._handles.append(watch_layer(self.decoder, layer, stepped_over(see)))
+                self._handles.append(watch_layer(self.decoder, layer, untraced(see)))
             first = self.model.register_forward_pre_hook(untraced(before), with_kwargs=True)
             self._handles.append(first)  # at once: should the next not go on, this one goes off
             last = self.model.register_forward_hook(untraced(after), always_call=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from vlm_safeguard import course
 from vlm_safeguard.attestation import Attestation, Decision, attest, decisions_of
-from vlm_safeguard.compiling import stepped_over, uncompiled, untraced
+from vlm_safeguard.compiling import uncompiled
 from vlm_safeguard.defer import without_pictures
-from vlm_safeguard.dose import STEP, Steerer, step
+from vlm_safeguard.dose import Steerer, step
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.gates import GateReader
 from vlm_safeguard.hooks import Hooks
@@ -49,9 +49,6 @@ class Session:
         self._text = TextPass(config, model, gates, self._steerer, self._seen)
         self._layers = sorted(self._text.layers | gates.layers("vlm") | self._steerer.layers)
         self._hooks, self._turn = Hooks(model, decoder), Turn()
-        # torch.compile must not trace what a layer's hook calls; `_step_layer` is marked in `arm`.
-        self._read, self._steer = untraced(self._read_layer), untraced(self._steer_layer)
-        self._hear = untraced(self._text.hear)
         self._work: _Work | None = self._refuse
         self._in_generate = False
         self._request: Request | None = None
@@ -79,8 +76,6 @@ class Session:
                 goes wrong, nothing stays on the model.
         """
         self._adapters = course.adapters(self.model)
-        for function in (Session._step_layer, Session._current, *STEP):
-            stepped_over(function)
         self._plain_generate = self._hooks.put_on(
             self._before_forward,
             self._after_forward,
@@ -148,7 +143,7 @@ class Session:
         )
         course.check_not_packed(options, mask)
         if self._text.layers and ids is not None:
-            self._work = self._hear
+            self._work = self._text.hear
             try:
                 self._text.read(request, ids, self._layers)
             finally:
@@ -186,10 +181,10 @@ class Session:
         request.pieces = self._steerer.pieces(request)
         self._seen.clear()
         if request.reads_prompt:
-            self._work = self._read
+            self._work = self._read_layer
         elif request.any_open and request.pieces:
             steps = self._steerer.one_more_step(request)
-            self._work = self._step_layer if steps else self._steer
+            self._work = self._step_layer if steps else self._steer_layer
         else:
             self._work = None  # no layer has anything to do but to be counted
         if self.config.steering.mode == "defer" and any(request.fired("text")):
