@@ -3,6 +3,7 @@ PYTHON ?= python3
 # On a machine without a GPU a CPU build is smaller: make demo PIP_EXTRA_INDEX_URL=<CPU index of PyTorch>
 TORCH ?= torch==2.13.0
 VENV := .venv
+BENCH := .venv-bench
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
@@ -12,7 +13,7 @@ BENCHMARKS ?= ../shared/benchmarks
 PUBLISHED := $(if $(wildcard $(BENCHMARKS)),malicious_instruct jailbreak_instructions mm_harmful_bench)
 SETS := own_malicious own_jailbreak own_picture $(PUBLISHED)
 
-.PHONY: demo test lint format train results results-check throughput gap clean
+.PHONY: demo test lint format train results results-check throughput gap bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,14 +28,14 @@ test: $(VENV)/.installed  ## All tests
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed  ## ruff, mypy, import-linter
-	$(BIN)/ruff check src tests training
-	$(BIN)/ruff format --check src tests training
+	$(BIN)/ruff check src tests training bench
+	$(BIN)/ruff format --check src tests training bench
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(VENV)/.installed
-	$(BIN)/ruff format src tests training
-	$(BIN)/ruff check --fix src tests training
+	$(BIN)/ruff format src tests training bench
+	$(BIN)/ruff check --fix src tests training bench
 
 train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 90 minutes on 2 cores)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[training]"
@@ -76,5 +77,17 @@ gap: $(VENV)/.installed results/guard  ## The modality gap study: docs/gap-study
 	$(BIN)/vlm-safeguard gap embedded --guard results/guard --per-set 40 --max-new-tokens 24 \
 	  -o docs --name gap-study
 
+# The libraries compared with want other versions of what the project uses: see bench/peers.txt.
+$(BENCH)/.installed: pyproject.toml constraints.txt bench/peers.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]" scikit-learn tqdm
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r bench/peers.txt
+	touch $@
+
+# QUICK=1 tries every part and leaves docs/ as it is.
+bench: $(BENCH)/.installed  ## What a guard costs: docs/bench.md and .json (about two hours on 2 cores)
+	$(BENCH)/bin/python -m bench $(if $(QUICK),--quick -o $(BENCH)/quick)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) $(BENCH) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -541,6 +541,47 @@ def test_compiled_after_attaching():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("tokens", [2, None])
+def test_compiled_after_attaching_and_decoding_step_by_step(tokens):
+    """Steps in which the layers steer, and in which they have nothing to do, in turns."""
+    model = tiny.llava(num_hidden_layers=2)
+    made = tiny.guard(model, [tiny.gate("vlm", 0)], layers=[0, 1], reference="anchor")
+    inputs = [{"input_ids": torch.tensor([tiny.words(seed, 6)])} for seed in (0, 1, 2, 0)]
+
+    def decoded(call):
+        tables = []
+        for one in inputs:
+            out = call(**one, past_key_values=DynamicCache())
+            for _ in range(4):
+                tables.append(out.logits[:, -1])
+                token = tables[-1].argmax(-1, keepdim=True)
+                out = call(input_ids=token, past_key_values=out.past_key_values)
+        return torch.cat(tables)
+
+    scores = []
+    with torch.no_grad(), made.attach(model) as session:
+        for one in inputs[:3]:
+            model(**one)
+            scores.append(session.decisions[0].scores["vlm.0"][0])
+    middle = sum(sorted(scores)[:2]) / 2  # one of the three stays shut
+    made = tiny.guard(
+        model,
+        [tiny.gate("vlm", 0, threshold=middle)],
+        layers=[0, 1],
+        reference="anchor",
+        tokens=tokens,
+    )
+    torch._dynamo.reset()
+    with torch.no_grad():
+        with made.attach(model):
+            expected = decoded(model)
+        with made.attach(model) as session:
+            torch.testing.assert_close(decoded(torch.compile(model, backend="eager")), expected)
+            told = session.attestation
+    assert told.calls.made == told.calls.expected == 2 * 5
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(mixed, reentrant):
     model = tiny.llava()

@@ -45,6 +45,7 @@ def record(
     size = max(1, len(items)) * depth * width
     states = torch.from_file(path, shared=True, size=size, dtype=torch.float32)
     states = states[: len(items) * depth * width].view(len(items), depth, width)
+    finite = torch.ones(len(items), depth, dtype=torch.bool)  # asked batch by batch: see above
     seen: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
@@ -60,11 +61,12 @@ def record(
         for group in progress.track(groups, what) if progress else groups:
             inputs = encode(loaded, [items[i].text for i in group], [items[i].image for i in group])
             loaded.model(**inputs, use_cache=False, logits_to_keep=1)
-            states[group] = torch.stack([seen[layer] for layer in range(depth)], 1)
+            read = torch.stack([seen[layer] for layer in range(depth)], 1)
+            states[group], finite[group] = read, torch.isfinite(read).all(2)
     finally:
         for hook in handles:
             hook.remove()
-    bad = (~torch.isfinite(states).all(2)).nonzero()
+    bad = (~finite).nonzero()
     if len(bad):
         raise ModelError(
             f"{loaded.name}: the states after layer {int(bad[:, 1].min())} hold NaN or Inf. Its "

@@ -75,13 +75,17 @@ def decisions_of(request: Request) -> list[Decision]:
 def attest(request: Request, layers: tuple[int, ...]) -> Attestation:
     """The attestation of a request whose prompt has been read to its end."""
     changed: list[dict[int, int]] = [{} for _ in range(request.rows)]
-    for (layer, at_prompt), dose in sorted(request.doses.items()):
-        # The whole prompt (positions `all`) is steered padding and all, which is no token.
-        whole = at_prompt and dose.columns == request.prompt_width
-        for row in dose.rows:
-            count = dose.columns - (request.padding[row] if whole else 0)
-            if count:
-                changed[row][layer] = changed[row].get(layer, 0) + count
+    for layer in sorted({*request.prompt_doses, *request.later_doses}):
+        for doses in (request.prompt_doses, request.later_doses):
+            dose = doses.get(layer)
+            if dose is None:
+                continue
+            # The whole prompt (positions `all`) is steered padding and all, which is no token.
+            whole = doses is request.prompt_doses and dose.columns == request.prompt_width
+            for row in dose.rows:
+                count = dose.columns - (request.padding[row] if whole else 0)
+                if count:
+                    changed[row][layer] = changed[row].get(layer, 0) + count
     return Attestation(
         layers,
         _frozen(request.text_calls),

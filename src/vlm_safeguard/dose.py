@@ -1,7 +1,7 @@
 """Steers the open rows of a layer's output: `add`, `restore` or `erase` at the columns of the dose.
 
 Everything that does not change from step to step is worked out once per request and layer: which
-rows, and what is put in. A decoding step is then left with the projection and a sum.
+rows, and what is put in. A decoding step is then left with two small products, or a sum.
 """
 
 from __future__ import annotations
@@ -69,77 +69,62 @@ class Steerer:
         if layer not in self.layers:
             return None
         for piece in request.pieces:
-            dose = request.doses.get((layer, piece.at_prompt))
+            doses = request.prompt_doses if piece.at_prompt else request.later_doses
+            if layer not in doses:
+                doses[layer] = self._dose(request, layer, piece.at_prompt, hidden.device)
+            dose = doses[layer]
             if dose is None:
-                dose = self._dose(request, layer, piece.at_prompt, hidden.device)
-                request.doses[layer, piece.at_prompt] = dose
-            if not dose.rows:
                 continue
+            if hidden.shape[1] == 1:  # no copy, and no other piece
+                return step(dose, hidden, piece.new)
             dose.columns += piece.new
-            if hidden.shape[1] == 1:  # one decoding step: no copy, and no other piece
-                return self._step(hidden, dose)
             changed = hidden.clone() if changed is None else changed
             if isinstance(piece.columns, slice):
-                self._at_slice(changed, dose, piece.columns)
+                _at_slice(changed, dose, piece.columns)
             else:
                 own = torch.tensor([piece.columns[row] for row in dose.rows])
                 rows = torch.tensor(dose.rows)
-                changed[rows, own] = self._moved(changed[rows, own], dose)
+                changed[rows, own] = _moved(changed[rows, own], dose)
         return changed
 
-    def _step(self, hidden: Tensor, dose: Dose) -> Tensor:
-        """All of (B, 1, d), or its open rows."""
-        if dose.index is None:
-            return self._moved(hidden.squeeze(1), dose).unsqueeze(1)
-        moved = self._moved(hidden.squeeze(1).index_select(0, dose.index), dose)
-        return hidden.index_copy(0, dose.index, moved.unsqueeze(1))
+    def one_more_step(self, request: Request) -> bool:
+        """Whether the current call is one more decoding step: one column, whose doses at all layers
+        are those of an earlier one."""
+        return (
+            request.end - request.first == 1
+            and len(request.pieces) == 1
+            and not request.pieces[0].at_prompt
+            and len(request.later_doses) == len(self.layers)
+        )
 
-    def _at_slice(self, changed: Tensor, dose: Dose, columns: slice) -> None:
-        view = changed[:, columns]
-        if dose.index is None:
-            view.copy_(self._moved(view, dose))
-        else:
-            view.index_copy_(0, dose.index, self._moved(view.index_select(0, dose.index), dose))
-
-    def _moved(self, states: Tensor, dose: Dose) -> Tensor:
-        """States (b, d) or (b, T, d) of the open rows, steered."""
-        wide = states.float()
-        if wide.ndim == 2 and dose.pull is not None and dose.directions is not None:
-            # `restore` at one column, the step that counts: erase and pull in three operations.
-            inside = wide @ dose.directions.T
-            return torch.addmm(wide + dose.pull, inside, dose.directions, alpha=-1).to(states.dtype)
-        if dose.directions is not None:
-            wide = method.erase(wide, dose.directions)
-        if dose.pull is not None:
-            wide = wide + (dose.pull if wide.ndim == 2 else dose.pull[:, None])
-        return wide.to(states.dtype)
-
-    def _dose(self, request: Request, layer: int, at_prompt: bool, device: torch.device) -> Dose:
+    def _dose(
+        self, request: Request, layer: int, at_prompt: bool, device: torch.device
+    ) -> Dose | None:
         """What is done at a layer; gates that count there are decided by now."""
         opened = request.open_rows(layer, at_prompt=at_prompt)
-        dose = Dose([row for row, is_open in enumerate(opened) if is_open])
-        if not dose.rows:
-            return dose
-        if len(dose.rows) < request.rows:
-            dose.index = torch.tensor(dose.rows, device=device)
+        rows = [row for row, is_open in enumerate(opened) if is_open]
+        if not rows:
+            return None
         directions = self.directions(layer, device)
-        if self._steer.mode != "add":
-            dose.directions = directions
-        if self._steer.mode != "erase":
-            pull = self._pull(request, layer, directions)
-            dose.pull = pull if dose.index is None else pull.index_select(0, dose.index)
-        return dose
+        if self._steer.mode == "add":
+            target = self._pull(request, layer, directions)
+        elif self._steer.mode == "erase":
+            target = directions.new_zeros(request.rows, len(directions))
+        else:
+            target = (1 + self._steer.alpha) * self._target(request, layer).to(device)
+        index = None
+        if len(rows) < request.rows:
+            index = torch.tensor(rows, device=device)
+            target = target.index_select(0, index)
+        return Dose(rows, index, None if self._steer.mode == "add" else directions, target)
 
     def _pull(self, request: Request, layer: int, directions: Tensor) -> Tensor:
-        """What every row (B, d) would get: the formulas, of a state that is zero."""
+        """What `add` puts into every row (B, d): its formula, of a state that is zero."""
+        own = self._steer.query == "pass"
+        table = request.pass_coordinates if own else request.text_coordinates
         zero = directions.new_zeros(request.rows, 1, directions.shape[1])
-        if self._steer.mode == "add":
-            table = request.pass_coordinates
-            table = table if self._steer.query == "pass" else request.text_coordinates
-            reference = table[layer].to(directions.device)
-            return method.add(zero, directions, reference, self._steer.alpha)[:, 0]
-        reference = self._target(request, layer).to(directions.device)
-        return method.restore(zero, directions, reference, self._steer.alpha)[:, 0]
+        reference = table[layer].to(directions.device)
+        return method.add(zero, directions, reference, self._steer.alpha)[:, 0]
 
     def _target(self, request: Request, layer: int) -> Tensor:
         """Coordinates to restore (B, m). Text that the LLM itself finds harmless holds no harm to
@@ -155,3 +140,41 @@ class Steerer:
         text = request.text_coordinates[layer]
         by_text = torch.tensor(request.open_rows(layer, "text"), device=text.device)[:, None]
         return torch.where(by_text, text, anchor.to(text.device))
+
+
+def step(dose: Dose, hidden: Tensor, new: int) -> Tensor:
+    """All of a decoding step's (B, 1, d) with the dose in its open rows."""
+    dose.columns += new
+    if dose.index is None:
+        return _moved(hidden.squeeze(1), dose).unsqueeze(1)
+    moved = _moved(hidden.squeeze(1).index_select(0, dose.index), dose)
+    return hidden.index_copy(0, dose.index, moved.unsqueeze(1))
+
+
+def _moved(states: Tensor, dose: Dose) -> Tensor:
+    """States (b, d) of the open rows at one column, steered.
+
+    `erase` and `restore` are two operations that count: the change of the coordinates, and putting
+    it in.
+    """
+    wide = states.float()
+    if dose.directions is None:
+        wide = wide + dose.target
+    else:
+        change = torch.addmm(dose.target, wide, dose.directions.T, alpha=-1)
+        wide = torch.addmm(wide, change, dose.directions)
+    return wide.to(states.dtype)
+
+
+def _at_slice(changed: Tensor, dose: Dose, columns: slice) -> None:
+    """Steer the open rows of (B, T, d), in place, at some columns."""
+    view = changed[:, columns]
+    states = view if dose.index is None else view.index_select(0, dose.index)
+    if dose.directions is None:
+        moved = (states.float() + dose.target[:, None]).to(states.dtype)
+    else:
+        moved = method.restore(states, dose.directions, dose.target, alpha=0.0)
+    if dose.index is None:
+        view.copy_(moved)
+    else:
+        view.index_copy_(0, dose.index, moved)

@@ -165,7 +165,10 @@ def hidden_of(output: Any) -> Tensor:
     Raises:
         ModelError: there is none.
     """
-    hidden = output[0] if isinstance(output, tuple | list | ModelOutput) and output else output
+    if isinstance(output, Tensor):  # first: this runs at every layer of every step
+        hidden = output
+    else:
+        hidden = output[0] if isinstance(output, (tuple, list, ModelOutput)) and output else output
     if not isinstance(hidden, Tensor) or hidden.ndim != 3 or not hidden.is_floating_point():
         found = (
             f"{hidden.dtype} of shape {tuple(hidden.shape)}"

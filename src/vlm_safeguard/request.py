@@ -39,14 +39,15 @@ class Piece:
 class Dose:
     """What a layer does to the rows that are open there, latched.
 
-    ``index`` (b,) is None if every row of the batch is. ``directions`` (m, d) are taken out and
-    ``pull`` (b, d) is put in, each unless None; ``columns`` counts the columns changed in a row.
+    ``index`` (b,) is None if every row of the batch is. Their coordinates along ``directions``
+    (m, d) become ``target`` (b, m); without directions ``target`` (b, d) is added to the states.
+    ``columns`` counts the columns changed in a row.
     """
 
     rows: list[int]
-    index: Tensor | None = None
-    directions: Tensor | None = None
-    pull: Tensor | None = None
+    index: Tensor | None
+    directions: Tensor | None
+    target: Tensor
     columns: int = 0
 
 
@@ -84,7 +85,9 @@ class Request:
     states: dict[int, dict[int, Tensor]] = field(default_factory=dict)  # of gates still undecided
     text_coordinates: dict[int, Tensor] = field(default_factory=dict)  # by layer, (B, m)
     pass_coordinates: dict[int, Tensor] = field(default_factory=dict)
-    doses: dict[tuple[int, bool], Dose] = field(default_factory=dict)  # by layer and `at_prompt`
+    # By layer, None where no row is open: at the prompt's own columns, and behind them.
+    prompt_doses: dict[int, Dose | None] = field(default_factory=dict)
+    later_doses: dict[int, Dose | None] = field(default_factory=dict)
     text_calls: Calls = field(default_factory=Calls)
     calls: Calls = field(default_factory=Calls)
     cache: Any = None

@@ -18,7 +18,7 @@ from vlm_safeguard import course
 from vlm_safeguard.attestation import Attestation, Decision, attest, decisions_of
 from vlm_safeguard.compiling import uncompiled
 from vlm_safeguard.defer import without_pictures
-from vlm_safeguard.dose import Steerer
+from vlm_safeguard.dose import Steerer, step
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.gates import GateReader
 from vlm_safeguard.hooks import Hooks
@@ -190,7 +190,8 @@ class Session:
         if request.reads_prompt:
             self._work = self._read_layer
         elif request.any_open and request.pieces:
-            self._work = self._steer_layer
+            steps = self._steerer.one_more_step(request)
+            self._work = self._step_layer if steps else self._steer_layer
         else:
             self._work = None  # no layer has anything to do but to be counted
         if self.config.steering.mode == "defer" and any(request.fired("text")):
@@ -218,6 +219,12 @@ class Session:
 
     def _steer_layer(self, layer: int, hidden: Tensor) -> Tensor | None:
         return self._steerer.steer(self._current(), layer, hidden)
+
+    def _step_layer(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """``_steer_layer`` for one more decoding step."""
+        request = self._current()
+        dose = request.later_doses.get(layer)
+        return None if dose is None else step(dose, hidden, request.pieces[0].new)
 
     def _current(self) -> Request:
         if self._request is None:

@@ -1,0 +1,1 @@
+"""Measures what a guard costs: `make bench` writes docs/bench.md and docs/bench.json."""

@@ -1,0 +1,137 @@
+"""What the overhead is made of: a model whose layers do nothing, so that the hooks are all there
+is, and the parts of a hook one by one."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from bench import peers
+from bench.guards import RANK, Model, adding, layer_sets, restoring
+from bench.timing import Setup, Spread, interleaved, seconds, spread
+from vlm_safeguard.models import find_decoder, weights_digest
+
+STEPS = 40
+
+
+def per_layer(target: Model, batch: int, rounds: int) -> dict[str, Spread]:
+    """Microseconds per layer and decoding step that hooks on every layer take, by what they do.
+
+    The differences to a run without them, of the same round.
+    """
+    model, layers = target.model, layer_sets(target.depth)["all"]
+    generator = torch.Generator().manual_seed(0)
+    width = target.identity.hidden_size
+    vectors = {n: torch.randn(width, generator=generator) for n in layers}
+    made = partial(restoring, target, layers, text=False)
+    setups: dict[str, Setup] = {
+        "none": nullcontext,
+        "an empty hook": partial(_hooked, model, lambda *_: None),
+        "an empty hook under torch.compiler.disable": partial(
+            _hooked, model, torch.compiler.disable(lambda *_: None)
+        ),
+        "the hook with torch.addmm twice": partial(_hooked, model, _two_products(width, batch)),
+        "guard, nothing to do": partial(made(is_open=False).attach, model),
+        "guard, dose over": partial(made(is_open=True).attach, model),
+        "guard, restoring every token": partial(made(is_open=True, tokens=None).attach, model),
+        "guard, adding at every token": partial(adding(target, layers).attach, model),
+        "naive hook": partial(peers.naive, model, vectors),
+    }
+    for name, peer in peers.LIBRARIES.items():
+        setups[name] = partial(peer, model, vectors)
+    prompt = torch.full((batch, 4), 5)
+
+    def work(name: str) -> float:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        times = []
+        for number in range(STEPS + 1):
+            ids = prompt[:, :1] if number else prompt
+            begin = number + 3 if number else 0
+            # Row by row, as `generate` gives them.
+            places = torch.arange(begin, begin + ids.shape[1]).expand(batch, -1)
+            forward = partial(model, ids, position_ids=places, past_key_values=cache)
+            times.append(seconds(partial(forward, logits_to_keep=1)))
+        return statistics.median(times[1:])
+
+    with torch.inference_mode(), _idle_layers(model):
+        found = interleaved(setups, work, rounds)
+    base = found.pop("none")
+    return {
+        name: spread([1e6 * (t - b) / len(layers) for t, b in zip(times, base, strict=True)])
+        for name, times in found.items()
+    }
+
+
+def attaching(target: Model, rounds: int) -> dict[str, Spread]:
+    """Milliseconds that attaching and taking off a guard take, and its look at the weights."""
+    guard = restoring(target, layer_sets(target.depth)["all"], text=False, is_open=False)
+
+    def attach() -> None:
+        with guard.attach(target.model):
+            pass
+
+    works: dict[str, Callable[[], Any]] = {
+        "attach and take off": attach,
+        "of it, the digest of the weights": partial(weights_digest, target.model),
+    }
+    found = interleaved(
+        dict.fromkeys(works, nullcontext), lambda name: seconds(works[name]), rounds
+    )
+    return {name: spread([1e3 * t for t in times]) for name, times in found.items()}
+
+
+@contextmanager
+def _hooked(model: Any, hook: Callable) -> Iterator[None]:
+    handles = [layer.register_forward_hook(hook) for layer in find_decoder(model).layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _two_products(width: int, batch: int) -> Callable:
+    """`restore` at one column and nothing else: the arithmetic that cannot be left out."""
+    rows = torch.linalg.qr(torch.randn(width, min(RANK, width)))[0].T.contiguous()
+    target = torch.zeros(batch, len(rows))
+
+    def hook(_: Any, __: Any, hidden: Tensor) -> Tensor | None:
+        if hidden.shape[1] > 1:
+            return None
+        states = hidden.squeeze(1)
+        change = torch.addmm(target, states, rows.T, alpha=-1)
+        return torch.addmm(states, change, rows).unsqueeze(1)
+
+    return hook
+
+
+@contextmanager
+def _idle_layers(model: Any) -> Iterator[None]:
+    """Decoder layers that hand on what they get. The first still fills its cache: its length tells
+    how far the request has come."""
+    text = model.config.get_text_config(decoder=True)
+    layers = find_decoder(model).layers
+    heads, size = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+
+    def first(hidden: Tensor, *_: Any, past_key_values: Any, **__: Any) -> Tensor:
+        blank = hidden.new_zeros(len(hidden), heads, hidden.shape[1], size)
+        past_key_values.update(blank, blank, 0)
+        return hidden
+
+    def other(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden
+
+    try:
+        for number, layer in enumerate(layers):
+            layer.forward = other if number else first
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)

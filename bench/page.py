@@ -1,0 +1,173 @@
+"""The page: what was measured, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Cells = Sequence[Sequence[str]]
+
+
+def table(head: Sequence[str], rows: Cells) -> str:
+    """A Markdown table, first column left, the others right."""
+    lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def figure(one: Mapping[str, float] | None, digits: int = 3) -> str:
+    """Median and quartiles; a dash where nothing was measured."""
+    if one is None:
+        return "–"
+    median, low, high = (f"{one[name]:.{digits}f}" for name in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The whole page, from the contents of its JSON."""
+    sections = [
+        _opening(found),
+        _vlm(found["vlm"]),
+        _prediction(found["prediction"]),
+        _sharing(found["sharing"]),
+        _peers(found),
+        _overhead(found["overhead"]),
+        _rest(found),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _opening(found: Mapping[str, Any]) -> str:
+    where = found["where"]
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    quick = "\n\n**A smoke test (`--quick`): the figures mean nothing.**" if found["quick"] else ""
+    return f"""# What a guard costs
+
+`make bench` writes this page and [bench.json](bench.json): the embedded model, float32, on
+{where["threads"]} threads of {where["machine"]} ({versions}), commit {where["commit"]}.{quick}
+
+Every figure is the median, with quartiles, of {found["rounds"]} paired runs: in each round every
+variant runs once, in random order, in one process, and is divided by the unguarded run of its
+round. *Unguarded again* is that run against a second one: how far chance alone goes. Guards are
+made by hand, with gates forced open or shut and as many directions as the largest that a
+calibration tries; attaching stands by itself below. Prompts: {found["prompts"]}.
+Generations are of {found["new_tokens"]} tokens; the time per token is that of the median step."""
+
+
+def _vlm(batches: Mapping[str, Any]) -> str:
+    parts = ["## On the VLM"]
+    for batch, found in batches.items():
+        base, tokens = found["unguarded"], found["tokens"]
+        parts.append(
+            f"Batch {batch}: {tokens['whole']} prompt tokens in each row, {tokens['text']} of them "
+            f"text; unguarded {figure(base['first_s'])} s to the first token, "
+            f"{figure(base['per_token_s'], 4)} s per token."
+        )
+        rows = []
+        for name, row in found["ratios"].items():
+            expected = found["predicted_first"].get(name)
+            predicted = "" if expected is None else f"{expected:.3f}"
+            cells = [name, figure(row["first"]), predicted, figure(row.get("per_token"))]
+            rows.append(cells)
+        head = ["layers guarded, gate, dose", "first token", "predicted", "per token"]
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
+def _prediction(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = [
+        [
+            row["model"],
+            str(row["text"]),
+            str(row["whole"]),
+            f"{row['shut']:.1%}",
+            f"{row['open']:.1%}",
+        ]
+        for row in rows
+    ]
+    head = ["model", "text tokens", "prompt tokens", "gate shut", "gate open"]
+    return f"""## What the text-only pass predicts
+
+Its share of the prompt's pass through the decoder: its share of the tokens times that of the
+layers. Where the gate stays shut it ends at the gate's last layer, here at two thirds of the
+depth; where it opens and the text's coordinates are put back, at the last guarded layer. This
+depends on no machine. What the prompt's pass takes beside its decoder (the vision tower, the
+projector) is left out, so the share of the whole is smaller.
+
+{table(head, cells)}"""
+
+
+def _sharing(batches: Mapping[str, Any]) -> str:
+    names = list(next(iter(batches.values())))
+    rows = [[name, *(figure(found[name]) for found in batches.values())] for name in names]
+    return f"""## A pass of its own, or one forward with the prompt
+
+The prompt with its text-only pass, over the prompt alone, without a guard. In one forward the
+text's rows are as wide as the prompt's, no pass ends early, and what the text says in a layer comes
+too late for the layers below it.
+
+{table(["the text-only pass", *(f"batch {batch}" for batch in batches)], rows)}"""
+
+
+def _peers(found: Mapping[str, Any]) -> str:
+    batches = found["llm"]
+    names = list(next(iter(batches.values()))["ratios"])
+    parts = []
+    for title, key in (("Time per token", "per_token"), ("Time to first token", "first")):
+        rows = [
+            [name, *(figure(one["ratios"][name][key]) for one in batches.values())]
+            for name in names
+        ]
+        parts.append(f"{title}:")
+        parts.append(table(["all layers", *(f"batch {batch}" for batch in batches)], rows))
+    tables = "\n\n".join(parts)
+    notes = "\n".join(f"- {note}" for note in found["libraries"])
+    return f"""## Beside others, on the language model alone
+
+The same language model, text only, in the same process. The libraries add a vector after every
+layer at every token, without a gate; the naive hook and the guard with the paper's formula read
+each layer's gate at the last prompt token and add along one direction at every token; the other
+guards restore {found["rank"]} directions. The libraries' own requirements leave out the versions
+used here, so they are installed without them; that their hooks do what they say is checked first.
+
+{notes}
+
+{tables}"""
+
+
+def _overhead(found: Mapping[str, Any]) -> str:
+    batches = found["per_layer_us"]
+    names = list(next(iter(batches.values())))
+    rows = [[name, *(figure(one[name], 2) for one in batches.values())] for name in names]
+    return f"""## What the overhead is made of
+
+Microseconds per layer and decoding step, hooks on every layer, of a model whose layers do nothing:
+what a step takes beyond one without hooks. A guard's row holds its hooks on the model itself too.
+
+{table(["hooks", *(f"batch {batch}" for batch in batches)], rows)}"""
+
+
+def _rest(found: Mapping[str, Any]) -> str:
+    bare, calibrated, directions = (
+        figure(found["calibration"][name], digits)
+        for name, digits in (("bare_s", 1), ("calibration", 3), ("of_it_directions", 3))
+    )
+    attaching = [[name, figure(one, 1)] for name, one in found["overhead"]["attaching_ms"].items()]
+    rows = [
+        [f"{title}, {name}", f"{value:.0f}"]
+        for title, part in found["memory"].items()
+        for name, value in part.items()
+    ]
+    return f"""## Attaching
+
+{table(["once per `attach`", "ms"], attaching)}
+
+## Calibration
+
+Recording {found["pairs"]} anchor pairs and finding every layer's directions, over the bare forward
+passes of the same batches ({bare} s): {calibrated}. Of it the directions, by themselves:
+{directions}. The choice of a steering, which generates answers, comes on top.
+
+## Memory
+
+{table(["peak growth of the process's own memory", "MB"], rows)}"""

@@ -1,0 +1,115 @@
+"""Time to first token and time per token, guarded / unguarded, of paired runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench import peers
+from bench.guards import Model, adding, gate_layers, layer_sets, restoring
+from bench.subjects import Subjects
+from bench.timing import Setup, Times, generation, interleaved, ratios, spread
+from vlm_safeguard.guard import Guard
+
+PLAIN, AGAIN = "unguarded", "unguarded again"
+
+
+def on_the_vlm(subject: Subjects, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Guards of every shape on the VLM, requests with a picture."""
+    target, sets = subject.vlm, layer_sets(subject.vlm.depth)
+    guards: dict[str, Guard] = {}
+    brief: set[str] = set()  # timed to the first token only: behind it they are as without text
+    for name, layers in sets.items():
+        made = partial(restoring, target, layers)
+        guards[f"{name}, shut"] = made(text=False, is_open=False)
+        guards[f"{name}, open, last prompt token"] = made(text=False, is_open=True)
+        guards[f"{name}, open, every token"] = made(text=False, is_open=True, tokens=None)
+        for state, is_open in (("shut", False), ("open", True)):
+            key = f"{name}, text-only pass, {state}"
+            guards[key] = made(text=True, is_open=is_open)
+            brief.add(key)
+    guards["all, paper's formula"] = adding(target, sets["all"])
+    setups: dict[str, Setup] = {
+        key: partial(guard.attach, target.model) for key, guard in guards.items()
+    }
+    setups["all, naive hook"] = partial(peers.naive, target.model, _vectors(target, sets["all"]))
+    inputs = subject.inputs(batch, picture=True)
+    found = _measured(target.model, setups, inputs, tokens, rounds, brief)
+    words = subject.inputs(batch, picture=False)["input_ids"].shape[1]
+    whole = inputs["input_ids"].shape[1]
+    predicted = {}
+    for name, layers in sets.items():
+        for state, last in (
+            ("shut", max(gate_layers(layers, target.depth))),
+            ("open", max(layers)),
+        ):
+            predicted[f"{name}, text-only pass, {state}"] = 1 + share(
+                words, whole, last, target.depth
+            )
+    return found | {"tokens": {"text": words, "whole": whole}, "predicted_first": predicted}
+
+
+def share(words: int, whole: int, last: int, depth: int) -> float:
+    """What part of a prompt's pass through the decoder its text-only pass is: tokens and layers."""
+    return words / whole * (last + 1) / depth
+
+
+def on_the_llm(subject: Subjects, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Peers, the naive hook and guards on the language model alone, all layers."""
+    target, layers = subject.llm, layer_sets(subject.llm.depth)["all"]
+    vectors, inputs = _vectors(target, layers), subject.inputs(batch, picture=False)
+    setups: dict[str, Setup] = {}
+    for name, peer in peers.LIBRARIES.items():
+        peers.check(peer, target.model, inputs, vectors)
+        setups[name] = partial(peer, target.model, vectors)
+    setups["naive hook"] = partial(peers.naive, target.model, vectors)
+    guards = {
+        "guard, paper's formula": adding(target, layers),
+        "guard, every token": restoring(target, layers, text=False, is_open=True, tokens=None),
+        "guard, last prompt token": restoring(target, layers, text=False, is_open=True),
+    }
+    setups |= {key: partial(guard.attach, target.model) for key, guard in guards.items()}
+    return _measured(target.model, setups, inputs, tokens, rounds, set())
+
+
+def _vectors(target: Model, layers: list[int]) -> peers.Vectors:
+    generator = torch.Generator().manual_seed(0)
+    width = target.identity.hidden_size
+    return {n: 0.01 * torch.randn(width, generator=generator) for n in layers}
+
+
+def _measured(
+    model: Any,
+    setups: Mapping[str, Setup],
+    inputs: Mapping[str, Any],
+    tokens: int,
+    rounds: int,
+    brief: set[str],
+) -> dict[str, Any]:
+    """Ratios to the unguarded runs of the same rounds. ``brief``: timed to the first token only."""
+
+    def plain() -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def work(name: str) -> Times:
+        return generation(model, inputs, 1 if name in brief else tokens)
+
+    times = interleaved({PLAIN: plain, AGAIN: plain, **setups}, work, rounds)
+    base = times.pop(PLAIN)
+    rows = {}
+    for name, runs in times.items():
+        row = {"first": ratios([t.first for t in runs], [t.first for t in base])}
+        if name not in brief:
+            row["per_token"] = ratios([t.per_token for t in runs], [t.per_token for t in base])
+        rows[name] = row
+    return {
+        "unguarded": {
+            "first_s": spread([t.first for t in base]),
+            "per_token_s": spread([t.per_token for t in base]),
+        },
+        "ratios": rows,
+    }

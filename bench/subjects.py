@@ -1,0 +1,51 @@
+"""What is timed: the embedded VLM, its language model alone, and requests to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from bench.guards import Model, guarded_model
+from vlm_safeguard import pictures, prompts
+from vlm_safeguard.demo.assemble import assemble
+from vlm_safeguard.models import LoadedModel, encode, find_decoder, load
+from vlm_safeguard.witness import find_markup
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """A VLM and its language model, which share their weights."""
+
+    loaded: LoadedModel
+    vlm: Model
+    llm: Model
+
+    def inputs(self, batch: int, picture: bool) -> dict[str, torch.Tensor]:
+        """A batch of questions, each with a blank picture or none."""
+        texts = [pair.harmless for pair in prompts.anchors()[:batch]]
+        image = pictures.blank() if picture else None
+        return encode(self.loaded, texts, [image] * batch)
+
+
+def embedded() -> Subjects:
+    """The embedded VLM, assembled first if need be."""
+    return subjects(load(assemble()))
+
+
+def subjects(loaded: LoadedModel) -> Subjects:
+    """A VLM around a Llama, and that Llama."""
+    markup, pad_id = find_markup(loaded), int(loaded.processor.tokenizer.pad_token_id)
+    vlm = guarded_model(loaded.model, markup, pad_id)
+    return Subjects(loaded, vlm, guarded_model(_language_model(loaded.model), markup, pad_id))
+
+
+def _language_model(vlm: Any) -> LlamaForCausalLM:
+    """The VLM's language model as a model of its own, around the same modules."""
+    with torch.device("meta"):
+        alone = LlamaForCausalLM(vlm.config.get_text_config(decoder=True))
+    alone.model, alone.lm_head = find_decoder(vlm).module, vlm.get_output_embeddings()
+    alone.generation_config = vlm.generation_config
+    return alone.eval()

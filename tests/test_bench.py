@@ -1,0 +1,112 @@
+"""The benchmark's arithmetic, its order of runs and its page; no figure is judged here."""
+
+import gc
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from bench import __main__, guards, overhead, page, peers, speed, subjects, timing
+from tests import families
+
+
+def test_spread_and_ratios():
+    assert timing.spread([7.0]) == timing.Spread(7.0, 7.0, 7.0, 1)
+    assert timing.spread([4, 1, 3, 2, 5]) == timing.Spread(3, 2, 4, 5)
+    assert timing.ratios([2, 6, 12], [1, 2, 3]) == timing.Spread(3, 2.5, 3.5, 3)
+    with pytest.raises(ValueError):  # runs without a partner
+        timing.ratios([1, 2], [1])
+
+
+def test_times_of_a_generation():
+    """The prompt comes first, then each token; a step that took long does not count."""
+    times = timing.times_of(10.0, [10.1, 11.0, 11.2, 11.4, 14.0])
+    assert times.first == pytest.approx(1.0)
+    assert times.per_token == pytest.approx(0.2)
+    only = timing.times_of(0.0, [0.1, 1.0])
+    assert only.first == 1.0 and only.per_token != only.per_token
+
+
+def test_every_setup_runs_once_a_round_in_random_order_without_collection():
+    log, on = [], []
+
+    @contextmanager
+    def setup(name):
+        on.append(name)
+        yield
+        on.remove(name)
+
+    def work(name):
+        assert on == [name] and not gc.isenabled()
+        log.append(name)
+        return len(log)
+
+    setups = {name: lambda name=name: setup(name) for name in "abcd"}
+    found = timing.interleaved(setups, work, rounds=6)
+    rounds = [log[start : start + 4] for start in range(0, len(log), 4)]
+    assert len(rounds) == 7  # one that does not count
+    assert all(sorted(one) == list("abcd") for one in rounds)
+    assert len(set(map(tuple, rounds))) > 1
+    assert {name: len(results) for name, results in found.items()} == dict.fromkeys("abcd", 6)
+    assert min(min(results) for results in found.values()) > 4
+    assert gc.isenabled()
+
+
+def test_json_has_five_digits_and_names_for_keys():
+    found = timing.as_json({1: timing.Spread(1 / 3, 0.0, 2.0, 5), "a": [1.234567, "b", 12345678]})
+    assert found == {
+        "1": {"median": 0.33333, "low": 0.0, "high": 2.0, "count": 5},
+        "a": [1.2346, "b", 12345678],
+    }
+
+
+def test_table_and_figures():
+    assert page.table(["a", "b"], [["x", "1"]]) == "| a | b |\n|---|---:|\n| x | 1 |"
+    assert page.figure({"median": 1.2344, "low": 1, "high": 2}) == "1.234 (1.000 to 2.000)"
+    assert page.figure(None) == "–"
+
+
+def test_the_share_of_the_text_only_pass():
+    assert speed.share(words=62, whole=638, last=31, depth=32) == pytest.approx(62 / 638)
+    assert speed.share(words=10, whole=40, last=14, depth=30) == pytest.approx(0.125)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return subjects.subjects(families.llava())
+
+
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("is_open", [True, False])
+def test_gates_are_forced(subject, text, is_open):
+    layers = guards.layer_sets(subject.vlm.depth)["all"]
+    made = guards.restoring(subject.vlm, layers, text=text, is_open=is_open)
+    with torch.no_grad(), made.attach(subject.vlm.model) as session:
+        subject.vlm.model(**subject.inputs(2, picture=True))
+    assert [d.fired for d in session.decisions] == [is_open] * 2
+    assert [d.by_text for d in session.decisions] == [is_open and text] * 2
+
+
+def test_idle_layers_are_what_they_were_afterwards(subject):
+    model, inputs = subject.llm.model, subject.inputs(2, picture=False)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        with overhead._idle_layers(model):
+            assert not torch.equal(model(**inputs).logits, before)
+        assert torch.equal(model(**inputs).logits, before)
+
+
+def test_every_part_runs_and_the_page_tells_of_it(subject, monkeypatch):
+    monkeypatch.setattr(peers, "LIBRARIES", {})  # they are in the benchmark's own environment
+    monkeypatch.setattr(overhead, "STEPS", 3)
+    found = __main__.measure(subject, 1, quick=True)
+    found["memory"] = {"recording": {8: 1.0, 32: 1.0}, "generating": {"guarded": 2.0}}
+    found = json.loads(json.dumps(timing.as_json(found)))
+    text = page.page(found)
+    for title in ("On the VLM", "predicts", "one forward", "Beside others", "made of", "Memory"):
+        assert title in text
+    assert "A smoke test" in text
+    ratios = found["vlm"]["1"]["ratios"]
+    assert set(found["vlm"]["1"]["predicted_first"]) <= set(ratios)
+    assert all("per_token" in row for name, row in ratios.items() if "text-only" not in name)
