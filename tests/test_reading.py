@@ -42,8 +42,9 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         reading.Reader()
 
 
-def test_words_stand_where_the_picture_stood() -> None:
-    assert reading.with_words("Do it.", "bake a cake") == '"bake a cake"\nDo it.'
+def test_words_follow_the_request() -> None:
+    said = reading.with_words("Do it.", "bake a cake")
+    assert said == "Do it.\nThe picture says: bake a cake"
     assert reading.with_words("Do it.", "") == "Do it."
 
 

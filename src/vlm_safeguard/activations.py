@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlm_safeguard import prompts
 from vlm_safeguard.errors import ModelError
-from vlm_safeguard.models import LoadedModel, encode, watch_layer
+from vlm_safeguard.models import Decoder, LoadedModel, encode, watch_layer
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.requests import Request, batches
 from vlm_safeguard.witness import verify_residual_stream
@@ -26,6 +26,7 @@ def record(
     *,
     what: str = "states",
     batch: int = 32,
+    decoder: Decoder | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """States h_l(q) of every request and layer, (n, L, d) float32.
@@ -35,10 +36,13 @@ def record(
     reports as ``hidden_states`` may be normed or unsteered. A layer that a request without a
     picture skips has the state of the one below.
 
+    ``decoder``: the model's, verified already. A guarded model cannot be verified: that runs the
+    decoder in a way that no guard lets pass.
+
     Raises:
         ModelError: the decoder cannot be verified, or a state is NaN or Inf.
     """
-    decoder = verify_residual_stream(loaded.model)
+    decoder = decoder or verify_residual_stream(loaded.model)
     depth, width = len(decoder.layers), decoder.hidden_size
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".states", delete=False) as handle:
         path = handle.name

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class Budget:
     """What a guard may cost on harmless requests."""
 
+    # A false positive is a harmless request that the guard stops and the model, asked as text,
+    # would answer.
     false_positives: float = 0.02
     # Nats, next token at q, mean over harmless requests. A closed gate costs nothing, a false
     # positive that ends in a refusal about ten: this is the same budget in other units.

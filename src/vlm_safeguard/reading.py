@@ -1,8 +1,8 @@
 """The words that stand in a picture, read by OCR (rapidocr, an extra of this package).
 
 A typographic attack (FigStep, arXiv 2311.05608) writes the harmful request into the picture and
-asks for it in harmless words. A guard that reads pictures puts their words back where the picture
-stood in the text-only reading, so that the language model's own sense of harm sees them.
+asks for it in harmless words. A guard that reads pictures adds their words to the text-only
+reading, so that the language model's own sense of harm sees them.
 """
 
 from __future__ import annotations
@@ -76,5 +76,9 @@ def reader() -> Reader:
 
 
 def with_words(prompt: str, words: str) -> str:
-    """``prompt`` with the words of its picture where the picture stood: in front of it."""
-    return f'"{words}"\n{prompt}' if words else prompt
+    """``prompt`` as text, with the words of its picture.
+
+    They come last, where a model's reading of them is still fresh at the last prompt token: on
+    the embedded model harm is told apart far better so than with the words in front.
+    """
+    return f"{prompt}\nThe picture says: {words}" if words else prompt

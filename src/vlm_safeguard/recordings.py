@@ -27,10 +27,11 @@ from vlm_safeguard.requests import (
     told,
 )
 from vlm_safeguard.separate import GateFit, fit_gate
-from vlm_safeguard.trials import within
+from vlm_safeguard.trials import answered, within
 
 MAX_RANK = 64
 IN_VLM_SHARE = 0.1  # of the false-positive budget
+ASKED = 0.2  # share of the threshold-setting prompts, highest first, that the model is asked
 FOLDS = 5  # of the cross-validation that chooses a gate
 
 
@@ -148,7 +149,8 @@ def bound_scores(
     """The highest score by any gate of each harmless question that sets the thresholds, (n,).
 
     Each prompt is read as text and with a picture, blank and drawn ones in turn. A question and
-    its wrapped copy count as one, so that scores of different questions are independent.
+    its wrapped copy count as one, so that scores of different questions are independent. One that
+    the model refuses anyway, asked as text, cannot be stopped by a gate: it scores lowest.
     """
     items = evenly(prompts.calibration("bound"), effort.bound)
     text = record(loaded, requests(items, "text"), folder, what="bound, text", progress=progress)
@@ -161,7 +163,12 @@ def bound_scores(
             in_vlm.scores(seen) / in_vlm.spread,
         ]
     )
+    own = scores.max(0).values
+    # Only the highest scores decide where a threshold lies.
+    top = own.argsort(descending=True)[: int(ASKED * len(items)) + 1].tolist()
+    wanted = answered(loaded, [items[n] for n in top], False)
+    own[[n for n, is_answered in zip(top, wanted, strict=True) if not is_answered]] = own.min()
     highest: dict[str, float] = {}
-    for prompt, score in zip(items, scores.max(0).values.tolist(), strict=True):
+    for prompt, score in zip(items, own.tolist(), strict=True):
         highest[prompt.cluster] = max(score, highest.get(prompt.cluster, score))
     return torch.tensor(list(highest.values()))

@@ -14,8 +14,8 @@ from vlm_safeguard.conformal import conformal_threshold
 
 Kind = Literal["first", "discriminant", "components"]
 KINDS: tuple[Kind, ...] = ("first", "discriminant", "components")
-COMPONENTS = 192  # leading principal components that a gate may use
-SHRINKAGE = 0.2  # of the within-class covariance towards a multiple of the identity
+COMPONENTS = 320  # leading principal components that a gate may use
+SHRINKAGE = 0.05  # of the within-class covariance towards a multiple of the identity
 
 
 def auc(harmful: Tensor, harmless: Tensor) -> float:

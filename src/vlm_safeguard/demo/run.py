@@ -20,6 +20,7 @@ from vlm_safeguard.activations import record
 from vlm_safeguard.benchmarks.selection import evenly
 from vlm_safeguard.calibrate import calibrate
 from vlm_safeguard.demo.assemble import assemble
+from vlm_safeguard.effort import Effort
 from vlm_safeguard.errors import DemoError
 from vlm_safeguard.evaluate.compare import (
     Row,
@@ -34,7 +35,7 @@ from vlm_safeguard.evaluate.measures import easy_vqa_accuracy, perplexity, time_
 from vlm_safeguard.evaluate.tradeoff import tradeoff
 from vlm_safeguard.files import check_writable, write_whole
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import LoadedModel, load
+from vlm_safeguard.models import LoadedModel, find_decoder, load
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.reading import reader
@@ -51,10 +52,13 @@ class Size:
     tokens: int
     perplexity: int
     pairs: int
+    effort: Effort
 
 
-QUICK = Size(per_set=20, vqa=160, tokens=16, perplexity=32, pairs=7)
-FULL = Size(per_set=None, vqa=2000, tokens=32, perplexity=300, pairs=25)
+# A calibration that takes half as long as the usual one and finds a little less.
+_LESS = Effort(worded=400, pictured=64, bound=600, scan=96, search=12, final=12, proof=48)
+QUICK = Size(per_set=20, vqa=160, tokens=16, perplexity=32, pairs=7, effort=_LESS)
+FULL = Size(per_set=None, vqa=2000, tokens=32, perplexity=300, pairs=25, effort=Effort())
 
 
 def run_demo(
@@ -83,7 +87,7 @@ def run_demo(
     loaded = load(folder)
     guard_folder = guard_folder or output / "guard"
     if given is None:
-        made = calibrate(loaded, reads_pictures=True, progress=progress)
+        made = calibrate(loaded, effort=size.effort, reads_pictures=True, progress=progress)
         made.save_pretrained(guard_folder)
     guard = given or Guard.from_pretrained(guard_folder)
     systems: dict[str, Guard | None] = {"unguarded": None, "guarded": guard}
@@ -174,10 +178,10 @@ def _clouds(
             "text": record(loaded, text, folder, progress=progress)[:, layer].clone(),
             "blank image": record(loaded, blank, folder, progress=progress)[:, layer].clone(),
         }
+        decoder = find_decoder(loaded.model)  # verified by the recordings above
         with guard.attach(loaded.model):
-            states["guarded, blank image"] = record(loaded, blank, folder, progress=progress)[
-                :, layer
-            ].clone()
+            guarded = record(loaded, blank, folder, decoder=decoder, progress=progress)
+        states["guarded, blank image"] = guarded[:, layer].clone()
     joined = torch.cat(list(states.values()))
     centre = joined.mean(0)
     _, _, axes = torch.linalg.svd(joined - centre, full_matrices=False)
