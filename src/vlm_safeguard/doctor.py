@@ -79,7 +79,7 @@ def describe(loaded: LoadedModel) -> Description:
         inner=tuple(tokenizer.decode([token]) for token in markup.inner),
         template=template_digest(loaded.processor),
         dtypes=tuple(sorted({str(w.dtype).removeprefix("torch.") for w in weights})),
-        devices=tuple(sorted({str(w.device) for w in weights})),
+        devices=tuple(sorted({"offloaded" if w.is_meta else str(w.device) for w in weights})),
     )
 
 
