@@ -65,7 +65,8 @@ class Family:
     """One row of the matrix, with what is to be found written down by hand.
 
     ``decoder`` is where the language decoder lies. ``markup`` has the tokens that go with a
-    picture: its own, those before it and those after it. ``exact``: whether the template words
+    picture: its own, those before it and those after it; ``inner`` is text that stands between its
+    own. ``exact``: whether the template words
     text alone as it does beside a picture, white space included. ``mixed``: whether the family
     itself gives the rows of a batch with and without pictures what it gives each alone.
     ``both_ways``: whether tokens of a prompt attend to those after them. ``text_alone``: whether
@@ -76,6 +77,7 @@ class Family:
     build: Callable[[], LoadedModel]
     markup: tuple[tuple[str, ...], str, str]
     decoder: str = "model.language_model"
+    inner: str = ""
     exact: bool = True
     mixed: bool = True
     both_ways: bool = False
@@ -579,13 +581,27 @@ def idefics3() -> LoadedModel:
     return tiled(splitting=False)
 
 
+TILE_MARKUP = ("<image>", "<fake_token_around_image>", "<global-img>", *IDEFICS[4:])
+
+
+@family(
+    "Idefics3, pictures split",
+    markup=(TILE_MARKUP, "", ""),
+    inner="\n",
+    decoder="model.text_model",
+    exact=False,
+)
+def idefics3_split() -> LoadedModel:
+    return tiled()
+
+
 @family(
     "SmolVLM",
     markup=(("<image>",), "<fake_token_around_image><global-img>", "<fake_token_around_image>"),
     decoder="model.text_model",
     exact=False,
 )
-def smolvlm() -> LoadedModel:
+def smolvlm(splitting: bool = False) -> LoadedModel:
     config = tf.SmolVLMConfig(
         vision_config=VISION,
         text_config=tf.LlamaConfig(**TEXT),
@@ -596,7 +612,7 @@ def smolvlm() -> LoadedModel:
             tf.SmolVLMImageProcessorPil(
                 size={"longest_edge": 72},
                 max_image_size={"longest_edge": 24},
-                do_image_splitting=False,
+                do_image_splitting=splitting,
             ),
             tokenizer(IDEFICS),
             VIDEO,
@@ -604,6 +620,17 @@ def smolvlm() -> LoadedModel:
             chat_template=IDEFICS_TEMPLATE,
         )
     return ready(tf.SmolVLMForConditionalGeneration(config), processor, "tiny SmolVLM")
+
+
+@family(
+    "SmolVLM, pictures split",
+    markup=(TILE_MARKUP, "", ""),
+    inner="\n",
+    decoder="model.text_model",
+    exact=False,
+)
+def smolvlm_split() -> LoadedModel:
+    return smolvlm(splitting=True)
 
 
 # -- cross-attention ---------------------------------------------------------------------------

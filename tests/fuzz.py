@@ -69,6 +69,7 @@ def sound(kind: str, seed: int = 0) -> Files:
     ]
     if kind == "add":
         steering |= {"alpha": 0.5, "query": "pass", "positions": "all", "tokens": None}
+        steering["soft"] = 2.5
         gates[0] |= {"per_layer": True}
     if kind == "defer":
         steering, gates = {"mode": "defer"}, gates[:1]
@@ -448,7 +449,7 @@ def check_settings(data: bytes) -> dict[str, Any]:
         must(isinstance(cuts, list) and len(cuts) == len(gate["layers"]), "a threshold each")
         must(all(is_number(cut, 1e20) for cut in cuts), "thresholds")
     steering = raw["steering"]
-    optional = {"reference", "query", "positions", "layers", "rank", "alpha", "tokens"}
+    optional = {"reference", "query", "positions", "layers", "rank", "alpha", "tokens", "soft"}
     check_keys(steering, {"mode"}, optional, "steering")
     must(steering["mode"] in MODES, "mode")
     must(steering.get("reference", "text") in ("text", "anchor"), "reference")
@@ -460,6 +461,8 @@ def check_settings(data: bytes) -> dict[str, Any]:
     must(not defers or all(gate["source"] == "text" for gate in gates), "defer by text")
     must(is_int(steering.get("rank", 1), 1, 1024), "rank")
     must(is_number(steering.get("alpha", 0), 1e4) and steering.get("alpha", 0) >= 0, "alpha")
+    must(is_number(steering.get("soft", 0), 1e20) and steering.get("soft", 0) >= 0, "soft")
+    must(not (defers and steering.get("soft", 0)), "no soft gate with defer")
     must(steering.get("tokens") is None or is_int(steering["tokens"], 1, 10**6), "tokens")
     data_files = raw.get("data_sha256", {})
     must(isinstance(data_files, dict) and len(data_files) <= 64, "data files")

@@ -14,11 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import families, family_table, tiny
 from tests.families import FAMILIES, Family
+from vlm_safeguard import doctor
 from vlm_safeguard.activations import record
 from vlm_safeguard.doctor import describe, examine
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import LoadedModel, encode, find_decoder, watch_layer
+from vlm_safeguard.models import (
+    LoadedModel,
+    encode,
+    find_decoder,
+    template_digest,
+    watch_layer,
+)
 from vlm_safeguard.requests import Request
 from vlm_safeguard.settings import Markup
 from vlm_safeguard.witness import find_markup, text_columns, text_only, verify_residual_stream
@@ -126,11 +133,12 @@ def guard_for(
         thresholds = [thresholds] * len(layers)
     made = tiny.with_thresholds(made, [thresholds])
     tokens, *wrapper = one.markup
-    before, after = (
-        loaded.processor.tokenizer.encode(text, add_special_tokens=False) for text in wrapper
+    before, after, inner = (
+        loaded.processor.tokenizer.encode(text, add_special_tokens=False)
+        for text in (*wrapper, one.inner)
     )
     ids = loaded.processor.tokenizer.convert_tokens_to_ids(tokens)
-    markup = Markup(token_ids=ids, before=before, after=after, pad_id=families.PAD)
+    markup = Markup(token_ids=ids, before=before, after=after, inner=inner, pad_id=families.PAD)
     return Guard(made.config.model_copy(update={"markup": markup}), made.tensors)
 
 
@@ -267,7 +275,7 @@ def test_markup(one: Family, loaded: LoadedModel) -> None:
     markup, decode = find_markup(loaded), loaded.processor.tokenizer.decode
     assert {decode([t]) for t in markup.token_ids} == set(one.markup[0])
     assert (decode(markup.before), decode(markup.after)) == one.markup[1:]
-    assert markup.inner == ()
+    assert decode(markup.inner) == one.inner
 
 
 SIZES = [(40, 32), (64, 64), (200, 40), (40, 200), (130, 90), (30, 31)]
@@ -524,6 +532,21 @@ def test_description_and_checks(one: Family, loaded: LoadedModel) -> None:
     said = {check.name: check.found for check in examine(found)}
     assert f"{one.decoder}: 4 layers of 32" in said["decoder"]
     assert repr(found.image_tokens[0]) in said["image tokens"]
+
+
+def test_a_guard_for_another_template_is_diagnosed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, loaded = FAMILIES["llava"], families.llava()
+    made = guard_for(one, loaded)
+    identity = {"template_sha256": template_digest(loaded.processor)}
+    config = made.config.model_copy(update={"model": made.config.model.model_copy(update=identity)})
+    made = Guard(config, made.tensors)
+    for name in ("_directions", "_effect"):
+        monkeypatch.setattr(doctor, name, lambda *_: [])
+    assert all(check.ok for check in doctor.diagnose(loaded, made))
+    loaded.processor.chat_template += " "
+    failed = [check for check in doctor.diagnose(loaded, made) if not check.ok]
+    assert [check.name for check in failed] == ["belongs to this model"]
+    assert "chat template differs" in failed[0].found
 
 
 def test_the_committed_table_is_current() -> None:

@@ -129,6 +129,22 @@ def test_steering_is_what_the_formulas_say(seed, rank, alpha):
         np.testing.assert_allclose(wide(found[name]), value, atol=1e-5, err_msg=name)
 
 
+@given(st.floats(-20, 20), st.floats(0, 10))
+def test_a_soft_gate_is_the_clamped_score(score, width):
+    expected = float(score > 0) if width == 0 else float(np.clip(np.divide(score, width), 0, 1))
+    assert method.dose_share(score, width) == pytest.approx(expected, abs=1e-12)
+
+
+@given(SEEDS, st.integers(1, 6), st.floats(0, 2))
+def test_a_part_of_the_dose_goes_a_part_of_the_way(seed, rank, alpha):
+    states, rows = randn(seed, 3, 4, 8), orthonormal(seed + 1, rank, 8)
+    reference, share = randn(seed + 2, 3, rank), torch.tensor([[0.0], [0.3], [1.0]])
+    found = wide(method.restore(states, rows, reference, alpha, share))
+    h, v, t, g = wide(states), wide(rows), wide(reference)[:, None], wide(share)[:, None]
+    restored = h - h @ v.T @ v + (1 + alpha) * t @ v
+    np.testing.assert_allclose(found, h + g * (restored - h), atol=1e-4)
+
+
 @given(SEEDS, st.integers(1, 8))
 def test_the_projection_is_idempotent_and_blind_to_signs(seed, rank):
     h, rows = randn(seed, 2, 3, 8), orthonormal(seed + 1, rank, 8)

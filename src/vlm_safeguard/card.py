@@ -146,6 +146,8 @@ def _steering(steering: Steering) -> list[tuple[str, str]]:
         ("Directions per layer", str(steering.rank)),
         ("Dose α", f"{steering.alpha:g}"),
     ]
+    if steering.soft:
+        rows.append(("Soft gate: the whole dose from a score of", f"{steering.soft:g}"))
     if steering.mode == "restore":
         own = "the request's own text" if steering.reference == "text" else "harmful anchors' mean"
         rows.append(("Put back", own))

@@ -124,7 +124,8 @@ def begin(
         raise GuardRuntimeError(
             f"text_input_ids hold {len(text[0])} rows, the prompt has {len(given)}"
         )
-    return Request(config.gates, width, last.tolist(), padding, columns, text), mask
+    soft = config.steering.soft
+    return Request(config.gates, width, last.tolist(), padding, columns, text, soft), mask
 
 
 def take_text(options: dict[str, Any]) -> tuple[Tensor, Tensor] | None:

@@ -101,10 +101,11 @@ class Steerer:
         self, request: Request, layer: int, at_prompt: bool, device: torch.device
     ) -> Dose | None:
         """What is done at a layer; gates that count there are decided by now."""
-        opened = request.open_rows(layer, at_prompt=at_prompt)
-        rows = [row for row, is_open in enumerate(opened) if is_open]
+        given = request.shares(layer, at_prompt=at_prompt)
+        rows = [row for row, share in enumerate(given) if share]
         if not rows:
             return None
+        shares, share = [given[row] for row in rows], None
         directions = self.directions(layer, device)
         if self._steer.mode == "add":
             target = self._pull(request, layer, directions)
@@ -116,7 +117,12 @@ class Steerer:
         if len(rows) < request.rows:
             index = torch.tensor(rows, device=device)
             target = target.index_select(0, index)
-        return Dose(rows, index, None if self._steer.mode == "add" else directions, target)
+        if min(shares) < 1:
+            share = target.new_tensor(shares)[:, None]
+        if self._steer.mode == "add":  # a part of a sum is the sum of a part
+            target = target if share is None else share * target
+            return Dose(rows, index, None, target, None, shares)
+        return Dose(rows, index, directions, target, share, shares)
 
     def _pull(self, request: Request, layer: int, directions: Tensor) -> Tensor:
         """What `add` puts into every row (B, d): its formula, of a state that is zero."""
@@ -138,7 +144,7 @@ class Steerer:
         if layer not in request.text_coordinates:  # no row was opened by its text
             return anchor
         text = request.text_coordinates[layer]
-        by_text = torch.tensor(request.open_rows(layer, "text"), device=text.device)[:, None]
+        by_text = torch.tensor(request.shares(layer, "text"), device=text.device)[:, None] > 0
         return torch.where(by_text, text, anchor.to(text.device))
 
 
@@ -162,6 +168,8 @@ def _moved(states: Tensor, dose: Dose) -> Tensor:
         wide = wide + dose.target
     else:
         change = torch.addmm(dose.target, wide, dose.directions.T, alpha=-1)
+        if dose.share is not None:
+            change = change * dose.share
         wide = torch.addmm(wide, change, dose.directions)
     return wide.to(states.dtype)
 
@@ -173,7 +181,7 @@ def _at_slice(changed: Tensor, dose: Dose, columns: slice) -> None:
     if dose.directions is None:
         moved = (states.float() + dose.target[:, None]).to(states.dtype)
     else:
-        moved = method.restore(states, dose.directions, dose.target, alpha=0.0)
+        moved = method.restore(states, dose.directions, dose.target, 0.0, dose.share)
     if dose.index is None:
         view.copy_(moved)
     else:

@@ -19,6 +19,7 @@ from vlm_safeguard.files import read_limited, write_whole
 from vlm_safeguard.models import config_digest, find_decoder, template_digest, weights_digest
 from vlm_safeguard.session import Session
 from vlm_safeguard.settings import GuardConfig
+from vlm_safeguard.weights import quantised
 from vlm_safeguard.witness import ImageMarkup
 
 _MAX_CARD = 1 << 20  # bytes of a README that is looked through for our mark
@@ -304,6 +305,8 @@ def _may_write_card(path: Path) -> bool:
 
 def _dtype_hint(model: Any) -> str:
     """Where the weights' type alone can make them differ: says so."""
+    if any(map(quantised, model.parameters())):
+        return " (some are quantised: calibrate on the quantised model itself)"
     others = {parameter.dtype for parameter in model.parameters()} - set(_EXACT)
     if not others:
         return ""

@@ -78,6 +78,14 @@ def gate_open(scores: Tensor) -> Tensor:
     return scores > 0
 
 
+def dose_share(score: float, width: float) -> float:
+    """The part of the dose that a gate gives, ``g = clamp(s / w, 0, 1)``; with width 0 the hard
+    gate, 1 where ``s > 0`` and else 0."""
+    if score <= 0:
+        return 0.0
+    return 1.0 if score >= width else score / width
+
+
 def coordinates(states: Tensor, directions: Tensor) -> Tensor:
     """Coordinates ``c = h V^T`` of states (..., d) along V (m, d): (..., m), float32."""
     return states.float() @ directions.float().T
@@ -104,16 +112,25 @@ def add(states: Tensor, directions: Tensor, reference: Tensor, alpha: float) -> 
     return moved.to(states.dtype)
 
 
-def restore(states: Tensor, directions: Tensor, reference: Tensor, alpha: float) -> Tensor:
+def restore(
+    states: Tensor,
+    directions: Tensor,
+    reference: Tensor,
+    alpha: float,
+    share: Tensor | None = None,
+) -> Tensor:
     """Project, then put the LLM's own component back: ``h - (h V^T) V + (1 + alpha) t V``.
 
     Args:
         states: (B, T, d). directions: V, (m, d).
         reference: t, (B, m), the LLM's coordinates, of this request as text or of the anchors.
         alpha: dose beyond the LLM's own component; 0 puts back exactly what it would have.
+        share: g, (B, 1), how much of the way to go there: ``h + g (restored - h)``; None for all.
     """
     wide, rows = states.float(), directions.float()
     change = (1.0 + alpha) * reference.float().unsqueeze(1) - coordinates(wide, rows)
+    if share is not None:
+        change = share.unsqueeze(1) * change
     return (wide + change @ rows).to(states.dtype)
 
 

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.reading import reader, with_words
+from vlm_safeguard.weights import input_device, stored
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,7 +49,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return input_device(self.model)
 
 
 def load(name: str | Path, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
@@ -363,14 +364,18 @@ def weights_digest(model: Any) -> str:
 
     Vision tower and projector count too: the in-VLM gate's threshold rests on them. Sixty-four
     values of each parameter, spread over it, rounded to bfloat16: cheap enough to
-    check on every attach; training of any length changes some of them.
+    check on every attach; training of any length changes some of them. Quantised weights have a
+    digest of their own, offloaded ones that of the weights.
+
+    Raises:
+        ModelError: weights that are not there, or that cannot be read (see ``weights.stored``).
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
+    for label, weight in stored(model):
+        flat = weight.flatten()
         step = max(1, flat.numel() // 64)
         values = flat[::step][:64].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(name.encode() + bytes(values.numpy().tobytes()))
+        digest.update(label.encode() + bytes(values.numpy().tobytes()))
     return digest.hexdigest()
 
 

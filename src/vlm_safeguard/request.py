@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from vlm_safeguard.method import dose_share
 from vlm_safeguard.settings import Gate
 
 _T = TypeVar("_T")
@@ -41,13 +42,17 @@ class Dose:
 
     ``index`` (b,) is None if every row of the batch is. Their coordinates along ``directions``
     (m, d) become ``target`` (b, m); without directions ``target`` (b, d) is added to the states.
-    ``columns`` counts the columns changed in a row.
+    ``share`` (b, 1) is how much of the way their coordinates go there, None for all of it.
+    ``shares``: which part of the dose each of ``rows`` gets. ``columns`` counts the columns changed
+    in a row.
     """
 
     rows: list[int]
     index: Tensor | None
     directions: Tensor | None
     target: Tensor
+    share: Tensor | None
+    shares: list[float]
     columns: int = 0
 
 
@@ -78,10 +83,11 @@ class Request:
     padding: list[int]  # prompt columns in each row that hold no token
     text_columns: Tensor | None = None  # (B, T) columns of the text-only reading
     text: tuple[Tensor, Tensor] | None = None  # its ids and mask (B, T'), given by the caller
-    # By gate, then row: one score per layer, NaN if not read yet; open or not, per layer too
-    # unless the gate is pooled.
+    soft: float = 0.0  # width of the gates, see ``Steering``
+    # By gate, then row: one score per layer, NaN if not read yet; which part of the dose it gives,
+    # 0 where it is shut, per layer too unless the gate is pooled.
     scores: dict[int, list[list[float]]] = field(default_factory=dict)
-    opened: dict[int, list[list[bool]]] = field(default_factory=dict)
+    opened: dict[int, list[list[float]]] = field(default_factory=dict)
     states: dict[int, dict[int, Tensor]] = field(default_factory=dict)  # of gates still undecided
     text_coordinates: dict[int, Tensor] = field(default_factory=dict)  # by layer, (B, m)
     pass_coordinates: dict[int, Tensor] = field(default_factory=dict)
@@ -147,19 +153,22 @@ class Request:
             else:
                 known[row] = [*known[row][:place], *values, *known[row][place + 1 :]]
         if place is None:
-            self.opened[index] = [[sum(values) > 0] for values in known]
-        else:  # layers still unread are NaN, so closed
-            self.opened[index] = [[value > 0 for value in values] for values in known]
+            self.opened[index] = [[self._given(sum(values))] for values in known]
+        else:
+            self.opened[index] = [[self._given(value) for value in values] for values in known]
 
-    def open_rows(
-        self, layer: int, source: str | None = None, at_prompt: bool = False
-    ) -> list[bool]:
-        """Which rows are open at a layer, by gates of one source or any.
+    def _given(self, score: float) -> float:
+        """Which part of the dose a score gives; none while it is NaN, unread."""
+        return 0.0 if math.isnan(score) else dose_share(score, self.soft)
+
+    def shares(self, layer: int, source: str | None = None, at_prompt: bool = False) -> list[float]:
+        """Which part of the dose the rows get at a layer: the most that any gate gives, or any of
+        one source; 0 where all are shut.
 
         At the prompt's own columns a pooled gate of the request's own pass acts from its last
         layer on, because below that it is not decided yet; so it is in every later call.
         """
-        rows = [False] * self.rows
+        rows = [0.0] * self.rows
         for index, opened in self.opened.items():
             gate, place = self.gates[index], 0
             if source not in (None, gate.source):
@@ -170,7 +179,7 @@ class Request:
                 place = gate.layers.index(layer)
             elif at_prompt and gate.source == "vlm" and layer < max(gate.layers):
                 continue
-            rows = [known or own[place] for known, own in zip(rows, opened, strict=True)]
+            rows = [max(known, own[place]) for known, own in zip(rows, opened, strict=True)]
         return rows
 
     def fired(self, source: str | None = None) -> list[bool]:

@@ -56,7 +56,11 @@ class Gate(_Strict):
 
 
 class Steering(_Strict):
-    """What happens where a gate is open. ``tokens``: guarded generated tokens, None for all."""
+    """What happens where a gate is open. ``tokens``: guarded generated tokens, None for all.
+
+    ``soft``: width of a soft gate in units of its score, 0 for a hard one. A request whose score
+    is less than this above the threshold gets that part of the dose.
+    """
 
     mode: Literal["add", "restore", "erase", "defer"]
     reference: Literal["text", "anchor"] = "text"
@@ -66,6 +70,7 @@ class Steering(_Strict):
     rank: int = Field(default=1, ge=1, le=MAX_RANK)
     alpha: float = Field(default=0.0, ge=0.0, le=MAX_ALPHA, allow_inf_nan=False)
     tokens: int | None = Field(default=None, ge=1, le=MAX_GUARDED_TOKENS)
+    soft: float = Field(default=0.0, ge=0.0, le=MAX_MAGNITUDE, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _layers_to_work_on(self) -> Steering:
@@ -73,6 +78,8 @@ class Steering(_Strict):
             raise ValueError("every mode but `defer` steers at least one layer, `defer` none")
         if len(set(self.layers)) != len(self.layers):
             raise ValueError("a layer is steered once")
+        if self.mode == "defer" and self.soft:
+            raise ValueError("`defer` has no dose that a soft gate could give a part of")
         return self
 
 

@@ -26,6 +26,7 @@ from vlm_safeguard.models import (
     render,
     replace_hidden,
 )
+from vlm_safeguard.weights import input_device
 
 # Square, wide and tall, small and large: pictures that processors cut into different tiles.
 PROBE_SIZES = ((64, 64), (320, 64), (64, 320), (900, 600), (600, 900), (48, 40))
@@ -338,4 +339,4 @@ def _plain_ids(model: Any) -> Tensor:
         if isinstance(value, int)
     }
     free = [token for token in range(embedding.weight.shape[0]) if token not in taken][:5]
-    return torch.tensor([free], device=embedding.weight.device)
+    return torch.tensor([free], device=input_device(model))

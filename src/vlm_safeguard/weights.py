@@ -1,0 +1,85 @@
+"""Where a model's weights lie: on a device, with accelerate between two calls, or quantised."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from vlm_safeguard.errors import ModelError
+
+
+def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of numbers that the model's weights consist of, with a label, in order.
+
+    That are its parameters, once each, and what else belongs to a checkpoint: buffers, in which
+    some kinds of quantisation keep their weights. A quantised parameter comes in its parts; how it
+    was quantised is in their labels.
+
+    Raises:
+        ModelError: a weight is not there, or is no tensor.
+    """
+    own: dict[str, Any] = dict(model.named_parameters())
+    # A weight in two places is one parameter, but two where it is offloaded.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    own = {n: p for n, p in own.items() if not (p.is_meta and tied.get(n) in own)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    kept = {name: part for name, part in model.state_dict().items() if name not in parameters}
+    for name, part in sorted((own | kept).items()):
+        if not isinstance(part, Tensor) or part.is_quantized:
+            raise ModelError(
+                f"{type(model).__name__} keeps packed weights ({name}), by which a guard could not "
+                "recognise it: quantise with torchao, or load the model unquantised"
+            )
+        yield from _parts(name, (_fetched(model, name) if part.is_meta else part).detach())
+
+
+def quantised(weight: Tensor) -> bool:
+    """Whether a weight is held in other numbers than those it stands for."""
+    return is_traceable_wrapper_subclass(weight) or not weight.is_floating_point()
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the model takes its inputs, also if its embedding is offloaded between calls."""
+    embedding = model.get_input_embeddings()
+    if not embedding.weight.is_meta:
+        return embedding.weight.device
+    places = [getattr(hook, "execution_device", None) for hook in _hooks(embedding)]
+    place = next((place for place in places if place is not None), "cpu")
+    return torch.device(place)
+
+
+def _parts(label: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if not is_traceable_wrapper_subclass(values):
+        yield label, values
+        return
+    names, how = values.__tensor_flatten__()
+    told = re.sub(" at 0x[0-9a-f]+", "", repr(how))  # no addresses: they differ from run to run
+    for name in names:
+        yield from _parts(f"{label} {type(values).__name__} {told} {name}", getattr(values, name))
+
+
+def _fetched(model: nn.Module, name: str) -> Tensor:
+    """The values of an offloaded weight, from the hook that brings them in for each call: that of
+    the module it belongs to, or of one around it."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, -1, -1):
+        for hook in _hooks(model.get_submodule(".".join(parts[:cut]))):
+            try:
+                return (getattr(hook, "weights_map", None) or {})[".".join(parts[cut:])]
+            except KeyError:
+                continue
+    raise ModelError(
+        f"{type(model).__name__} has no weights at {name} (device meta), and nothing that brings "
+        "them in: load the model with its weights"
+    )
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """What accelerate has put on a module: none, one, or several in sequence."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
