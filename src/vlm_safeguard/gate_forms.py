@@ -171,9 +171,10 @@ def page(
         "",
         "The gates that calibration chooses, either of them, at their own thresholds: set on",
         f"harmless prompts of their own so that at most {budget.false_positives:.0%} of harmless",
-        "requests are stopped, with 95% confidence.",
+        "requests are stopped that the model would answer as text, with 95% confidence. Here all",
+        "harmless requests count on which a gate opens, also those that the model refuses itself.",
         "",
-        "| Setting | Found | Harmless stopped |",
+        "| Setting | Found | Gate open on harmless ones |",
         "|---|---|---|",
     ]
     for setting, rates in together.items():
