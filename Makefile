@@ -48,7 +48,7 @@ train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 
 	$(BIN)/python -m training.package_weights --out training/out
 	$(BIN)/python -m training.measure --cache training/cache
 
-results/guard: $(VENV)/.installed
+results/guard: | $(VENV)/.installed  # order only: an update of the tools makes no new guard
 	$(BIN)/vlm-safeguard calibrate embedded --read-pictures -o $@
 
 # LIMIT=50 takes 50 prompts of each label and set.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,15 +33,6 @@ pytestmark = pytest.mark.embedded
 BLANK = Image.new("RGB", (224, 224), (127, 127, 127))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_threads() -> Iterator[None]:
-    """A real model, if a small one: on one thread these tests take twice as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def folder() -> Path:
     try:
@@ -63,7 +53,7 @@ def loaded(folder: Path) -> LoadedModel:
 def guard(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Guard:
     """Calibrated with less effort than usual, and once through its files."""
     effort = Effort(
-        worded=240, pictured=32, bound=320, scan=48, search=6, final=6, proof=64, tokens=8
+        worded=300, pictured=48, bound=500, scan=48, search=6, final=6, proof=64, tokens=8
     )
     made = calibrate(loaded, effort=effort, reads_pictures=True)
     target = tmp_path_factory.mktemp("guard")
