@@ -22,10 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from training.align import batches
-from training.common import SEED, Example, base_model, train
+from training.common import SEED, Example, train
 from training.lora import FILE, save_lora, text_loss, trainable, with_lora
-from training.projector import build_bank, loss_with, mixture, new_projector
-from vlm_safeguard.demo.assemble import IMAGE_TOKEN
+from training.projector import base_with_pictures, build_bank, loss_with, mixture, new_projector
 
 STEMS = ("align", "followup")
 PICTURED = 16  # examples with a picture in a step, beside the alignment's
@@ -45,9 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
-    llm, tokenizer = base_model(args.cache)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    llm, tokenizer, image_id = base_with_pictures(args.cache)
     bank = build_bank(args.out, args.cache)
     projector = new_projector(bank, llm)
     tuned = with_lora(llm)

@@ -221,6 +221,13 @@ def save_projector(projector: nn.Sequential, folder: Path) -> None:
     (folder / "projector.tmp").replace(folder / FILE)
 
 
+def base_with_pictures(cache: Path) -> tuple[nn.Module, object, int]:
+    """The base model, its tokenizer with a token for pictures, and that token's id."""
+    llm, tokenizer = base_model(cache)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    return llm, tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, required=True)
@@ -229,9 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
-    llm, tokenizer = base_model(args.cache)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    llm, tokenizer, image_id = base_with_pictures(args.cache)
     merge_lora(llm, load_file(args.out / "joint" / LORA))
     llm = frozen(llm)
     bank = build_bank(args.out, args.cache)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import TextStreamer
 
-from vlm_safeguard.guard import Guard
+from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.models import LoadedModel, encode
 
 
@@ -37,8 +37,7 @@ def stream(
     put: Callable[[str], None] | None,
 ) -> tuple[str, bool | None]:
     """Greedy answer and whether the gate fired; ``put`` gets the answer's pieces as they come."""
-    reads_pictures = guard is not None and guard.config.reads_pictures
-    inputs = encode(loaded, [prompt], [image], reads_pictures)
+    inputs = encode(loaded, [prompt], [image], reads_pictures(guard))
     streamer = _Streamer(loaded.processor.tokenizer, put)
     with guard.attach(loaded.model) if guard else nullcontext() as session:
         loaded.model.generate(

@@ -268,6 +268,11 @@ class Guard:
             session.disarm()
 
 
+def reads_pictures(guard: Guard | None) -> bool:
+    """Whether requests come with the words in their pictures: only to a guard that reads them."""
+    return guard is not None and guard.config.reads_pictures
+
+
 class _Folder:
     """Reads a guard's files from a folder."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from vlm_safeguard.attestation import Decision
-from vlm_safeguard.guard import Guard
+from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.models import LoadedModel, encode
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.requests import Request, batches
@@ -43,14 +43,12 @@ def respond(
     stops = loaded.model.generation_config.eos_token_id
     ends = set(stops if isinstance(stops, list) else [stops])
     found: dict[int, Response] = {}
-    reads_pictures = guard is not None and guard.config.reads_pictures
     with guard.attach(loaded.model) if guard else nullcontext() as session:
         groups = batches(items, batch)
         for group in progress.track(groups, what) if progress else groups:
             chosen = [items[i] for i in group]
-            inputs = encode(
-                loaded, [r.text for r in chosen], [r.image for r in chosen], reads_pictures
-            )
+            texts, images = [r.text for r in chosen], [r.image for r in chosen]
+            inputs = encode(loaded, texts, images, reads_pictures(guard))
             out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             decided = session.decisions if session else [None] * len(group)
             for row, index in enumerate(group):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.evaluate.generate import Response, respond
-from vlm_safeguard.guard import Guard
+from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.models import LoadedModel, encode, find_decoder
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.requests import Request
@@ -140,8 +140,7 @@ def time_ratios(
         for defended in (False, True) if n % 2 else (True, False):
             text = reword(item.text) if defended else item.text
             own = guard if defended else None
-            reads_pictures = own is not None and own.config.reads_pictures
-            inputs = encode(loaded, [text], [item.image], reads_pictures)
+            inputs = encode(loaded, [text], [item.image], reads_pictures(own))
             attached = own.attach(loaded.model) if own else nullcontext()
             with attached:
                 times[defended] = _timed(loaded, inputs, tokens)
