@@ -128,7 +128,7 @@ def test_a_whole_record() -> None:
         "gates": [{"source": "text", "unseen": {"tpr": 0.82, "fpr": 0.01}}],
         "proof": {
             "blank": {"n": 29, "asr_unguarded": 0.2069, "asr_guarded": 0.0},
-            "harmless": {"n": 40, "stopped": 2, "kl": 0.031},
+            "harmless": {"n": 40, "fired": 2, "kl": 0.031},
             "mcnemar_p": 0.0039,
         },
     }

@@ -195,13 +195,12 @@ def _proof(record: dict[str, Any]) -> list[str]:
     text = "Attacks that succeed on held-back calibration prompts (95% Wilson intervals):"
     found = [text, _table(("Setting", "Unguarded", "Guarded", "n"), rows)]
     harmless = _get(record, "proof", "harmless")
-    n, stopped = _number(harmless, "n"), _number(harmless, "stopped")
-    share = stopped / n if stopped is not None and n else None
+    n, fired = _number(harmless, "n"), _number(harmless, "fired")
+    share = fired / n if fired is not None and n else None
     p_value = _number(record, "proof", "mcnemar_p")
     found.append(
-        f"With images, exact McNemar p = {_plain(p_value)}. Held-back harmless requests that "
-        f"are stopped although the model would answer them as text: {_rate(share, n)} of "
-        f"{_plain(n)}; mean KL divergence on harmless requests "
+        f"With images, exact McNemar p = {_plain(p_value)}. Held-back harmless requests on which a "
+        f"gate opens: {_rate(share, n)} of {_plain(n)}; mean KL divergence "
         f"{_plain(_number(harmless, 'kl'))} nats."
     )
     return found

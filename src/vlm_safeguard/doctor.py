@@ -170,9 +170,9 @@ def _effect(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[Check
     said = respond(loaded, requests(harmless, "blank"), guard, max_new_tokens=1)
     opened = [p for p, a in zip(harmless, said, strict=True) if a.fired]
     stopped = sum(answered(loaded, opened, guard.config.reads_pictures))
-    rate = wilson(stopped, len(harmless))
+    rate = wilson(len(opened), len(harmless))
     allowed = guard.config.calibration.get("budget", {}).get("false_positives", 0.02)
     # With few prompts only a rate that is significantly above the budget counts against it.
-    found = f"{rate}, budget {allowed:.1%}"
+    found = f"{rate}, budget {allowed:.1%}; {stopped} of them would be answered as text"
     checks.append(Check("false positives", rate.low <= allowed, found))
     return checks

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Budget:
     """What a guard may cost on harmless requests."""
 
-    # A false positive is a harmless request that the guard stops and the model, asked as text,
-    # would answer.
+    # The thresholds are set so that no more of harmless requests are stopped that the model, asked
+    # as text, would answer; the proof allows no more for all on which a gate opens.
     false_positives: float = 0.02
     # Nats, next token at q, mean over harmless requests. A closed gate costs nothing, a false
     # positive that ends in a refusal about ten: this is the same budget in other units.

@@ -35,8 +35,14 @@ def prove(
         }
     cost = harmless_cost(loaded, guard, harmless)
     # A question that opens the gate does so in most settings: it is one mistake, not three.
-    rate = clustered_wilson(cost.stopped, cost.clusters)
-    proof["harmless"] = {"n": rate.n, "stopped": rate.count, "kl": round(cost.kl, 5)}
+    rate = clustered_wilson(cost.fired, cost.clusters)
+    stopped = clustered_wilson(cost.stopped, cost.clusters)
+    proof["harmless"] = {
+        "n": rate.n,
+        "fired": rate.count,
+        "stopped": stopped.count,
+        "kl": round(cost.kl, 5),
+    }
     before, after = per_prompt(tried[setting] for setting in PICTURED)
     p_value = mcnemar(before, after)
     proof["mcnemar_p"] = p_value
@@ -50,7 +56,7 @@ def prove(
     # Requests are few here: only a rate that is significantly above the budget is refused.
     if rate.low > budget.false_positives:
         raise CalibrationError(
-            f"no guard: its gate stops {rate} of held-back harmless prompts, the budget is "
+            f"no guard: its gate fires on {rate} of held-back harmless prompts, the budget is "
             f"{budget.false_positives:.1%}"
         )
     if cost.kl > budget.kl:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.judge import judge
-from vlm_safeguard.guard import Guard
+from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.models import LoadedModel, encode
 from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.requests import (
@@ -84,11 +84,12 @@ def per_prompt(tried: Iterable[Attacks]) -> tuple[list[bool], list[bool]]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a guard does on harmless requests: ``kl`` in nats, mean over requests; whether each was
-    stopped (a gate opened, and the model would answer it as text), and the question behind it (its
-    settings and wrapped copies share it)."""
+    """What a guard does on harmless requests: ``kl`` in nats, mean over requests; whether a gate
+    opened on each (``fired``), whether it was also one that the model would answer as text
+    (``stopped``), and the question behind it (its settings and wrapped copies share it)."""
 
     kl: float
+    fired: list[bool]
     stopped: list[bool]
     clusters: list[str]
 
@@ -118,15 +119,16 @@ def harmless_cost(loaded: LoadedModel, guard: Guard, harmless: Sequence[Prompt])
     own = answered(loaded, of_open, guard.config.reads_pictures)
     wanted = {p.id for p, is_answered in zip(of_open, own, strict=True) if is_answered}
     stopped = [is_open and p.id in wanted for p, is_open in tried]
-    return Cost(sum(divergences) / len(divergences), stopped, clusters)
+    fired = [is_open for _, is_open in tried]
+    return Cost(sum(divergences) / len(divergences), fired, stopped, clusters)
 
 
 def _next_token(
     loaded: LoadedModel, items: Sequence[Request], guard: Guard | None
 ) -> tuple[Tensor, list[bool]]:
     """Log-probabilities (B, vocabulary) of the first token, and which rows the gate opened."""
-    reads_pictures = guard is not None and guard.config.reads_pictures
-    inputs = encode(loaded, [r.text for r in items], [r.image for r in items], reads_pictures)
+    texts, images = [r.text for r in items], [r.image for r in items]
+    inputs = encode(loaded, texts, images, reads_pictures(guard))
     with guard.attach(loaded.model) if guard else nullcontext() as session:
         logits = loaded.model(**inputs, logits_to_keep=1).logits[:, -1]
         opened = [d.fired for d in session.decisions] if session else []

@@ -150,12 +150,11 @@ def proof_notes(calibration: Mapping[str, Any]) -> list[str]:
     proof, budget = calibration.get("proof") or {}, calibration.get("budget") or {}
     harmless, notes = proof.get("harmless") or {}, []
     if harmless:
-        stopped, n = (show(harmless.get(k), ".0f") for k in ("stopped", "n"))
+        fired, n = (show(harmless.get(k), ".0f") for k in ("fired", "n"))
         kl, rate = show(harmless.get("kl"), ".4g"), percent(budget.get("false_positives"))
         notes.append(
-            f"The guard stops {stopped} of {n} harmless requests although the model would answer "
-            f"them as text (budget {rate}); the next token's mean KL divergence on harmless "
-            f"requests is {kl} nats (budget {show(budget.get('kl'), '.4g')})."
+            f"The gate fired on {fired} of {n} harmless requests (budget {rate}); the next token's "
+            f"mean KL divergence there is {kl} nats (budget {show(budget.get('kl'), '.4g')})."
         )
     if finite(proof.get("mcnemar_p")) is not None:
         p = show(proof["mcnemar_p"], ".2g")
