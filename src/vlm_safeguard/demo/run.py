@@ -34,7 +34,7 @@ from vlm_safeguard.evaluate.judge import NOTE
 from vlm_safeguard.evaluate.measures import easy_vqa_accuracy, perplexity, time_ratios
 from vlm_safeguard.evaluate.tradeoff import tradeoff
 from vlm_safeguard.files import check_writable, write_whole
-from vlm_safeguard.guard import Guard
+from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.models import LoadedModel, find_decoder, load
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
@@ -75,8 +75,9 @@ def run_demo(
     size = FULL if full else QUICK
     if find_spec("easy_vqa") is None:
         raise DemoError("the demonstration needs easy-vqa: pip install 'vlm-safeguard[demo]'")
-    reader()  # found missing now, not after minutes
     given = Guard.from_pretrained(guard_folder) if guard_folder else None
+    if given is None or reads_pictures(given):
+        reader()  # found missing now, not after minutes
     sets = own_sets(size.per_set)
     for path in extra:
         if path.stem in sets:
