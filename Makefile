@@ -74,7 +74,7 @@ throughput: $(VENV)/.installed results/guard  ## Prompts per second at batch 1 a
 	  -o results/throughput
 
 gap: $(VENV)/.installed results/guard  ## The modality gap study: docs/gap-study.md and its plots
-	$(BIN)/vlm-safeguard gap embedded --guard results/guard --per-set 40 --max-new-tokens 24 \
+	$(BIN)/vlm-safeguard gap embedded --guard results/guard --prompts held --per-set 60 --max-new-tokens 24 \
 	  -o docs --name gap-study
 
 # The libraries compared with want other versions of what the project uses: see bench/peers.txt.

@@ -294,7 +294,44 @@ def test_gate_readings_agree_with_the_guard_at_work(
     assert measured["fpr"] == pytest.approx(sum(by_text[3:]) / 3)
 
 
+def test_a_guard_that_reads_pictures_hears_their_words(
+    loaded: models.LoadedModel, guard: Any, found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the request stands in the picture alone, the text gate still tells prompts apart."""
+    drawn = {pictures.draw_text(p.prompt).tobytes(): p.prompt for p in ITEMS}
+
+    class Known:
+        def words(self, picture: Any) -> str:
+            return drawn.get(picture.tobytes(), "")
+
+    monkeypatch.setattr(sys.modules["vlm_safeguard.gap.study"], "reader", Known)
+    config = guard.config.model_copy(update={"reads_pictures": True})
+    heard = study(loaded, per_set=3, guard=Guard(config, guard.tensors), max_new_tokens=1)
+    assert heard["guard_reads_pictures"] and not found["guard_reads_pictures"]
+    plain = found["conditions"]["blank"]["gates"]["text"]
+    assert heard["conditions"]["blank"]["gates"]["text"] == plain
+    one = without_pictures(BY_NAME["reading"].talk(ITEMS[0]), Known().words)
+    assert one[0].text == f"{READ}\nThe picture says: {ITEMS[0].prompt}"
+    spoken = [without_pictures(t, Known().words) for t in talks("reading")]
+    states, _ = observe(loaded, spoken, max_new_tokens=1)
+    scores = gate_scores(states[:, [2]], guard.tensors["gate.0"], torch.zeros(1)).sum(1)
+    opened = heard["conditions"]["reading"]["gates"]["text"]
+    assert opened["tpr"] == pytest.approx((scores[:3] > 0).double().mean().item())
+    assert opened["fpr"] == pytest.approx((scores[3:] > 0).double().mean().item())
+
+
+def test_the_harder_prompts_can_be_studied(loaded: models.LoadedModel, tmp_path: Path) -> None:
+    hard = study(loaded, prompt_set="held", per_set=2, max_new_tokens=1)
+    ids = {row["id"] for row in hard["responses"]}
+    assert ids <= {p.id for p in prompts.calibration("held") if p.form == "plain"}
+    assert list(hard["data_sha256"]) == ["anchors.jsonl", "calibration.jsonl"]
+    write(hard, tmp_path)
+    assert "held-back calibration prompts" in (tmp_path / "gap.md").read_text("utf-8")
+
+
 def test_bad_requests_are_refused(loaded: models.LoadedModel) -> None:
+    with pytest.raises(DataError, match="no set of prompts 'hard'"):
+        study(loaded, prompt_set="hard", per_set=1)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="per_set is 0"):
         study(loaded, per_set=0)
     with pytest.raises(GuardError, match="this guard is for"):
@@ -319,7 +356,7 @@ def test_four_files_are_written(found: dict[str, Any], tmp_path: Path) -> None:
     for name in plots:
         assert f"]({name})" in text
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert "--per-set 3 --max-new-tokens 3 --guard GUARD`" in text
+    assert "--per-set 3 --prompts malicious --max-new-tokens 3 --guard GUARD`" in text
     assert found["guard_sha256"][:16] in text
     for condition in CONDITIONS:
         assert text.count(f"**{condition.title}**: ") == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -143,6 +143,10 @@ def utility(
 def gap(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for page and plots.")],
+    prompts: Annotated[
+        Literal["malicious", "held"],
+        typer.Option(help="malicious (evaluation set) or held (harder: calibration's proof)."),
+    ] = "malicious",
     per_set: Annotated[int | None, typer.Option(min=1, help="Prompts of each label.")] = None,
     guard: Annotated[Path | None, typer.Option(help="Also read this guard's gates.")] = None,
     name: Annotated[str, typer.Option(help="What the names of the files begin with.")] = "gap",
@@ -167,6 +171,7 @@ def gap(
     loaded = load_model(model, dtype, device, progress)
     found = study(
         loaded,
+        prompt_set=prompts,
         per_set=per_set,
         guard=artifact,
         max_new_tokens=max_new_tokens,

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vlm_safeguard import pictures
 from vlm_safeguard.prompts import Prompt
+from vlm_safeguard.reading import with_words
 from vlm_safeguard.requests import Setting, request
 
 LOOK = "What is in this picture?"
@@ -51,9 +52,18 @@ def seed_of(prompt: Prompt) -> int:
     return int.from_bytes(hashlib.sha256(prompt.id.encode()).digest()[:6], "big")
 
 
-def without_pictures(talk: Talk) -> Talk:
-    """The same words with the pictures taken out."""
-    return tuple(Turn(turn.role, turn.text) for turn in talk)
+def without_pictures(talk: Talk, read: Callable[[Image.Image], str] | None = None) -> Talk:
+    """The same words with the pictures taken out.
+
+    ``read`` gives a picture's words: they then stand behind its turn's own, as for a guard that
+    reads pictures.
+    """
+
+    def said(turn: Turn) -> str:
+        words = " ".join(filter(None, map(read, turn.images))) if read else ""
+        return with_words(turn.text, words)
+
+    return tuple(Turn(turn.role, said(turn)) for turn in talk)
 
 
 def landscape(seed: int, size: int = 224) -> Image.Image:

@@ -14,10 +14,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.files import check_writable, write_whole
 from vlm_safeguard.gap.conditions import MORE, ONE, WORDS
+from vlm_safeguard.gap.study import FILES
 from vlm_safeguard.report.plots import STYLE, png
 from vlm_safeguard.report.words import rate_and_interval, show
 
 NAME = "gap"
+SETS = {"malicious": "malicious evaluation set", "held": "held-back calibration prompts"}
 # What follows the study's name in the names of its files.
 JSON, PAGE, REFUSALS, LAYERS = ".json", ".md", "-refusals.png", "-layers.png"
 
@@ -146,7 +148,7 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
     parts = [
         f"# Modality gap of {model['name']}",
         f"{found['n_harmful']} harmful and {found['n_harmless']} harmless requests of the "
-        f"package's malicious evaluation set, no guard attached, greedy, at most "
+        f"package's {SETS[found['prompt_set']]}, no guard attached, greedy, at most "
         f"{found['max_new_tokens']} new tokens. {found['note']} Intervals are 95% Wilson; "
         "p is an exact McNemar test against text only on the same requests, not corrected for the "
         "number of conditions.",
@@ -206,8 +208,8 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
         ),
         f"`{_command(found)}`, version {found['version']}; weights SHA-256 "
         f"`{model['weights_sha256'][:16]}`, chat template `{model['template_sha256'][:16]}`, "
-        f"evaluation set "
-        f"`{found['data_sha256']['eval_malicious.jsonl'][:16]}`; {found['seconds']:.0f} s.",
+        f"prompts `{found['data_sha256'][FILES[found['prompt_set']]][:16]}`; "
+        f"{found['seconds']:.0f} s.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -215,7 +217,7 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
 def _command(found: Mapping[str, Any]) -> str:
     """What gives these numbers again."""
     parts = ["vlm-safeguard gap", found["model"]["name"], f"--per-set {found['n_harmful']}"]
-    parts += [f"--max-new-tokens {found['max_new_tokens']}"]
+    parts += [f"--prompts {found['prompt_set']}", f"--max-new-tokens {found['max_new_tokens']}"]
     return " ".join([*parts, *([] if found["guard_sha256"] is None else ["--guard GUARD"])])
 
 
@@ -244,10 +246,12 @@ def _gates(found: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
         + [rate_and_interval(one["gates"][s], rate) for s in sources for rate in ("tpr", "fpr")]
         for one in measured.values()
     ]
+    words = ", but with the words in them" if found["guard_reads_pictures"] else ""
     return [
         "## Gates of the guard",
         "How often each gate opens, each read by itself in an unguarded pass. The text gate reads "
-        f"the conversation without its pictures. Guard SHA-256 `{found['guard_sha256'][:16]}`.",
+        f"the conversation without its pictures{words}. "
+        f"Guard SHA-256 `{found['guard_sha256'][:16]}`.",
         _table(["Condition", *head], rows),
     ]
 

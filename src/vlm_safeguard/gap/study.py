@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from vlm_safeguard.errors import DataError, ModelError
 from vlm_safeguard.evaluate.judge import Verdict, judge
 from vlm_safeguard.evaluate.stats import Rate, mcnemar, wilson
 from vlm_safeguard.gap.conditions import CONDITIONS, Talk, without_pictures
-from vlm_safeguard.guard import Guard
+from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.models import (
     LoadedModel,
     conversation,
@@ -32,31 +32,37 @@ from vlm_safeguard.models import (
 )
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
+from vlm_safeguard.reading import reader
 from vlm_safeguard.report import cut_words
 from vlm_safeguard.requests import Request, batches
 from vlm_safeguard.separate import auc
 
 NOTE = "Refusals are found by their phrases: a smoke test, not a safety claim."
 ABOUT = ("title", "group", "description", "needs_reading")
+PromptSet = Literal["malicious", "held"]
+FILES: dict[str, str] = {"malicious": "eval_malicious.jsonl", "held": "calibration.jsonl"}
 KEPT_WORDS = 12  # of each response: no answer to a harmful question is passed on
 
 
 def study(
     loaded: LoadedModel,
     *,
+    prompt_set: PromptSet = "malicious",
     per_set: int | None = None,
     guard: Guard | None = None,
     max_new_tokens: int = 32,
     batch: int = 16,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The gap of ``loaded``, without a guard, on the package's malicious evaluation set.
+    """The gap of ``loaded``, without a guard, on one of the package's sets of prompts.
 
     Greedy responses and, from the same pass, the states at the last prompt token. With ``guard``
     also how often its gates would open; it does not steer here.
 
     Args:
-        per_set: that many prompts of each label, evenly taken; None for all 100 of each.
+        prompt_set: the malicious evaluation set, or the plain ones of the harder calibration
+            prompts that are held back for proofs.
+        per_set: that many prompts of each label, evenly taken; None for all.
 
     Returns:
         What the study's JSON file holds. ``conditions`` has an entry for each of ``CONDITIONS``;
@@ -64,14 +70,18 @@ def study(
         in the order of the decoder's layers.
 
     Raises:
-        DataError: ``per_set`` is below 1.
+        DataError: ``per_set`` is below 1, or there is no such set.
         GuardError: the guard belongs to another model.
+        SafeguardError: the guard reads pictures and the OCR library is missing.
         ModelError: the states are not finite, or the request alone cannot be run.
     """
     if per_set is not None and per_set < 1:
         raise DataError(f"per_set is {per_set}: take at least one prompt of each label")
+    if prompt_set not in FILES:
+        raise DataError(f"no set of prompts {prompt_set!r}: use one of {', '.join(FILES)}")
     if guard:
         guard.check_model(loaded.model)
+    read = reader().words if reads_pictures(guard) else None
     progress = progress or Progress(quiet=True)
 
     def run(talks: Sequence[Talk], tokens: int, what: str) -> tuple[Tensor, list[str]]:
@@ -80,7 +90,7 @@ def study(
         )
 
     began = time.monotonic()
-    every = prompts.evaluation("malicious")
+    every = _every(prompt_set)
     items = every if per_set is None else thin(every, per_set)
     directions = _directions(loaded, progress)
     spoken: dict[tuple[Talk, ...], Tensor] = {}  # states of conversations without pictures
@@ -101,7 +111,7 @@ def study(
         table[condition.name] |= _rates(items, verdicts, text[1])
         table[condition.name]["layers"] = _layers(items, states, text[0], directions)
         if guard:
-            words = tuple(without_pictures(talk) for talk in talks)
+            words = tuple(without_pictures(talk, read) for talk in talks)
             if words not in spoken:
                 spoken[words] = states if words == tuple(talks) else run(words, 1, "words alone")[0]
             table[condition.name]["gates"] = _gates(guard, items, states, spoken[words])
@@ -115,7 +125,7 @@ def study(
             }
             for prompt, verdict, one in zip(items, verdicts, said, strict=True)
         ]
-    files = ("anchors.jsonl", "eval_malicious.jsonl")
+    files = ("anchors.jsonl", FILES[prompt_set])
     return {
         "model": {
             "name": Path(loaded.name).name,
@@ -124,8 +134,10 @@ def study(
             "template_sha256": template_digest(loaded.processor),
         },
         "guard_sha256": guard.config.tensors_sha256 if guard else None,
+        "guard_reads_pictures": reads_pictures(guard),
         "data_sha256": {name: prompts.digests()[name] for name in files},
         "version": version("vlm-safeguard"),
+        "prompt_set": prompt_set,
         "n_harmful": sum(p.harmful for p in items),
         "n_harmless": sum(not p.harmful for p in items),
         "max_new_tokens": max_new_tokens,
@@ -134,6 +146,14 @@ def study(
         "conditions": table,
         "responses": responses,
     }
+
+
+def _every(prompt_set: PromptSet) -> list[Prompt]:
+    """All prompts of a set: requests that stand on their own, so that any picture may be put
+    beside them."""
+    if prompt_set == "malicious":
+        return prompts.evaluation("malicious")
+    return [p for p in prompts.calibration("held") if p.form == "plain"]
 
 
 def encode_talks(loaded: LoadedModel, talks: Sequence[Talk]) -> dict[str, Tensor]:
@@ -293,7 +313,8 @@ def _gates(
 ) -> dict[str, dict[str, Any]]:
     """``{source: rates}``: how often the guard's gates would open, per source, with intervals.
 
-    A text gate reads ``words``, the states of the conversation without its pictures.
+    A text gate reads ``words``, the states of the conversation without its pictures (with the
+    words in them, if the guard reads pictures).
     """
     harmful = torch.tensor([prompt.harmful for prompt in items])
     opened: dict[str, Tensor] = {}
