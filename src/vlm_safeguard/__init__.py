@@ -4,7 +4,7 @@ from vlm_safeguard import Guard, load
 
 loaded = load("path/to/vlm")
 guard = Guard.from_pretrained("guard/")
-with guard.attach(loaded.model):
+with guard.attach(loaded.model, loaded.processor):
     loaded.model.generate(**inputs)
 """
 

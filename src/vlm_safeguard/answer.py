@@ -39,7 +39,7 @@ def stream(
     """Greedy answer and whether the gate fired; ``put`` gets the answer's pieces as they come."""
     inputs = encode(loaded, [prompt], [image], reads_pictures(guard))
     streamer = _Streamer(loaded.processor.tokenizer, put)
-    with guard.attach(loaded.model) if guard else nullcontext() as session:
+    with guard.attach(loaded.model, loaded.processor) if guard else nullcontext() as session:
         loaded.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer
         )

@@ -72,7 +72,7 @@ from vlm_safeguard import Guard, encode, load
 loaded = load("path/to/the/model")
 guard = Guard.from_pretrained({json.dumps(place)})
 inputs = encode(loaded, ["What is in this picture?"], [image], guard.config.reads_pictures)
-with guard.attach(loaded.model):
+with guard.attach(loaded.model, loaded.processor):
     output = loaded.model.generate(**inputs, max_new_tokens=64)
 ```
 

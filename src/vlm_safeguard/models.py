@@ -52,8 +52,18 @@ class LoadedModel:
         return input_device(self.model)
 
 
-def load(name: str | Path, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
+def load(
+    name: str | Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
     """Load a VLM and its processor from a folder or a hub name (network only if not a folder).
+
+    Args:
+        trust_remote_code: run the Python files that come with the checkpoint. Off, a checkpoint
+            that needs them is refused and nobody is asked at the terminal.
 
     Raises:
         ModelError: the folder is missing or not a model's, the model takes no images, custom
@@ -63,7 +73,7 @@ def load(name: str | Path, dtype: str = "float32", device: str = "cpu") -> Loade
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     local = _local_folder(str(name))
     name = Path(name).expanduser() if local else name
-    options = {"local_files_only": True} if local else {}
+    options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(str(name), **options)
         if not hasattr(config, "vision_config"):
@@ -79,6 +89,11 @@ def load(name: str | Path, dtype: str = "float32", device: str = "cpu") -> Loade
         raise
     except Exception as error:  # transformers, safetensors and json each raise their own kinds
         reason = str(error).strip().splitlines()
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name} comes with code of its own, which is not run. Read it first, then "
+                "load(..., trust_remote_code=True) runs it"
+            ) from error
         raise ModelError(
             f"cannot load the model {name}: {reason[0] if reason else type(error).__name__}. "
             "Check that the folder holds a complete Hugging Face checkpoint (config.json, "

@@ -129,7 +129,7 @@ def _next_token(
     """Log-probabilities (B, vocabulary) of the first token, and which rows the gate opened."""
     texts, images = [r.text for r in items], [r.image for r in items]
     inputs = encode(loaded, texts, images, reads_pictures(guard))
-    with guard.attach(loaded.model) if guard else nullcontext() as session:
+    with guard.attach(loaded.model, loaded.processor) if guard else nullcontext() as session:
         logits = loaded.model(**inputs, logits_to_keep=1).logits[:, -1]
         opened = [d.fired for d in session.decisions] if session else []
     return logits.float().log_softmax(-1), opened

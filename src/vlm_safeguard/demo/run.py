@@ -180,7 +180,7 @@ def _clouds(
             "blank image": record(loaded, blank, folder, progress=progress)[:, layer].clone(),
         }
         decoder = find_decoder(loaded.model)  # verified by the recordings above
-        with guard.attach(loaded.model):
+        with guard.attach(loaded.model, loaded.processor):
             guarded = record(loaded, blank, folder, decoder=decoder, progress=progress)
         states["guarded, blank image"] = guarded[:, layer].clone()
     joined = torch.cat(list(states.values()))

@@ -43,7 +43,7 @@ def respond(
     stops = loaded.model.generation_config.eos_token_id
     ends = set(stops if isinstance(stops, list) else [stops])
     found: dict[int, Response] = {}
-    with guard.attach(loaded.model) if guard else nullcontext() as session:
+    with guard.attach(loaded.model, loaded.processor) if guard else nullcontext() as session:
         groups = batches(items, batch)
         for group in progress.track(groups, what) if progress else groups:
             chosen = [items[i] for i in group]

@@ -141,7 +141,7 @@ def time_ratios(
             text = reword(item.text) if defended else item.text
             own = guard if defended else None
             inputs = encode(loaded, [text], [item.image], reads_pictures(own))
-            attached = own.attach(loaded.model) if own else nullcontext()
+            attached = own.attach(loaded.model, loaded.processor) if own else nullcontext()
             with attached:
                 times[defended] = _timed(loaded, inputs, tokens)
         first.append(times[True][0] / times[False][0])
