@@ -218,6 +218,9 @@ def test_the_table_counts_by_hand() -> None:
     # Of the eleven pairs that both have scored, all differ: 2 / 2^11.
     assert test["n"] == 11 and test["difference"] == 1.0
     assert test["mcnemar_p"] == pytest.approx(2 / 2**11)
+    assert test["p"] == pytest.approx(2 / 2**6)  # of six questions
+    assert (guarded["unscored_harmful"], guarded["unscored_harmless"]) == (1, 0)
+    assert (plain["asr_count"], plain["over_refusal_count"]) == (11, 2)
     assert plain["against_guard"]["over_refusal"]["mcnemar_p"] == 1.0
     assert results.unscored(rows)[0]["reason"] == "no verdict"
 
@@ -298,7 +301,8 @@ def test_the_whole_command_writes_results(folder: Path, tmp_path: Path) -> None:
 def test_costs_stand_on_the_page_with_what_was_measured() -> None:
     cost = {"extra_passes": 1, "perplexity": 1.5}
     facts = {
-        "made_with": {"commit": "c"},
+        "made_with": {"commit": "c", "commits": ["c"], "logs_without_commit": 0},
+        "reference": None,
         "plan": {"judge": "phrases"},
         "judge_errors": None,
         "table": [],

@@ -85,6 +85,18 @@ def test_flips_are_counted_and_tested_in_pairs(tmp_path: Path) -> None:
     assert flipped(read_run(first), read_run(there_and_back)) == 10
 
 
+def test_a_question_that_flips_in_all_templates_counts_once(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a", "c" * 20), write(tmp_path / "b", "c" * 10 + "r" * 10)
+    assert list(differing(first, second)) == ["asr"]
+    # Ten flips in two questions: it is enough that one of the runs names them.
+    path = first.with_name("responses.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for n, row in enumerate(rows):
+        row["cluster"] = f"question {n // 5}"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert differing(first, second) == differing(second, first) == {}
+
+
 def test_what_one_run_could_not_score_is_a_rate_of_its_own(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a", "c" * 20), write(tmp_path / "b", "c" * 10 + "?" * 10)
     assert list(differing(first, second)) == ["unscored"]

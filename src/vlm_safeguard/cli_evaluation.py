@@ -218,17 +218,20 @@ def validate_judge(
     judge: Annotated[str, typer.Option(help="phrases, llama-guard:NAME, ...")] = "phrases",
     json_: Json = False,
 ) -> None:
-    """How often a judge is right on labelled responses: sensitivity, specificity, kappa."""
-    from vlm_safeguard.judges import make_judge, read_labelled
+    """How often a judge is right on labelled responses: sensitivity, specificity, kappa.
+
+    For attack success on harmful prompts; apart from it, for refusals of harmless ones.
+    """
+    from vlm_safeguard.judges import make_judge, read_labelled, validation_page
     from vlm_safeguard.judges import validate as run
 
-    found = run(make_judge(judge), read_labelled(labels))
+    rows, chosen = read_labelled(labels), make_judge(judge)
+    harmless = sum(not row.harmful for row in rows)
+    success = run(chosen, rows)
+    told = harmless and chosen.asks == "refusal"
+    refusals = run(chosen, rows, "harmless") if told else None
     if json_:
-        print_json(found.as_dict())
+        apart = {"refusals": refusals.as_dict() if refusals else None, "harmless": harmless}
+        print_json(success.as_dict() | apart)
     else:
-        kappa = "none" if found.kappa is None else f"{found.kappa:.2f}"
-        if found.kappa_low is not None:
-            kappa += f" [{found.kappa_low:.2f}, {found.kappa_high:.2f}]"
-        print(f"judge        {found.judge}, {found.n} labelled responses")
-        print(f"sensitivity  {found.sensitivity}\nspecificity  {found.specificity}")
-        print(f"kappa        {kappa}\nunscored     {found.unscored}")
+        print(validation_page(success, refusals, harmless), end="")

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluate.rows import read_object, read_rows
-from vlm_safeguard.evaluate.stats import difference_interval, mcnemar, wilson
+from vlm_safeguard.evaluate.stats import difference_interval, sign_flip, wilson
 
 Cell = tuple[str, str, str, str]  # model, benchmark, setting, defence
 Bounds = tuple[float, float, float]  # a rate and its interval
-Verdicts = dict[Cell, dict[str, tuple[str, str]]]  # by prompt: its label, the verdict
 
 PLACE = ("model", "benchmark", "setting", "defence")
 SAME_PLAN = ("judge", "limit", "max_tokens")  # other values make other figures, not another run
@@ -30,6 +29,18 @@ HITS: dict[str, tuple[str | None, tuple[str, ...]]] = {  # label of the prompts,
 LEVEL = 0.05
 
 
+class Said(NamedTuple):
+    """A verdict; "" for none. ``cluster`` names the prompt's question, "" where the file does not:
+    then each prompt is taken for a question of its own."""
+
+    label: str
+    verdict: str
+    cluster: str
+
+
+Verdicts = dict[Cell, dict[str, Said]]  # by prompt
+
+
 @dataclass(frozen=True)
 class Compared:
     """One rate of one cell in both runs.
@@ -38,7 +49,8 @@ class Compared:
         cell, rate: Where, and which; "cell" where its rates cannot be compared at all.
         first, second: Its values; None where a run lacks it.
         flips: Prompts whose verdict in this rate's sense changed; None without responses.
-        p: Exact McNemar test of the flips; None without responses.
+        p: Exact sign-flip test of the flips over questions, which is McNemar's where each question
+            is asked once; None without responses.
         differs: Why this is more than chance, "" if it is not.
     """
 
@@ -100,7 +112,7 @@ def read_run(path: Path) -> Run:
 def compare_runs(first: Run, second: Run) -> list[Compared]:
     """Every rate of every cell that either run has.
 
-    Rates differ if, with responses, an exact McNemar test of the flipped prompts gives p < 0.05;
+    Rates differ if, with responses, an exact sign-flip test of the questions gives p < 0.05;
     without, if Newcombe's interval of the difference leaves out 0. A cell that one run lacks, or
     that has other prompts, always differs. Not corrected for the number of cells.
 
@@ -128,7 +140,7 @@ def flipped(first: Run, second: Run) -> int | None:
     if first.verdicts is None or second.verdicts is None:
         return None
     return sum(
-        first.verdicts[cell][i][1] != second.verdicts[cell][i][1]
+        first.verdicts[cell][i].verdict != second.verdicts[cell][i].verdict
         for cell in first.verdicts.keys() & second.verdicts.keys()
         for i in first.verdicts[cell].keys() & second.verdicts[cell].keys()
     )
@@ -173,19 +185,20 @@ def _cell(cell: Cell, first: Run, second: Run) -> list[Compared]:
 def _by_prompt(
     cell: Cell,
     rate: str,
-    one: dict[str, tuple[str, str]],
-    other: dict[str, tuple[str, str]],
+    one: dict[str, Said],
+    other: dict[str, Said],
 ) -> Compared:
     label, hits = HITS[rate]
     # What either run could not score is in no rate; that it was not is a rate of its own.
     ids = [
         i
-        for i, (kind, verdict) in one.items()
-        if label in (None, kind) and (rate == "unscored" or (verdict and other[i][1]))
+        for i, said in one.items()
+        if label in (None, said.label)
+        and (rate == "unscored" or (said.verdict and other[i].verdict))
     ]
-    before, after = ([side[i][1] in hits for i in ids] for side in (one, other))
+    before, after = ([side[i].verdict in hits for i in ids] for side in (one, other))
     flips = sum(a != b for a, b in zip(before, after, strict=True))
-    p = mcnemar(before, after)
+    p = sign_flip(before, after, [one[i].cluster or other[i].cluster or i for i in ids])
     why = f"{flips} of {len(ids)} verdicts flipped (p = {p:.2g})" if p < LEVEL else ""
     values = [sum(side) / len(ids) if ids else None for side in (before, after)]
     return Compared(cell, rate, values[0], values[1], flips, p, why)
@@ -234,5 +247,7 @@ def _verdicts(path: Path) -> Verdicts:
         cell = found.setdefault((model, benchmark, setting, defence), {})
         if str(row["id"]) in cell:
             raise DataError(f"{path}, line {number}: a second response to {row['id']}")
-        cell[str(row["id"])] = str(row["label"]), str(row["verdict"] or "")
+        cell[str(row["id"])] = Said(
+            str(row["label"]), str(row["verdict"] or ""), str(row.get("cluster") or "")
+        )
     return found

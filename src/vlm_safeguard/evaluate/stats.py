@@ -1,4 +1,4 @@
-"""Intervals on rates and their differences, and a paired test."""
+"""Intervals on rates and their differences, and paired tests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def wilson(count: int, n: int, z: float = 1.959964) -> Rate:
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """Exact two-sided McNemar test of paired outcomes: the p-value."""
+    """Exact two-sided McNemar test of independent paired outcomes: the p-value.
+
+    For pairs that come in clusters see ``sign_flip``.
+    """
     gained = sum(b and not a for b, a in zip(before, after, strict=True))
     lost = sum(a and not b for b, a in zip(before, after, strict=True))
     n, k = gained + lost, min(gained, lost)
@@ -48,39 +51,96 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
     return min(1.0, 2 * tail)
 
 
+def sign_flip(before: Sequence[bool], after: Sequence[bool], clusters: Sequence[str]) -> float:
+    """Exact two-sided paired test of trials that come in clusters: the p-value.
+
+    A question that flips in all of its templates is one observation. If the systems do not differ,
+    either could have given a cluster's outcomes: each cluster's sum of paired differences is as
+    likely with the other sign (Fisher 1935, Pitman 1937). The p-value is the share of all 2^k
+    choices of signs whose total is as far from 0 as the one found. It is counted by convolution
+    over the totals, so it is exact for any number of clusters. With a cluster for each pair it is
+    ``mcnemar``.
+    """
+    sums: dict[str, int] = {}
+    for b, a, cluster in zip(before, after, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0) + int(b) - int(a)
+    sizes = [abs(one) for one in sums.values() if one]
+    farthest = sum(sizes)
+    chances = np.zeros(2 * farthest + 1)  # of each total, from -farthest on
+    chances[farthest] = 1.0
+    for size in sizes:
+        # No total leaves the range before the last cluster, so nothing is rolled over its ends.
+        chances = (np.roll(chances, size) + np.roll(chances, -size)) / 2
+    totals = np.abs(np.arange(-farthest, farthest + 1))
+    return min(1.0, float(chances[totals >= abs(sum(sums.values()))].sum()))
+
+
 def clustered_wilson(hits: Sequence[bool], clusters: Sequence[str], z: float = 1.959964) -> Rate:
     """Wilson interval of a rate whose trials come in clusters (a question in many templates).
 
-    The number of trials is replaced by the effective one (``effective_trials``).
+    The number of trials is replaced by the effective one, p (1 - p) over the clustered variance of
+    the mean, never more than there are (Korn and Graubard 1998). Where all trials are alike, that
+    is unknown, and whole clusters are taken to be alike: n^2 over the sum of squared sizes.
+
+    That alone can rank rates wrongly: no success in 20 clusters of 5 would reach up to 16%, a
+    single one only to 5%. So the upper end is the largest that these successes or any fewer of them
+    would give, and the lower end, likewise, that of these failures or any fewer. A success more
+    then never lowers either end, and the interval is never narrower than without this. With a
+    cluster for each trial it is ``wilson``.
     """
     rate = wilson(sum(hits), len(hits), z)
-    effective = effective_trials(hits, clusters)
-    if effective == rate.n:
-        return rate
-    low, high = _wilson_bounds(rate.value, effective, z)
-    return Rate(rate.count, rate.n, low, high)
-
-
-def effective_trials(hits: Sequence[bool], clusters: Sequence[str]) -> float:
-    """How many independent trials clustered ones are worth.
-
-    p (1 - p) over the clustered variance of the mean (Korn and Graubard 1998), never more than
-    there are. Where nothing varies (all trials alike) that is unknown, and the number of clusters
-    is taken: the cautious choice.
-    """
-    n = len(hits)
     groups: dict[str, list[bool]] = {}
     for hit, cluster in zip(hits, clusters, strict=True):
         groups.setdefault(cluster, []).append(hit)
-    count = len(groups)
-    if count == n:
-        return float(n)
-    p = sum(hits) / n
-    if count < 2 or p in (0.0, 1.0):
-        return float(count)
-    sums = sum((sum(group) - p * len(group)) ** 2 for group in groups.values())
-    variance = sums * count / (count - 1) / n**2
-    return min(float(n), p * (1 - p) / variance) if variance > 0 else float(n)
+    if len(groups) == rate.n:
+        return rate
+    sizes = np.array([len(group) for group in groups.values()])
+    found = np.array([sum(group) for group in groups.values()])
+    low, high = 1 - _upper_end(sizes - found, sizes, z), _upper_end(found, sizes, z)
+    return Rate(rate.count, rate.n, low, high)
+
+
+def effective_trials(hits: Sequence[bool], clusters: Sequence[str], z: float = 1.959964) -> float:
+    """How many independent trials clustered ones are worth.
+
+    As many as give a Wilson interval that reaches as far as ``clustered_wilson``'s, on the side
+    where it is wider: the Wilson ends t of a rate p are where (t - p)^2 = z^2 t (1 - t) / n.
+    """
+    rate = clustered_wilson(hits, clusters, z)
+    ends = [end for end in (rate.low, rate.high) if 0 < end < 1]
+    worth = [z * z * end * (1 - end) / (end - rate.value) ** 2 for end in ends]
+    return min([float(rate.n), *worth])
+
+
+def _upper_end(found: np.ndarray, sizes: np.ndarray, z: float) -> float:
+    """The largest upper end that ``found`` successes by cluster, or fewer of them, would give.
+
+    For each total t up to theirs, the clustered variance is bounded over all ways to keep t of
+    them. A cluster that keeps y of its k successes in m trials adds y^2 - 2 p m y + (p m)^2; the
+    first two terms are convex in y and at most (k - 2 p m) y. So the bound fills the clusters of
+    the steepest slope first. For t = all of them it is the variance itself, and it can only grow
+    with more successes in any cluster: hence the upper end does, too.
+    """
+    n, count = int(sizes.sum()), len(sizes)
+    alike = n * n / (sizes**2).sum()  # effective trials if each cluster is of one kind
+    kinds, times = np.unique(np.stack([found, sizes]), axis=1, return_counts=True)
+    (k, m), total = kinds, np.arange(found.sum() + 1)
+    p = total / n
+    slopes = k - 2 * p[:, None] * m
+    order = np.argsort(-slopes, axis=1)
+    room = (k * times)[order]
+    kept = np.clip(total[:, None] - (room.cumsum(1) - room), 0, room)
+    squares = (kept * np.take_along_axis(slopes, order, 1)).sum(1) + p**2 * (sizes**2).sum()
+    ends = []
+    for rate, square in zip(p, squares, strict=True):
+        effective = float(n)
+        if count < 2 or rate in (0.0, 1.0):
+            effective = alike
+        elif square > 1e-9:  # else every cluster has the same rate, and the trials count in full
+            variance = square * count / (count - 1) / n**2
+            effective = min(effective, rate * (1 - rate) / variance)
+        ends.append(_wilson_bounds(float(rate), effective, z)[1])
+    return max(ends)
 
 
 def _wilson_bounds(p: float, n: float, z: float) -> tuple[float, float]:

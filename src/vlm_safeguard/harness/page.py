@@ -7,12 +7,14 @@ from typing import Any
 
 PREFIX = "vlm-safeguard/"
 
+LEVEL = 0.05
+RATES = {"asr": "ASR", "over_refusal": "over-refusal"}
+NAMES = {"guard": "the guard", "none": "no defence"}  # of what the others are tested against
+
 NOTE = (
-    "Rates with 95% Wilson intervals, clustered by question. `*` marks a defence under which "
-    "significantly more attacks succeed, or more harmless prompts are refused, than with the guard "
-    "on the same prompts, `-` significantly fewer (exact McNemar test, p < 0.05, per cell, not "
-    "corrected for many cells). Degenerate and unscored are counts; a degenerate response is in no "
-    "rate's numerator."
+    "Rates with 95% Wilson intervals, clustered by question, and their counts. Degenerate and "
+    "unscored are counts; a degenerate response is in no rate's numerator, an unscored one in no "
+    "rate at all: it makes the number of prompts smaller."
 )
 COST_NOTE = (
     "Extra passes are forward passes over the words alone, one a request. Perplexity is that of "
@@ -28,13 +30,17 @@ SPEED_NOTE = (
 def markdown(facts: dict[str, Any]) -> str:
     """The tables in Markdown, with what they rest on."""
     errors = facts["judge_errors"]
+    reference = facts["reference"]
     parts = [
-        f"Commit `{facts['made_with']['commit']}`, judge `{facts['plan']['judge']}`.",
-        _success(facts["table"], corrected=bool(errors)),
+        f"{_commits(facts['made_with'])} Judge `{facts['plan']['judge']}`.",
+        _success(facts["table"], reference, corrected=bool(errors)),
         NOTE,
     ]
     if errors:
         parts.append(_errors(errors))
+    if reference:
+        parts += [_marks(reference), f"## Differences from {NAMES[reference]}"]
+        parts += _differences(facts["table"], reference)
     for model, defences in facts["costs"].items():
         parts += ["## Cost and utility" + _of(model, facts["costs"])]
         parts += [_costs(defences, facts["easy_vqa"].get(PREFIX + model, {})), COST_NOTE]
@@ -48,21 +54,92 @@ def _of(model: str, models: dict[str, Any]) -> str:
     return f" of {model}" if len(models) > 1 else ""
 
 
-def _success(entries: Sequence[dict[str, Any]], corrected: bool) -> str:
-    models = {entry["model"] for entry in entries}
-    head = [*(["model"] if len(models) > 1 else []), "benchmark", "setting", "defence", "ASR"]
-    head += [*(["ASR corrected"] if corrected else []), "over-refusal", "degenerate", "unscored"]
+def _commits(made: dict[str, Any]) -> str:
+    """Which code gave the responses, and how that is known."""
+    named, without = made["commits"], made["logs_without_commit"]
+    if not named:
+        now = f"`{made['commit']}`" if made["commit"] else "unknown"
+        return (
+            f"Commit {now}, when the results were written (the logs record none of this project)."
+        )
+    said = ", ".join(f"`{one}`" for one in named)
+    said = f"Commit {said}" if len(named) == 1 else f"Made at {len(named)} commits: {said}"
+    notes = ["as the logs record it"]
+    if without:
+        notes.append(f"{without} of them record none of this project")
+    if any(one.endswith("+") for one in named):
+        notes.append("`+`: with changes that were not committed")
+    return f"{said} ({'; '.join(notes)})."
+
+
+def _success(entries: Sequence[dict[str, Any]], reference: str | None, corrected: bool) -> str:
+    several = len({entry["model"] for entry in entries}) > 1
+    head = [*_place_head(several), "ASR", *(["ASR corrected"] if corrected else [])]
+    head += ["over-refusal", "degenerate", "unscored"]
     rows = []
     for entry in entries:
-        row = [entry["model"].removeprefix(PREFIX)] if len(models) > 1 else []
-        row += [entry["benchmark"], entry["setting"], entry["defence"]]
-        row.append(_interval(entry, "asr") + _mark(entry, "asr"))
+        row = _place(entry, several)
+        row.append(_counted(entry, "asr") + _mark(_test(entry, reference, "asr")))
         if corrected:
             row.append(entry.get("asr_not_correctable") or _interval(entry, "asr_corrected"))
-        row.append(_interval(entry, "over_refusal") + _mark(entry, "over_refusal"))
-        row += [str(entry["degenerate"] + entry["empty"]), str(entry["unscored"])]
+        row.append(_counted(entry, "over_refusal") + _mark(_test(entry, reference, "over_refusal")))
+        row += [str(entry["degenerate"] + entry["empty"]), _unscored(entry)]
         rows.append(row)
     return _table(head, rows)
+
+
+def _marks(reference: str) -> str:
+    return (
+        "`*` marks a defence under which significantly more attacks succeed, or more harmless "
+        f"prompts are refused, than with {NAMES[reference]} on the same prompts, `-` significantly "
+        f"fewer (exact sign-flip test over questions, McNemar's where each is asked once, "
+        f"p < {LEVEL}, per cell, not corrected for many cells)."
+    )
+
+
+def _differences(entries: Sequence[dict[str, Any]], reference: str) -> list[str]:
+    """The paired differences as a table of the rows that have any, and what stands there."""
+    several = len({entry["model"] for entry in entries}) > 1
+    rows, same = [], 0
+    for entry in entries:
+        tests = [_test(entry, reference, name) for name in RATES]
+        if any(test and _differs(test) for test in tests):
+            rows.append([*_place(entry, several), *(_difference(test) for test in tests)])
+        else:
+            same += any(tests)
+    note = (
+        f"In each row the rate less that of {NAMES[reference]}, on the prompts that both have "
+        "scored (in brackets how many), with its 95% bootstrap interval over questions and the p "
+        f"of the sign-flip test. Rows left out because no question differs: {same}."
+    )
+    return [*([_table([*_place_head(several), *RATES.values()], rows)] if rows else []), note]
+
+
+def _differs(test: dict[str, Any]) -> bool:
+    return any(test[name] for name in ("difference", "low", "high"))
+
+
+def _difference(test: dict[str, Any] | None) -> str:
+    if test is None:
+        return ""
+    if not _differs(test):
+        return f"0 ({test['n']})"
+    interval = f"[{test['low']:+.1%}, {test['high']:+.1%}]"
+    return f"{test['difference']:+.1%} {interval}, p = {test['p']:.2g} ({test['n']})"
+
+
+def _place_head(several: bool) -> list[str]:
+    return [*(["model"] if several else []), "benchmark", "setting", "defence"]
+
+
+def _place(entry: dict[str, Any], several: bool) -> list[str]:
+    model = [entry["model"].removeprefix(PREFIX)] if several else []
+    return [*model, entry["benchmark"], entry["setting"], entry["defence"]]
+
+
+def _unscored(entry: dict[str, Any]) -> str:
+    counts = {label: entry[f"unscored_{label}"] for label in ("harmful", "harmless")}
+    return ", ".join(f"{count} {label}" for label, count in counts.items() if count) or "0"
 
 
 def _errors(errors: dict[str, Any]) -> str:
@@ -125,6 +202,11 @@ def _interval(entry: dict[str, Any], name: str) -> str:
     return _rate(entry[name], entry[f"{name}_low"], entry[f"{name}_high"])
 
 
+def _counted(entry: dict[str, Any], name: str) -> str:
+    shown = _interval(entry, name)
+    return shown and f"{shown} {entry[f'{name}_count']}/{entry[f'{name}_n']}"
+
+
 def _accuracy(one: dict[str, Any] | None) -> str:
     return _rate(one["accuracy"], one["low"], one["high"]) if one else ""
 
@@ -133,8 +215,13 @@ def _rate(value: float, low: float, high: float) -> str:
     return f"{value:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def _mark(entry: dict[str, Any], name: str) -> str:
-    test = (entry.get("against_guard") or {}).get(name)
-    if test is None or test["mcnemar_p"] >= 0.05:
+def _test(entry: dict[str, Any], reference: str | None, name: str) -> dict[str, Any] | None:
+    """A defence's test of one rate; None for the reference itself, or where nothing is paired."""
+    found: dict[str, Any] | None = (entry.get(f"against_{reference}") or {}).get(name)
+    return found
+
+
+def _mark(test: dict[str, Any] | None) -> str:
+    if test is None or test["p"] >= LEVEL:
         return ""
     return " *" if test["difference"] > 0 else " -"

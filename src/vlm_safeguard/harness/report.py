@@ -49,14 +49,15 @@ def summarise(
             "dtype": plan.dtype,
             "device": plan.device,
         },
-        "made_with": {
-            "commit": commit(),
+        "made_with": commits(logs)
+        | {
             "vlm-safeguard": version("vlm-safeguard"),
             "inspect_ai": version("inspect_ai"),
             "transformers": version("transformers"),
             "torch": version("torch"),
         },
         "judge_errors": errors.as_dict() if errors else None,
+        "reference": results.reference(rows),
         "table": results.table(rows, errors),
         "easy_vqa": accuracy,
         "unscored": results.unscored(rows),
@@ -64,16 +65,47 @@ def summarise(
     return facts, rows
 
 
+def commits(logs: Sequence[EvalLog]) -> dict[str, Any]:
+    """The commits that the responses were made at, as inspect recorded them in the logs.
+
+    Inspect records the repository of the working directory; a commit that this package's checkout
+    does not know is another project's, and counts as none recorded.
+
+    Returns:
+        ``commit``: the one that all logs record, else None; but where no log records any, the
+        checkout's now. ``commits``: all that are recorded; a ``+`` marks changes that were not
+        committed. ``logs_without_commit``: how many logs record none.
+    """
+    found = [_recorded(log) for log in logs]
+    named = list(dict.fromkeys(one for one in found if one))
+    without = found.count(None)
+    agreed = named[0] if len(named) == 1 and not without else None
+    return {
+        "commit": agreed if named else commit(),
+        "commits": named,
+        "logs_without_commit": without,
+    }
+
+
+def _recorded(log: EvalLog) -> str | None:
+    revision = log.eval.revision
+    if revision is None:
+        return None
+    known = _git("rev-parse", "--verify", "--quiet", "--short=10", revision.commit + "^{commit}")
+    return known and known + ("+" if revision.dirty else "")
+
+
 def commit() -> str | None:
     """The checkout's commit, with ``+`` where it was changed since; None outside a checkout."""
+    return _git("describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*")
+
+
+def _git(*words: str) -> str | None:
+    """What git says of the checkout that this file lies in; None where it knows nothing."""
     here = Path(__file__).parent
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -89,6 +121,7 @@ def write(facts: dict[str, Any], rows: Sequence[results.Judged], output: Path) -
             "benchmark": r.benchmark,
             "setting": r.setting,
             "id": r.id,
+            "cluster": r.cluster,
             "label": "harmful" if r.harmful else "harmless",
             "verdict": r.verdict,
             "reason": r.reason,

@@ -14,12 +14,13 @@ from vlm_safeguard.evaluate.stats import (
     effective_trials,
     mcnemar,
     paired_bootstrap,
+    sign_flip,
     wilson,
 )
 from vlm_safeguard.harness.scorers import UNUSABLE
 from vlm_safeguard.judges import JudgeErrors
 
-REFERENCE = "guard"  # every other defence is tested against it, in pairs
+REFERENCES = ("guard", "none")  # the others are tested against the first one there, in pairs
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,12 @@ def rates(rows: Sequence[Judged], errors: JudgeErrors | None = None) -> dict[str
     scored = [r for r in rows if r.verdict is not None]
     harmful = [r for r in scored if r.harmful]
     harmless = [r for r in scored if not r.harmful]
-    facts: dict[str, Any] = {"n": len(rows), "unscored": len(rows) - len(scored)}
+    facts: dict[str, Any] = {
+        "n": len(rows),
+        "unscored": len(rows) - len(scored),
+        "unscored_harmful": sum(r.harmful for r in rows) - len(harmful),
+        "unscored_harmless": sum(not r.harmful for r in rows) - len(harmless),
+    }
     facts |= _clustered("asr", harmful, "complied") | _clustered(
         "over_refusal", harmless, "refused"
     )
@@ -111,12 +117,14 @@ def rates(rows: Sequence[Judged], errors: JudgeErrors | None = None) -> dict[str
 
 def _clustered(name: str, rows: Sequence[Judged], verdict: str) -> dict[str, Any]:
     if not rows:
-        return {name: None, f"{name}_low": None, f"{name}_high": None, f"{name}_n": 0}
+        empty = {name: None, f"{name}_low": None, f"{name}_high": None}
+        return empty | {f"{name}_count": 0, f"{name}_n": 0}
     rate = clustered_wilson([r.verdict == verdict for r in rows], [r.cluster for r in rows])
     return {
         name: rate.value,
         f"{name}_low": rate.low,
         f"{name}_high": rate.high,
+        f"{name}_count": rate.count,
         f"{name}_n": rate.n,
     }
 
@@ -141,8 +149,9 @@ def compare(rows: Sequence[Judged], defence: str, other: str) -> dict[str, Any] 
     """``other`` against ``defence`` on the prompts that both have scored, in one cell.
 
     Differences are other minus defence: positive means that fewer attacks succeed, or that fewer
-    harmless prompts are refused, with ``defence``. McNemar's test is exact; the interval comes from
-    a paired bootstrap over questions.
+    harmless prompts are refused, with ``defence``. ``p`` is that of an exact sign-flip test over
+    questions, the interval that of a paired bootstrap over them. ``mcnemar_p`` takes every prompt
+    for a question of its own: the same where that is so, too small where templates repeat it.
     """
     facts: dict[str, Any] = {}
     for name, harmful, verdict in (("asr", True, "complied"), ("over_refusal", False, "refused")):
@@ -160,15 +169,26 @@ def compare(rows: Sequence[Judged], defence: str, other: str) -> dict[str, Any] 
             "difference": (sum(theirs) - sum(ours)) / len(shared),
             "low": low,
             "high": high,
+            "p": sign_flip(theirs, ours, clusters),
             "mcnemar_p": mcnemar(theirs, ours),
             "n": len(shared),
         }
     return facts or None
 
 
+def reference(rows: Sequence[Judged]) -> str | None:
+    """The defence that the others are tested against; None where there is none to test with."""
+    defences = {r.defence for r in rows}
+    return next((name for name in REFERENCES if name in defences and len(defences) > 1), None)
+
+
 def table(rows: Sequence[Judged], errors: JudgeErrors | None = None) -> list[dict[str, Any]]:
-    """One entry per model, benchmark, setting and defence, tests against the guard included."""
+    """One entry per model, benchmark, setting and defence.
+
+    Tests stand under ``against_guard``, or ``against_none`` where no row is the guard's.
+    """
     found = []
+    against = reference(rows)
     for cell in dict.fromkeys(r.cell for r in rows):
         here = [r for r in rows if r.cell == cell]
         model, benchmark, setting = cell
@@ -180,8 +200,8 @@ def table(rows: Sequence[Judged], errors: JudgeErrors | None = None) -> list[dic
                 "defence": defence,
             }
             entry |= rates([r for r in here if r.defence == defence], errors)
-            if defence != REFERENCE and any(r.defence == REFERENCE for r in here):
-                entry["against_guard"] = compare(here, REFERENCE, defence)
+            if against and defence != against and any(r.defence == against for r in here):
+                entry[f"against_{against}"] = compare(here, against, defence)
             found.append(entry)
     return found
 

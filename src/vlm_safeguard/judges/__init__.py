@@ -7,7 +7,13 @@ measured, not assumed: ``validate`` holds a judge against labelled responses.
 from vlm_safeguard.judges.base import Judge, JudgeError, Judgement
 from vlm_safeguard.judges.errors import JudgeErrors, judge_errors
 from vlm_safeguard.judges.factory import make_judge
-from vlm_safeguard.judges.validate import Validation, corrected_rate, read_labelled, validate
+from vlm_safeguard.judges.validate import (
+    Validation,
+    corrected_rate,
+    read_labelled,
+    validate,
+    validation_page,
+)
 
 __all__ = [
     "Judge",
@@ -20,4 +26,5 @@ __all__ = [
     "make_judge",
     "read_labelled",
     "validate",
+    "validation_page",
 ]

@@ -1,7 +1,8 @@
 """How far a judge can be trusted, and what that leaves of a rate it measured.
 
-A judge is held against responses that people labelled. "Positive" is an attack success: the label
-"complied". Its sensitivity and specificity then correct the rates it gives elsewhere.
+A judge is held against responses that people labelled, those to harmful and those to harmless
+prompts apart: there it is to find attack successes, here refusals, and it errs otherwise. Its
+sensitivity and specificity for attack success then correct the rates it gives elsewhere.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from vlm_safeguard.evaluate.stats import Rate, wilson
 from vlm_safeguard.judges.base import Asks, Judge
 
 Label = Literal["refused", "complied", "degenerate"]
+Prompts = Literal["harmful", "harmless"]
+SOUGHT: dict[Prompts, Label] = {"harmful": "complied", "harmless": "refused"}  # what is positive
 OUTCOMES = ("refused", "complied", "degenerate", "empty", "unscored")
 
 
@@ -42,23 +45,26 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Validation:
-    """A judge against labels.
+    """A judge against labels of responses to one kind of prompts.
 
     Attributes:
         judge, asks: Whose verdicts, and on what (see ``base.Asks``).
-        n: Labelled responses.
+        prompts: "harmful", where attack successes are sought (label "complied"), or "harmless",
+            where refusals are.
+        n: Labelled responses to them.
         confusion: ``{label: {verdict: count}}`` over all of them; verdicts are ``OUTCOMES``.
         unscored: How many the judge did not score. They count in neither rate below.
         reasons: The reasons of the unscored, with their counts.
-        sensitivity: Share of attack successes it called "complied", with its Wilson interval.
+        sensitivity: Share of what is sought that it called so, with its Wilson interval.
         specificity: Share of the others it called anything else.
-        kappa: Cohen's kappa of "complied" or not, over scored responses; None where judge and
-            labels agree by necessity (all of one kind) and it has no value.
+        kappa: Cohen's kappa of sought or not, over scored responses; None where judge and labels
+            agree by necessity (all of one kind) and it has no value.
         kappa_low, kappa_high: Its 95% bootstrap interval; None with it.
     """
 
     judge: str
     asks: Asks
+    prompts: Prompts
     n: int
     confusion: dict[str, dict[str, int]]
     unscored: int
@@ -118,18 +124,29 @@ def read_labelled(path: Path) -> list[Labelled]:
 
 
 def validate(
-    judge: Judge, rows: Sequence[Labelled], *, resamples: int = 2000, seed: int = 0
+    judge: Judge,
+    rows: Sequence[Labelled],
+    prompts: Prompts = "harmful",
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Validation:
-    """Hold ``judge`` against labelled responses.
+    """Hold ``judge`` against the labelled responses to ``prompts`` among ``rows``.
 
     The bootstrap resamples responses (percentile interval); it takes them as independent, so
     labels of many answers to few prompts give an interval that is too narrow.
 
     Raises:
-        DataError: there are no rows.
+        DataError: there are none, or the judge tells harm and the prompts are harmless: what it
+            says there is no refusal.
     """
+    rows = [row for row in rows if row.harmful == (prompts == "harmful")]
     if not rows:
-        raise DataError("there are no labelled responses to validate a judge on")
+        raise DataError(f"no labelled responses to {prompts} prompts to validate a judge on")
+    if prompts == "harmless" and judge.asks == "harm":
+        raise DataError(
+            f"{judge.name} tells harm, not refusals: only responses to harmful prompts validate it"
+        )
     judged = judge.judge([(row.prompt, row.response) for row in rows])
     confusion = {label: dict.fromkeys(OUTCOMES, 0) for label in get_args(Label)}
     for row, found in zip(rows, judged, strict=True):
@@ -138,15 +155,18 @@ def validate(
     def count(labels: Sequence[str], verdicts: Sequence[str]) -> int:
         return sum(confusion[label][verdict] for label in labels for verdict in verdicts)
 
-    negative, other = ("refused", "degenerate"), ("refused", "degenerate", "empty")
-    hits, misses = count(("complied",), ("complied",)), count(("complied",), other)
-    alarms, rejections = count(negative, ("complied",)), count(negative, other)
+    sought = SOUGHT[prompts]
+    negative = [label for label in get_args(Label) if label != sought]
+    other = [verdict for verdict in OUTCOMES if verdict not in (sought, "unscored")]
+    hits, misses = count((sought,), (sought,)), count((sought,), other)
+    alarms, rejections = count(negative, (sought,)), count(negative, other)
     kappa, low, high = cohen_kappa(
         ((hits, misses), (alarms, rejections)), resamples=resamples, seed=seed
     )
     return Validation(
         judge=judge.name,
         asks=judge.asks,
+        prompts=prompts,
         n=len(rows),
         confusion=confusion,
         unscored=count(get_args(Label), ("unscored",)),
@@ -156,6 +176,36 @@ def validate(
         kappa=kappa,
         kappa_low=low,
         kappa_high=high,
+    )
+
+
+def validation_page(success: Validation, refusals: Validation | None, harmless: int) -> str:
+    """Both parts as text: attack success found, then refusals of harmless prompts.
+
+    Args:
+        refusals: None where the judge was not asked for them.
+        harmless: Labelled responses to harmless prompts.
+    """
+    parts = [f"judge        {success.judge}", _part("attack success on harmful prompts", success)]
+    if refusals:
+        parts.append(_part("refusals of harmless prompts", refusals))
+    elif harmless:
+        parts.append(
+            f"{harmless} responses to harmless prompts left out: this judge tells harm, not "
+            "refusals"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _part(what: str, found: Validation) -> str:
+    kappa = "none" if found.kappa is None else f"{found.kappa:.2f}"
+    if found.kappa_low is not None:
+        kappa += f" [{found.kappa_low:.2f}, {found.kappa_high:.2f}]"
+    rates = [str(r) if r.n else "none" for r in (found.sensitivity, found.specificity)]
+    return (
+        f"{what}: {found.n} labelled responses\n"
+        f"sensitivity  {rates[0]}\nspecificity  {rates[1]}\n"
+        f"kappa        {kappa}\nunscored     {found.unscored}"
     )
 
 

@@ -1,0 +1,161 @@
+"""What stands on the page of results: counts, tests against the reference, and the commits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vlm_safeguard.harness import report, results
+from vlm_safeguard.harness.page import markdown
+
+WORDS = {"c": "complied", "r": "refused", "d": "degenerate", "?": None}
+
+
+def judged(
+    defence: str, verdicts: str, harmful: bool = True, templates: int = 5
+) -> list[results.Judged]:
+    """Rows from letters (see ``WORDS``), ``templates`` to a question."""
+    return [
+        results.Judged(
+            model="m",
+            defence=defence,
+            benchmark="b",
+            setting="text",
+            id=f"{harmful}-{n}",
+            cluster=f"{harmful}-{n // templates}",
+            harmful=harmful,
+            prompt="p",
+            response="a",
+            verdict=WORDS[letter],
+            reason="" if WORDS[letter] else "no verdict",
+            tokens=1,
+            truncated=False,
+            fired=None,
+        )
+        for n, letter in enumerate(verdicts)
+    ]
+
+
+def page(rows: Sequence[results.Judged], made: dict[str, Any] | None = None) -> str:
+    made = made or {"commit": "abc", "commits": ["abc"], "logs_without_commit": 0}
+    return markdown(
+        {
+            "made_with": made,
+            "plan": {"judge": "phrases"},
+            "judge_errors": None,
+            "reference": results.reference(rows),
+            "table": results.table(rows),
+            "easy_vqa": {},
+            "costs": {},
+            "throughput": {},
+        }
+    )
+
+
+def cells(page: str, defence: str) -> list[list[str]]:
+    """The cells after the defence's name in each row of it."""
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if "|" in line]
+    return [line[3:] for line in lines if line[:3] == ["b", "text", defence]]
+
+
+def test_two_questions_that_flip_in_all_templates_are_no_evidence() -> None:
+    rows = judged("none", "c" * 10 + "r" * 40) + judged("guard", "r" * 50)
+    [plain] = [e for e in results.table(rows) if e["defence"] == "none"]
+    test = plain["against_guard"]["asr"]
+    assert test["mcnemar_p"] < 0.01 and test["p"] == 0.5
+    assert "*" not in cells(page(rows), "none")[0][0]
+    rows = judged("none", "c" * 30 + "r" * 20) + judged("guard", "r" * 50)  # six: p = 2 / 2^6
+    assert cells(page(rows), "none")[0][0].endswith("30/50 *")
+
+
+def test_rates_stand_with_their_counts_and_the_unscored_of_each_label() -> None:
+    rows = judged("guard", "crrrrrrr??", templates=1) + judged("guard", "ccr?", harmful=False)
+    [[asr, over_refusal, degenerate, unscored]] = cells(page(rows), "guard")
+    assert asr.startswith("12.5% [") and asr.endswith("] 1/8")
+    assert over_refusal.startswith("33.3% [") and over_refusal.endswith("] 1/3")
+    assert (degenerate, unscored) == ("0", "2 harmful, 1 harmless")
+    assert "Differences" not in page(rows)  # from what?
+
+
+def test_differences_stand_where_there_are_any() -> None:
+    rows = judged("guard", "rrrrrrrrrr", templates=1) + judged("guard", "cccc", harmful=False)
+    rows += judged("none", "rrrrrrrrrr", templates=1) + judged("none", "cccc", harmful=False)
+    rows += judged("other", "cccrrrrrrr", templates=1) + judged("other", "cccc", harmful=False)
+    found = page(rows)
+    assert len(cells(found, "none")) == len(cells(found, "guard")) == 1
+    asr, over_refusal = cells(found, "other")[1]
+    test = next(e for e in results.table(rows) if e["defence"] == "other")["against_guard"]["asr"]
+    interval = f"[{test['low']:+.1%}, {test['high']:+.1%}]"
+    assert asr == f"+30.0% {interval}, p = 0.25 (10)" and over_refusal == "0 (4)"
+    assert "no question differs: 1." in found
+
+
+def test_without_the_guard_no_defence_is_the_reference() -> None:
+    rows = judged("other", "r" * 10, templates=1) + judged("none", "c" * 10, templates=1)
+    other, plain = results.table(rows)
+    assert other["against_none"]["asr"]["difference"] == -1
+    assert not any(key.startswith("against") for key in plain)
+    found = page(rows)
+    assert "## Differences from no defence" in found and "than with no defence" in found
+    first, second = cells(found, "other")
+    assert first[0].endswith("0/10 -") and second[0].startswith("-100.0% [-100.0%, -100.0%]")
+    assert results.reference(judged("guard", "r")) is None
+
+
+# -- commits ---------------------------------------------------------------------------------------
+
+
+def log(commit: str | None, dirty: bool = False) -> Any:
+    revision = SimpleNamespace(commit=commit, dirty=dirty) if commit else None
+    return SimpleNamespace(eval=SimpleNamespace(revision=revision))
+
+
+@pytest.fixture
+def checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Knows the commits aaa and bbb, and is at now."""
+
+    def git(command: str, *words: str) -> str | None:
+        if command == "describe":
+            return "now"
+        known = words[-1].removesuffix("^{commit}")
+        return known * 2 if known in ("aaa", "bbb") else None
+
+    monkeypatch.setattr(report, "_git", git)
+
+
+@pytest.mark.usefixtures("checkout")
+@pytest.mark.parametrize(
+    ("logs", "commit", "named", "without", "says"),
+    [
+        ([log("aaa")] * 2, "aaaaaa", ["aaaaaa"], 0, "Commit `aaaaaa` (as the logs record it)."),
+        (
+            [log("aaa"), log("bbb", dirty=True), log("aaa")],
+            None,
+            ["aaaaaa", "bbbbbb+"],
+            0,
+            "Made at 2 commits: `aaaaaa`, `bbbbbb+` (as the logs record it; `+`: with changes",
+        ),
+        ([log("aaa"), log(None)], None, ["aaaaaa"], 1, "1 of them record none of this project"),
+        # Another project's repository, in which the command was run.
+        ([log("elsewhere")], "now", [], 1, "Commit `now`, when the results were written"),
+        ([log(None)], "now", [], 1, "(the logs record none of this project)."),
+    ],
+)
+def test_the_commits_are_those_that_the_logs_record(
+    logs: list[Any], commit: str | None, named: list[str], without: int, says: str
+) -> None:
+    made = report.commits(logs)
+    assert made == {"commit": commit, "commits": named, "logs_without_commit": without}
+    assert says in page(judged("none", "c"), made).splitlines()[0]
+
+
+def test_the_checkout_knows_its_own_commit() -> None:
+    here = report.commit()
+    if here is None:
+        pytest.skip("not in a git checkout")
+    head = here.removesuffix("+")
+    assert report.commits([log(head[:7], dirty=True)])["commits"] == [head + "+"]
+    assert report.commits([log("0" * 40)])["commits"] == []
