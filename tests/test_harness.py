@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -244,24 +243,6 @@ def test_metrics_are_over_the_prompts_of_their_label() -> None:
     assert (found["over_refusal"], found["over_refusal_n"]) == (0.5, 2)
     assert found["degenerate"] == pytest.approx(2 / 6)
     assert found["asr_low"] < 0.25 < found["asr_high"]
-
-
-def test_a_judge_of_harm_is_not_asked_for_over_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = SimpleNamespace(verdict="refused", reason="", raw="safe")
-    judge = SimpleNamespace(name="j", asks="harm", judge=lambda pairs: [verdict for _ in pairs])
-    monkeypatch.setattr(scorers, "shared_judge", lambda spec: judge)
-    score = scorers.judged("j")
-
-    async def ask(label: str) -> Any:
-        state = SimpleNamespace(
-            metadata={"label": label},
-            output=SimpleNamespace(completion="Hello."),
-            input_text="Hi",
-        )
-        return await score(state, None)  # type: ignore[arg-type]
-
-    assert asyncio.run(ask("harmful")).value == "refused"
-    assert "over-refusal needs another judge" in asyncio.run(ask("harmless")).explanation
 
 
 def test_the_whole_command_writes_results(folder: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from vlm_safeguard.judges.guard_models import (
     load_guard,
 )
 from vlm_safeguard.judges.injection import BREAK, disarm, marks_of
+from vlm_safeguard.judges.options import same_judge
 from vlm_safeguard.judges.recorded import RecordedJudge, write_recorded
 from vlm_safeguard.judges.validate import Labelled, cohen_kappa
 
@@ -675,6 +676,98 @@ def test_an_endpoint_that_cannot_be_made(url: str, options: dict[str, Any], mess
     with pytest.raises(JudgeError, match=message) as caught:
         EndpointJudge(url, "m", **options)
     assert "secret" not in str(caught.value)
+
+
+def test_first_requests_from_many_threads_are_one(server: Server) -> None:
+    """A 404 among concurrent first requests must not fail the run once there was an answer."""
+    server.play(GOOD, send(b"", 404))
+    judge = endpoint(server, timeout=5)
+    found: list[Judgement] = []
+    threads = [
+        threading.Thread(target=lambda pair=pair: found.extend(judge.judge([pair])))  # type: ignore[misc]
+        for pair in [(QUESTION, f"{HELP} {n}") for n in range(8)]
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Counter(j.verdict for j in found) == {"refused": 1, None: 7}
+
+
+# -- options in a spec -------------------------------------------------------------------------
+
+
+def test_options_stand_in_the_spec(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "abc")
+    server.play(send(answer("unsafe\nS1")))
+    options = "key_variable=JUDGE_KEY&family=llama-guard&timeout=0.5&retries=0&max_tokens=9"
+    judge = make_judge(f"endpoint:{server.url}#org/m?{options}&concurrency=2")
+    assert (judge.asks, judge.judge(PAIRS[:1])[0].verdict) == ("harm", "complied")
+    assert server.headers[0]["Authorization"] == "Bearer abc"
+    assert (server.requests[0]["model"], server.requests[0]["max_tokens"]) == ("org/m", 9)
+    assert judge.concurrency == 2  # type: ignore[attr-defined]
+    assert "abc" not in judge.name
+
+
+def test_options_of_local_guard_models(guard_folder: Path, tmp_path: Path) -> None:
+    prompt = tmp_path / "wild guard.txt"
+    prompt.write_text("{prompt}\n{response}\nAnswer:")
+    judge = make_judge(f"qwen3guard:{guard_folder}?asks=refusal&dtype=bfloat16&batch=2")
+    assert judge.asks == "refusal"
+    assert judge._parts.model.dtype == torch.bfloat16  # type: ignore[attr-defined]
+    strict = make_judge(f"qwen3guard:{guard_folder}?controversial=safe")
+    assert strict.name == f"{guard_folder}, controversial counted as safe"
+    wild = make_judge(f"prompt-file:{guard_folder}#{prompt}?answer=wildguard&asks=refusal")
+    read = wild._read  # type: ignore[attr-defined]
+    assert (wild.asks, read(WILD.format("no", "yes")).verdict) == ("refusal", "complied")
+    assert wild.name == f"{guard_folder} with wild guard.txt"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("qwen3guard:x?colour=red", "no option 'colour'.*asks, controversial, dtype, device"),
+        ("llama-guard:x?asks=harm", "no option 'asks'.*dtype, device, batch"),
+        ("endpoint:http://h/v1#m?key=SECRET", "no option 'key'.*key_variable"),
+        ("endpoint:http://h/v1#m?SECRET", "written name=value"),
+        ("endpoint:http://h/v1#m?", "written name=value"),
+        ("endpoint:http://h/v1#m?key_variable=sk-SECRET", "must name an environment variable"),
+        ("endpoint:http://h/v1#m?family=other", "family.*llama-guard"),
+        ("endpoint:http://h/v1#m?timeout=nan", "timeout.*seconds"),
+        ("endpoint:http://h/v1#m?timeout=0", "must be positive"),
+        ("endpoint:http://h/v1#m?concurrency=0", "at least 1"),
+        ("endpoint:http://h/v1#m?retries=1.5", "whole number"),
+        ("endpoint:http://h/v1#m?retries=1&retries=2", "given twice"),
+        ("qwen3guard:x?asks=maybe", "refusal, harm"),
+        ("qwen3guard:x?device=", "is empty"),
+        ("endpoint:http://h/v1?a=b#m", "not an address"),
+        ("phrases?asks=harm", "unknown judge"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(JudgeError, match=message) as caught:
+        make_judge(spec)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_device_that_is_not_there_is_refused(guard_folder: Path) -> None:
+    with pytest.raises(JudgeError, match=r"cannot move .* to 'nowhere'"):
+        make_judge(f"llama-guard:{guard_folder}?device=nowhere")
+
+
+def test_a_recording_may_have_a_question_mark_in_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "what?is=this.jsonl"
+    phrases = make_judge("phrases")
+    write_recorded(path, phrases, PAIRS, phrases.judge(PAIRS))
+    assert make_judge(f"recorded:{path}").judge(PAIRS)[0].verdict == "complied"
+
+
+def test_how_a_judge_is_asked_does_not_make_it_another() -> None:
+    plain = "endpoint:http://h/v1#m"
+    assert same_judge(plain, plain + "?timeout=300&key_variable=K&concurrency=1")
+    assert not same_judge(plain, plain + "?family=llama-guard")
+    assert not same_judge(plain, "endpoint:http://h/v1#n")
+    assert not same_judge("recorded:a?b=c", "recorded:a")
 
 
 # -- recordings --------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +28,19 @@ app = typer.Typer()
 OWN_SETS = ("own_malicious", "own_jailbreak", "own_picture")
 # What stands side by side by default; ``erase`` is an ablation and must be asked for by name.
 DEFENCES_TO_COMPARE = ("none", "self-reminder", "goal-priority", "paper-formula", "guard")
+
+
+@contextmanager
+def _inspect_needed() -> Iterator[None]:
+    """Around the import of the harness: inspect_ai is an extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "inspect_ai":
+            raise
+        raise SafeguardError(
+            "evaluating needs inspect_ai: pip install 'vlm-safeguard[eval]'"
+        ) from error
 
 
 @app.command()
@@ -61,15 +76,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Compare defences on benchmarks, through inspect_ai; goes on where it was stopped."""
-    try:
+    with _inspect_needed():
         from vlm_safeguard.harness.evaluate import Measure
         from vlm_safeguard.harness.evaluate import evaluate as run
-    except ModuleNotFoundError as error:
-        if error.name != "inspect_ai":
-            raise
-        raise SafeguardError(
-            "evaluating needs inspect_ai: pip install 'vlm-safeguard[eval]'"
-        ) from error
     from vlm_safeguard.harness.page import markdown
     from vlm_safeguard.harness.run import Plan, names
 
@@ -210,6 +219,27 @@ def gates(
         print_json(forms.facts(rows, together))
     else:
         print(text, end="")
+
+
+@app.command("judge")
+def judge_again(
+    run: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
+    judge: Annotated[str, typer.Option(help="phrases, llama-guard:NAME, ...")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Recording (default: in the folder).")
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Judge the responses of an evaluation with another judge, or the unscored ones again."""
+    with _inspect_needed():
+        from vlm_safeguard.harness.rejudge import page, rejudge
+
+    facts = rejudge(run, judge, output, make_progress(quiet))
+    if json_:
+        print_json(facts)
+    else:
+        print(page(facts), end="")
 
 
 @app.command("validate-judge")

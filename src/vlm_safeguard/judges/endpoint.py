@@ -10,6 +10,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -104,7 +106,6 @@ class EndpointJudge:
     ) -> None:
         self._url = _checked(base_url)
         self._where = f"{self._url} (model {model})"
-        self.name = f"{model} at {base_url}"
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if key_variable is not None:
             self._headers["Authorization"] = f"Bearer {_key(key_variable)}"
@@ -124,11 +125,15 @@ class EndpointJudge:
         if asks not in (None, self.asks):
             raise JudgeError(f"a judge of the family {family} judges {self.asks}, not {asks}")
         self._family, self._read = family, read[family]
+        self.name = f"{model} at {base_url}"
+        if family == "qwen3guard" and controversial == "safe":  # other verdicts, another judge
+            self.name += ", controversial counted as safe"
         self._body = {"model": model, "temperature": 0, "max_tokens": max_tokens, **(extra or {})}
         self._timeout, self._retries, self._backoff = timeout, retries, backoff
-        self._concurrency, self._progress = concurrency, progress
+        self.concurrency, self._progress = concurrency, progress
         self._opener = urllib.request.build_opener(_NoRedirect)
-        self._first = True
+        self._known = False  # whether a request has shown that there is an endpoint
+        self._knocking = threading.Lock()
 
     def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
         """One judgement for each (prompt, response).
@@ -156,10 +161,11 @@ class EndpointJudge:
 
     def _ask(self, pairs: list[Pair]) -> list[Judgement]:
         found: list[Judgement] = []
-        if self._first:  # alone, so that a wrong address costs one request
-            found.append(self._one(pairs[0], first=True))
-            self._first = False
-        with ThreadPoolExecutor(self._concurrency) as pool:
+        with self._knocking:  # alone, so that a wrong address costs one request; others wait
+            if not self._known:
+                found.append(self._one(pairs[0], first=True))
+                self._known = True
+        with ThreadPoolExecutor(self.concurrency) as pool:
             rest = pool.map(self._one, pairs[len(found) :])
             found += self._progress.track(rest, self.name) if self._progress else rest
         return found
@@ -264,8 +270,11 @@ def _key(variable: str) -> str:
     """The key in the environment.
 
     Raises:
-        JudgeError: the variable is not set, or cannot be sent.
+        JudgeError: the variable is not set, cannot be sent, or is no variable's name (it may be
+            the key itself, so it is not shown).
     """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+        raise JudgeError("key_variable must name an environment variable that holds the key")
     key = os.environ.get(variable, "").strip()
     if not key:
         raise JudgeError(f"the environment variable {variable} holds no key: set it")

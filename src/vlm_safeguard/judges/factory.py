@@ -10,6 +10,7 @@ from typing import Any
 from vlm_safeguard.judges.base import Judge, JudgeError
 from vlm_safeguard.judges.endpoint import EndpointJudge
 from vlm_safeguard.judges.guard_models import llama_guard, prompt_file, qwen3guard
+from vlm_safeguard.judges.options import split
 from vlm_safeguard.judges.phrases import PhraseJudge
 from vlm_safeguard.judges.recorded import RecordedJudge
 
@@ -27,14 +28,17 @@ def make_judge(spec: str, **options: Any) -> Judge:
     """The judge that ``spec`` names, for example ``endpoint:http://localhost:8000/v1#my-model``.
 
     Args:
-        spec: One of the forms in ``SPECS``.
-        options: Keyword arguments of that judge.
+        spec: One of the forms in ``SPECS``, with options at its end or none:
+            ``...#my-model?timeout=120&key_variable=OPENAI_API_KEY`` (see ``options``).
+        options: Keyword arguments of that judge; they go before those in the spec.
 
     Raises:
         JudgeError: the spec is of no known form, an option is not the judge's, or the judge
             cannot be made.
         DataError: its file cannot be read.
     """
+    spec, given = split(spec)
+    options = given | options
     kind, _, rest = spec.partition(":")
     if kind not in SPECS:
         raise JudgeError(f"unknown judge {spec!r}: use one of {', '.join(SPECS.values())}")

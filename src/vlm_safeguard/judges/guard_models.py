@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 PROBES = ("qzprobeprompt", "qzproberesponse")
 PLACEHOLDERS = ("{prompt}", "{response}")
 
+Answer = Literal["yes-no", "wildguard"]
+
 
 class Frame(Protocol):
     """Writes the judge prompt round a prompt and a response."""
@@ -120,7 +122,8 @@ def load_guard(name: str, dtype: str = "float32", device: str = "cpu") -> GuardP
     """Load a guard model from a folder or a hub name (network only if not a folder).
 
     Raises:
-        JudgeError: it cannot be loaded, or weights are missing (they would be random).
+        JudgeError: it cannot be loaded, weights are missing (they would be random), or there is no
+            such device.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -150,7 +153,12 @@ def load_guard(name: str, dtype: str = "float32", device: str = "cpu") -> GuardP
             f"{name} lacks weights of a causal language model ({missing[0]} and others): "
             "a judge with random weights is none"
         )
-    return GuardParts(model.to(device).eval(), tokenizer, name)
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say that a device is missing
+        why = str(error).partition("\n")[0]
+        raise JudgeError(f"cannot move the guard model {name} to {device!r}: {why}") from error
+    return GuardParts(model.eval(), tokenizer, name)
 
 
 class GuardModelJudge:
@@ -326,16 +334,19 @@ def qwen3guard(
     parts = load_guard(name, dtype, device)
     frame = ChatTemplate(parts.tokenizer, name)
     read = partial(parse.qwen3guard, asks=asks, controversial=controversial)
-    return GuardModelJudge(
+    judge = GuardModelJudge(
         parts, frame, read, asks, max_new_tokens=96, batch=batch, progress=progress
     )
+    if controversial == "safe" and asks == "harm":  # other verdicts, another judge
+        judge.name += ", controversial counted as safe"
+    return judge
 
 
 def prompt_file(
     name: str,
     file: Path,
     *,
-    answer: Literal["yes-no", "wildguard"] = "yes-no",
+    answer: Answer = "yes-no",
     asks: Asks = "harm",
     dtype: str = "float32",
     device: str = "cpu",
@@ -357,6 +368,8 @@ def prompt_file(
     parts = load_guard(name, dtype, device)
     read = parse.yes_no if answer == "yes-no" else partial(parse.wildguard, asks=asks)
     new = 4 if answer == "yes-no" else 32
-    return GuardModelJudge(
+    judge = GuardModelJudge(
         parts, frame, read, asks, max_new_tokens=new, batch=batch, progress=progress
     )
+    judge.name += f" with {file.name}"  # another prompt gives other verdicts
+    return judge
