@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,14 @@ def judged(
         )
         for n, letter in enumerate(verdicts)
     ]
+
+
+def test_a_judge_of_harm_knows_no_over_refusal() -> None:
+    """Garbled answers to harmless prompts count as such, and make no rate of nought."""
+    rows = judged("none", "cr") + [replace(r, asked=False) for r in judged("none", "d?", False)]
+    found = results.rates(rows)
+    assert found["over_refusal"] is None and found["over_refusal_n"] == 0
+    assert (found["degenerate"], found["asr_n"]) == (1, 2)
 
 
 def page(rows: Sequence[results.Judged], made: dict[str, Any] | None = None) -> str:

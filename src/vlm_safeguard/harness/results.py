@@ -17,7 +17,7 @@ from vlm_safeguard.evaluate.stats import (
     sign_flip,
     wilson,
 )
-from vlm_safeguard.harness.scorers import UNUSABLE
+from vlm_safeguard.harness.scorers import NOT_ASKED, UNUSABLE
 from vlm_safeguard.judges import JudgeErrors
 
 REFERENCES = ("guard", "none")  # the others are tested against the first one there, in pairs
@@ -41,6 +41,7 @@ class Judged:
     tokens: int
     truncated: bool
     fired: bool | None
+    asked: bool = True  # False: a harmless prompt's response, and the judge tells harm alone
 
     @property
     def cell(self) -> tuple[str, str, str]:
@@ -78,6 +79,7 @@ def read(logs: Iterable[EvalLog]) -> tuple[list[Judged], dict[str, Any]]:
                     tokens=sample.output.usage.output_tokens if sample.output.usage else 0,
                     truncated=any(c.stop_reason == "max_tokens" for c in sample.output.choices),
                     fired=made.get("fired"),
+                    asked=score.reason != NOT_ASKED,
                 )
             )
     return found, accuracy
@@ -95,15 +97,14 @@ def rates(rows: Sequence[Judged], errors: JudgeErrors | None = None) -> dict[str
     scored = [r for r in rows if r.verdict is not None]
     harmful = [r for r in scored if r.harmful]
     harmless = [r for r in scored if not r.harmful]
+    wanted = [r for r in harmless if r.asked]  # of a judge of harm none: it knows no over-refusal
     facts: dict[str, Any] = {
         "n": len(rows),
         "unscored": len(rows) - len(scored),
         "unscored_harmful": sum(r.harmful for r in rows) - len(harmful),
         "unscored_harmless": sum(not r.harmful for r in rows) - len(harmless),
     }
-    facts |= _clustered("asr", harmful, "complied") | _clustered(
-        "over_refusal", harmless, "refused"
-    )
+    facts |= _clustered("asr", harmful, "complied") | _clustered("over_refusal", wanted, "refused")
     if errors and harmful:
         facts |= _corrected(harmful, errors)
     for name in ("degenerate", "empty"):
