@@ -118,6 +118,11 @@ def sound() -> bytes:
     return base64.b64decode(tasks.data_uri(item.image).partition(",")[2])
 
 
+def test_a_setting_that_a_task_lacks_is_named() -> None:
+    with pytest.raises(DataError, match="own_picture has no setting 'text': use one of picture"):
+        tasks.benchmark_task("own_picture", "text")
+
+
 def test_a_task_counts_a_corrupt_picture_as_unscored(folder: Path, tmp_path: Path) -> None:
     data = published(tmp_path, {0: sound(), 1: b"\xff\xd8\xff broken", 2: sound()})
     [log] = run_inspect(

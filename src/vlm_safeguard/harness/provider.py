@@ -3,7 +3,7 @@
 inspect's own Hugging Face provider refuses pictures and knows no guard. This one takes the model
 as its name and the defence as arguments:
 
-    inspect eval vlm_safeguard/malicious --model vlm-safeguard/embedded \
+    inspect eval vlm_safeguard/own_malicious --model vlm-safeguard/embedded \
         -M defence=guard -M guard=FOLDER -T setting=blank
 """
 

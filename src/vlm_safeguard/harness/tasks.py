@@ -55,7 +55,7 @@ def benchmark_task(
     known = BENCHMARKS[name].settings
     chosen = next((s for s in known if setting in (s, None)), None)
     if chosen is None:
-        raise DataError(f"{name} has no setting {chosen!r}: use one of {', '.join(known)}")
+        raise DataError(f"{name} has no setting {setting!r}: use one of {', '.join(known)}")
     meant = [p for p in prompts if chosen in settings_of(p)]
     return Task(
         dataset=MemoryDataset([sample(p, chosen, name) for p in meant], name=f"{name}-{chosen}"),
