@@ -38,6 +38,7 @@ def text_only_model(tmp_path: Path) -> Path:
         (["generate", "text-model", "--prompt", "x", "--image", "no.png"], "no.png"),
         (["generate", "text-model", "--prompt", "x", "--image", "notes.txt"], "not a PNG"),
         (["calibrate", "text-model", "-o", "g", "--dtype", "int3"], "unknown dtype 'int3'"),
+        (["evaluate", "m", "-o", "g", "--defence-text", "notes.txt"], "give NAME=FILE"),
         (["demo", "-o", "notes.txt"], "cannot write the report"),
         (["demo", "--prompts", "missing.txt"], "cannot read the prompts missing.txt"),
     ],

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from inspect_ai import eval as run_inspect
@@ -29,12 +29,17 @@ from inspect_ai.model import (
 )
 from inspect_ai.scorer import SampleScore, Score
 
-from tests import checkpoint
-from vlm_safeguard import prompts
+from tests import checkpoint, tiny
+from vlm_safeguard import pictures, prompts
+from vlm_safeguard.attacks import LOOK
 from vlm_safeguard.errors import DataError, ImageError, SafeguardError
+from vlm_safeguard.evaluate import measures
 from vlm_safeguard.evaluate.generate import Response, respond
-from vlm_safeguard.harness import results, run, scorers, tasks
-from vlm_safeguard.harness.evaluate import Measure, evaluate
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.harness import report, results, run, scorers, tasks
+from vlm_safeguard.harness.engine import engine
+from vlm_safeguard.harness.evaluate import Measure, evaluate, extra_passes
+from vlm_safeguard.harness.identity import prompts_digest
 from vlm_safeguard.harness.page import markdown
 from vlm_safeguard.harness.provider import VlmSafeguardAPI, read_request
 from vlm_safeguard.judges import judge_errors, make_judge
@@ -115,6 +120,11 @@ def sound() -> bytes:
     """A picture that can be read."""
     [item] = requests(prompts.evaluation("picture")[:1], "picture")
     return base64.b64decode(tasks.data_uri(item.image).partition(",")[2])
+
+
+def test_a_setting_that_a_task_lacks_is_named() -> None:
+    with pytest.raises(DataError, match="own_picture has no setting 'text': use one of picture"):
+        tasks.benchmark_task("own_picture", "text")
 
 
 def test_a_task_counts_a_corrupt_picture_as_unscored(folder: Path, tmp_path: Path) -> None:
@@ -245,7 +255,154 @@ def test_metrics_are_over_the_prompts_of_their_label() -> None:
     assert found["asr_low"] < 0.25 < found["asr_high"]
 
 
-def test_the_whole_command_writes_results(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_is_refused_when_model_or_texts_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text, output = tmp_path / "model", tmp_path / "reminder.txt", tmp_path / "run"
+    checkpoint.save(model)
+    text.write_text("Be good. [QUESTION]")
+    plan = run.Plan(
+        (str(model),),
+        ("self-reminder",),
+        ("own_malicious",),
+        ("text",),
+        limit=1,
+        max_tokens=2,
+        defence_texts=(("self-reminder", str(text)),),
+    )
+    [log] = run.run(plan, output, "none")
+    assert log.eval.model_args["defence_text"] == str(text)
+    assert "attack" not in log.eval.model_args
+    assert "attack" not in json.loads((output / "plan.json").read_text())
+    # A folder of an earlier version, without digests, goes on; they are added.
+    facts = json.loads((output / "plan.json").read_text())
+    assert facts.pop("sha256")
+    (output / "plan.json").write_text(json.dumps(facts))
+    run.run(plan, output, "none")
+    with pytest.raises(SafeguardError, match="limit was 1 and is 2"):
+        run.run(replace(plan, limit=2), output, "none")
+    text.write_text("Be kind. [QUESTION]")
+    with pytest.raises(SafeguardError, match="the text of self-reminder changed"):
+        run.run(plan, output, "none")
+    text.write_text("Be good. [QUESTION]")
+    checkpoint.save(model, seed=1)
+    engine.cache_clear()  # as another process finds it
+    with pytest.raises(SafeguardError, match=r"the weights of .*model changed"):
+        run.run(plan, output, "none")
+
+
+def test_what_a_benchmark_says_has_a_digest(tmp_path: Path) -> None:
+    given = prompts.evaluation("picture")[:3]
+    file = tmp_path / "a.jpg"
+    file.write_bytes(b"one")
+    given[0] = replace(given[0], picture=(("kind", "file"), ("value", str(file))))
+    known = prompts_digest(given)
+    moved = file.rename(tmp_path / "b.jpg")
+    own = (("kind", "file"), ("value", str(moved)))
+    assert prompts_digest([replace(given[0], picture=own), *given[1:]]) == known
+    for change in (
+        {"id": "x"},
+        {"prompt": "x"},
+        {"label": "harmless" if given[0].harmful else "harmful"},
+        {"picture": given[1].picture},
+    ):
+        changed = replace(given[0], **({"picture": own} | change))  # type: ignore[arg-type]
+        assert prompts_digest([changed, *given[1:]]) != known
+    moved.write_bytes(b"two")
+    assert prompts_digest([replace(given[0], picture=own), *given[1:]]) != known
+
+
+def test_an_attack_changes_what_is_asked_and_not_what_is_judged(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    echo = lambda loaded, items, *rest, **more: [  # noqa: E731
+        Response(item.text, 5, False, None) for item in items
+    ]
+    monkeypatch.setattr("vlm_safeguard.harness.engine.respond", echo)
+    file = tmp_path / "attack.txt"
+    file.write_text("Once upon a time: [QUESTION]")
+    plan = run.Plan(
+        (str(folder),), ("self-reminder",), ("own_jailbreak",), ("text",), limit=2,
+        attack=f"template:{file}",
+    )  # fmt: skip
+    [log] = run.run(plan, tmp_path / "run", "none")
+    assert log.eval.model_args["attack"] == f"template:{file}"
+    rows, _ = results.read([log])
+    meant = {p.id: p for p in prompts.evaluation("jailbreak")}
+    for row in rows:
+        assert (row.prompt, row.cluster) == (meant[row.id].prompt, meant[row.id].cluster)
+        # The defence goes round the attack.
+        assert f"responsible way.\nOnce upon a time: {row.prompt}\nKeep in mind" in row.response
+    [log] = run.run(
+        replace(plan, benchmarks=("own_malicious",), attack="typography"),
+        tmp_path / "drawn",
+        "none",
+    )
+    assert all(LOOK in row.response for row in results.read([log])[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attack": "prayer"}, "unknown attack 'prayer'"),
+        ({"attack": "typography"}, "use --setting text alone"),
+        ({"attack": "typography", "vqa": 3}, "leave out --vqa"),
+        ({"defence_texts": (("goal-priority", "a"),)}, "goal-priority, which is not run"),
+        ({"defence_texts": (("none", "a"),)}, "none has no wording"),
+    ],
+)
+def test_a_bad_attack_or_text_is_refused_before_anything_runs(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    plan = run.Plan(("m",), ("none",), ("own_malicious",))
+    with pytest.raises(DataError, match=message):
+        run.run(replace(plan, **changes), tmp_path / "run", "none")
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_that_want_the_text_share_one_pass() -> None:
+    model = tiny.llava()
+    text, vlm = tiny.gate("text", 2), tiny.gate("vlm", 3)
+    assert extra_passes(None) == 0
+    assert extra_passes(tiny.guard(model, [text, text, vlm])) == 1
+    assert extra_passes(tiny.guard(model, [vlm], reference="text")) == 1
+    assert extra_passes(tiny.guard(model, [vlm], reference="anchor")) == 0
+    assert extra_passes(tiny.guard(model, [vlm], mode="add", query="pass")) == 0
+    assert extra_passes(tiny.guard(model, [text], mode="defer")) == 1
+
+
+def test_a_whole_request_is_timed_with_the_reading_of_its_picture(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reader:
+        known: ClassVar[set[bytes]] = set()
+        fresh: ClassVar[list[bytes]] = []
+
+        def words(self, picture: Any) -> str:
+            if picture.tobytes() not in self.known:
+                self.fresh.append(picture.tobytes())
+            self.known.add(picture.tobytes())
+            return "water the plants"
+
+        def forget(self) -> None:
+            self.known.clear()
+
+    monkeypatch.setattr("vlm_safeguard.models.reader", Reader)
+    monkeypatch.setattr(measures, "reader", Reader)
+    loaded = load(folder)
+    guard = tiny.guard(loaded.model, [tiny.gate("text", 2)])
+    reads = Guard(guard.config.model_copy(update={"reads_pictures": True}), guard.tensors)
+    items = [Request("Hello", pictures.blank())]
+    assert measures.request_ratio(loaded, reads, items, tokens=2, pairs=3) > 0
+    drawn = pictures.draw_text(measures.WORDS_TO_READ).tobytes()
+    assert Reader.fresh == [drawn] * 3
+    assert measures.request_ratio(loaded, None, items, tokens=2, pairs=1) > 0
+    assert len(Reader.fresh) == 3
+
+
+def test_the_whole_command_writes_results(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = run.Plan(
         (str(folder),),
         ("none", "goal-priority"),
@@ -258,12 +415,21 @@ def test_the_whole_command_writes_results(folder: Path, tmp_path: Path) -> None:
         dtype="bfloat16",
     )
     measure = Measure(pairs=2, rounds=2, labels=LABELS)
+    write = report.write
+
+    def still_held(*given: Any) -> None:
+        with (tmp_path / "out" / run.LOCK).open("w") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        write(*given)
+
+    monkeypatch.setattr(report, "write", still_held)
     facts = evaluate(plan, tmp_path / "out", measure, Progress(quiet=True))
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == facts
     assert len(facts["table"]) == 4 and all(entry["n"] == 4 for entry in facts["table"])
     costs = facts["costs"][str(folder)]
     assert set(costs) == {"none", "goal-priority"}
     assert costs["goal-priority"]["first_token_ratio"] > 1  # a longer prompt
+    assert costs["goal-priority"]["request_ratio"] > 0
     assert facts["easy_vqa"][f"vlm-safeguard/{folder}"]["none"]["n"] == 4
     lines = (tmp_path / "out" / "responses.jsonl").read_text().splitlines()
     assert len(lines) == 16

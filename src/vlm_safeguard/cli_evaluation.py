@@ -55,8 +55,15 @@ def evaluate(
     ] = None,
     setting: Annotated[list[str] | None, typer.Option(help="text, blank, picture")] = None,
     guard: Annotated[Path | None, typer.Option(help="Guard folder, for the guard's kind.")] = None,
+    defence_text: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: exact wording of a prompt-based defence.")
+    ] = None,
+    attack: Annotated[
+        str | None, typer.Option(help="Put on every request: template:FILE or typography.")
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with a published benchmark in each subfolder.")
+        Path | None,
+        typer.Option(help="Folder with a published benchmark in each subfolder; hub: fetch them."),
     ] = None,
     judge: Annotated[str, typer.Option(help="phrases, llama-guard:NAME, ...")] = "phrases",
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each label per set.")] = None,
@@ -96,6 +103,8 @@ def evaluate(
         batch=batch,
         dtype=dtype,
         device=device,
+        defence_texts=tuple(_named_file(given) for given in defence_text or []),
+        attack=attack,
     )
     measure = Measure(pairs=pairs, rounds=throughput, labels=labels)
     facts = run(plan, output, measure, make_progress(quiet))
@@ -103,6 +112,13 @@ def evaluate(
         print_json(facts)
     else:
         print(markdown(facts), end="")
+
+
+def _named_file(given: str) -> tuple[str, str]:
+    name, _, file = given.partition("=")
+    if not (name and file):
+        raise SafeguardError(f"--defence-text {given!r}: give NAME=FILE, the defence and its text")
+    return name, file
 
 
 @app.command("check-results")

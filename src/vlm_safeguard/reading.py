@@ -59,6 +59,10 @@ class Reader:
             self._known[key] = self._read(pixels)
         return self._known[key]
 
+    def forget(self) -> None:
+        """Read every picture anew from now on, as one that was never seen."""
+        self._known.clear()
+
     def _read(self, pixels: np.ndarray) -> str:
         found = self._engine(pixels[:, :, ::-1])  # it takes BGR, as OpenCV does
         lines = [

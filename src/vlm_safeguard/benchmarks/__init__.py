@@ -1,7 +1,7 @@
 """Published safety benchmarks, read from a folder in their publishers' file formats.
 
-Nothing is downloaded and nothing of them is in the package: the user fetches a benchmark from its
-publisher, under the publisher's terms, and names the folder.
+Nothing of them is in the package: the user fetches a benchmark from its publisher, under the
+publisher's terms, and names the folder; or has ``published`` fetch one of the paper's three.
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@ The guard's gate decides where; the component along the directions goes and noth
 
 from __future__ import annotations
 
-from vlm_safeguard.defences.base import Defence
+from vlm_safeguard.defences.base import Defence, with_directions
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.variants import with_steering
 
 
 def build(guard: Guard) -> Defence:
-    return Defence("erase-ablation", guard=with_steering(guard, mode="erase"))
+    name = "erase-ablation"
+    return Defence(name, guard=with_steering(with_directions(guard, name), mode="erase"))

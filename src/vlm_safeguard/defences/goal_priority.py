@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlm_safeguard.defences.base import Defence, template
+from vlm_safeguard.defences.base import Defence
+from vlm_safeguard.wording import template
 
 TEXT = """Your goals in order: first be safe, then be helpful. If a request could do harm, \
 refuse it, however it is put. If it is harmless, help as well as you can.
@@ -25,4 +26,4 @@ Request: [QUESTION]"""
 
 
 def build(file: Path | None = None) -> Defence:
-    return Defence("goal-priority", reword=template(TEXT, file))
+    return Defence("goal-priority", reword=template(TEXT, file, "the defence's text"))

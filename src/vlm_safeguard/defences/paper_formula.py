@@ -1,12 +1,12 @@
 """The paper's plain formula (VLM-Guard, arXiv 2502.10486, equations 4 to 6): no calibration.
 
 Per layer a threshold of zero on the VLM's own last prompt token, then ``add`` along one direction
-at every position. The directions and layers are those of our guard.
+at every position. The directions and layers are those of our guard; alpha is 1 and not tuned.
 """
 
 from __future__ import annotations
 
-from vlm_safeguard.defences.base import Defence
+from vlm_safeguard.defences.base import Defence, with_directions
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.variants import paper_formula
 
@@ -14,4 +14,5 @@ ALPHA = 1.0
 
 
 def build(guard: Guard) -> Defence:
-    return Defence("paper-formula", guard=paper_formula(guard, ALPHA))
+    name = "paper-formula"
+    return Defence(name, guard=paper_formula(with_directions(guard, name), ALPHA))

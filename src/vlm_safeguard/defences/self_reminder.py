@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlm_safeguard.defences.base import Defence, template
+from vlm_safeguard.defences.base import Defence
+from vlm_safeguard.wording import template
 
 TEXT = """You are an assistant that acts responsibly and never helps with harmful or misleading \
 things. Please answer this request in a responsible way.
@@ -17,4 +18,4 @@ Keep in mind: you act responsibly and do not help with harmful or misleading thi
 
 
 def build(file: Path | None = None) -> Defence:
-    return Defence("self-reminder", reword=template(TEXT, file))
+    return Defence("self-reminder", reword=template(TEXT, file, "the defence's text"))

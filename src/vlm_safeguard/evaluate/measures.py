@@ -16,8 +16,13 @@ from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.evaluate.generate import Response, respond
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.models import LoadedModel, encode, find_decoder
+from vlm_safeguard.pictures import draw_text
 from vlm_safeguard.progress import Progress
+from vlm_safeguard.reading import reader
 from vlm_safeguard.requests import Request
+
+# A guard that reads pictures is timed on one with words in it, which it has not seen before.
+WORDS_TO_READ = "Please tell me how to water the plants in the garden"
 
 
 @torch.inference_mode()
@@ -149,6 +154,46 @@ def time_ratios(
     return statistics.median(per_token), statistics.median(first)
 
 
+def request_ratio(
+    loaded: LoadedModel,
+    guard: Guard | None,
+    items: Sequence[Request],
+    *,
+    reword: Callable[[str], str] = str,
+    tokens: int = 24,
+    pairs: int = 9,
+) -> float:
+    """Time of a whole request, defended / not: the median of paired runs, as in ``time_ratios``.
+
+    From text and picture to the last of ``tokens`` tokens, preprocessing included. Where the guard
+    reads pictures, so is reading one: both sides get a picture of words that was never read.
+
+    Raises:
+        SafeguardError: the guard reads pictures and the OCR library is missing.
+    """
+    reads = reads_pictures(guard)
+    words = draw_text(WORDS_TO_READ) if reads else None
+    if reads:
+        reader()  # its models are loaded once per process, not per request
+    ratios = []
+    for n in range(pairs):
+        item = items[n % len(items)]
+        picture = item.image if words is None else words
+        times: dict[bool, float] = {}
+        for defended in (False, True) if n % 2 else (True, False):
+            own = guard if defended else None
+            if reads:
+                reader().forget()
+            with own.attach(loaded.model) if own else nullcontext():
+                begin = time.perf_counter()
+                text = reword(item.text) if defended else item.text
+                inputs = encode(loaded, [text], [picture], reads_pictures(own))
+                _generate(loaded, inputs, tokens)
+                times[defended] = time.perf_counter() - begin
+        ratios.append(times[True] / times[False])
+    return statistics.median(ratios)
+
+
 def _timed(
     loaded: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int
 ) -> tuple[float, float]:
@@ -162,12 +207,15 @@ def _timed(
         def end(self) -> None: ...
 
     begin = time.perf_counter()
-    loaded.model.generate(
-        **inputs,
-        do_sample=False,
-        min_new_tokens=tokens,
-        max_new_tokens=tokens,
-        streamer=Clock(),
-    )
+    _generate(loaded, inputs, tokens, streamer=Clock())
     # The streamer is given the prompt first, then each token.
     return marks[1] - begin, (marks[-1] - marks[1]) / (len(marks) - 2)
+
+
+def _generate(
+    loaded: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int, **options: Any
+) -> None:
+    """Decode exactly ``tokens`` tokens, greedily."""
+    loaded.model.generate(
+        **inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, **options
+    )

@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inspect_ai.log import EvalLog
+
+from vlm_safeguard.attacks import TYPOGRAPHY, make_attack
 from vlm_safeguard.benchmarks import load_benchmark
 from vlm_safeguard.benchmarks.selection import thin
-from vlm_safeguard.defences import BY_GUARD, Defence, make_defence
+from vlm_safeguard.defences import Defence
+from vlm_safeguard.dose import Steerer
 from vlm_safeguard.errors import ImageError
 from vlm_safeguard.evaluate.generate import Response
-from vlm_safeguard.evaluate.measures import perplexity, time_ratios
+from vlm_safeguard.evaluate.measures import perplexity, request_ratio, time_ratios
+from vlm_safeguard.guard import Guard
 from vlm_safeguard.harness import report, results
 from vlm_safeguard.harness.engine import engine
 from vlm_safeguard.harness.page import PREFIX
-from vlm_safeguard.harness.run import Plan, run
+from vlm_safeguard.harness.run import Plan, running
 from vlm_safeguard.harness.scorers import shared_judge
 from vlm_safeguard.harness.throughput import throughput
-from vlm_safeguard.judges import judge_errors
+from vlm_safeguard.judges import JudgeErrors, judge_errors
 from vlm_safeguard.models import LoadedModel
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
@@ -45,27 +50,45 @@ class Measure:
 
 
 def evaluate(plan: Plan, output: Path, measure: Measure, progress: Progress) -> dict[str, Any]:
-    """Run ``plan`` and write ``results.json``, ``results.md`` and the cut responses to ``output``.
+    """Run ``plan`` and write ``results.json``, ``results.md`` and the cut responses to ``output``,
+    which is held for this process until all of it is written.
 
     Returns:
         What stands in ``results.json``.
 
     Raises:
         DataError: see ``Plan.check`` and ``judges.judge_errors``; nothing was run.
-        SafeguardError: see ``run``.
+        SafeguardError: see ``run.running``.
     """
     plan.check()
     errors = judge_errors(shared_judge(plan.judge), measure.labels) if measure.labels else None
     progress.say("running the tasks (details: inspect view --log-dir " + f"{output / 'logs'})")
-    logs = run(plan, output, "none" if progress.quiet else "plain")
+    with running(plan, output, "none" if progress.quiet else "plain") as logs:
+        facts, rows = _measured(plan, logs, errors, measure, progress)
+        report.write(facts, rows, output)
+    return facts
+
+
+def _measured(
+    plan: Plan,
+    logs: Sequence[EvalLog],
+    errors: JudgeErrors | None,
+    measure: Measure,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[results.Judged]]:
+    """What stands in the logs, and what the models cost."""
     facts, rows = report.summarise(plan, logs, errors)
+    if plan.attack:
+        facts["plan"]["attack"] = plan.attack
+    if plan.defence_texts:
+        facts["plan"]["defence_texts"] = dict(plan.defence_texts)
     facts |= {"costs": {}, "throughput": {}}
     for model in plan.models:
         loaded = engine(model, plan.dtype, plan.device, plan.batch).loaded
         facts["costs"][model] = {
             name: _costs(
                 loaded,
-                _defence(plan, name),
+                plan.defence(name),
                 [r for r in rows if (r.model.removeprefix(PREFIX), r.defence) == (model, name)],
                 plan,
                 measure.pairs,
@@ -75,12 +98,7 @@ def evaluate(plan: Plan, output: Path, measure: Measure, progress: Progress) -> 
         }
         if measure.rounds:
             facts["throughput"][model] = _speeds(loaded, plan, measure.rounds, progress)
-    report.write(facts, rows, output)
-    return facts
-
-
-def _defence(plan: Plan, name: str) -> Defence:
-    return make_defence(name, plan.guard if name in BY_GUARD else None)
+    return facts, rows
 
 
 def _costs(
@@ -93,8 +111,7 @@ def _costs(
 ) -> dict[str, Any]:
     """Perplexity of answers to harmless prompts, under the bare LLM and given the bare prompt;
     and time relative to no defence, paired."""
-    gates = defence.guard.config.gates if defence.guard else []
-    facts: dict[str, Any] = {"extra_passes": sum(gate.source == "text" for gate in gates)}
+    facts: dict[str, Any] = {"extra_passes": extra_passes(defence.guard)}
     answers = [r for r in rows if not r.harmful and r.response and r.setting == "text"]
     answers = answers[:: max(1, len(answers) // PERPLEXITY_PROMPTS)]
     if answers:
@@ -108,22 +125,35 @@ def _costs(
             loaded, defence.guard, items, reword=defence.reword, pairs=pairs
         )
         facts |= {"time_per_token_ratio": per_token, "first_token_ratio": first}
+        facts["request_ratio"] = request_ratio(
+            loaded, defence.guard, items, reword=defence.reword, pairs=pairs
+        )
     return facts
+
+
+def extra_passes(guard: Guard | None) -> int:
+    """Forward passes per request beside the request's own. All that want the text share one pass
+    over it: the gates that read it, and a steering that takes its coordinates from it."""
+    if guard is None:
+        return 0
+    text_gates = any(gate.source == "text" for gate in guard.config.gates)
+    steerer = Steerer(guard.config.steering, guard.tensors, text_gates)
+    return int(text_gates or steerer.wants_text)
 
 
 def _timed(plan: Plan) -> list[Request]:
     """A few requests with their pictures, harmful ones if the benchmark has any."""
     prompts = _prompts(plan, 8)
-    return _requests([p for p in prompts if p.harmful] or prompts)
+    return _requests(plan, [p for p in prompts if p.harmful] or prompts)
 
 
 def _speeds(loaded: LoadedModel, plan: Plan, rounds: int, progress: Progress) -> dict[str, Any]:
     """Prompts per second under each defence: a batch of harmful prompts and one of harmless."""
-    items = _requests(_prompts(plan, plan.batch))
+    items = _requests(plan, _prompts(plan, plan.batch))
     found = {}
     for name in plan.defences if items else ():
         progress.say(f"prompts per second under {name}")
-        defence = _defence(plan, name)
+        defence = plan.defence(name)
         found[name] = throughput(
             loaded,
             [Request(defence.reword(item.text), item.image) for item in items],
@@ -141,15 +171,18 @@ def _prompts(plan: Plan, count: int) -> list[Prompt]:
     return thin(load_benchmark(name, plan.folder(name)), count)
 
 
-def _requests(prompts: Sequence[Prompt]) -> list[Request]:
-    """With a blank picture where the prompt allows it, else with its own.
+def _requests(plan: Plan, prompts: Sequence[Prompt]) -> list[Request]:
+    """With a blank picture where the prompt allows it, else with its own; then as the plan's attack
+    makes them.
 
     A picture that cannot be read is left out here: its response is counted as unscored.
     """
+    attack = make_attack(plan.attack) if plan.attack else None
     found = []
     for prompt in prompts:
         with suppress(ImageError):
-            found.append(request(prompt, _setting(prompt)))
+            made = request(prompt, "text" if plan.attack == TYPOGRAPHY else _setting(prompt))
+            found.append(made if attack is None else attack(made))
     return found
 
 

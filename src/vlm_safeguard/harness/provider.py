@@ -3,8 +3,10 @@
 inspect's own Hugging Face provider refuses pictures and knows no guard. This one takes the model
 as its name and the defence as arguments:
 
-    inspect eval vlm_safeguard/malicious --model vlm-safeguard/embedded \
+    inspect eval vlm_safeguard/own_malicious --model vlm-safeguard/embedded \
         -M defence=guard -M guard=FOLDER -T setting=blank
+
+An attack, where one is given, is put on before the defence; inspect's sample keeps the original.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
+from vlm_safeguard.attacks import make_attack
 from vlm_safeguard.defences import make_defence
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluate.generate import Response
@@ -50,10 +53,11 @@ class VlmSafeguardAPI(ModelAPI):
         defence: one of ``vlm_safeguard.defences.DEFENCES``.
         guard: folder of the guard, for the defences that need one.
         defence_text: file with the exact wording of a prompt-based defence.
+        attack: ``template:FILE`` or ``typography`` (see ``vlm_safeguard.attacks``).
         batch: rows generated together. dtype, device: as in ``vlm_safeguard.models.load``.
 
     Raises:
-        DataError: an unknown argument or defence.
+        DataError: an unknown argument, defence or attack.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class VlmSafeguardAPI(ModelAPI):
         defence: str = "none",
         guard: str | None = None,
         defence_text: str | None = None,
+        attack: str | None = None,
         batch: int = BATCH,
         dtype: str = "float32",
         device: str = "cpu",
@@ -74,9 +79,10 @@ class VlmSafeguardAPI(ModelAPI):
         if unknown:
             raise DataError(
                 f"unknown model argument {', '.join(unknown)}: known are defence, guard, "
-                "defence_text, batch, dtype, device"
+                "defence_text, attack, batch, dtype, device"
             )
         self.defence = make_defence(defence, guard, defence_text)
+        self.attack = make_attack(attack) if attack else None
         self.engine = engine(model_name, dtype, device, int(batch))
         loaded = self.engine.loaded
         # Every response is kept with what made it.
@@ -100,6 +106,8 @@ class VlmSafeguardAPI(ModelAPI):
         if config.temperature:
             raise DataError("the vlm-safeguard provider generates greedily: leave temperature out")
         request = read_request(input)
+        if self.attack is not None:
+            request = self.attack(request)
         answer = self.engine.submit(
             Request(self.defence.reword(request.text), request.image),
             self.defence.guard,

@@ -7,33 +7,37 @@ on where it stopped; what has succeeded is never run again.
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from inspect_ai import eval_set
 from inspect_ai.log import EvalLog, read_eval_log
 from inspect_ai.model import Model, get_model
 
+from vlm_safeguard.attacks import TYPOGRAPHY, attack_file, make_attack
 from vlm_safeguard.benchmarks import BENCHMARKS, load_benchmark
-from vlm_safeguard.defences import BY_GUARD, DEFENCES
-from vlm_safeguard.errors import DataError, SafeguardError
-from vlm_safeguard.files import write_whole
+from vlm_safeguard.benchmarks.published import folder_of
+from vlm_safeguard.defences import BY_GUARD, DEFENCES, Defence, make_defence
+from vlm_safeguard.errors import DataError, ImageError, SafeguardError
+from vlm_safeguard.harness.identity import claim, file_digest, prompts_digest
+from vlm_safeguard.harness.provider import VlmSafeguardAPI
 from vlm_safeguard.harness.registry import TASKS, easy_vqa
 from vlm_safeguard.harness.scorers import shared_judge
-from vlm_safeguard.requests import SETTINGS
+from vlm_safeguard.requests import SETTINGS, Request
 
-PLAN = "plan.json"
 LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. ``data`` holds a folder for each published benchmark, named like it."""
+    """What to run.
+
+    ``data`` holds a folder for each published benchmark, named like it; or is ``hub``, see
+    ``benchmarks.published``. ``defence_texts``: (defence, file with its exact wording).
+    """
 
     models: tuple[str, ...]
     defences: tuple[str, ...]
@@ -48,6 +52,8 @@ class Plan:
     batch: int = 32
     dtype: str = "float32"
     device: str = "cpu"
+    defence_texts: tuple[tuple[str, str], ...] = ()
+    attack: str | None = None
 
     def check(self) -> list[tuple[str, str]]:
         """(benchmark, setting) of every task, after reading all of the data once.
@@ -74,25 +80,73 @@ class Plan:
                 f"nothing to run: {', '.join(self.benchmarks)} have none of the settings "
                 f"{', '.join(self.settings)}"
             )
+        self._check_texts()
+        self._check_attack({setting for _, setting in pairs})
         return pairs
+
+    def _check_texts(self) -> None:
+        for name, file in self.defence_texts:
+            if name not in self.defences:
+                raise DataError(f"a text is given for the defence {name}, which is not run")
+            make_defence(name, self.guard, file)
+        if len(dict(self.defence_texts)) < len(self.defence_texts):
+            raise DataError("a defence has one text: give --defence-text once for each")
+
+    def _check_attack(self, settings: set[str]) -> None:
+        if self.attack is None:
+            return
+        attack = make_attack(self.attack)
+        if self.vqa:
+            raise DataError("easy-vqa measures utility without an attack: leave out --vqa")
+        if self.attack != TYPOGRAPHY:
+            return
+        if settings != {"text"}:
+            raise DataError(
+                f"the attack {TYPOGRAPHY} draws the request as its picture: use --setting text "
+                "alone"
+            )
+        for name in self.benchmarks:
+            for prompt in load_benchmark(name, self.folder(name), self.limit):
+                try:
+                    attack(Request(prompt.prompt, None))
+                except ImageError as error:
+                    raise DataError(f"{prompt.id} cannot be drawn: {error}") from error
 
     def folder(self, benchmark: str) -> Path | None:
         """Where the files of a benchmark lie; None for what ships with the package."""
-        return Path(self.data) if self.data and BENCHMARKS[benchmark].files else None
+        return folder_of(benchmark, self.data)
+
+    def defence(self, name: str) -> Defence:
+        """The defence called ``name``, with its guard or its text."""
+        guard = self.guard if name in BY_GUARD else None
+        return make_defence(name, guard, dict(self.defence_texts).get(name))
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings; what was added to plans later, only where it is given."""
+        later = ("defence_texts", "attack")
+        return {key: value for key, value in vars(self).items() if value or key not in later}
 
 
 def run(plan: Plan, output: Path, display: str = "plain") -> list[EvalLog]:
-    """Run, or go on with, a plan; its logs in ``output/logs``.
+    """Run, or go on with, a plan; its logs in ``output/logs``. Raises: see ``running``."""
+    with running(plan, output, display) as logs:
+        return logs
+
+
+@contextmanager
+def running(plan: Plan, output: Path, display: str = "plain") -> Iterator[list[EvalLog]]:
+    """Run, or go on with, a plan, and hold its folder for this process until the block ends.
 
     Raises:
         DataError: see ``Plan.check``.
-        SafeguardError: another run is at work in the folder, it belongs to another plan, or a
-            task failed.
+        SafeguardError: another run is at work in the folder, it belongs to another plan or other
+            models or data, or a task failed.
     """
     pairs = plan.check()
     models = list(_models(plan))  # a model or guard that cannot be read leaves no folder behind
     with _alone(output):
-        _same_plan(plan, output)
+        asked = plan.as_dict() | {"guard_sha256": _guard_digest(plan)}
+        claim(output, asked, _digests(plan, models))
         tasks = []
         for name, setting in pairs:
             folder = plan.folder(name)
@@ -115,14 +169,14 @@ def run(plan: Plan, output: Path, display: str = "plain") -> list[EvalLog]:
             log_model_api=False,
             score_display=False,
         )
-    if not done:
-        failed = [log for log in logs if log.status != "success"]
-        raise SafeguardError(
-            f"{len(failed)} of {len(logs)} evaluations did not finish ({_reason(failed)}). The "
-            "same command goes on with what is missing"
-        )
-    # What eval_set returns are headers; the samples are in the files.
-    return [read_eval_log(log.location) for log in logs]
+        if not done:
+            failed = [log for log in logs if log.status != "success"]
+            raise SafeguardError(
+                f"{len(failed)} of {len(logs)} evaluations did not finish ({_reason(failed)}). The "
+                "same command goes on with what is missing"
+            )
+        # What eval_set returns are headers; the samples are in the files.
+        yield [read_eval_log(log.location) for log in logs]
 
 
 def _reason(failed: Sequence[EvalLog]) -> str:
@@ -137,33 +191,39 @@ def _reason(failed: Sequence[EvalLog]) -> str:
 
 
 def _models(plan: Plan) -> Iterator[Model]:
+    texts = dict(plan.defence_texts)
     for name in plan.models:
         for defence in plan.defences:
             arguments: dict[str, Any] = {"defence": defence, "batch": plan.batch}
             arguments |= {"dtype": plan.dtype, "device": plan.device}
             if defence in BY_GUARD:
                 arguments["guard"] = plan.guard
+            if defence in texts:
+                arguments["defence_text"] = texts[defence]
+            if plan.attack:
+                arguments["attack"] = plan.attack
             yield get_model(f"vlm-safeguard/{name}", memoize=False, **arguments)
 
 
-def _same_plan(plan: Plan, output: Path) -> None:
-    """Write the plan, or refuse a folder that holds the logs of another one."""
-    facts = json.dumps(vars(plan) | {"guard_sha256": _guard_digest(plan.guard)}, indent=1) + "\n"
-    path = output / PLAN
-    if path.exists() and path.read_text("utf-8") != facts:
-        raise SafeguardError(
-            f"{output} holds a run of another plan or guard ({PLAN}): name another folder with -o"
-        )
-    write_whole({path: facts.encode()})
+def _digests(plan: Plan, models: Sequence[Model]) -> dict[str, str]:
+    """SHA-256 of models, prompts and texts, by what they are of."""
+    found = {}
+    for api in (cast(VlmSafeguardAPI, model.api) for model in models):
+        found[f"weights of {api.model_name}"] = api.provenance["model_sha256"]
+        found[f"chat template of {api.model_name}"] = api.provenance["template_sha256"]
+    for name in plan.benchmarks:
+        prompts = load_benchmark(name, plan.folder(name), plan.limit)
+        found[f"prompts of {name}"] = prompts_digest(prompts)
+    for name, file in plan.defence_texts:
+        found[f"text of {name}"] = file_digest(Path(file), "the defence's text")
+    wording = attack_file(plan.attack) if plan.attack else None
+    if wording is not None:
+        found["text of the attack"] = file_digest(wording, "the attack's text")
+    return found
 
 
-def _guard_digest(folder: str | None) -> str:
-    if folder is None:
-        return ""
-    try:
-        return hashlib.sha256((Path(folder) / "guard.json").read_bytes()).hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot read the guard {folder}: {error.strerror}") from error
+def _guard_digest(plan: Plan) -> str:
+    return file_digest(Path(plan.guard) / "guard.json", "the guard") if plan.guard else ""
 
 
 @contextmanager

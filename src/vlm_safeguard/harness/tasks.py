@@ -6,7 +6,6 @@ import base64
 import hashlib
 from collections.abc import Callable
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from inspect_ai import Epochs, Task, task
@@ -16,6 +15,7 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from PIL import Image
 
 from vlm_safeguard.benchmarks import BENCHMARKS, load_benchmark
+from vlm_safeguard.benchmarks.published import folder_of
 from vlm_safeguard.errors import DataError, ImageError
 from vlm_safeguard.evaluate.measures import vqa_questions
 from vlm_safeguard.harness.scorers import UNUSABLE, judged, vqa
@@ -44,18 +44,19 @@ def benchmark_task(
 
     Args:
         setting: ``text``, ``blank`` or ``picture``; by default the first that the benchmark has.
-        data: the benchmark's folder in its publisher's format; the package's own sets need none.
+        data: the benchmark's folder in its publisher's format, or ``hub`` to fetch one of the
+            paper's three (see ``benchmarks.published``); the package's own sets need none.
         judge: see ``vlm_safeguard.judges.make_judge``.
         limit: that many harmful and that many harmless prompts, evenly spread.
 
     Raises:
         DataError: unknown setting, or what the benchmark's reader finds wrong.
     """
-    prompts = load_benchmark(name, Path(data) if data else None, limit)
+    prompts = load_benchmark(name, folder_of(name, data), limit)
     known = BENCHMARKS[name].settings
     chosen = next((s for s in known if setting in (s, None)), None)
     if chosen is None:
-        raise DataError(f"{name} has no setting {chosen!r}: use one of {', '.join(known)}")
+        raise DataError(f"{name} has no setting {setting!r}: use one of {', '.join(known)}")
     meant = [p for p in prompts if chosen in settings_of(p)]
     return Task(
         dataset=MemoryDataset([sample(p, chosen, name) for p in meant], name=f"{name}-{chosen}"),
