@@ -184,7 +184,7 @@ def request_ratio(
             own = guard if defended else None
             if reads:
                 reader().forget()
-            with own.attach(loaded.model) if own else nullcontext():
+            with own.attach(loaded.model, loaded.processor) if own else nullcontext():
                 begin = time.perf_counter()
                 text = reword(item.text) if defended else item.text
                 inputs = encode(loaded, [text], [picture], reads_pictures(own))

@@ -19,7 +19,7 @@ from vlm_safeguard.errors import DataError, SafeguardError
 from vlm_safeguard.evaluate.rows import read_object
 from vlm_safeguard.files import check_writable
 from vlm_safeguard.harness import results
-from vlm_safeguard.harness.run import PLAN
+from vlm_safeguard.harness.identity import PLAN
 from vlm_safeguard.harness.scorers import NOT_ASKED, UNUSABLE, not_asked
 from vlm_safeguard.judges import Judge, Judgement, make_judge
 from vlm_safeguard.judges.base import Verdict, screen
