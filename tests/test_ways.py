@@ -356,7 +356,11 @@ def test_several_requests_in_one_row_are_refused(model):
     ids = torch.tensor([tiny.words(0, 10)])
     places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
     with always(model).attach(model):
-        for packed in ({"position_ids": places}, {"cu_seq_lens_q": torch.tensor([0, 4, 10])}):
+        for packed in (
+            {"position_ids": places},
+            {"position_ids": torch.stack([places, *[torch.arange(10)[None]] * 3])},  # M-RoPE
+            {"cu_seq_lens_q": torch.tensor([0, 4, 10])},
+        ):
             with pytest.raises(GuardRuntimeError, match="packed"):
                 model(input_ids=ids, **packed)
             with pytest.raises(GuardRuntimeError, match="packed"):
@@ -378,7 +382,8 @@ def test_generate_does_not_compile_the_model_by_itself(model, monkeypatch, by_co
     options.pop("transformers_version", None)
     with always(model).attach(model):
         model.generate(**tiny.batch(tiny.PROMPTS), **options)
-    assert asked == [True]
+        model.generate(**tiny.batch(tiny.PROMPTS), **options, disable_compile=False)
+    assert asked == [True, True]
     assert config.disable_compile is None
 
 
@@ -771,6 +776,31 @@ def test_a_call_beside_a_generation_is_refused_and_leaves_it_alone(model, mixed,
         streamer.go.set()
         thread.join()
     holds(references[:1], *box[0])
+
+
+@pytest.mark.parametrize("threshold", [-1e9, 1e9])
+def test_the_decoder_in_another_thread_is_refused_in_the_middle_of_a_call(model, threshold):
+    """In the middle the hooks work, or let everything pass: but not for somebody else."""
+    made, inputs = always(model, threshold), tiny.batch(tiny.PROMPTS[:1])
+    calls, box = [], []
+
+    def beside(*_):
+        calls.append(1)
+        if len(calls) in (2, 4):  # the prompt (after the text-only pass), and a decoding step
+            ids = torch.tensor([tiny.words(8, 5)])
+            thread, got = _in_thread(model.model.language_model, input_ids=ids)
+            thread.join()
+            box.append(got[0])
+
+    with made.attach(model):
+        expected = generate(model, inputs)
+        handle = find_decoder(model).layers[1].mlp.register_forward_hook(beside)
+        try:
+            undisturbed = generate(model, inputs)
+        finally:
+            handle.remove()
+    assert len(box) == 2 and all(isinstance(one, GuardRuntimeError) for one in box)
+    torch.testing.assert_close(undisturbed[1], expected[1])
 
 
 def test_two_threads_with_a_forward_call_each_get_it_or_an_error(model, mixed):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,10 +35,8 @@ def untraced(hook: Callable) -> Callable:
 
 
 def uncompiled(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of ``generate`` that keep it from compiling the model by itself (static caches)."""
-    config = options.get("generation_config")
-    if config is None:
-        return {**options, "disable_compile": True}
-    config = copy.copy(config)
-    config.disable_compile = True
-    return {**options, "generation_config": config}
+    """Options of ``generate`` that keep it from compiling the model by itself (static caches).
+
+    As an argument, which counts before any ``generation_config``.
+    """
+    return {**options, "disable_compile": True}

@@ -165,6 +165,8 @@ def check_not_packed(options: Mapping[str, Any], mask: Tensor | None = None) -> 
     """
     packed = any(options.get(name) is not None for name in _PACKED)
     places = options.get("position_ids")
+    if isinstance(places, Tensor) and places.ndim == 3 and len(places) == 4:
+        places = places[0]  # M-RoPE: places in the text, then the three that pictures count in
     if mask is not None and isinstance(places, Tensor) and places.ndim == 2:
         both = mask[:, 1:].bool() & mask[:, :-1].bool()
         packed = packed or bool(((places.diff(dim=1) < 0) & both[:, : places.shape[1] - 1]).any())
