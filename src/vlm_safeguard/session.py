@@ -202,7 +202,7 @@ class Session:
         def see(hidden: Tensor) -> Tensor | None:
             if not self._turn.mine and self._hooks.armed:
                 # Another thread, or a call around the model's own: what `_work` says is not for it.
-                return self._refuse(layer, hidden)
+                self._refuse(layer, hidden)
             self._seen.append(layer)
             work = self._work
             return None if work is None else work(layer, hidden)
