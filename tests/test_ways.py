@@ -15,7 +15,7 @@ from transformers import (
     pipeline,
 )
 
-from tests import checkpoint, tiny
+from tests import checkpoint, families, tiny
 from tests.reference import Reference
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
 from vlm_safeguard.models import find_decoder, load
@@ -365,6 +365,24 @@ def test_several_requests_in_one_row_are_refused(model):
                 model(input_ids=ids, **packed)
             with pytest.raises(GuardRuntimeError, match="packed"):
                 model.generate(ids, max_new_tokens=2, **packed)
+
+
+@pytest.mark.parametrize("source", ["text", "vlm"])
+@pytest.mark.parametrize("family", [families.qwen2_vl, families.llava_onevision])
+def test_videos_are_refused(family, source):
+    loaded = family()
+    model, token = loaded.model, loaded.model.config.video_token_id
+    made = tiny.guard(model, [tiny.gate(source, 2)], layers=[2], reference="anchor")
+    ids, pixels = torch.tensor([tiny.words(0, 6)]), torch.randn(8, 24)
+    as_token = {"input_ids": torch.cat([torch.tensor([[token] * 4]), ids], 1)}
+    as_pixels = {"input_ids": ids, "pixel_values_videos": pixels}
+    with made.attach(model), torch.no_grad():
+        for video in (as_token, as_pixels):
+            with pytest.raises(GuardRuntimeError, match="frames as images"):
+                model(**video)
+            with pytest.raises(GuardRuntimeError, match="frames as images"):
+                model.generate(**video, max_new_tokens=2)
+        model(input_ids=ids)
 
 
 @pytest.mark.parametrize("by_config", [True, False])

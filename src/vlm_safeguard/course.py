@@ -177,6 +177,30 @@ def check_not_packed(options: Mapping[str, Any], mask: Tensor | None = None) -> 
         )
 
 
+def video_tokens(model: Any) -> frozenset[int]:
+    """Ids that stand for a video alone, as the model's configuration names them."""
+    config = model.config
+    images = {getattr(config, f"image_token_{kind}", None) for kind in ("id", "index")}
+    found = {getattr(config, f"video_token_{kind}", None) for kind in ("id", "index")}
+    return frozenset(token for token in found - images if isinstance(token, int))
+
+
+def check_no_video(tokens: frozenset[int], ids: Tensor | None, options: Mapping[str, Any]) -> None:
+    """Refuse a request with a video: the text-only reading takes out pictures alone.
+
+    ``tokens`` as from ``video_tokens``, ``ids`` (B, T) of the whole prompt, if it has any.
+
+    Raises:
+        GuardRuntimeError: there is a video's token among the ids, or a video's pixels.
+    """
+    video = options.get("pixel_values_videos") is not None
+    if video or (ids is not None and any(bool((ids == token).any()) for token in tokens)):
+        raise GuardRuntimeError(
+            "requests with videos are not guarded: the guard's gates were set on pictures. Pass "
+            "the frames as images"
+        )
+
+
 def enter_call(
     request: Request | None, cache: Any, past: int, rows: int, length: int, generating: bool
 ) -> Request:

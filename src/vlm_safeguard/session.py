@@ -49,6 +49,7 @@ class Session:
         self._text = TextPass(config, model, gates, self._steerer, self._seen)
         self._layers = sorted(self._text.layers | gates.layers("vlm") | self._steerer.layers)
         self._hooks, self._turn = Hooks(model, decoder), Turn()
+        self._video_tokens = course.video_tokens(model)
         self._work: _Work | None = self._refuse
         self._in_generate = False
         self._request: Request | None = None
@@ -136,6 +137,7 @@ class Session:
                 "an adapter was put on the model or taken off since the guard was attached: the "
                 "guard belongs to the weights it was calibrated on"
             )
+        course.check_no_video(self._video_tokens, ids, options)
         request, mask = course.begin(
             self.config,
             self.markup,
