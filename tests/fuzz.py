@@ -70,7 +70,7 @@ def sound(kind: str, seed: int = 0) -> Files:
     if kind == "add":
         steering |= {"alpha": 0.5, "query": "pass", "positions": "all", "tokens": None}
         steering["soft"] = 2.5
-        gates[0] |= {"per_layer": True}
+        gates[0] |= {"per_layer": True, "layers": [1, 3]}
     if kind == "defer":
         steering, gates = {"mode": "defer"}, gates[:1]
     tensors = {}
@@ -464,6 +464,12 @@ def check_settings(data: bytes) -> dict[str, Any]:
     must(is_number(steering.get("soft", 0), 1e20) and steering.get("soft", 0) >= 0, "soft")
     must(not (defers and steering.get("soft", 0)), "no soft gate with defer")
     must(steering.get("tokens") is None or is_int(steering["tokens"], 1, 10**6), "tokens")
+    steered = steering.get("layers", [])
+    for gate in () if defers else gates:
+        if gate.get("per_layer", False):
+            must(any(layer in steered for layer in gate["layers"]), "a layer gate reaches a layer")
+        elif gate["source"] == "vlm" and steering.get("tokens") == 1:
+            must(max(gate["layers"]) <= max(steered), "a late gate reaches a layer")
     data_files = raw.get("data_sha256", {})
     must(isinstance(data_files, dict) and len(data_files) <= 64, "data files")
     must(all(is_name(k) and is_digest(v) for k, v in data_files.items()), "digests of data")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file, save
@@ -190,6 +190,37 @@ def test_settings_that_make_no_sense_are_refused(folder, changes):
     edit(folder, **changes)
     with pytest.raises(GuardError):
         Guard.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("gate", "steering"),
+    [
+        (tiny.gate("vlm", 1, 5), {"tokens": 1}),
+        (tiny.gate("vlm", 5), {"tokens": 1, "positions": "all"}),
+        (tiny.gate("vlm", 3, per_layer=True), {}),
+        (tiny.gate("text", 1, 3, per_layer=True), {"tokens": 1}),
+    ],
+)
+def test_a_gate_that_could_never_steer_is_refused(model, gate, steering):
+    reachable = tiny.gate("text", 5)
+    with pytest.raises(ValidationError, match="gate 1 "):
+        tiny.guard(model, [reachable, gate], **steering)
+
+
+@pytest.mark.parametrize(
+    ("gate", "steering"),
+    [
+        (tiny.gate("vlm", 5), {"tokens": 2}),
+        (tiny.gate("vlm", 1, 4), {"tokens": 1}),
+        (tiny.gate("vlm", 4, per_layer=True), {"tokens": 1}),
+        (tiny.gate("text", 5), {"tokens": 1}),
+    ],
+)
+def test_a_gate_that_is_taken_does_steer(model, gate, steering):
+    made = tiny.with_thresholds(tiny.guard(model, [gate], **steering), [[-1e9] * len(gate.layers)])
+    with made.attach(model) as session:
+        model.generate(**tiny.batch(tiny.PROMPTS), max_new_tokens=3)
+        assert all(row.decision.fired and row.changed for row in session.attestation.rows)
 
 
 def test_defer_takes_no_layers_and_text_gates_only(model):
@@ -456,21 +487,26 @@ def guards(draw):
     mode = draw(st.sampled_from(["add", "restore", "defer"]))
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
+    steered = [] if mode == "defer" else draw(some)
+    tokens = draw(st.none() | st.integers(1, 10**6))
     gates, tensors = [], {}
     for index in range(draw(st.integers(1, 4))):
         layers = draw(some)
         cuts = draw(st.lists(st.floats(-1e20, 1e20), min_size=len(layers), max_size=len(layers)))
         source = "text" if mode == "defer" else draw(st.sampled_from(["text", "vlm"]))
-        gates.append(
-            Gate(source=source, layers=layers, thresholds=cuts, per_layer=draw(st.booleans()))
-        )
+        alone = draw(st.booleans())
+        if steered and alone:
+            assume(set(layers) & set(steered))
+        elif steered and source == "vlm" and tokens == 1:
+            assume(max(layers) <= max(steered))
+        gates.append(Gate(source=source, layers=layers, thresholds=cuts, per_layer=alone))
         tensors[f"gate.{index}"] = torch.randn(len(layers), width, generator=generator)
     steering = Steering(
         mode=mode,
-        layers=[] if mode == "defer" else draw(some),
+        layers=steered,
         rank=rank,
         alpha=draw(st.floats(0, 1e4)),
-        tokens=draw(st.none() | st.integers(1, 10**6)),
+        tokens=tokens,
         reference=draw(st.sampled_from(["text", "anchor"])),
         query=draw(st.sampled_from(["pass", "text"])),
         positions=draw(st.sampled_from(["generated", "all"])),

@@ -123,6 +123,25 @@ class GuardConfig(_Strict):
             raise ValueError("`defer` is decided before the picture is read: text gates only")
         return self
 
+    @model_validator(mode="after")
+    def _gates_reach_layers(self) -> GuardConfig:
+        """No gate opens without anything to steer (``Request.shares`` says which layers act)."""
+        steering = self.steering
+        if steering.mode == "defer":
+            return self
+        for index, gate in enumerate(self.gates):
+            if gate.per_layer and not set(gate.layers) & set(steering.layers):
+                raise ValueError(
+                    f"gate {index} opens layers one by one, and none of them is steered"
+                )
+            late = gate.source == "vlm" and not gate.per_layer and steering.tokens == 1
+            if late and max(gate.layers) > max(steering.layers):
+                raise ValueError(
+                    f"gate {index} is decided above every steered layer, and with `tokens` 1 no "
+                    "later token is steered: it would open and change nothing"
+                )
+        return self
+
     @field_validator("calibration")
     @classmethod
     def _budget_in_numbers(cls, record: dict[str, Any]) -> dict[str, Any]:
