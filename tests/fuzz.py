@@ -540,6 +540,8 @@ def check_loaded(guard: Guard, files: Files) -> None:
         if name.startswith("directions."):
             exact = values.astype(np.float64)
             must(np.abs(exact @ exact.T - np.eye(rank)).max() < 1.001e-3, "orthonormal")
+        if name.startswith("anchor.") and steering["mode"] == "restore":
+            must(np.linalg.norm(values.astype(np.float64)) > 0.999e-4, "an anchor to restore")
     must(total == len(body), "nothing beside the tensors")
 
 

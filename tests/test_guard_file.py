@@ -192,6 +192,17 @@ def test_settings_that_make_no_sense_are_refused(folder, changes):
         Guard.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("reference", ["text", "anchor"])
+@pytest.mark.parametrize("size", [0.0, 1e-6])
+def test_erase_under_the_name_of_restore_is_refused(model, size, reference):
+    sound = tiny.guard(model, GATES, reference=reference)
+    tensors = sound.tensors | {"anchor.2": torch.full((3,), size)}
+    with pytest.raises(GuardError, match="anchor of layer 2 is zero"):
+        Guard(sound.config, tensors)
+    added = tiny.guard(model, GATES, mode="add", query="pass")  # has no use for its anchors
+    Guard(added.config, added.tensors | {"anchor.2": torch.zeros(3)})
+
+
 @pytest.mark.parametrize(
     ("gate", "steering"),
     [

@@ -34,6 +34,7 @@ MAX_DEPTH = 16  # of objects and lists inside each other
 MAX_VALUES = 100_000  # numbers, texts, objects, lists in one file
 MAX_TEXT = 4096  # characters of one text
 MAX_INTEGER = 2**53  # beyond it other readers of JSON lose digits
+MIN_ANCHOR = 1e-4  # length of an anchor that `restore` may put back; far below any real one
 ORTHONORMAL = 1e-3  # largest deviation of an inner product of two directions
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -252,7 +253,7 @@ def _integers(value: Any) -> bool:
 
 
 def check_tensors(tensors: dict[str, Tensor], config: GuardConfig) -> None:
-    """Shapes, layers, types, finiteness, orthonormal directions.
+    """Shapes, layers, types, finiteness, orthonormal directions, anchors to restore.
 
     Raises:
         GuardError: the first of these that does not hold.
@@ -275,3 +276,9 @@ def check_tensors(tensors: dict[str, Tensor], config: GuardConfig) -> None:
         rows = tensors[f"directions.{layer}"].double()
         if (rows @ rows.T - torch.eye(len(rows))).abs().max() > ORTHONORMAL:
             raise GuardError(f"the directions of layer {layer} are not orthonormal")
+        anchor = tensors[f"anchor.{layer}"].double()
+        if config.steering.mode == "restore" and anchor.norm() < MIN_ANCHOR:
+            raise GuardError(
+                f"the anchor of layer {layer} is zero or nearly so: restoring it would erase "
+                "what refuses, an ablation that is no guard"
+            )
