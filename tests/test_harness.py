@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +31,7 @@ from inspect_ai.model import (
 from inspect_ai.scorer import SampleScore, Score
 
 from tests import checkpoint, tiny
+from tests.test_results import judged as rows_of
 from vlm_safeguard import pictures, prompts
 from vlm_safeguard.attacks import LOOK
 from vlm_safeguard.errors import DataError, ImageError, SafeguardError
@@ -191,28 +193,7 @@ def test_a_bad_plan_is_refused_before_anything_runs(
     assert not (tmp_path / "run").exists()
 
 
-def judged(defence: str, verdicts: str, harmful: bool = True) -> list[results.Judged]:
-    """Rows from letters: c complied, r refused, d degenerate, ? unscored; two rows a question."""
-    words = {"c": "complied", "r": "refused", "d": "degenerate", "?": None}
-    return [
-        results.Judged(
-            model="m",
-            defence=defence,
-            benchmark="b",
-            setting="text",
-            id=f"{harmful}-{n}",
-            cluster=f"{harmful}-{n // 2}",
-            harmful=harmful,
-            prompt="p",
-            response="a",
-            verdict=words[letter],
-            reason="" if words[letter] else "no verdict",
-            tokens=1,
-            truncated=False,
-            fired=None,
-        )
-        for n, letter in enumerate(verdicts)
-    ]
+judged = partial(rows_of, templates=2)  # two rows a question
 
 
 def test_the_table_counts_by_hand() -> None:

@@ -78,10 +78,6 @@ def _measured(
 ) -> tuple[dict[str, Any], list[results.Judged]]:
     """What stands in the logs, and what the models cost."""
     facts, rows = report.summarise(plan, logs, errors)
-    if plan.attack:
-        facts["plan"]["attack"] = plan.attack
-    if plan.defence_texts:
-        facts["plan"]["defence_texts"] = dict(plan.defence_texts)
     facts |= {"costs": {}, "throughput": {}}
     for model in plan.models:
         loaded = engine(model, plan.dtype, plan.device, plan.batch).loaded

@@ -48,7 +48,9 @@ def summarise(
             "max_tokens": plan.max_tokens,
             "dtype": plan.dtype,
             "device": plan.device,
-        },
+        }
+        | ({"attack": plan.attack} if plan.attack else {})
+        | ({"defence_texts": dict(plan.defence_texts)} if plan.defence_texts else {}),
         "made_with": commits(logs)
         | {
             "vlm-safeguard": version("vlm-safeguard"),
