@@ -213,6 +213,9 @@ def gap(
 def gates(
     model: Model,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Page to write.")] = None,
+    guard: Annotated[
+        Path | None, typer.Option(help="Also try this guard's gates hard and soft.")
+    ] = None,
     max_fpr: Annotated[float, typer.Option(min=0.001, max=0.5, help="Harmless stopped.")] = 0.02,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -220,19 +223,26 @@ def gates(
     quiet: Quiet = False,
 ) -> None:
     """Compare forms of gate on held-back prompts: what each finds at the same cost."""
+    from dataclasses import asdict
+
     from vlm_safeguard import gate_forms as forms
+    from vlm_safeguard import soft_gates
     from vlm_safeguard.effort import Effort
     from vlm_safeguard.files import write_whole
+    from vlm_safeguard.guard import Guard
 
     progress = make_progress(quiet)
+    artifact = Guard.from_pretrained(guard) if guard else None
     loaded = load_model(model, dtype, device, progress)
     budget = Budget(false_positives=max_fpr)
+    soft = soft_gates.compare(loaded, artifact, Effort(), progress) if artifact else []
     rows, together = forms.study(loaded, budget, Effort(), progress)
     text = forms.page(model, rows, together, budget)
+    text += "\n" + soft_gates.section(soft) if soft else ""
     if output:
         write_whole({output: text.encode()})
     if json_:
-        print_json(forms.facts(rows, together))
+        print_json(forms.facts(rows, together) | {"soft": [asdict(row) for row in soft]})
     else:
         print(text, end="")
 
