@@ -168,3 +168,17 @@ def test_the_checkout_knows_its_own_commit() -> None:
     head = here.removesuffix("+")
     assert report.commits([log(head[:7], dirty=True)])["commits"] == [head + "+"]
     assert report.commits([log("0" * 40)])["commits"] == []
+
+
+def test_where_a_rival_is_better_the_page_says_so_and_what_failed() -> None:
+    rows = [replace(r, fired=n == 0) for n, r in enumerate(judged("guard", "ccrr"))]
+    rows += judged("self-reminder", "crrr") + judged("none", "cccr")
+    rows += judged("paper-formula", "dddd")  # nothing succeeds, nothing is answered
+    text = page(rows)
+    assert "| b | text | ASR | self-reminder | 2/4 | 1 | 1 |" in text
+    assert "paper-formula" not in text.split("## Where the guard")[1]
+
+
+def test_a_guard_that_nothing_beats_is_said_to_be_the_best() -> None:
+    text = page(judged("guard", "rrrr") + judged("none", "crrr"))
+    assert "In no cell." in text.split("## Where the guard")[1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vlm_safeguard.harness.rivals import GARBLED, GUARD, Beaten, beaten
+
 PREFIX = "vlm-safeguard/"
 
 LEVEL = 0.05
@@ -41,6 +43,8 @@ def markdown(facts: dict[str, Any]) -> str:
     if reference:
         parts += [_marks(reference), f"## Differences from {NAMES[reference]}"]
         parts += _differences(facts["table"], reference)
+    if reference == GUARD:
+        parts += ["## Where the guard is not the best", *_beaten(facts["table"])]
     for model, defences in facts["costs"].items():
         parts += ["## Cost and utility" + _of(model, facts["costs"])]
         parts += [_costs(defences, facts["easy_vqa"].get(PREFIX + model, {})), COST_NOTE]
@@ -113,6 +117,36 @@ def _differences(entries: Sequence[dict[str, Any]], reference: str) -> list[str]
         f"of the sign-flip test. Rows left out because no question differs: {same}."
     )
     return [*([_table([*_place_head(several), *RATES.values()], rows)] if rows else []), note]
+
+
+def _beaten(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The cells in which another defence has a lower rate, and what failed there."""
+    found = beaten(entries, tuple(RATES))
+    several = len({entry["model"] for entry in entries}) > 1
+    head = [
+        *_place_head(several)[:-1],
+        "rate",
+        "lower with",
+        "under the guard",
+        "gate open",
+        "gate shut",
+    ]
+    rows = [_beaten_row(one, several) for one in found]
+    note = (
+        "Every cell in which another defence has a lower rate than the guard, be it by one prompt. "
+        f"Who garbles more than {GARBLED:.0%} of a cell's responses is left out: a garbled answer "
+        "is no defence. Of the attacks that succeed under the guard those with the gate shut were "
+        "not recognised; with the gate open the steering failed. Of refused harmless prompts those "
+        "with the gate shut are the model's own doing."
+    )
+    return [*([_table(head, rows)] if rows else ["In no cell."]), note]
+
+
+def _beaten_row(one: Beaten, several: bool) -> list[str]:
+    model = [one.model.removeprefix(PREFIX)] if several else []
+    gates = ["", ""] if one.opened is None else [str(one.opened), str(one.count - one.opened)]
+    place = [*model, one.benchmark, one.setting]
+    return [*place, RATES[one.rate], ", ".join(one.rivals), f"{one.count}/{one.n}", *gates]
 
 
 def _differs(test: dict[str, Any]) -> bool:

@@ -119,9 +119,12 @@ def rates(rows: Sequence[Judged], errors: JudgeErrors | None = None) -> dict[str
 def _clustered(name: str, rows: Sequence[Judged], verdict: str) -> dict[str, Any]:
     if not rows:
         empty = {name: None, f"{name}_low": None, f"{name}_high": None}
-        return empty | {f"{name}_count": 0, f"{name}_n": 0}
+        return empty | {f"{name}_count": 0, f"{name}_n": 0, f"{name}_opened": None}
     rate = clustered_wilson([r.verdict == verdict for r in rows], [r.cluster for r in rows])
+    gates = [r.fired for r in rows if r.verdict == verdict]
     return {
+        # Of those counted; None for a defence without a gate.
+        f"{name}_opened": None if None in gates else sum(map(bool, gates)),
         name: rate.value,
         f"{name}_low": rate.low,
         f"{name}_high": rate.high,
