@@ -45,6 +45,7 @@ from vlm_safeguard.harness.identity import prompts_digest
 from vlm_safeguard.harness.page import markdown
 from vlm_safeguard.harness.provider import VlmSafeguardAPI, read_request
 from vlm_safeguard.judges import judge_errors, make_judge
+from vlm_safeguard.judges.factory import judge_file
 from vlm_safeguard.judges.recorded import write_recorded
 from vlm_safeguard.models import load
 from vlm_safeguard.progress import Progress
@@ -270,6 +271,31 @@ def test_a_folder_is_refused_when_model_or_texts_changed(
     engine.cache_clear()  # as another process finds it
     with pytest.raises(SafeguardError, match=r"the weights of .*model changed"):
         run.run(plan, output, "none")
+
+
+@pytest.mark.parametrize(
+    ("spec", "file"),
+    [
+        ("phrases", None),
+        ("endpoint:http://localhost/v1#model", None),
+        ("recorded:said.jsonl", "said.jsonl"),
+        ("prompt-file:name#ask.txt?batch=2", "ask.txt"),
+    ],
+)
+def test_the_file_that_a_judge_reads_is_part_of_the_run(
+    tmp_path: Path, spec: str, file: str | None
+) -> None:
+    plan = run.Plan(("m",), ("none",), (), judge=spec.replace("said", f"{tmp_path}/said"))
+    if file is None:
+        assert judge_file(spec) is None and "file of the judge" not in run._digests(plan, [])
+        return
+    assert judge_file(spec) == Path(file)
+    if spec.startswith("recorded"):
+        found = []
+        for words in ("one", "two"):
+            (tmp_path / file).write_text(words)
+            found.append(run._digests(plan, [])["file of the judge"])
+        assert found[0] != found[1]
 
 
 def test_what_a_benchmark_says_has_a_digest(tmp_path: Path) -> None:

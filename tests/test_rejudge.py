@@ -23,6 +23,7 @@ from vlm_safeguard.harness.rejudge import page, rejudge
 from vlm_safeguard.judges import Judgement, make_judge
 from vlm_safeguard.judges.base import Asks, Pair, screened
 from vlm_safeguard.judges.recorded import read_recording
+from vlm_safeguard.locks import held
 from vlm_safeguard.progress import Progress
 
 LOOP = "and so on and so on and so on and so on and so on and so on"
@@ -223,6 +224,15 @@ def test_a_recording_of_another_judge_is_left_alone(folder: Path, fake: Fake) ->
     with pytest.raises(SafeguardError, match="cannot write"):
         rejudge(folder, "fake", folder / "file" / "x.jsonl", QUIET)
     assert path.read_bytes() == before
+
+
+def test_two_commands_do_not_write_one_recording(folder: Path, fake: Fake) -> None:
+    path = folder / "verdicts.jsonl"
+    lock = held(folder / ".verdicts.jsonl.lock", "busy")
+    with lock, pytest.raises(SafeguardError, match="another command is writing"):
+        rejudge(folder, "fake", path, QUIET)
+    assert not path.exists() and not fake.asked
+    assert rejudge(folder, "fake", path, QUIET)["asked"]
 
 
 def test_the_command(folder: Path) -> None:

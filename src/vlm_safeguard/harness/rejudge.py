@@ -17,7 +17,6 @@ from inspect_ai.log import EvalLog, read_eval_log
 
 from vlm_safeguard.errors import DataError, SafeguardError
 from vlm_safeguard.evaluate.rows import read_object
-from vlm_safeguard.files import check_writable
 from vlm_safeguard.harness import results
 from vlm_safeguard.harness.identity import PLAN
 from vlm_safeguard.harness.scorers import NOT_ASKED, UNUSABLE, not_asked
@@ -25,6 +24,7 @@ from vlm_safeguard.judges import Judge, Judgement, make_judge
 from vlm_safeguard.judges.base import Verdict, screen
 from vlm_safeguard.judges.options import same_judge
 from vlm_safeguard.judges.recorded import Recording, read_recording
+from vlm_safeguard.locks import held
 from vlm_safeguard.progress import Progress
 
 BATCH = 64  # responses judged between two writings of the recording
@@ -46,12 +46,20 @@ def rejudge(run: Path, spec: str, output: Path | None, progress: Progress) -> di
 
     Raises:
         DataError: ``run`` is no folder of an evaluation, or the recording is broken.
-        SafeguardError: nothing in it is finished, the recording belongs to another judge or cannot
-            be written, or the judge cannot be made or used.
+        SafeguardError: nothing in it is finished, the recording belongs to another judge, is being
+            written or cannot be, or the judge cannot be made or used.
     """
     plan = _plan(run)
     judge = make_judge(spec)
     path = output or run / f"judged-{_slug(judge)}.jsonl"
+    busy = f"another command is writing {path}: wait for it or name another file with -o"
+    with held(path.with_name(f".{path.name}.lock"), busy):
+        return _rejudge(run, plan, spec, judge, path, progress)
+
+
+def _rejudge(
+    run: Path, plan: dict[str, Any], spec: str, judge: Judge, path: Path, progress: Progress
+) -> dict[str, Any]:
     recording = _recording(path, judge)
     logs, unfinished = _finished(run, progress)
     rows = _in_order(results.read(logs)[0], plan)
@@ -240,10 +248,6 @@ def _in_order(rows: Sequence[results.Judged], plan: dict[str, Any]) -> list[resu
 
 def _recording(path: Path, judge: Judge) -> Recording:
     """The recording at ``path`` to go on with, or a new one; tried out before long work."""
-    try:
-        check_writable(path.parent)
-    except OSError as error:
-        raise SafeguardError(f"cannot write to {path.parent}: {error.strerror}") from error
     if not path.exists():
         return Recording(judge.name, judge.asks)
     found = read_recording(path)

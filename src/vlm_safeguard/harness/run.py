@@ -6,7 +6,6 @@ on where it stopped; what has succeeded is never run again.
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from vlm_safeguard.harness.identity import claim, file_digest, prompts_digest
 from vlm_safeguard.harness.provider import VlmSafeguardAPI
 from vlm_safeguard.harness.registry import TASKS, easy_vqa
 from vlm_safeguard.harness.scorers import shared_judge
+from vlm_safeguard.judges.factory import judge_file
+from vlm_safeguard.locks import held
 from vlm_safeguard.requests import SETTINGS, Request
 
 LOCK = ".lock"
@@ -144,7 +145,8 @@ def running(plan: Plan, output: Path, display: str = "plain") -> Iterator[list[E
     """
     pairs = plan.check()
     models = list(_models(plan))  # a model or guard that cannot be read leaves no folder behind
-    with _alone(output):
+    busy = f"another run is at work in {output}: wait for it or name another folder"
+    with held(output / LOCK, busy):
         asked = plan.as_dict() | {"guard_sha256": _guard_digest(plan)}
         claim(output, asked, _digests(plan, models))
         tasks = []
@@ -219,29 +221,14 @@ def _digests(plan: Plan, models: Sequence[Model]) -> dict[str, str]:
     wording = attack_file(plan.attack) if plan.attack else None
     if wording is not None:
         found["text of the attack"] = file_digest(wording, "the attack's text")
+    of_judge = judge_file(plan.judge)
+    if of_judge is not None:
+        found["file of the judge"] = file_digest(of_judge, "the judge's file")
     return found
 
 
 def _guard_digest(plan: Plan) -> str:
     return file_digest(Path(plan.guard) / "guard.json", "the guard") if plan.guard else ""
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Hold the folder for this process; the lock goes with the process, however it ends."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = (output / LOCK).open("w")
-    except OSError as error:
-        raise SafeguardError(f"cannot write to {output}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SafeguardError(
-                f"another run is at work in {output}: wait for it or name another folder"
-            ) from error
-        yield
 
 
 def names(given: Sequence[str], all_of: Sequence[str]) -> tuple[str, ...]:

@@ -64,3 +64,11 @@ def make_judge(spec: str, **options: Any) -> Judge:
         own = ", ".join(n for n, p in known.items() if p.kind is p.KEYWORD_ONLY) or "none"
         raise JudgeError(f"the judge {kind} has no option {unknown[0]!r}: its options are {own}")
     return make(*arguments, **options)
+
+
+def judge_file(spec: str) -> Path | None:
+    """The file that a judge's spec names, its recording or its prompt; None where it names none."""
+    kind, _, rest = split(spec)[0].partition(":")
+    if kind == "recorded":
+        return Path(rest)
+    return Path(rest.partition("#")[2]) if kind == "prompt-file" else None

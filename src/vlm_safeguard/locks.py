@@ -1,0 +1,30 @@
+"""One process at a time on a file or folder."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlm_safeguard.errors import SafeguardError
+
+
+@contextmanager
+def held(lock: Path, busy: str) -> Iterator[None]:
+    """Hold the file ``lock`` for this process; it is let go with the process, however it ends.
+
+    Raises:
+        SafeguardError: another process holds it (says ``busy``), or it cannot be written.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise SafeguardError(f"cannot write to {lock.parent}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SafeguardError(busy) from error
+        yield
