@@ -13,7 +13,7 @@ BENCHMARKS ?= ../shared/benchmarks
 PUBLISHED := $(if $(wildcard $(BENCHMARKS)),malicious_instruct jailbreak_instructions mm_harmful_bench)
 SETS := own_malicious own_jailbreak own_picture $(PUBLISHED)
 
-.PHONY: demo test lint format train results results-check throughput gap bench clean
+.PHONY: demo test lint format train results results-check throughput gates gap bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,8 +24,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## Assemble the embedded VLM, calibrate a guard, compare, report
 	$(BIN)/vlm-safeguard demo -o report
 
+# Two workers, each file in one of them: the fixtures of a file are made once.
 test: $(VENV)/.installed  ## All tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed  ## ruff, mypy, import-linter
 	$(BIN)/ruff check src tests training bench
@@ -72,6 +73,9 @@ throughput: $(VENV)/.installed results/guard  ## Prompts per second at batch 1 a
 	$(BIN)/vlm-safeguard evaluate embedded --defence none --defence guard --guard results/guard \
 	  --benchmark own_malicious --setting blank --limit 1 --max-new-tokens 24 --throughput 5 \
 	  -o results/throughput
+
+gates: $(VENV)/.installed results/guard  ## Forms of gate, hard and soft: docs/gates.md
+	$(BIN)/vlm-safeguard gates embedded --guard results/guard -o docs/gates.md
 
 gap: $(VENV)/.installed results/guard  ## The modality gap study: docs/gap-study.md and its plots
 	$(BIN)/vlm-safeguard gap embedded --guard results/guard --prompts held --per-set 60 --max-new-tokens 24 \
