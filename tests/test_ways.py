@@ -201,18 +201,80 @@ def test_a_forward_call_whose_cache_the_model_made(model, mixed):
         torch.testing.assert_close(torch.cat(tables), expected, **CLOSE)
 
 
-def test_generate_of_the_class_is_guarded_too(model, mixed):
-    made, references = mixed
-    with made.attach(model):
-        out = type(model).generate(
-            model,
-            **tiny.batch(tiny.PROMPTS),
-            max_new_tokens=NEW,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    holds(references, out.sequences[:, -NEW:], torch.stack(out.logits, 1))
+@pytest.mark.parametrize("when", ["before any request", "after one", "after a refused one"])
+@pytest.mark.parametrize("which", ["the class's", "kept", "kept and chunked"])
+def test_a_generate_that_goes_round_the_guard_is_refused(model, texts, which, when):
+    """It would skip the check of the settings: in chunks, its first would pass for the prompt."""
+    made, references = texts
+    inputs = tiny.batch(TEXTS)
+    kept = type(model).generate.__get__(model) if which == "the class's" else model.generate
+    chunk = {"prefill_chunk_size": 3} if "chunked" in which else {}
+    seen = []
+    with made.attach(model) as session:
+        if when != "before any request":
+            generate(model, inputs)
+        if when == "after a refused one":
+            with pytest.raises(GuardRuntimeError, match="leave it out"):
+                generate(model, inputs, penalty_alpha=0.6)
+        handle = model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+        with pytest.raises(GuardRuntimeError, match=r"call model\.generate"):
+            kept(**inputs, max_new_tokens=NEW, **chunk)
+        handle.remove()
+        assert not seen  # nothing ran
+        holds(references, *generate(model, inputs))
+        assert [d.fired for d in session.decisions] == [r.fired for r in references]
+    assert torch.equal(kept(**inputs, max_new_tokens=1), model.generate(**inputs, max_new_tokens=1))
+
+
+def test_a_generate_of_the_class_inside_a_guarded_one_is_refused(model):
+    """Its prompt, as long as the request is then, would pass for one more step of it."""
+    ids = torch.tensor([tiny.words(0, 6)])
+    longer = torch.tensor([tiny.words(1, 8)])
+    with always(model).attach(model):
+
+        def within():
+            with pytest.raises(GuardRuntimeError, match="inside generate"):
+                type(model).generate(model, longer, max_new_tokens=1, use_cache=False)
+
+        for use_cache in (True, False):
+            streamer = _Stops(within)
+            model.generate(ids, max_new_tokens=NEW, streamer=streamer, use_cache=use_cache)
+            assert streamer.there.is_set()
+
+
+def test_what_prepares_calls_is_left_as_it_was(model, monkeypatch):
+    """Also one of the model's own instance, and after an exception in generate."""
+
+    class Stop(Exception):
+        pass
+
+    def stop():
+        raise Stop
+
+    own = model.prepare_inputs_for_generation
+    ids = torch.tensor([tiny.words(0, 6)])
+    with always(model).attach(model):
+        kept = model.prepare_inputs_for_generation
+        with pytest.raises(Stop):
+            model.generate(ids, streamer=_Stops(stop), max_new_tokens=NEW)
+    assert "prepare_inputs_for_generation" not in model.__dict__
+    kept(ids)  # no guard is on the model any more
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", own)
+    with always(model).attach(model):
+        model.generate(ids, max_new_tokens=2)
+    assert model.__dict__["prepare_inputs_for_generation"] is own
+
+
+def test_what_prepares_calls_cannot_be_taken_away(model, monkeypatch):
+    ids = torch.tensor([tiny.words(0, 6)])
+    own = model.prepare_inputs_for_generation
+    with always(model).attach(model):
+        monkeypatch.setattr(model, "prepare_inputs_for_generation", own)
+        for call in (model.generate, type(model).generate.__get__(model)):
+            with pytest.raises(GuardRuntimeError, match="attach the guard last"):
+                call(ids, max_new_tokens=2)
+        monkeypatch.undo()
+        model.generate(ids, max_new_tokens=2)
 
 
 # -- turns and embeddings ----------------------------------------------------------------------
@@ -959,7 +1021,7 @@ def test_a_half_attached_guard_is_taken_out_again(model, monkeypatch, fails):
         pass
     monkeypatch.undo()
     assert _hooks(model) == before
-    assert "generate" not in model.__dict__
+    assert not {"generate", "prepare_inputs_for_generation"} & set(model.__dict__)
     with made.attach(model) as session:
         generate(model, tiny.batch(tiny.PROMPTS))
         assert all(d.fired for d in session.decisions)

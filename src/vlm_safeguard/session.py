@@ -9,7 +9,7 @@ guarded layer (``gates`` read, ``dose`` steers, both from the state in ``request
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,6 +81,7 @@ class Session:
             self._before_forward,
             self._after_forward,
             self._generate,
+            self._before_preparing,
             {layer: self._layer_hook(layer) for layer in self._layers},
         )
 
@@ -162,6 +163,16 @@ class Session:
         return self._layers
 
     # -- hooks -----------------------------------------------------------------------------------
+
+    def _before_preparing(self, options: Mapping[str, Any]) -> None:
+        """Refuse a ``generate`` that went round ours: nobody looked at its settings and prompt."""
+        if not self._in_generate or not self._turn.mine:
+            raise GuardRuntimeError(
+                "a generate that goes round the guard (the class's own, or one kept from before "
+                "the guard was attached) is not guarded: call model.generate"
+            )
+        if options.get("is_first_iteration") and self._request and self._request.decided:
+            raise GuardRuntimeError("generate inside generate is not guarded")
 
     def _before_forward(self, _: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Set the request to this forward call, or begin one, or refuse."""
