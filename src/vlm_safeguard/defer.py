@@ -1,4 +1,8 @@
-"""`defer`: where the gate is open, the language model alone answers, without the pictures."""
+"""`defer`: where the gate is open, the language model alone answers, without the pictures.
+
+Their columns are masked, so that no later token attends to them, and positions count what is left.
+In a sliding window they still take up room: text further back than it reaches is out of sight.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +11,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.errors import GuardError, GuardRuntimeError
+from vlm_safeguard.models import Decoder
 from vlm_safeguard.request import Request
 from vlm_safeguard.witness import positions_of
 
+# Kinds of layers that see nothing of a masked column; others carry a state through it.
+_MASKED = frozenset({"attention", "full_attention", "sliding_attention"})
 
-def without_pictures(request: Request, options: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of a forward call in which open rows do not attend to their pictures at all.
 
-    Raises:
-        GuardRuntimeError: the call has no token ids, or a mask or positions of another form.
-    """
-    columns, given = request.text_columns, options.get("attention_mask")
-    flat = given is None or (isinstance(given, Tensor) and given.ndim == 2)
-    if columns is None or not flat:
-        raise GuardRuntimeError("`defer` needs input_ids and a two-dimensional attention mask")
-    positions = options.get("position_ids")
-    if positions is None:
-        positions = torch.arange(request.first, request.end, device=columns.device)[None]
-    if positions.ndim != 2:
-        raise GuardRuntimeError("`defer` needs two-dimensional position ids")
-    if given is None:
-        given = torch.ones(len(columns), request.end, dtype=torch.long, device=columns.device)
-    opened = torch.tensor(request.fired("text"), device=columns.device)[:, None]
-    mask = given.clone()
-    prompt = mask[:, : request.prompt_width]
-    prompt[opened & ~columns[:, : prompt.shape[1]]] = 0
-    own = positions_of(mask)[:, request.first : request.end]
-    return options | {"attention_mask": mask, "position_ids": torch.where(opened, own, positions)}
+class Deferral:
+    """Takes the pictures of open rows out of the forward calls of one model."""
+
+    def __init__(self, model: Any, decoder: Decoder) -> None:
+        """
+        Raises:
+            GuardError: a mask does not take a picture out of this model.
+        """
+        name = type(model).__name__
+        kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+        if decoder.skipped:
+            raise GuardError(
+                f"mode `defer` cannot guard {name}: its language model sees pictures by "
+                "cross-attention, where masking their tokens does not take them out. Calibrate a "
+                "guard of mode `restore`"
+            )
+        if not _MASKED.issuperset(kinds):
+            raise GuardError(
+                f"mode `defer` cannot guard {name}: its {', '.join(sorted({*kinds} - _MASKED))} "
+                "layers carry a state through masked pictures. Calibrate a guard of mode `restore`"
+            )
+        # M-RoPE: a picture's positions depend on its shape, and the model finds them itself.
+        self._mrope = any(hasattr(module, "get_rope_index") for module in model.modules())
+
+    def without_pictures(self, request: Request, options: dict[str, Any]) -> dict[str, Any] | None:
+        """Keywords of a forward call in which open rows do not attend to their pictures at all;
+        None if no row is open.
+
+        Raises:
+            GuardRuntimeError: the call has no token ids, no positions where the model has some of
+                its own, or a mask or positions of another form.
+        """
+        positions = options.get("position_ids")
+        if positions is None and self._mrope:
+            raise GuardRuntimeError(
+                "`defer` needs the position_ids of each call to this model, whose pictures count "
+                "in several dimensions (M-RoPE): pass them, or call model.generate"
+            )
+        fired = request.fired("text")
+        if not any(fired):
+            return None
+        columns, given = request.text_columns, options.get("attention_mask")
+        flat = given is None or (isinstance(given, Tensor) and given.ndim == 2)
+        if columns is None or not flat:
+            raise GuardRuntimeError("`defer` needs input_ids and a two-dimensional attention mask")
+        if positions is None:
+            positions = torch.arange(request.first, request.end, device=columns.device)[None]
+        if given is None:
+            given = torch.ones(len(columns), request.end, dtype=torch.long, device=columns.device)
+        opened = torch.tensor(fired, device=columns.device)[:, None]
+        mask = given.clone()
+        prompt = mask[:, : request.prompt_width]
+        prompt[opened & ~columns[:, : prompt.shape[1]]] = 0
+        own = positions_of(mask)[:, request.first : request.end]
+        # Text counts alike in every dimension, so that M-RoPE's (dimensions, B, T) take it too.
+        dimensions = (2, 3) if self._mrope else (2,)
+        if positions.ndim not in dimensions or positions.shape[-1] != own.shape[1]:
+            raise GuardRuntimeError(
+                f"`defer` needs position ids (rows, tokens), got {tuple(positions.shape)}"
+            )
+        return options | {
+            "attention_mask": mask,
+            "position_ids": torch.where(opened, own, positions),
+        }

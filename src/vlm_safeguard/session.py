@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlm_safeguard import course
 from vlm_safeguard.attestation import Attestation, Decision, attest, decisions_of
 from vlm_safeguard.compiling import uncompiled
-from vlm_safeguard.defer import without_pictures
+from vlm_safeguard.defer import Deferral
 from vlm_safeguard.dose import Steerer, step
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.gates import GateReader
@@ -41,6 +41,7 @@ class Session:
     ) -> None:
         self.config, self.model, self.markup = config, model, markup
         decoder = find_decoder(model)
+        self._deferral = Deferral(model, decoder) if config.steering.mode == "defer" else None
         gates = GateReader(config.gates, tensors)
         self._steerer = Steerer(config.steering, tensors, bool(gates.layers("text")))
         self._gates = gates
@@ -207,8 +208,10 @@ class Session:
             self._work = self._step_layer if steps else self._steer_layer
         else:
             self._work = None  # no layer has anything to do but to be counted
-        if self.config.steering.mode == "defer" and any(request.fired("text")):
-            return args, without_pictures(request, kwargs)
+        if self._deferral is not None:
+            deferred = self._deferral.without_pictures(request, kwargs)
+            if deferred is not None:
+                return args, deferred
         return None if text is None else (args, kwargs)
 
     def _layer_hook(self, layer: int) -> Callable[[Tensor], Tensor | None]:
