@@ -18,7 +18,7 @@ from transformers import (
 from tests import checkpoint, families, tiny
 from tests.reference import Reference
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
-from vlm_safeguard.models import find_decoder, load
+from vlm_safeguard.models import find_decoder, load, weights_digest
 from vlm_safeguard.session import Session
 
 NEW = 4
@@ -773,6 +773,71 @@ def test_an_adapter_that_comes_under_guard_is_noticed():
         model.add_adapter(settings)
         with pytest.raises(GuardRuntimeError, match="adapter"):
             generate(model, tiny.batch(tiny.PROMPTS))
+
+
+def _two_adapters():
+    """A model with two adapters at work, and what brings it into another state."""
+    _, settings = _lora()
+    model = tiny.llava()
+    names = ["first", "second"]
+    for name in names:
+        model.add_adapter(settings, name)
+
+    def switch(how):
+        model.set_adapter([how] if how in names else names)
+        model.enable_adapters()
+        if how == "none":
+            model.disable_adapters()
+
+    switch("both")
+    return model, switch
+
+
+@pytest.mark.parametrize("known", ["both", "first", "none"])
+def test_a_guard_belongs_to_the_adapters_at_work(known):
+    model, switch = _two_adapters()
+    switch(known)
+    made = always(model)
+    for how in ("first", "none", "second", "both"):
+        switch(how)
+        if how == known:
+            with made.attach(model):
+                generate(model, tiny.batch(tiny.PROMPTS))
+        else:
+            with pytest.raises(GuardError, match="weights differ"), made.attach(model):
+                pass
+
+
+def test_adapters_that_all_work_are_their_weights_and_no_more(monkeypatch):
+    """So guards from before it counted which of them work still attach."""
+    models = tiny.llava(), _two_adapters()[0]
+    told = [weights_digest(model) for model in models]
+    monkeypatch.setattr("vlm_safeguard.models.resting", lambda _: ())
+    assert [weights_digest(model) for model in models] == told
+
+
+@pytest.mark.parametrize("how", ["first", "none"])
+def test_an_adapter_that_is_switched_under_guard_is_noticed(how):
+    model, switch = _two_adapters()
+    inputs = tiny.batch(tiny.PROMPTS)
+    with always(model).attach(model):
+        generate(model, inputs)
+        switch(how)
+        for call in (lambda: generate(model, inputs), lambda: model(**inputs)):
+            with pytest.raises(GuardRuntimeError, match="switched"):
+                call()
+        switch("both")
+        generate(model, inputs)
+
+
+def test_an_adapter_for_each_row_is_noticed():
+    peft, settings = _lora()
+    model = tiny.llava()
+    wrapped = peft.get_peft_model(model, settings).eval()
+    inputs = tiny.batch(tiny.PROMPTS)
+    rows = ["default", "__base__"] * (len(tiny.PROMPTS) // 2)
+    with always(model).attach(model), pytest.raises(GuardRuntimeError, match="switched"):
+        wrapped.generate(**inputs, adapter_names=rows, max_new_tokens=2)
 
 
 def test_a_model_inside_a_peft_model():

@@ -136,8 +136,9 @@ class Session:
         self._request = self._reported = None
         if course.adapters(self.model) != self._adapters:
             raise GuardRuntimeError(
-                "an adapter was put on the model or taken off since the guard was attached: the "
-                "guard belongs to the weights it was calibrated on"
+                "an adapter was put on the model, taken off or switched since the guard was "
+                "attached: the guard belongs to the weights it was calibrated on. Leave its `with` "
+                "first, and attach a guard that was calibrated with these adapters at work"
             )
         course.check_no_video(self._video_tokens, ids, options)
         request, mask = course.begin(

@@ -38,6 +38,20 @@ def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from _parts(name, (_fetched(model, name) if part.is_meta else part).detach())
 
 
+def resting(model: nn.Module) -> Iterator[str]:
+    """Where on a model adapters (PEFT) rest, with those that work there; nothing if all work.
+
+    Their weights lie on the model in either case, so ``stored`` does not tell.
+    """
+    names = set(getattr(model, "peft_config", None) or ())
+    for place, module in model.named_modules() if names else ():
+        disabled = getattr(module, "disable_adapters", None)
+        if isinstance(disabled, bool):  # a layer's; a whole model has a method of that name
+            active = set() if disabled else names.intersection(module.active_adapters)
+            if active != names:
+                yield f"{place} {sorted(active)}"
+
+
 def quantised(weight: Tensor) -> bool:
     """Whether a weight is held in other numbers than those it stands for."""
     return is_traceable_wrapper_subclass(weight) or not weight.is_floating_point()
