@@ -3,6 +3,10 @@
 One request is a ``generate`` call, or a forward pass that starts without a cache. Its state is
 made anew at each start and dropped at the end, so nothing can leak into the next.
 
+A row is known by its place alone. A loop of one's own that moves rows between its forward calls
+(``cache.reorder_cache``) must not move them between prompts: nothing here would learn of it.
+Beam search may, inside ``generate``: it moves rows among the beams of one prompt.
+
 What is decided is kept on the host, in lists: a decoding step then needs no look at the device to
 know which rows are open.
 """
