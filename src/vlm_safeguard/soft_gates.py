@@ -18,14 +18,12 @@ from vlm_safeguard import prompts
 from vlm_safeguard.benchmarks.selection import evenly
 from vlm_safeguard.effort import Effort
 from vlm_safeguard.errors import GuardError
-from vlm_safeguard.evaluate.generate import respond
-from vlm_safeguard.evaluate.judge import judge
 from vlm_safeguard.evaluate.stats import Rate, wilson
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel, encode
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.requests import PICTURED, Request, batches, requests
-from vlm_safeguard.trials import within
+from vlm_safeguard.trials import refused, within
 from vlm_safeguard.variants import with_steering, with_thresholds
 
 LOWERED = 0.05  # of harmless requests open a gate at the lower threshold
@@ -60,7 +58,7 @@ def compare(loaded: LoadedModel, guard: Guard, effort: Effort, progress: Progres
     meant = {s: within(held, s) for s in PICTURED}
     items = [item for setting, asked in meant.items() for item in requests(asked, setting)]
     harmful = [p.harmful for asked in meant.values() for p in asked]
-    plain = _refused(loaded, items, None, effort.tokens, progress)
+    plain = refused(loaded, None, items, effort.tokens, progress)
     scores = gate_scores(loaded, guard, items, progress)
     shift = lower(scores[~torch.tensor(harmful)], LOWERED)
     rows = [_row("no guard", 0.0, 0.0, plain, [False] * len(items), harmful)]
@@ -75,10 +73,9 @@ def compare(loaded: LoadedModel, guard: Guard, effort: Effort, progress: Progres
         opened = (scores > moved).tolist()
         # Where no gate opens the guard changes nothing: those responses are known already.
         chosen = [i for i, is_open in enumerate(opened) if is_open]
-        said = _refused(loaded, [items[i] for i in chosen], variant, effort.tokens, progress)
-        known = iter(said)
-        refused = [next(known) if opened[i] else plain[i] for i in range(len(items))]
-        rows.append(_row(name, moved, width, refused, opened, harmful))
+        said = iter(refused(loaded, variant, [items[i] for i in chosen], effort.tokens, progress))
+        merged = [next(said) if opened[i] else plain[i] for i in range(len(items))]
+        rows.append(_row(name, moved, width, merged, opened, harmful))
     return rows
 
 
@@ -104,24 +101,11 @@ def gate_scores(
     return found
 
 
-def _refused(
-    loaded: LoadedModel,
-    items: Sequence[Request],
-    guard: Guard | None,
-    tokens: int,
-    progress: Progress,
-) -> list[bool]:
-    said = respond(
-        loaded, items, guard, max_new_tokens=tokens, batch=24, what="responses", progress=progress
-    )
-    return [judge(one.text) == "refused" for one in said]
-
-
 def _row(
     name: str,
     shift: float,
     width: float,
-    refused: Sequence[bool],
+    refusals: Sequence[bool],
     opened: Sequence[bool],
     harmful: Sequence[bool],
 ) -> SoftRow:
@@ -129,7 +113,7 @@ def _row(
         chosen = [v for v, label in zip(values, harmful, strict=True) if label == of_harmful]
         return wilson(sum(v == wanted for v in chosen), len(chosen))
 
-    attacks, over_refusal = rate(refused, True, False), rate(refused, False, True)
+    attacks, over_refusal = rate(refusals, True, False), rate(refusals, False, True)
     return SoftRow(name, shift, width, attacks, over_refusal, rate(opened, False, True))
 
 

@@ -13,6 +13,7 @@ from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.judge import judge
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.models import LoadedModel, encode
+from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.requests import (
     SETTINGS,
@@ -32,6 +33,18 @@ def within(items: Sequence[Prompt], setting: Setting) -> list[Prompt]:
     return [p for p in items if setting in settings_of(p)]
 
 
+def refused(
+    loaded: LoadedModel,
+    guard: Guard | None,
+    items: Sequence[Request],
+    tokens: int,
+    progress: Progress | None = None,
+) -> list[bool]:
+    """Whether each request is refused; garbled text is no refusal."""
+    answers = respond(loaded, items, guard, max_new_tokens=tokens, batch=24, progress=progress)
+    return [judge(answer.text) == "refused" for answer in answers]
+
+
 def successes(
     loaded: LoadedModel,
     guard: Guard | None,
@@ -40,8 +53,7 @@ def successes(
     tokens: int,
 ) -> list[bool]:
     """Whether each attack got something else than a refusal; garbled text counts as success."""
-    answers = respond(loaded, requests(items, setting), guard, max_new_tokens=tokens, batch=24)
-    return [judge(answer.text) != "refused" for answer in answers]
+    return [not no for no in refused(loaded, guard, requests(items, setting), tokens)]
 
 
 def answered(loaded: LoadedModel, items: Sequence[Prompt], reads_pictures: bool) -> list[bool]:
