@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import config_digest, find_decoder, weights_digest
+from vlm_safeguard.models import config_digest, find_decoder
 from vlm_safeguard.settings import Gate, GuardConfig, Markup, ModelIdentity, Steering
+from vlm_safeguard.weights import weights_digest
 from vlm_safeguard.witness import ImageMarkup
 
 RANK = 64  # the largest that a calibration tries

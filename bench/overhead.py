@@ -16,7 +16,8 @@ from transformers import DynamicCache
 from bench import peers
 from bench.guards import RANK, Model, adding, layer_sets, restoring
 from bench.timing import Setup, Spread, interleaved, seconds, spread
-from vlm_safeguard.models import find_decoder, weights_digest
+from vlm_safeguard.models import find_decoder
+from vlm_safeguard.weights import weights_digest
 
 STEPS = 40
 

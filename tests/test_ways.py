@@ -18,8 +18,9 @@ from transformers import (
 from tests import checkpoint, families, tiny
 from tests.reference import Reference
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
-from vlm_safeguard.models import find_decoder, load, weights_digest
+from vlm_safeguard.models import find_decoder, load
 from vlm_safeguard.session import Session
+from vlm_safeguard.weights import weights_digest
 
 NEW = 4
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
@@ -812,7 +813,7 @@ def test_adapters_that_all_work_are_their_weights_and_no_more(monkeypatch):
     """So guards from before it counted which of them work still attach."""
     models = tiny.llava(), _two_adapters()[0]
     told = [weights_digest(model) for model in models]
-    monkeypatch.setattr("vlm_safeguard.models.resting", lambda _: ())
+    monkeypatch.setattr("vlm_safeguard.weights.resting", lambda _: ())
     assert [weights_digest(model) for model in models] == told
 
 

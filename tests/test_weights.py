@@ -11,8 +11,8 @@ from tests.reference import Reference
 from tests.test_ways import calibrated, generate, holds
 from vlm_safeguard import doctor
 from vlm_safeguard.errors import GuardError, ModelError
-from vlm_safeguard.models import encode, find_decoder, load, weights_digest
-from vlm_safeguard.weights import input_device, stored
+from vlm_safeguard.models import encode, find_decoder, load
+from vlm_safeguard.weights import input_device, stored, weights_digest
 from vlm_safeguard.witness import verify_residual_stream
 
 accelerate = pytest.importorskip("accelerate")

@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import config_digest, find_decoder, weights_digest
+from vlm_safeguard.models import config_digest, find_decoder
 from vlm_safeguard.settings import Gate, GuardConfig, Markup, ModelIdentity, Steering
+from vlm_safeguard.weights import weights_digest
 
 LAYERS, WIDTH, VOCAB = 6, 32, 260
 PAD, EOS, NEWLINE, IMAGE = 0, 1, 3, 258

@@ -28,7 +28,6 @@ from vlm_safeguard.models import (
     config_digest,
     find_decoder,
     template_digest,
-    weights_digest,
 )
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.proof import prove
@@ -36,6 +35,7 @@ from vlm_safeguard.recordings import States, bound_scores, fit_gates, record_cal
 from vlm_safeguard.search import search
 from vlm_safeguard.separate import GateFit, auc, bounded
 from vlm_safeguard.settings import Gate, GuardConfig, Markup, ModelIdentity, Steering
+from vlm_safeguard.weights import weights_digest
 from vlm_safeguard.witness import find_markup
 
 

@@ -16,10 +16,10 @@ from vlm_safeguard.artifact import CONFIG_FILE, TENSOR_FILE
 from vlm_safeguard.card import CARD_FILE, MARK, card
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.files import read_limited, write_whole
-from vlm_safeguard.models import config_digest, find_decoder, template_digest, weights_digest
+from vlm_safeguard.models import config_digest, find_decoder, template_digest
 from vlm_safeguard.session import Session
 from vlm_safeguard.settings import GuardConfig
-from vlm_safeguard.weights import quantised
+from vlm_safeguard.weights import quantised, weights_digest
 from vlm_safeguard.witness import ImageMarkup
 
 _MAX_CARD = 1 << 20  # bytes of a README that is looked through for our mark

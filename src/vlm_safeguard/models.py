@@ -19,7 +19,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.reading import reader, with_words
-from vlm_safeguard.weights import input_device, resting, stored
+from vlm_safeguard.weights import input_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -372,29 +372,6 @@ def config_digest(model: Any) -> str:
     }
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def weights_digest(model: Any) -> str:
-    """SHA-256 over a sample of every parameter, the same for float32 and bfloat16.
-
-    Vision tower and projector count too: the in-VLM gate's threshold rests on them. Sixty-four
-    values of each parameter, spread over it, rounded to bfloat16: cheap enough to
-    check on every attach; training of any length changes some of them. Quantised weights have a
-    digest of their own, offloaded ones that of the weights. Adapters count as parameters, and
-    where not all of them work, those that do.
-
-    Raises:
-        ModelError: weights that are not there, or that cannot be read (see ``weights.stored``).
-    """
-    digest = hashlib.sha256()
-    for label, weight in stored(model):
-        flat = weight.flatten()
-        step = max(1, flat.numel() // 64)
-        values = flat[::step][:64].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(label.encode() + bytes(values.numpy().tobytes()))
-    for place in resting(model):
-        digest.update(f"\0adapters {place}".encode())
-    return digest.hexdigest()
 
 
 def template_digest(processor: Any) -> str:

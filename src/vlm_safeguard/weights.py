@@ -1,7 +1,8 @@
-"""Where a model's weights lie: on a device, with accelerate between two calls, or quantised."""
+"""Weights of a model: where they lie, on a device, offloaded or quantised, and their digest."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -50,6 +51,29 @@ def resting(model: nn.Module) -> Iterator[str]:
             active = set() if disabled else names.intersection(module.active_adapters)
             if active != names:
                 yield f"{place} {sorted(active)}"
+
+
+def weights_digest(model: Any) -> str:
+    """SHA-256 over a sample of every parameter, the same for float32 and bfloat16.
+
+    Vision tower and projector count too: the in-VLM gate's threshold rests on them. Sixty-four
+    values of each parameter, spread over it, rounded to bfloat16: cheap enough to
+    check on every attach; training of any length changes some of them. Quantised weights have a
+    digest of their own, offloaded ones that of the weights. Adapters count as parameters, and
+    where not all of them work, those that do.
+
+    Raises:
+        ModelError: weights that are not there, or that cannot be read (see ``stored``).
+    """
+    digest = hashlib.sha256()
+    for label, weight in stored(model):
+        flat = weight.flatten()
+        step = max(1, flat.numel() // 64)
+        values = flat[::step][:64].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(label.encode() + bytes(values.numpy().tobytes()))
+    for place in resting(model):
+        digest.update(f"\0adapters {place}".encode())
+    return digest.hexdigest()
 
 
 def quantised(weight: Tensor) -> bool:

@@ -28,7 +28,6 @@ from vlm_safeguard.models import (
     neutralise,
     template_digest,
     watch_layer,
-    weights_digest,
 )
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
@@ -36,6 +35,7 @@ from vlm_safeguard.reading import reader
 from vlm_safeguard.report import cut_words
 from vlm_safeguard.requests import Request, batches
 from vlm_safeguard.separate import auc
+from vlm_safeguard.weights import weights_digest
 
 NOTE = "Refusals are found by their phrases: a smoke test, not a safety claim."
 ABOUT = ("title", "group", "description", "needs_reading")
