@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
-# Published benchmarks, a folder for each; without them the comparison is of our own sets alone.
+# Published benchmarks: a folder that holds one for each, or `hub`, which fetches the paper's. Without
+# them the comparison is of our own sets alone.
 BENCHMARKS ?= ../shared/benchmarks
-PUBLISHED := $(if $(wildcard $(BENCHMARKS)),malicious_instruct jailbreak_instructions mm_harmful_bench)
+PUBLISHED := $(if $(filter hub,$(BENCHMARKS))$(wildcard $(BENCHMARKS)),malicious_instruct jailbreak_instructions mm_harmful_bench)
 SETS := own_malicious own_jailbreak own_picture $(PUBLISHED)
 
 .PHONY: demo test lint format train results results-check throughput gates gap bench clean
@@ -24,9 +25,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## Assemble the embedded VLM, calibrate a guard, compare, report
 	$(BIN)/vlm-safeguard demo -o report
 
+# Libraries for quantised models and caches. transformers loads them on every import where it finds
+# them, so only their own tests do.
+$(VENV)/quantised/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  -c constraints.txt --target $(@D) torchao optimum-quanto
+	touch $@
+
 # Two workers, each file in one of them: the fixtures of a file are made once.
-test: $(VENV)/.installed  ## All tests
+test: $(VENV)/.installed $(VENV)/quantised/.installed  ## All tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest -k "int8 or quantised" \
+	  tests/test_ways.py tests/test_weights.py
 
 lint: $(VENV)/.installed  ## ruff, mypy, import-linter
 	$(BIN)/ruff check src tests training bench
@@ -38,6 +48,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format src tests training bench
 	$(BIN)/ruff check --fix src tests training bench
 
+# Needs npm, for the pictures of emoji.
 train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 90 minutes on 2 cores)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[training]"
 	$(BIN)/python -m training.vision_tower --cache training/cache --out training/out/vision_tower
@@ -47,7 +58,8 @@ train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 
 	$(BIN)/python -m training.joint --cache training/cache --out training/out
 	$(BIN)/python -m training.projector --cache training/cache --out training/out
 	$(BIN)/python -m training.package_weights --out training/out
-	$(BIN)/python -m training.measure --cache training/cache
+	$(BIN)/python -m training.measure --cache training/cache --per-set 40 --vqa 800 \
+	  $(if $(wildcard $(BENCHMARKS)),--benchmarks $(BENCHMARKS))
 
 results/guard: | $(VENV)/.installed  # order only: an update of the tools makes no new guard
 	$(BIN)/vlm-safeguard calibrate embedded --read-pictures -o $@
@@ -59,6 +71,7 @@ EVALUATE = $(BIN)/vlm-safeguard evaluate embedded --defence all --guard results/
   $(if $(LIMIT),--limit $(LIMIT))
 
 results: $(VENV)/.installed results/guard  ## Every defence on every set: docs/comparison.json and .md
+	$(if $(PUBLISHED),,@echo 'no published benchmarks (BENCHMARKS=FOLDER or hub): our own sets alone' >&2)
 	$(EVALUATE) -o results/run --pairs 7 --throughput 3
 	cp results/run/results.json docs/comparison.json
 	cp results/run/results.md docs/comparison.md

@@ -303,8 +303,13 @@ def mutate_values(files: Files, other: Files, chance: random.Random) -> Files:
     for _ in range(chance.choice([1, 1, 3])):
         start = chance.randrange(len(values))
         part = slice(start, start + chance.choice([1, 12, 36]))
-        kind = chance.randrange(5)
-        if kind == 0:
+        kind = chance.randrange(6)
+        if kind == 5:  # a whole tensor becomes nothing, or nearly
+            told = chance.choice(list(json.loads(header[8:]).values()))
+            begin, end = (place // 4 for place in told["data_offsets"])
+            with np.errstate(all="ignore"):
+                values[begin:end] *= np.float32(chance.choice([0, 1e-6]))
+        elif kind == 0:
             odd = [math.nan, math.inf, -math.inf, 1e19, 1e21, 3e38, 1e-40, -0.0, 0.0]
             values[part] = chance.choice(odd)
         elif kind == 1:
@@ -580,7 +585,8 @@ CHECKS = {
     "nesting": "nested",
     "texts and integers": "control characters|a text of more|holds the integer",
     "schema version": "guard schema|no JSON object",
-    "mode erase": "ablation",
+    "mode erase": "`erase` is an ablation",
+    "zero anchor": "the anchor of layer",
     "field": r"^guard\.json: ",
     "digest": "does not match the digest",
     "tensor names": "missing or too many",

@@ -119,6 +119,13 @@ def test_damaged_tensors_with_a_matching_digest_are_refused(folder):
                 Guard.from_pretrained(folder)
 
 
+def test_settings_without_the_digest_of_their_tensors_are_refused(folder):
+    for digest in ("", None):
+        edit(folder, tensors_sha256=digest)
+        with pytest.raises(GuardError, match="tensors_sha256"):
+            Guard.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("missing", [CONFIG_FILE, TENSOR_FILE, None])
 def test_missing_files(folder, missing):
     if missing:

@@ -39,7 +39,7 @@ from vlm_safeguard.evaluate import measures
 from vlm_safeguard.evaluate.generate import Response, respond
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.harness import report, results, run, scorers, tasks
-from vlm_safeguard.harness.engine import engine
+from vlm_safeguard.harness.engine import Engine, engine
 from vlm_safeguard.harness.evaluate import Measure, evaluate, extra_passes
 from vlm_safeguard.harness.identity import prompts_digest
 from vlm_safeguard.harness.page import markdown
@@ -89,6 +89,13 @@ def test_a_request_that_fails_spoils_no_other(folder: Path) -> None:
     assert answers[0].result(60) == answers[2].result(60)
     with pytest.raises(Exception, match=r"(?i)image|picture"):
         answers[1].result(60)
+
+
+def test_closing_waits_for_what_was_submitted(folder: Path) -> None:
+    one = Engine(load(folder), 2)
+    answers = [one.submit(Request("Hello", None), None, 4) for _ in range(5)]
+    one.close()
+    assert all(answer.done() for answer in answers) and not one._thread.is_alive()
 
 
 def test_requests_that_the_provider_cannot_answer_are_refused(folder: Path) -> None:

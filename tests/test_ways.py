@@ -20,7 +20,6 @@ from tests.reference import Reference
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
 from vlm_safeguard.models import find_decoder, load
 from vlm_safeguard.session import Session
-from vlm_safeguard.weights import weights_digest
 
 NEW = 4
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
@@ -809,12 +808,23 @@ def test_a_guard_belongs_to_the_adapters_at_work(known):
                 pass
 
 
-def test_adapters_that_all_work_are_their_weights_and_no_more(monkeypatch):
-    """So guards from before it counted which of them work still attach."""
-    models = tiny.llava(), _two_adapters()[0]
-    told = [weights_digest(model) for model in models]
-    monkeypatch.setattr("vlm_safeguard.weights.resting", lambda _: ())
-    assert [weights_digest(model) for model in models] == told
+def _scaled(model, scale):
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["first"] = scale
+
+
+def test_an_adapters_scale_is_a_part_of_the_model():
+    model, _ = _two_adapters()
+    made = always(model)
+    inputs = tiny.batch(tiny.PROMPTS)
+    with made.attach(model):
+        generate(model, inputs)
+        _scaled(model, 0.5)
+        with pytest.raises(GuardRuntimeError, match="switched"):
+            generate(model, inputs)
+    with pytest.raises(GuardError, match="weights differ"), made.attach(model):
+        pass
 
 
 @pytest.mark.parametrize("how", ["first", "none"])

@@ -105,6 +105,8 @@ def parse_settings(data: bytes) -> GuardConfig:
         raise GuardError(f"{CONFIG_FILE}: {place}: {first['msg']}") from error
     if config.steering.mode == "erase":
         raise GuardError("`erase` is an ablation and cannot be loaded as a guard")
+    if not config.tensors_sha256:
+        raise GuardError(f"{CONFIG_FILE}: tensors_sha256: no digest of {TENSOR_FILE}")
     if config.tensor_bytes() > MAX_TENSOR_BYTES:
         raise GuardError(
             f"{CONFIG_FILE} calls for {config.tensor_bytes()} bytes of tensors, larger than any "

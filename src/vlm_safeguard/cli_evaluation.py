@@ -216,7 +216,9 @@ def gates(
     guard: Annotated[
         Path | None, typer.Option(help="Also try this guard's gates hard and soft.")
     ] = None,
-    max_fpr: Annotated[float, typer.Option(min=0.001, max=0.5, help="Harmless stopped.")] = 0.02,
+    max_fpr: Annotated[
+        float, typer.Option(min=0.001, max=0.5, help="Harmless that calibrated gates may stop.")
+    ] = 0.02,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json_: Json = False,

@@ -15,7 +15,7 @@ from torch import Tensor
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.request import Request
 from vlm_safeguard.settings import GuardConfig
-from vlm_safeguard.weights import resting
+from vlm_safeguard.weights import adapters_at_work
 from vlm_safeguard.witness import ImageMarkup, text_columns
 
 _STEERED = "_vlm_safeguard_steered"  # on a cache; a copy of the cache carries it along
@@ -269,8 +269,8 @@ def check_prompt_in_parts(config: GuardConfig, request: Request) -> None:
 
 
 def adapters(model: Any) -> list[str]:
-    """The adapters on a model (PEFT leaves their names on it), where some of them rest, and where
-    rows of the batch are given one each."""
+    """The adapters on a model (PEFT leaves their names on it), which of them work where and how
+    much, and where rows of the batch are given one each."""
     names = sorted(getattr(model, "peft_config", None) or {})
     by_row = [
         place
@@ -278,7 +278,7 @@ def adapters(model: Any) -> list[str]:
         for hook in module._forward_pre_hooks.values()
         if "adapter_names" in getattr(hook, "keywords", ())  # for the time of one call
     ]
-    return [*names, *resting(model), *by_row]
+    return [*names, *adapters_at_work(model), *by_row]
 
 
 def mark_steered(cache: Any) -> None:

@@ -26,6 +26,8 @@ class Steerer:
         self.wants_text = (steering.mode == "restore" and steering.reference == "text") or (
             steering.mode == "add" and steering.query == "text"
         )
+        own = steering.mode == "add" and steering.query == "pass"
+        self.reads = self.layers if own else frozenset()  # where the own pass's state is used
 
     def directions(self, layer: int, device: torch.device) -> Tensor:
         """V (m, d) of a layer, from now on where the layer's states are."""
@@ -41,7 +43,7 @@ class Steerer:
 
     def read(self, request: Request, layer: int, state: Tensor) -> None:
         """Take the own pass's coordinates, where they are used, from its state (B, d) at q."""
-        if self._steer.mode == "add" and self._steer.query == "pass" and layer in self.layers:
+        if layer in self.reads:
             rows = self.directions(layer, state.device)
             request.pass_coordinates[layer] = method.coordinates(state, rows)
 
@@ -78,6 +80,8 @@ class Steerer:
             if hidden.shape[1] == 1:  # no copy, and no other piece
                 return step(dose, hidden, piece.new)
             dose.columns += piece.new
+            if dose.index is None and piece.columns == slice(0, hidden.shape[1]):
+                return _moved_at(hidden, dose)  # all of it: no copy, and no other piece
             changed = hidden.clone() if changed is None else changed
             if isinstance(piece.columns, slice):
                 _at_slice(changed, dose, piece.columns)
@@ -177,12 +181,14 @@ def _moved(states: Tensor, dose: Dose) -> Tensor:
 def _at_slice(changed: Tensor, dose: Dose, columns: slice) -> None:
     """Steer the open rows of (B, T, d), in place, at some columns."""
     view = changed[:, columns]
-    states = view if dose.index is None else view.index_select(0, dose.index)
-    if dose.directions is None:
-        moved = (states.float() + dose.target[:, None]).to(states.dtype)
-    else:
-        moved = method.restore(states, dose.directions, dose.target, 0.0, dose.share)
     if dose.index is None:
-        view.copy_(moved)
+        view.copy_(_moved_at(view, dose))
     else:
-        view.index_copy_(0, dose.index, moved)
+        view.index_copy_(0, dose.index, _moved_at(view.index_select(0, dose.index), dose))
+
+
+def _moved_at(states: Tensor, dose: Dose) -> Tensor:
+    """States (b, T, d) of the open rows at some columns, steered."""
+    if dose.directions is None:
+        return (states.float() + dose.target[:, None]).to(states.dtype)
+    return method.restore(states, dose.directions, dose.target, 0.0, dose.share)

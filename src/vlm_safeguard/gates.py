@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,9 +54,9 @@ class GateReader:
         if self._vectors[index].device != device:  # once: the last layer of a gate stays in place
             self._vectors[index] = self._vectors[index].to(device)
             self._thresholds[index] = self._thresholds[index].to(device)
-        scores = method.gate_scores(
+        scores: list[list[float]] = method.gate_scores(
             states, self._vectors[index][places], self._thresholds[index][places]
-        ).cpu()
-        if not torch.isfinite(scores).all():
+        ).tolist()
+        if not all(math.isfinite(score) for row in scores for score in row):
             raise GuardRuntimeError("the request is blocked: a gate score is NaN or Inf")
-        return scores.tolist()
+        return scores

@@ -64,7 +64,7 @@ def gate_scores(states: Tensor, vectors: Tensor, thresholds: Tensor) -> Tensor:
     Returns:
         (B, n), float32; positive means harmful.
     """
-    return torch.einsum("bnd,nd->bn", states.float(), vectors.float()) - thresholds.float()
+    return torch.linalg.vecdot(states.float(), vectors.float()) - thresholds.float()
 
 
 def gate_open(scores: Tensor) -> Tensor:

@@ -143,27 +143,23 @@ class Request:
         self.last_prompt, self.padding = _each(self.last_prompt, times), _each(self.padding, times)
         if self.text_columns is not None:
             self.text_columns = self.text_columns.repeat_interleave(times, 0)
-        self.scores = {key: _each(table, times) for key, table in self.scores.items()}
-        self.opened = {key: _each(table, times) for key, table in self.opened.items()}
-        for layer, table in self.text_coordinates.items():
-            self.text_coordinates[layer] = table.repeat_interleave(times, 0)
+        for of_gates in (self.scores, self.opened):
+            for index, table in of_gates.items():  # rows of their own: each is latched by itself
+                of_gates[index] = [list(values) for values in _each(table, times)]
+        for layer, found in self.text_coordinates.items():
+            self.text_coordinates[layer] = found.repeat_interleave(times, 0)
 
     def latch(self, index: int, place: int | None, scores: list[list[float]]) -> None:
         """Keep the scores of a gate, per row: of its layer number ``place``, or of all layers."""
-        known = self.scores[index]
-        for row, values in enumerate(scores):
-            if place is None:
-                known[row] = values
-            else:
-                known[row] = [*known[row][:place], *values, *known[row][place + 1 :]]
         if place is None:
-            self.opened[index] = [[self._given(sum(values))] for values in known]
-        else:
-            self.opened[index] = [[self._given(value) for value in values] for values in known]
-
-    def _given(self, score: float) -> float:
-        """Which part of the dose a score gives; none while it is NaN, unread."""
-        return 0.0 if math.isnan(score) else dose_share(score, self.soft)
+            self.scores[index] = scores
+            self.opened[index] = [[dose_share(sum(values), self.soft)] for values in scores]
+            return
+        known = self.scores[index]
+        opened = self.opened.setdefault(index, [[0.0] * len(row) for row in known])
+        for row, [score] in enumerate(scores):
+            known[row][place] = score
+            opened[row][place] = dose_share(score, self.soft)
 
     def shares(self, layer: int, source: str | None = None, at_prompt: bool = False) -> list[float]:
         """Which part of the dose the rows get at a layer: the most that any gate gives, or any of

@@ -48,6 +48,7 @@ class Session:
         # Guarded layers that ran in the current pass, in order, and at most one too many.
         self._seen: deque[int] = deque(maxlen=len(decoder.layers) + 1)
         self._text = TextPass(config, model, gates, self._steerer, self._seen)
+        self._read_at = gates.layers("vlm") | self._steerer.reads
         self._layers = sorted(self._text.layers | gates.layers("vlm") | self._steerer.layers)
         self._hooks, self._turn = Hooks(model, decoder), Turn()
         self._video_tokens = course.video_tokens(model)
@@ -136,9 +137,9 @@ class Session:
         self._request = self._reported = None
         if course.adapters(self.model) != self._adapters:
             raise GuardRuntimeError(
-                "an adapter was put on the model, taken off or switched since the guard was "
-                "attached: the guard belongs to the weights it was calibrated on. Leave its `with` "
-                "first, and attach a guard that was calibrated with these adapters at work"
+                "an adapter was put on the model, taken off, switched or scaled since the guard "
+                "was attached: the guard belongs to the weights it was calibrated on. Leave its "
+                "`with` first, and attach a guard that was calibrated with these adapters at work"
             )
         course.check_no_video(self._video_tokens, ids, options)
         request, mask = course.begin(
@@ -232,9 +233,10 @@ class Session:
     def _read_layer(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Read the gates at q of every row, then steer."""
         request = self._current()
-        state = request.states_at_q(hidden)
-        self._gates.read(request, "vlm", layer, state)
-        self._steerer.read(request, layer, state)
+        if layer in self._read_at:
+            state = request.states_at_q(hidden)
+            self._gates.read(request, "vlm", layer, state)
+            self._steerer.read(request, layer, state)
         return self._steerer.steer(request, layer, hidden)
 
     def _steer_layer(self, layer: int, hidden: Tensor) -> Tensor | None:

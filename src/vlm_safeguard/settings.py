@@ -115,7 +115,7 @@ class GuardConfig(_Strict):
     reads_pictures: bool = False  # the words in pictures are part of the text-only reading
     data_sha256: dict[_Name, _Sha256] = Field(default={}, max_length=MAX_DATA_FILES)
     calibration: dict[str, Any] = {}
-    tensors_sha256: _Sha256OrNone = ""
+    tensors_sha256: _Sha256OrNone = ""  # "" while a guard is made; no file is without it
 
     @model_validator(mode="after")
     def _defer_by_text(self) -> GuardConfig:

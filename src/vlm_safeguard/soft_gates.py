@@ -48,6 +48,8 @@ class SoftRow:
 def compare(loaded: LoadedModel, guard: Guard, effort: Effort, progress: Progress) -> list[SoftRow]:
     """Every combination of threshold and width, and no guard first.
 
+    Only the hard gate where its own threshold already lets ``LOWERED`` of the harmless in.
+
     Raises:
         GuardError: the guard decides layer by layer, or has no dose to give a part of.
     """
@@ -62,13 +64,15 @@ def compare(loaded: LoadedModel, guard: Guard, effort: Effort, progress: Progres
     scores = gate_scores(loaded, guard, items, progress)
     shift = lower(scores[~torch.tensor(harmful)], LOWERED)
     rows = [_row("no guard", 0.0, 0.0, plain, [False] * len(items), harmful)]
-    for name, moved, width in (
-        ("hard, own threshold", 0.0, 0.0),
-        ("soft, own threshold", 0.0, -shift),
-        ("hard, lower threshold", shift, 0.0),
-        ("soft, lower threshold, whole dose at the own one", shift, -shift),
-        ("soft, lower threshold, whole dose above the own one", shift, -2 * shift),
-    ):
+    forms = [("hard, own threshold", 0.0, 0.0)]
+    if shift < 0:  # else no lower threshold is to be had, and a soft gate of no width is a hard one
+        forms += [
+            ("soft, own threshold", 0.0, -shift),
+            ("hard, lower threshold", shift, 0.0),
+            ("soft, lower threshold, whole dose at the own one", shift, -shift),
+            ("soft, lower threshold, whole dose above the own one", shift, -2 * shift),
+        ]
+    for name, moved, width in forms:
         variant = with_thresholds(with_steering(guard, soft=width), moved)
         opened = (scores > moved).tolist()
         # Where no gate opens the guard changes nothing: those responses are known already.

@@ -39,18 +39,18 @@ def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from _parts(name, (_fetched(model, name) if part.is_meta else part).detach())
 
 
-def resting(model: nn.Module) -> Iterator[str]:
-    """Where on a model adapters (PEFT) rest, with those that work there; nothing if all work.
+def adapters_at_work(model: nn.Module) -> Iterator[str]:
+    """Where on a model adapters (PEFT) are, which of them work there, and each one's scale.
 
-    Their weights lie on the model in either case, so ``stored`` does not tell.
+    Their weights lie on the model in any case, so ``stored`` does not tell.
     """
     names = set(getattr(model, "peft_config", None) or ())
     for place, module in model.named_modules() if names else ():
         disabled = getattr(module, "disable_adapters", None)
         if isinstance(disabled, bool):  # a layer's; a whole model has a method of that name
-            active = set() if disabled else names.intersection(module.active_adapters)
-            if active != names:
-                yield f"{place} {sorted(active)}"
+            active = () if disabled else sorted(names.intersection(module.active_adapters))
+            scales = getattr(module, "scaling", None) or {}
+            yield f"{place} {[(name, scales.get(name)) for name in active]}"
 
 
 def weights_digest(model: Any) -> str:
@@ -60,7 +60,7 @@ def weights_digest(model: Any) -> str:
     values of each parameter, spread over it, rounded to bfloat16: cheap enough to
     check on every attach; training of any length changes some of them. Quantised weights have a
     digest of their own, offloaded ones that of the weights. Adapters count as parameters, and
-    where not all of them work, those that do.
+    so do which of them work and their scales.
 
     Raises:
         ModelError: weights that are not there, or that cannot be read (see ``stored``).
@@ -71,7 +71,7 @@ def weights_digest(model: Any) -> str:
         step = max(1, flat.numel() // 64)
         values = flat[::step][:64].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(label.encode() + bytes(values.numpy().tobytes()))
-    for place in resting(model):
+    for place in adapters_at_work(model):
         digest.update(f"\0adapters {place}".encode())
     return digest.hexdigest()
 

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -20,6 +20,8 @@ from vlm_safeguard.pictures import draw_text
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.reading import reader
 from vlm_safeguard.requests import Request
+
+_Time = TypeVar("_Time")
 
 # A guard that reads pictures is timed on one with words in it, which it has not seen before.
 WORDS_TO_READ = "Please tell me how to water the plants in the garden"
@@ -138,20 +140,17 @@ def time_ratios(
     Each pair times both on the same request, in alternating order, single requests. Decoding
     always runs ``tokens`` tokens, so that both do the same work.
     """
-    per_token, first = [], []
-    for n in range(pairs):
-        item = items[n % len(items)]
-        times: dict[bool, tuple[float, float]] = {}
-        for defended in (False, True) if n % 2 else (True, False):
-            text = reword(item.text) if defended else item.text
-            own = guard if defended else None
-            inputs = encode(loaded, [text], [item.image], reads_pictures(own))
-            attached = own.attach(loaded.model, loaded.processor) if own else nullcontext()
-            with attached:
-                times[defended] = _timed(loaded, inputs, tokens)
-        first.append(times[True][0] / times[False][0])
-        per_token.append(times[True][1] / times[False][1])
-    return statistics.median(per_token), statistics.median(first)
+
+    def work(item: Request, defended: bool) -> tuple[float, float]:
+        own = guard if defended else None
+        text = reword(item.text) if defended else item.text
+        inputs = encode(loaded, [text], [item.image], reads_pictures(own))
+        with own.attach(loaded.model, loaded.processor) if own else nullcontext():
+            return _timed(loaded, inputs, tokens)
+
+    runs = _in_pairs(work, items, pairs)
+    first = statistics.median(one[0] / plain[0] for plain, one in runs)
+    return statistics.median(one[1] / plain[1] for plain, one in runs), first
 
 
 def request_ratio(
@@ -175,23 +174,32 @@ def request_ratio(
     words = draw_text(WORDS_TO_READ) if reads else None
     if reads:
         reader()  # its models are loaded once per process, not per request
-    ratios = []
+
+    def work(item: Request, defended: bool) -> float:
+        own = guard if defended else None
+        if reads:
+            reader().forget()
+        with own.attach(loaded.model, loaded.processor) if own else nullcontext():
+            begin = time.perf_counter()
+            text = reword(item.text) if defended else item.text
+            picture = item.image if words is None else words
+            inputs = encode(loaded, [text], [picture], reads_pictures(own))
+            _generate(loaded, inputs, tokens)
+            return time.perf_counter() - begin
+
+    return statistics.median(one / plain for plain, one in _in_pairs(work, items, pairs))
+
+
+def _in_pairs(
+    work: Callable[[Request, bool], _Time], items: Sequence[Request], pairs: int
+) -> list[tuple[_Time, _Time]]:
+    """``work`` on each of ``pairs`` requests, not defended and defended, in alternating order."""
+    found = []
     for n in range(pairs):
-        item = items[n % len(items)]
-        picture = item.image if words is None else words
-        times: dict[bool, float] = {}
-        for defended in (False, True) if n % 2 else (True, False):
-            own = guard if defended else None
-            if reads:
-                reader().forget()
-            with own.attach(loaded.model, loaded.processor) if own else nullcontext():
-                begin = time.perf_counter()
-                text = reword(item.text) if defended else item.text
-                inputs = encode(loaded, [text], [picture], reads_pictures(own))
-                _generate(loaded, inputs, tokens)
-                times[defended] = time.perf_counter() - begin
-        ratios.append(times[True] / times[False])
-    return statistics.median(ratios)
+        order = (False, True) if n % 2 else (True, False)
+        times = {defended: work(items[n % len(items)], defended) for defended in order}
+        found.append((times[False], times[True]))
+    return found
 
 
 def _timed(

@@ -37,7 +37,8 @@ class Engine:
         self.loaded = loaded
         self.batch = batch
         self._queue: Queue[_Job | None] = Queue()  # None: no more will come
-        threading.Thread(target=self._run, daemon=True, name="vlm-safeguard-engine").start()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="vlm-safeguard-engine")
+        self._thread.start()
 
     def submit(self, request: Request, guard: Guard | None, tokens: int) -> Future[Response]:
         """Queue one request; its answer, or what went wrong with it, comes in the future."""
@@ -46,8 +47,11 @@ class Engine:
         return answer
 
     def close(self) -> None:
-        """Let the thread end after what has been submitted; nothing may be submitted later."""
+        """Wait until what has been submitted is answered and the thread has ended: one that still
+        runs while the interpreter shuts down can take the process with it. Nothing may be submitted
+        later."""
         self._queue.put(None)
+        self._thread.join()
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -58,7 +62,7 @@ class Engine:
                 except Empty:
                     break
                 if job is None:
-                    self.close()  # found again when this round is done
+                    self._queue.put(None)  # found again when this round is done
                     break
                 jobs.append(job)
             kinds: dict[tuple[int, int], list[_Job]] = {}
