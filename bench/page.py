@@ -40,11 +40,13 @@ def page(found: Mapping[str, Any]) -> str:
 def _opening(found: Mapping[str, Any]) -> str:
     where = found["where"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    command = f"OMP_NUM_THREADS={where['threads']} python -m bench --rounds {found['rounds']}"
     quick = "\n\n**A smoke test (`--quick`): the figures mean nothing.**" if found["quick"] else ""
     return f"""# What a guard costs
 
-`make bench` writes this page and [bench.json](bench.json): the embedded model, float32, on
-{where["threads"]} threads of {where["machine"]} ({versions}), commit {where["commit"]}.{quick}
+`{command}`, in the environment that
+`make bench` makes, wrote this page and [bench.json](bench.json): the embedded model, float32,
+{where["machine"]} ({versions}), commit {where["commit"]}.{quick}
 
 Every figure is the median, with quartiles, of {found["rounds"]} paired runs: in each round every
 variant runs once, in random order, in one process, and is divided by the unguarded run of its
@@ -127,8 +129,9 @@ def _peers(found: Mapping[str, Any]) -> str:
 The same language model, text only, in the same process. The libraries add a vector after every
 layer at every token, without a gate; the naive hook and the guard with the paper's formula read
 each layer's gate at the last prompt token and add along one direction at every token; the other
-guards restore {found["rank"]} directions. The libraries' own requirements leave out the versions
-used here, so they are installed without them; that their hooks do what they say is checked first.
+guards restore {found["rank"]} directions. What the libraries and this package ask for (below)
+cannot be had together: they are installed without their requirements, beside a numpy older than
+this package's own. That their hooks do what they say is checked first.
 
 {notes}
 

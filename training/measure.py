@@ -62,7 +62,10 @@ def main() -> None:
         sets["MaliciousInstruct"] = read_prompts(path)
     rows = compare(loaded, {"unguarded": None}, sets, max_new_tokens=24, progress=progress)
     vqa = easy_vqa_accuracy(loaded, None, count=args.vqa, progress=progress)
+    given = [f"--per-set {args.per_set}"] if args.per_set else []
+    given += ["--benchmarks FOLDER"] if args.benchmarks else []
     facts = {
+        "command": " ".join([*given, f"--vqa {len(vqa)}"]),
         "benchmarks": by_benchmark(rows),
         "easy_vqa": wilson(sum(vqa), len(vqa)),
         "emoji": naming(loaded, args.cache, progress),
@@ -85,8 +88,8 @@ def measured(facts: dict) -> str:
             lines.append(f"| {name} | {setting} | {' | '.join(cells)} | {row['degenerate']:.1%} |")
     table = "\n".join(lines)
     return f"""Weights `{weights_file().name}`: SHA-256 `{sha256_file(weights_file())}`, measured by
-`python -m training.measure`, greedy, 24 tokens, refusal phrases as judge (a smoke test), 95% Wilson
-intervals.
+`python -m training.measure --cache CACHE {facts["command"]}`,
+greedy, 24 tokens, refusal phrases as judge (a smoke test), 95% Wilson intervals.
 
 | Prompts | Setting | Harmful prompts refused | Over-refusal | Degenerate |
 |---|---|---|---|---|
