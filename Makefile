@@ -25,17 +25,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## Assemble the embedded VLM, calibrate a guard, compare, report
 	$(BIN)/vlm-safeguard demo -o report
 
-# Libraries for quantised models and caches. transformers loads them on every import where it finds
-# them, so only their own tests do.
-$(VENV)/quantised/.installed: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-	  -c constraints.txt --target $(@D) torchao optimum-quanto
+# transformers loads torchao on every import where it finds it, so only the tests of it do.
+$(VENV)/int8/.installed: $(VENV)/.installed
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+	  --target $(@D) torchao
 	touch $@
 
 # Two workers, each file in one of them: the fixtures of a file are made once.
-test: $(VENV)/.installed $(VENV)/quantised/.installed  ## All tests
+test: $(VENV)/.installed $(VENV)/int8/.installed  ## All tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest -k "int8 or quantised" \
+	PYTHONPATH=$(VENV)/int8 $(BIN)/python -c "import torchao"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/int8 $(BIN)/python -m pytest -k "int8 or quantised" \
 	  tests/test_ways.py tests/test_weights.py
 
 lint: $(VENV)/.installed  ## ruff, mypy, import-linter
@@ -59,7 +60,7 @@ train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 
 	$(BIN)/python -m training.projector --cache training/cache --out training/out
 	$(BIN)/python -m training.package_weights --out training/out
 	$(BIN)/python -m training.measure --cache training/cache --per-set 40 --vqa 800 \
-	  $(if $(wildcard $(BENCHMARKS)),--benchmarks $(BENCHMARKS))
+	  $(if $(wildcard $(BENCHMARKS)/malicious_instruct),--benchmarks $(BENCHMARKS))
 
 results/guard: | $(VENV)/.installed  # order only: an update of the tools makes no new guard
 	$(BIN)/vlm-safeguard calibrate embedded --read-pictures -o $@

@@ -40,7 +40,8 @@ def page(found: Mapping[str, Any]) -> str:
 def _opening(found: Mapping[str, Any]) -> str:
     where = found["where"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    command = f"OMP_NUM_THREADS={where['threads']} python -m bench --rounds {found['rounds']}"
+    how = "--quick" if found["quick"] else f"--rounds {found['rounds']}"
+    command = f"OMP_NUM_THREADS={where['threads']} python -m bench {how}"
     quick = "\n\n**A smoke test (`--quick`): the figures mean nothing.**" if found["quick"] else ""
     return f"""# What a guard costs
 

@@ -91,11 +91,14 @@ def test_a_request_that_fails_spoils_no_other(folder: Path) -> None:
         answers[1].result(60)
 
 
-def test_closing_waits_for_what_was_submitted(folder: Path) -> None:
-    one = Engine(load(folder), 2)
-    answers = [one.submit(Request("Hello", None), None, 4) for _ in range(5)]
+def test_closing_ends_the_thread_and_cancels_what_waits(folder: Path) -> None:
+    one = Engine(load(folder), 1)
+    answers = [one.submit(Request("Hello", None), None, 4) for _ in range(40)]
+    first = answers[0].result(60)
     one.close()
-    assert all(answer.done() for answer in answers) and not one._thread.is_alive()
+    assert not one._thread.is_alive() and all(answer.done() for answer in answers)
+    assert answers[-1].cancelled()
+    assert all(answer.cancelled() or answer.result() == first for answer in answers)
 
 
 def test_requests_that_the_provider_cannot_answer_are_refused(folder: Path) -> None:

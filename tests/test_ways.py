@@ -827,6 +827,26 @@ def test_an_adapters_scale_is_a_part_of_the_model():
         pass
 
 
+def test_an_adapter_on_the_language_model_alone_counts():
+    _, settings = _lora()
+    model = tiny.llava()
+    model.model.language_model.add_adapter(settings, "first")
+    made = always(model)
+    _scaled(model, 0.5)
+    with pytest.raises(GuardError, match="weights differ"), made.attach(model):
+        pass
+
+
+def test_a_module_trained_whole_may_have_a_scale_of_its_own():
+    """PEFT's wrapper lends the attributes of what it wraps: attention calls its factor a scale."""
+    peft, _ = _lora()
+    model = tiny.llava()
+    both = peft.LoraConfig(target_modules=["gate_proj"], modules_to_save=["self_attn"], r=2)
+    wrapped = peft.get_peft_model(model, both).eval()
+    with always(model).attach(model):
+        generate(wrapped, tiny.batch(tiny.PROMPTS))
+
+
 @pytest.mark.parametrize("how", ["first", "none"])
 def test_an_adapter_that_is_switched_under_guard_is_noticed(how):
     model, switch = _two_adapters()

@@ -39,18 +39,26 @@ def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from _parts(name, (_fetched(model, name) if part.is_meta else part).detach())
 
 
+def adapters(model: nn.Module) -> set[str]:
+    """Names of the adapters (PEFT) on a model or on a part of it."""
+    known = (module.__dict__.get("peft_config") or () for module in model.modules())
+    return {name for names in known for name in names}
+
+
 def adapters_at_work(model: nn.Module) -> Iterator[str]:
-    """Where on a model adapters (PEFT) are, which of them work there, and each one's scale.
+    """Where on a model adapters are, which of them work there, in their order, and their scales.
 
     Their weights lie on the model in any case, so ``stored`` does not tell.
     """
-    names = set(getattr(model, "peft_config", None) or ())
+    names = adapters(model)
     for place, module in model.named_modules() if names else ():
         disabled = getattr(module, "disable_adapters", None)
         if isinstance(disabled, bool):  # a layer's; a whole model has a method of that name
-            active = () if disabled else sorted(names.intersection(module.active_adapters))
-            scales = getattr(module, "scaling", None) or {}
-            yield f"{place} {[(name, scales.get(name)) for name in active]}"
+            active = [] if disabled else [n for n in module.active_adapters if n in names]
+            own = module.__dict__.get("scaling")  # not that of a module that it wraps
+            scales = own if isinstance(own, dict) else {}
+            told = [(name, float(scales[name]) if name in scales else None) for name in active]
+            yield f"{place} {told}"
 
 
 def weights_digest(model: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from queue import Empty, Queue
@@ -47,9 +48,13 @@ class Engine:
         return answer
 
     def close(self) -> None:
-        """Wait until what has been submitted is answered and the thread has ended: one that still
-        runs while the interpreter shuts down can take the process with it. Nothing may be submitted
-        later."""
+        """Cancel what waits and return when the thread has ended: one that still runs while the
+        interpreter shuts down can take the process with it. Nothing may be submitted later."""
+        with suppress(Empty):
+            while True:
+                job = self._queue.get_nowait()
+                if job is not None:
+                    job.answer.cancel()
         self._queue.put(None)
         self._thread.join()
 
