@@ -58,6 +58,7 @@ train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 
 	$(BIN)/python -m training.align --cache training/cache --out training/out
 	$(BIN)/python -m training.joint --cache training/cache --out training/out
 	$(BIN)/python -m training.projector --cache training/cache --out training/out
+	$(BIN)/python -m training.questions --cache training/cache --out training/out
 	$(BIN)/python -m training.package_weights --out training/out
 	$(BIN)/python -m training.measure --cache training/cache --per-set 40 --vqa 800 \
 	  $(if $(wildcard $(BENCHMARKS)/malicious_instruct),--benchmarks $(BENCHMARKS))

@@ -4,7 +4,7 @@ The alignment's LoRA and a first projector learn together: easy-VQA, naming emoj
 about what is shown, all harmless; and, without any picture, refusals and answers as in
 ``training.align``, with more questions: indirect harmful ones, and harmless ones in which a single
 word sounds bad. The projector of this stage only serves to teach the language model what to do
-with pictures; the one that ships is trained after it, alone (``training.projector``).
+with pictures; another is trained after it, alone (``training.projector``).
 
     python -m training.joint --cache training/cache --out training/out
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ from training.common import SEED, Example, train
 from training.lora import FILE, save_lora, text_loss, trainable, with_lora
 from training.projector import base_with_pictures, build_bank, loss_with, mixture, new_projector
 
+Loss = Callable[[list[Example]], Tensor]
+
 STEMS = ("align", "followup")
 PICTURED = 16  # examples with a picture in a step, beside the alignment's
 
@@ -34,6 +36,16 @@ def both(text: Iterator[list[Example]], seen: Iterator[list[Example]]) -> Iterat
     """Steps of the alignment and of the visual mixture together."""
     while True:
         yield next(text) + next(seen)
+
+
+def loss_of_both(of_text: Loss, of_pictures: Loss) -> Loss:
+    """The loss of a group of examples of which some have a picture and some have none."""
+
+    def loss_of(group: list[Example]) -> Tensor:
+        text = [example for example in group if example.image is None]
+        return of_text(text) + of_pictures([e for e in group if e.image is not None])
+
+    return loss_of
 
 
 def main() -> None:
@@ -50,19 +62,15 @@ def main() -> None:
     tuned = with_lora(llm)
     set_peft_model_state_dict(tuned, load_file(args.out / "align" / FILE))
     tuned.train()
-    of_text = text_loss(tuned, tokenizer)
-    of_pictures = loss_with(tuned.base_model.model, projector, bank, tokenizer, image_id)
-
-    def loss_of(group: list[Example]) -> Tensor:
-        text = [example for example in group if example.image is None]
-        return of_text(text) + of_pictures([e for e in group if e.image is not None])
-
     parameters = trainable(tuned)
     parameters |= {f"projector.{n}": p for n, p in projector.named_parameters()}
     folder = args.out / "joint"
     train(
         parameters,
-        loss_of,
+        loss_of_both(
+            text_loss(tuned, tokenizer),
+            loss_with(tuned.base_model.model, projector, bank, tokenizer, image_id),
+        ),
         both(
             batches(STEMS, args.out, tokenizer, random.Random(SEED + 1)),
             mixture(bank, args.out, tokenizer, PICTURED, SEED + 1),

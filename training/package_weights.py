@@ -25,8 +25,8 @@ def main() -> None:
     vision = json.loads((args.out / "vision_tower" / "config.json").read_text())
     tensors = {}
     parts = {
-        "align": args.out / "joint" / "lora.safetensors",
-        "projector": args.out / "projector" / "projector.safetensors",
+        "align": args.out / "questions" / "lora.safetensors",
+        "projector": args.out / "questions" / "projector.safetensors",
         "tower": args.out / "vision_tower" / "model.safetensors",
     }
     for kind, path in parts.items():

@@ -1,4 +1,4 @@
-"""The visual stage: LLaVA's projector, trained alone against the finished language model.
+"""The visual stage: LLaVA's projector, trained alone against the language model of the joint stage.
 
 With a picture everything is harmless, and everything is about the picture: easy-VQA questions,
 naming emoji, and instructions about what is shown (``training.picture_answers``). No harmful
@@ -109,22 +109,37 @@ def build_bank(out: Path, cache: Path) -> Bank:
     )
 
 
-def question_examples(bank: Bank) -> list[Example]:
-    """easy-VQA's training questions, answered in a sentence that says what is seen."""
-    questions, answers, ids = easy_vqa.get_train_questions()
+def questions(bank: Bank) -> Iterator[tuple[str, str, int]]:
+    """easy-VQA's training questions, their answers, and which picture of the bank they are about:
+    every other one as people type it, the others as easy-VQA writes it."""
+    asked, answers, ids = easy_vqa.get_train_questions()
     order = {image: i for i, image in enumerate(sorted(easy_vqa.get_train_image_paths()))}
+    for n, (question, answer, image) in enumerate(zip(asked, answers, ids, strict=True)):
+        text = question[0].upper() + question[1:] if n % 2 else question
+        yield text, answer, bank.shapes[order[image]]
+
+
+def open_questions(bank: Bank) -> list[Example]:
+    """easy-VQA's questions for a shape or a colour, answered in a sentence."""
+    return [
+        Example(
+            IMAGE_PROMPT.format(question),
+            (f"It is a {answer}." if answer in pics.SHAPES else f"It is {answer}.") + END,
+            place,
+        )
+        for question, answer, place in questions(bank)
+        if answer not in ("yes", "no")
+    ]
+
+
+def yes_no_questions(bank: Bank) -> list[Example]:
+    """easy-VQA's yes-or-no questions, answered in a sentence that says what is seen."""
     found = []
-    for question, answer, image in zip(questions, answers, ids, strict=True):
-        seen = bank.shape_of[order[image]]
+    for question, answer, place in questions(bank):
         if answer in ("yes", "no"):
+            seen = bank.shape_of[place]
             text = f"It is a {seen}, so {answer}." if seen else f"{answer.capitalize()}."
-        elif answer in pics.SHAPES:
-            text = f"It is a {answer}."
-        else:
-            text = f"It is {answer}."
-        # As people type it, and as easy-VQA writes it.
-        asked = question[0].upper() + question[1:] if len(found) % 2 else question
-        found.append(Example(IMAGE_PROMPT.format(asked), text + END, order[image]))
+            found.append(Example(IMAGE_PROMPT.format(question), text + END, place))
     return found
 
 
@@ -168,7 +183,7 @@ def grounded_examples(bank: Bank, out: Path, tokenizer) -> list[Example]:
 def mixture(bank: Bank, out: Path, tokenizer, size: int, seed: int) -> Iterator[list[Example]]:
     """Endless batches of about ``size`` with fixed shares of each kind of example."""
     pools = {
-        "vqa": question_examples(bank),
+        "vqa": open_questions(bank) + yes_no_questions(bank),
         "naming": naming_examples(bank, random.Random(seed)),
         "grounded": grounded_examples(bank, out, tokenizer),
     }
@@ -208,6 +223,18 @@ def new_projector(bank: Bank, llm: nn.Module) -> nn.Sequential:
         scale = llm.get_input_embeddings().weight.std() / projector(bank.features[:64]).std()
         projector[2].weight.mul_(scale)
         projector[2].bias.zero_()
+    return projector
+
+
+def load_projector(bank: Bank, llm: nn.Module, folder: Path) -> nn.Sequential:
+    """The projector that ``save_projector`` wrote to ``folder``."""
+    projector = new_projector(bank, llm)
+    theirs = {name: number for number, name in PROJECTOR_NAMES.items()}
+    tensors = {}
+    for name, value in load_file(folder / FILE).items():
+        layer, _, part = name.partition(".")
+        tensors[f"{theirs[layer]}.{part}"] = value
+    projector.load_state_dict(tensors)
     return projector
 
 
