@@ -8,13 +8,10 @@ Half refusals of harmful prompts, half the openings of the model's own answers t
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 from training.common import (
     END,
@@ -26,6 +23,7 @@ from training.common import (
     log,
     read_all,
     read_jsonl,
+    stage,
     train,
 )
 from training.forms import reform
@@ -83,13 +81,7 @@ def opening(answer: str, tokenizer, limit: int = OPENING) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600)
-    args = parser.parse_args()
-    torch.manual_seed(SEED)
-    torch.set_num_threads(2)
+    args = stage(__doc__, steps=600)
     model, tokenizer = base_model(args.cache)
     tuned = with_lora(model)
     tuned.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
@@ -30,6 +31,18 @@ REFUSALS = (
     "I'm sorry, but I can't assist with that. It could hurt people.",
     "I'm sorry, but I can't help with something that is harmful or illegal.",
 )
+
+
+def stage(doc: str | None, *, steps: int) -> argparse.Namespace:
+    """What a stage is called with (cache, out, steps); seeds torch and sets its threads."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=steps)
+    args = parser.parse_args()
+    torch.manual_seed(SEED)
+    torch.set_num_threads(2)
+    return args
 
 
 def log(message: str) -> None:

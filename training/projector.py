@@ -11,7 +11,6 @@ asked beside a picture, which would teach to look past it.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from training.common import (
     frozen,
     log,
     read_jsonl,
+    stage,
     train,
 )
 from training.lora import FILE as LORA
@@ -119,28 +119,19 @@ def questions(bank: Bank) -> Iterator[tuple[str, str, int]]:
         yield text, answer, bank.shapes[order[image]]
 
 
-def open_questions(bank: Bank) -> list[Example]:
-    """easy-VQA's questions for a shape or a colour, answered in a sentence."""
+def sentence(answer: str, seen: str) -> str:
+    """An answer in a sentence; of yes and no one that says what is seen, where that is known."""
+    if answer in ("yes", "no"):
+        return f"It is a {seen}, so {answer}." if seen else f"{answer.capitalize()}."
+    return f"It is a {answer}." if answer in pics.SHAPES else f"It is {answer}."
+
+
+def question_examples(bank: Bank) -> list[Example]:
+    """easy-VQA's training questions, answered in a sentence that says what is seen."""
     return [
-        Example(
-            IMAGE_PROMPT.format(question),
-            (f"It is a {answer}." if answer in pics.SHAPES else f"It is {answer}.") + END,
-            place,
-        )
+        Example(IMAGE_PROMPT.format(question), sentence(answer, bank.shape_of[place]) + END, place)
         for question, answer, place in questions(bank)
-        if answer not in ("yes", "no")
     ]
-
-
-def yes_no_questions(bank: Bank) -> list[Example]:
-    """easy-VQA's yes-or-no questions, answered in a sentence that says what is seen."""
-    found = []
-    for question, answer, place in questions(bank):
-        if answer in ("yes", "no"):
-            seen = bank.shape_of[place]
-            text = f"It is a {seen}, so {answer}." if seen else f"{answer.capitalize()}."
-            found.append(Example(IMAGE_PROMPT.format(question), text + END, place))
-    return found
 
 
 def naming_examples(bank: Bank, rng: random.Random) -> list[Example]:
@@ -183,7 +174,7 @@ def grounded_examples(bank: Bank, out: Path, tokenizer) -> list[Example]:
 def mixture(bank: Bank, out: Path, tokenizer, size: int, seed: int) -> Iterator[list[Example]]:
     """Endless batches of about ``size`` with fixed shares of each kind of example."""
     pools = {
-        "vqa": open_questions(bank) + yes_no_questions(bank),
+        "vqa": question_examples(bank),
         "naming": naming_examples(bank, random.Random(seed)),
         "grounded": grounded_examples(bank, out, tokenizer),
     }
@@ -229,12 +220,14 @@ def new_projector(bank: Bank, llm: nn.Module) -> nn.Sequential:
 def load_projector(bank: Bank, llm: nn.Module, folder: Path) -> nn.Sequential:
     """The projector that ``save_projector`` wrote to ``folder``."""
     projector = new_projector(bank, llm)
-    theirs = {name: number for number, name in PROJECTOR_NAMES.items()}
-    tensors = {}
-    for name, value in load_file(folder / FILE).items():
-        layer, _, part = name.partition(".")
-        tensors[f"{theirs[layer]}.{part}"] = value
-    projector.load_state_dict(tensors)
+    tensors = load_file(folder / FILE)
+    projector.load_state_dict(
+        {
+            f"{number}.{part}": tensors[f"{name}.{part}"]
+            for number, name in PROJECTOR_NAMES.items()
+            for part in ("weight", "bias")
+        }
+    )
     return projector
 
 
@@ -256,13 +249,7 @@ def base_with_pictures(cache: Path) -> tuple[nn.Module, object, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=360)
-    args = parser.parse_args()
-    torch.manual_seed(SEED)
-    torch.set_num_threads(2)
+    args = stage(__doc__, steps=360)
     llm, tokenizer, image_id = base_with_pictures(args.cache)
     merge_lora(llm, load_file(args.out / "joint" / LORA))
     llm = frozen(llm)

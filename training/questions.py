@@ -12,65 +12,63 @@ text, and naming and instructions about pictures beside it.
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from training import pictures as pics
 from training.align import batches
-from training.common import END, IMAGE_PROMPT, SEED, Example, batches_by_length, train
-from training.joint import STEMS, loss_of_both
+from training.common import END, IMAGE_PROMPT, SEED, Example, batches_by_length, stage
+from training.joint import STEMS, train_together
 from training.lora import FILE as LORA
-from training.lora import save_lora, text_loss, trainable, with_lora
+from training.lora import with_lora
 from training.projector import (
     Bank,
     base_with_pictures,
     build_bank,
     grounded_examples,
     load_projector,
-    loss_with,
     naming_examples,
-    open_questions,
     questions,
     save_projector,
+    sentence,
 )
 
-FOLDER = "questions"
 ASKED = 12  # yes-or-no questions of each kind in a step: about what is there, and what is not
 OPEN, NAMING, GROUNDED = 6, 4, 4
 TEXT = 12  # prompts without a picture in a step, half of them refused
 
 
-def yes_or_no(bank: Bank) -> tuple[list[Example], list[Example]]:
-    """easy-VQA's yes-or-no questions about what the picture shows, and about what it does not."""
-    there, absent = [], []
+def by_kind(bank: Bank) -> tuple[list[Example], list[Example], list[Example]]:
+    """easy-VQA's questions: yes or no about what the picture shows, yes or no about what it does
+    not, and those for a shape or a colour."""
+    there, absent, rest = [], [], []
     for question, answer, place in questions(bank):
         seen = bank.shape_of[place]
-        if answer not in ("yes", "no") or not seen:
-            continue
-        words = re.findall(r"[a-z]+", question.lower())
-        asked = next(word for word in words if word in pics.SHAPES or word in pics.COLOURS)
-        shown = asked in seen.split()
-        said = asked if shown else f"not {asked}"
-        text = f"It is a {seen}: {said}, so {answer}." + END
-        kind = there if shown else absent
-        kind.append(Example(IMAGE_PROMPT.format(question), text, place))
-    return there, absent
+        if answer not in ("yes", "no"):
+            kind, text = rest, sentence(answer, seen)
+        elif seen:
+            words = re.findall(r"[a-z]+", question.lower())
+            asked = next(word for word in words if word in pics.SHAPES or word in pics.COLOURS)
+            kind, said = (there, asked) if asked in seen.split() else (absent, f"not {asked}")
+            text = f"It is a {seen}: {said}, so {answer}."
+        else:
+            continue  # what is seen is not known
+        kind.append(Example(IMAGE_PROMPT.format(question), text + END, place))
+    return there, absent, rest
 
 
 def steps(bank: Bank, out: Path, tokenizer) -> Iterator[list[Example]]:
     """Endless steps of all that this stage trains and rehearses."""
-    there, absent = yes_or_no(bank)
+    there, absent, rest = by_kind(bank)
     pools = (
         (there, ASKED),
         (absent, ASKED),
-        (open_questions(bank), OPEN),
+        (rest, OPEN),
         (naming_examples(bank, random.Random(SEED)), NAMING),
         (grounded_examples(bank, out, tokenizer), GROUNDED),
     )
@@ -80,34 +78,24 @@ def steps(bank: Bank, out: Path, tokenizer) -> Iterator[list[Example]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=140)
-    args = parser.parse_args()
-    torch.manual_seed(SEED)
-    torch.set_num_threads(2)
+    args = stage(__doc__, steps=140)
     llm, tokenizer, image_id = base_with_pictures(args.cache)
     bank = build_bank(args.out, args.cache)
     projector = load_projector(bank, llm, args.out / "projector")
     tuned = with_lora(llm)
     set_peft_model_state_dict(tuned, load_file(args.out / "joint" / LORA))
-    tuned.train()
-    parameters = trainable(tuned)
-    parameters |= {f"projector.{n}": p for n, p in projector.named_parameters()}
-    folder = args.out / FOLDER
-    train(
-        parameters,
-        loss_of_both(
-            text_loss(tuned, tokenizer),
-            loss_with(tuned.base_model.model, projector, bank, tokenizer, image_id),
-        ),
+    folder = args.out / "questions"
+    train_together(
+        tuned,
+        projector,
+        bank,
+        tokenizer,
+        image_id,
         steps(bank, args.out, tokenizer),
         steps=args.steps,
-        lr=lambda name: 6e-4 if name.startswith("projector.") else 4e-4,
+        rates=(4e-4, 6e-4),
         out=folder,
     )
-    save_lora(tuned, folder)
     save_projector(projector, folder)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_safeguard import weights
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.request import Request
 from vlm_safeguard.settings import GuardConfig
+from vlm_safeguard.weights import adapter_names, adapters_at_work
 from vlm_safeguard.witness import ImageMarkup, text_columns
 
 _STEERED = "_vlm_safeguard_steered"  # on a cache; a copy of the cache carries it along
@@ -271,14 +271,16 @@ def check_prompt_in_parts(config: GuardConfig, request: Request) -> None:
 def adapters(model: Any) -> list[str]:
     """The adapters on a model (PEFT leaves their names on it), which of them work where and how
     much, and where rows of the batch are given one each."""
-    names = sorted(weights.adapters(model))
+    names = sorted(adapter_names(model))
+    if not names:
+        return []
     by_row = [
         place
-        for place, module in (model.named_modules() if names else ())
+        for place, module in model.named_modules()
         for hook in module._forward_pre_hooks.values()
         if "adapter_names" in getattr(hook, "keywords", ())  # for the time of one call
     ]
-    return [*names, *weights.adapters_at_work(model), *by_row]
+    return [*names, *adapters_at_work(model), *by_row]
 
 
 def mark_steered(cache: Any) -> None:
