@@ -28,7 +28,7 @@ IMAGE, LAYERS, WORDS, TOKENS_A_WORD, TEMPLATE = 576, 32, 40, 1.35, 8
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"))
-    parser.add_argument("--rounds", type=int, default=15, help="paired runs")
+    parser.add_argument("--rounds", type=int, default=15, help="of each variant")
     parser.add_argument("--quick", action="store_true", help="a smoke test of every part")
     given = parser.parse_args()
     _say("loading the embedded model")

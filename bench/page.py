@@ -49,12 +49,14 @@ def _opening(found: Mapping[str, Any]) -> str:
 `make bench` makes, wrote this page and [bench.json](bench.json): the embedded model, float32,
 {where["machine"]} ({versions}), commit {where["commit"]}.{quick}
 
-Every figure is the median, with quartiles, of {found["rounds"]} paired runs: in each round every
-variant runs once, in random order, in one process, and is divided by the unguarded run of its
-round. *Unguarded again* is that run against a second one: how far chance alone goes. Guards are
-made by hand, with gates forced open or shut and as many directions as the largest that a
-calibration tries; attaching stands by itself below. Prompts: {found["prompts"]}.
-Generations are of {found["new_tokens"]} tokens; the time per token is that of the median step."""
+Every figure is the median, with quartiles, of {found["rounds"]} rounds, in which every variant runs
+once, in random order, in one process. Times to the first token and per token are ratios of calls
+side by side: a model with hooks and its copy without any answer the same request in lockstep, each
+forward call of one right after the same call of the other, and from round to round they change
+places. *Unguarded again* has hooks on neither: how far chance alone goes. Guards are made by hand,
+with gates forced open or shut and as many directions as the largest that a calibration tries;
+attaching stands by itself below. Prompts: {found["prompts"]}. {found["new_tokens"]}
+tokens are written each time; the time per token is that of the median step."""
 
 
 def _vlm(batches: Mapping[str, Any]) -> str:

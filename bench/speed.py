@@ -1,21 +1,26 @@
-"""Time to first token and time per token, guarded / unguarded, of paired runs."""
+"""Time to first token and time per token, guarded / unguarded, in lockstep."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 
-from bench import peers
+from bench import lockstep, peers
 from bench.guards import Model, adding, gate_layers, layer_sets, restoring
+from bench.lockstep import Paired
 from bench.subjects import Subjects
-from bench.timing import Setup, Times, generation, interleaved, ratios, spread
+from bench.timing import interleaved, spread
 from vlm_safeguard.guard import Guard
 
-PLAIN, AGAIN = "unguarded", "unguarded again"
+AGAIN = "unguarded again"
+
+Hooked = Callable[[Any], AbstractContextManager[Any]]  # puts hooks on a model
 
 
 def on_the_vlm(subject: Subjects, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
@@ -33,10 +38,8 @@ def on_the_vlm(subject: Subjects, batch: int, tokens: int, rounds: int) -> dict[
             guards[key] = made(text=True, is_open=is_open)
             brief.add(key)
     guards["all, paper's formula"] = adding(target, sets["all"])
-    setups: dict[str, Setup] = {
-        key: partial(guard.attach, target.model) for key, guard in guards.items()
-    }
-    setups["all, naive hook"] = partial(peers.naive, target.model, _vectors(target, sets["all"]))
+    setups: dict[str, Hooked] = {key: guard.attach for key, guard in guards.items()}
+    setups["all, naive hook"] = partial(_with, peers.naive, _vectors(target, sets["all"]))
     inputs = subject.inputs(batch, picture=True)
     found = _measured(target.model, setups, inputs, tokens, rounds, brief)
     words = subject.inputs(batch, picture=False)["input_ids"].shape[1]
@@ -62,17 +65,17 @@ def on_the_llm(subject: Subjects, batch: int, tokens: int, rounds: int) -> dict[
     """Peers, the naive hook and guards on the language model alone, all layers."""
     target, layers = subject.llm, layer_sets(subject.llm.depth)["all"]
     vectors, inputs = _vectors(target, layers), subject.inputs(batch, picture=False)
-    setups: dict[str, Setup] = {}
+    setups: dict[str, Hooked] = {}
     for name, peer in peers.LIBRARIES.items():
         peers.check(peer, target.model, inputs, vectors)
-        setups[name] = partial(peer, target.model, vectors)
-    setups["naive hook"] = partial(peers.naive, target.model, vectors)
+        setups[name] = partial(_with, peer, vectors)
+    setups["naive hook"] = partial(_with, peers.naive, vectors)
     guards = {
         "guard, paper's formula": adding(target, layers),
         "guard, every token": restoring(target, layers, text=False, is_open=True, tokens=None),
         "guard, last prompt token": restoring(target, layers, text=False, is_open=True),
     }
-    setups |= {key: partial(guard.attach, target.model) for key, guard in guards.items()}
+    setups |= {key: guard.attach for key, guard in guards.items()}
     return _measured(target.model, setups, inputs, tokens, rounds, set())
 
 
@@ -82,34 +85,41 @@ def _vectors(target: Model, layers: list[int]) -> peers.Vectors:
     return {n: 0.01 * torch.randn(width, generator=generator) for n in layers}
 
 
+def _with(peer: peers.Peer, vectors: peers.Vectors, model: Any) -> AbstractContextManager[None]:
+    return peer(model, vectors)
+
+
 def _measured(
     model: Any,
-    setups: Mapping[str, Setup],
+    setups: Mapping[str, Hooked],
     inputs: Mapping[str, Any],
     tokens: int,
     rounds: int,
     brief: set[str],
 ) -> dict[str, Any]:
-    """Ratios to the unguarded runs of the same rounds. ``brief``: timed to the first token only."""
+    """Ratios of a model with hooks to its copy without any, in lockstep; from round to round they
+    change places. ``brief``: timed to the first token only."""
+    copies = model, copy.deepcopy(model)
+    turns: Counter[str] = Counter()
 
-    def plain() -> AbstractContextManager[None]:
-        return nullcontext()
+    def work(name: str) -> Paired:
+        turns[name] += 1
+        plain, hooked = copies if turns[name] % 2 else copies[::-1]
+        with setups[name](hooked):
+            return lockstep.answer(plain, hooked, inputs, 1 if name in brief else tokens)
 
-    def work(name: str) -> Times:
-        return generation(model, inputs, 1 if name in brief else tokens)
-
-    times = interleaved({PLAIN: plain, AGAIN: plain, **setups}, work, rounds)
-    base = times.pop(PLAIN)
+    setups = {AGAIN: nullcontext, **setups}
+    found = interleaved(dict.fromkeys(setups, nullcontext), work, rounds)
     rows = {}
-    for name, runs in times.items():
-        row = {"first": ratios([t.first for t in runs], [t.first for t in base])}
+    for name, runs in found.items():
+        rows[name] = {"first": spread([run.first for run in runs])}
         if name not in brief:
-            row["per_token"] = ratios([t.per_token for t in runs], [t.per_token for t in base])
-        rows[name] = row
+            rows[name]["per_token"] = spread([run.per_token for run in runs])
+    plain = found[AGAIN]
     return {
         "unguarded": {
-            "first_s": spread([t.first for t in base]),
-            "per_token_s": spread([t.per_token for t in base]),
+            "first_s": spread([run.first_s for run in plain]),
+            "per_token_s": spread([run.per_token_s for run in plain]),
         },
         "ratios": rows,
     }

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 
@@ -65,44 +64,6 @@ def seconds(work: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
-
-
-@dataclass(frozen=True)
-class Times:
-    """Of one generation: seconds to the first token, and per token after it (NaN with none)."""
-
-    first: float
-    per_token: float
-
-
-class Clock:
-    """A streamer that notes when it is given something: first the prompt, then each token."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def put(self, _: Any) -> None:
-        self.marks.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing: the last token has been noted."""
-
-
-def generation(model: Any, inputs: Mapping[str, Any], tokens: int) -> Times:
-    """Time one greedy generation of exactly ``tokens`` tokens in each row."""
-    clock = Clock()
-    begin = time.perf_counter()
-    model.generate(
-        **inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, streamer=clock
-    )
-    return times_of(begin, clock.marks)
-
-
-def times_of(begin: float, marks: Sequence[float]) -> Times:
-    """``marks``: when the prompt and each token came. The time per token is the median step's, so
-    that a step in which the machine did something else does not count."""
-    steps = [after - before for before, after in pairwise(marks[1:])]
-    return Times(marks[1] - begin, statistics.median(steps) if steps else float("nan"))
 
 
 Setup = Callable[[], AbstractContextManager[Any]]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from bench import __main__, guards, overhead, page, peers, speed, subjects, timing
+from bench import __main__, guards, lockstep, overhead, page, peers, speed, subjects, timing
 from tests import families
 
 
@@ -19,13 +19,13 @@ def test_spread_and_ratios():
         timing.ratios([1, 2], [1])
 
 
-def test_times_of_a_generation():
+def test_paired_times_of_a_request():
     """The prompt comes first, then each token; a step that took long does not count."""
-    times = timing.times_of(10.0, [10.1, 11.0, 11.2, 11.4, 14.0])
-    assert times.first == pytest.approx(1.0)
-    assert times.per_token == pytest.approx(0.2)
-    only = timing.times_of(0.0, [0.1, 1.0])
-    assert only.first == 1.0 and only.per_token != only.per_token
+    times = lockstep.paired([(1.0, 1.5), (0.2, 0.2), (0.2, 0.3), (0.1, 9.0)])
+    assert (times.first_s, times.per_token_s) == (1.0, 0.2)
+    assert times.first == 1.5 and times.per_token == pytest.approx(1.5)
+    only = lockstep.paired([(1.0, 3.0)])
+    assert only.first == 3.0 and only.per_token != only.per_token
 
 
 def test_every_setup_runs_once_a_round_in_random_order_without_collection():
@@ -86,6 +86,27 @@ def test_gates_are_forced(subject, text, is_open):
         subject.vlm.model(**subject.inputs(2, picture=True))
     assert [d.fired for d in session.decisions] == [is_open] * 2
     assert [d.by_text for d in session.decisions] == [is_open and text] * 2
+
+
+def test_calls_by_hand_are_those_of_generate(subject):
+    """A batch padded on the left, call by call."""
+    model, inputs = subject.vlm.model, subject.inputs(3, picture=True)
+    assert not inputs["attention_mask"].all()
+    width, decoding = inputs["input_ids"].shape[1], lockstep.Decoding(model, inputs)
+    with torch.inference_mode():
+        generated = model.generate(
+            **inputs,
+            do_sample=False,
+            min_new_tokens=5,
+            max_new_tokens=5,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        for step, logits in enumerate(generated.logits):
+            decoding.call()
+            torch.testing.assert_close(decoding.logits, logits, atol=1e-5, rtol=1e-5)
+            decoding.prepare(generated.sequences[:, width + step])
+    assert step == 4
 
 
 def test_idle_layers_are_what_they_were_afterwards(subject):

@@ -21,6 +21,7 @@ from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import (
     LoadedModel,
+    config_digest,
     encode,
     find_decoder,
     template_digest,
@@ -493,6 +494,27 @@ def test_deferring_is_refused_where_a_mask_does_not_hide_a_picture(name: str, re
     with pytest.raises(GuardError, match=f"`defer` cannot guard .*{reason}.*mode `restore`"):
         made.attach(loaded.model).__enter__()
     assert set(loaded.model.__dict__) == before
+
+
+@pytest.mark.parametrize("name", ["gemma3", "aya_vision"])
+def test_deferring_is_refused_where_a_picture_takes_up_room_in_a_sliding_window(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, made = deferring(name)
+    inputs = encode(loaded, PROMPTS[:1], [families.photo(1)])
+    with made.attach(loaded.model), pytest.raises(GuardRuntimeError, match="take up room"):
+        generate(loaded.model, inputs)
+    with tiny.with_thresholds(made, [[NEVER]]).attach(loaded.model):
+        generate(loaded.model, inputs)
+    # A window as wide as prompt and first tokens leaves nothing out, up to there.
+    text = loaded.model.config.get_text_config(decoder=True)
+    monkeypatch.setattr(text, "sliding_window", inputs["input_ids"].shape[1] + 2)
+    identity = made.config.model.model_copy(update={"config_sha256": config_digest(loaded.model)})
+    made = Guard(made.config.model_copy(update={"model": identity}), made.tensors)
+    with made.attach(loaded.model):
+        generate(loaded.model, inputs, max_new_tokens=3)
+        with pytest.raises(GuardRuntimeError, match="take up room"):
+            generate(loaded.model, inputs, max_new_tokens=4)
 
 
 # -- what cannot be guarded --------------------------------------------------------------------

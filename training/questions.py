@@ -40,7 +40,7 @@ from training.projector import (
 
 ASKED = 12  # yes-or-no questions of each kind in a step: about what is there, and what is not
 OPEN, NAMING, GROUNDED = 6, 4, 4
-TEXT = 12  # prompts without a picture in a step, half of them refused
+TEXT = 24  # prompts without a picture in a step, half of them refused
 
 
 def by_kind(bank: Bank) -> tuple[list[Example], list[Example], list[Example]]:

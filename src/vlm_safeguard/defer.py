@@ -1,7 +1,7 @@
 """`defer`: where the gate is open, the language model alone answers, without the pictures.
 
 Their columns are masked, so that no later token attends to them, and positions count what is left.
-In a sliding window they still take up room: text further back than it reaches is out of sight.
+In a sliding window they would still take up room, and push text out of sight: that is refused.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class Deferral:
                 f"mode `defer` cannot guard {name}: its {', '.join(sorted({*kinds} - _MASKED))} "
                 "layers carry a state through masked pictures. Calibrate a guard of mode `restore`"
             )
+        slides = not kinds or "sliding_attention" in kinds
+        window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+        self._window: int | None = window if slides else None
         # M-RoPE: a picture's positions depend on its shape, and the model finds them itself.
         self._mrope = any(hasattr(module, "get_rope_index") for module in model.modules())
 
@@ -50,7 +53,8 @@ class Deferral:
 
         Raises:
             GuardRuntimeError: the call has no token ids, no positions where the model has some of
-                its own, or a mask or positions of another form.
+                its own, or a mask or positions of another form; or a sliding window has pictures
+                in it and does not reach back to the beginning.
         """
         positions = options.get("position_ids")
         if positions is None and self._mrope:
@@ -72,7 +76,9 @@ class Deferral:
         opened = torch.tensor(fired, device=columns.device)[:, None]
         mask = given.clone()
         prompt = mask[:, : request.prompt_width]
-        prompt[opened & ~columns[:, : prompt.shape[1]]] = 0
+        hidden = opened & ~columns[:, : prompt.shape[1]] & prompt.bool()
+        self._check_in_sight(request, hidden)
+        prompt[hidden] = 0
         own = positions_of(mask)[:, request.first : request.end]
         # Text counts alike in every dimension, so that M-RoPE's (dimensions, B, T) take it too.
         dimensions = (2, 3) if self._mrope else (2,)
@@ -84,3 +90,16 @@ class Deferral:
             "attention_mask": mask,
             "position_ids": torch.where(opened, own, positions),
         }
+
+    def _check_in_sight(self, request: Request, hidden: Tensor) -> None:
+        """Refuse a call with a picture in its window beside text that the window leaves out, which
+        without the picture would be seen. ``hidden`` (B, T): the pictures' columns, True."""
+        window = self._window
+        if window is None or request.end <= window:
+            return
+        if bool(hidden[:, max(0, request.first - window + 1) :].any()):
+            raise GuardRuntimeError(
+                f"`defer` cannot take pictures out of a request of {request.end} tokens here: the "
+                f"model's layers see {window} back, and masked pictures take up room in that. Use "
+                "a guard of mode `restore`"
+            )
