@@ -25,17 +25,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## Assemble the embedded VLM, calibrate a guard, compare, report
 	$(BIN)/vlm-safeguard demo -o report
 
-# transformers loads torchao on every import where it finds it, so only the tests of it do.
+# transformers loads torchao on every import where it finds it, so only the tests of it do; and hqq,
+# for a quantised cache.
 $(VENV)/int8/.installed: $(VENV)/.installed
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
-	  --target $(@D) torchao
+	  --target $(@D) torchao hqq termcolor
 	touch $@
 
 # Two workers, each file in one of them: the fixtures of a file are made once.
 test: $(VENV)/.installed $(VENV)/int8/.installed  ## All tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-	PYTHONPATH=$(VENV)/int8 $(BIN)/python -c "import torchao"
+	PYTHONPATH=$(VENV)/int8 $(BIN)/python -c "import torchao, hqq"
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/int8 $(BIN)/python -m pytest -k "int8 or quantised" \
 	  tests/test_ways.py tests/test_weights.py
 

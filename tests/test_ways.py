@@ -166,15 +166,33 @@ def test_a_static_cache_of_the_users_own(model, mixed):
             cache.reset()
 
 
-def test_a_quantised_cache_fails_without_its_library_or_is_guarded(model, texts):
-    made, references = texts
+IN_EIGHTS = {"nbits": 8, "q_group_size": 8, "axis_key": 1, "axis_value": 1, "residual_length": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rounding"),
+    [({"backend": "fp8"}, 2.0), ({"backend": "hqq", **IN_EIGHTS}, 0.2)],
+    ids=["fp8", "hqq"],
+)
+def test_a_quantised_cache(model, mixed, settings, rounding):
+    """Each row is what its prompt gives alone, up to what rounding the cache does to the logits,
+    which is little beside what the guard does."""
+    if settings["backend"] == "hqq":
+        pytest.importorskip("hqq")
+    made, references = mixed
+    inputs = tiny.batch(tiny.PROMPTS)
+    how = {"cache_implementation": "quantized", "cache_config": settings}
+    _, plain = generate(model, inputs, **how)
     with made.attach(model) as session:
-        try:
-            generate(model, tiny.batch(TEXTS), cache_implementation="quantized")
-        except ImportError:
-            assert session._request is None
-        else:
+        for _ in range(2):
+            tokens, logits = generate(model, inputs, **how)
             assert [d.fired for d in session.decisions] == [r.fired for r in references]
+            for reference, answer, table, bare in zip(
+                references, tokens.tolist(), logits, plain, strict=True
+            ):
+                expected = reference.logits(answer[:-1])[-NEW:]
+                torch.testing.assert_close(table, expected, atol=rounding, rtol=0)
+                assert not reference.fired or (table - bare).abs().max() > 2 * rounding
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
