@@ -78,7 +78,7 @@ def steps(bank: Bank, out: Path, tokenizer) -> Iterator[list[Example]]:
 
 
 def main() -> None:
-    args = stage(__doc__, steps=140)
+    args = stage(__doc__, steps=160)
     llm, tokenizer, image_id = base_with_pictures(args.cache)
     bank = build_bank(args.out, args.cache)
     projector = load_projector(bank, llm, args.out / "projector")
