@@ -45,7 +45,7 @@ def main() -> None:
 
 def measure(subject: Subjects, rounds: int, quick: bool) -> dict[str, Any]:
     """Everything that the page tells, except of memory."""
-    batches, tokens, pairs = ([1, 2], 4, 8) if quick else ([1, 4, 16], 16, 100)
+    batches, tokens, pairs = ([1, 2], 4, 8) if quick else ([1, 4, 16], 8, 100)
     found: dict[str, Any] = {
         "quick": quick,
         "rounds": rounds,

@@ -53,7 +53,7 @@ def loaded(folder: Path) -> LoadedModel:
 def guard(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Guard:
     """Calibrated with less effort than usual, and once through its files."""
     effort = Effort(
-        worded=300, pictured=48, bound=500, scan=48, search=6, final=6, proof=64, tokens=8
+        worded=400, pictured=120, bound=600, scan=48, search=6, final=6, proof=64, tokens=8
     )
     made = calibrate(loaded, effort=effort, reads_pictures=True)
     target = tmp_path_factory.mktemp("guard")
