@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from bench import peers
 from bench.guards import RANK, Model, adding, layer_sets, restoring
+from bench.lockstep import Decoding
 from bench.timing import Setup, Spread, interleaved, seconds, spread
 from vlm_safeguard.models import find_decoder
 from vlm_safeguard.weights import weights_digest
@@ -48,18 +48,16 @@ def per_layer(target: Model, batch: int, rounds: int) -> dict[str, Spread]:
     for name, peer in peers.LIBRARIES.items():
         setups[name] = partial(peer, model, vectors)
     prompt = torch.full((batch, 4), 5)
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
 
     def work(name: str) -> float:
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        decoding = Decoding(model, inputs)
+        decoding.call()
         times = []
-        for number in range(STEPS + 1):
-            ids = prompt[:, :1] if number else prompt
-            begin = number + 3 if number else 0
-            # Row by row, as `generate` gives them.
-            places = torch.arange(begin, begin + ids.shape[1]).expand(batch, -1)
-            forward = partial(model, ids, position_ids=places, past_key_values=cache)
-            times.append(seconds(partial(forward, logits_to_keep=1)))
-        return statistics.median(times[1:])
+        for _ in range(STEPS):
+            decoding.prepare(prompt[:, 0])
+            times.append(seconds(decoding.call))
+        return statistics.median(times)
 
     with torch.inference_mode(), _idle_layers(model):
         found = interleaved(setups, work, rounds)

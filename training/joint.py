@@ -15,13 +15,11 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.align import batches
 from training.common import SEED, Example, stage, train
-from training.lora import FILE, save_lora, text_loss, trainable, with_lora
+from training.lora import save_lora, text_loss, trainable, with_lora
 from training.projector import (
     Bank,
     base_with_pictures,
@@ -81,8 +79,7 @@ def main() -> None:
     llm, tokenizer, image_id = base_with_pictures(args.cache)
     bank = build_bank(args.out, args.cache)
     projector = new_projector(bank, llm)
-    tuned = with_lora(llm)
-    set_peft_model_state_dict(tuned, load_file(args.out / "align" / FILE))
+    tuned = with_lora(llm, args.out / "align")
     data = both(
         batches(STEMS, args.out, tokenizer, random.Random(SEED + 1)),
         mixture(bank, args.out, tokenizer, PICTURED, SEED + 1),

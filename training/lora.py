@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.common import Example, answer_loss, arithmetic, collate, frozen, log
@@ -17,10 +17,14 @@ RANK = 32
 FILE = "lora.safetensors"
 
 
-def with_lora(model: nn.Module) -> nn.Module:
-    """The frozen model with a new LoRA on every projection."""
+def with_lora(model: nn.Module, start: Path | None = None) -> nn.Module:
+    """The frozen model with a LoRA on every projection: a new one, or the one that ``save_lora``
+    wrote to the folder ``start``."""
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS, lora_dropout=0.0)
-    return get_peft_model(frozen(model), config)
+    tuned = get_peft_model(frozen(model), config)
+    if start is not None:
+        set_peft_model_state_dict(tuned, load_file(start / FILE))
+    return tuned
 
 
 def trainable(tuned: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,10 +178,12 @@ def mixture(bank: Bank, out: Path, tokenizer, size: int, seed: int) -> Iterator[
         "naming": naming_examples(bank, random.Random(seed)),
         "grounded": grounded_examples(bank, out, tokenizer),
     }
-    streams = [
-        batches_by_length(pools[kind], round(size * share), seed + n)
-        for n, (kind, share) in enumerate(SHARES.items())
-    ]
+    return together([(pools[kind], round(size * share)) for kind, share in SHARES.items()], seed)
+
+
+def together(pools: Sequence[tuple[list[Example], int]], seed: int) -> Iterator[list[Example]]:
+    """Endless batches with so many examples of each pool."""
+    streams = [batches_by_length(pool, size, seed + n) for n, (pool, size) in enumerate(pools)]
     while True:
         yield [example for stream in streams for example in next(stream)]
 

@@ -17,14 +17,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file
-
 from training import pictures as pics
 from training.align import batches
-from training.common import END, IMAGE_PROMPT, SEED, Example, batches_by_length, stage
-from training.joint import STEMS, train_together
-from training.lora import FILE as LORA
+from training.common import END, IMAGE_PROMPT, SEED, Example, stage
+from training.joint import STEMS, both, train_together
 from training.lora import with_lora
 from training.projector import (
     Bank,
@@ -36,6 +32,7 @@ from training.projector import (
     questions,
     save_projector,
     sentence,
+    together,
 )
 
 ASKED = 12  # yes-or-no questions of each kind in a step: about what is there, and what is not
@@ -65,16 +62,15 @@ def by_kind(bank: Bank) -> tuple[list[Example], list[Example], list[Example]]:
 def steps(bank: Bank, out: Path, tokenizer) -> Iterator[list[Example]]:
     """Endless steps of all that this stage trains and rehearses."""
     there, absent, rest = by_kind(bank)
-    pools = (
+    pools = [
         (there, ASKED),
         (absent, ASKED),
         (rest, OPEN),
         (naming_examples(bank, random.Random(SEED)), NAMING),
         (grounded_examples(bank, out, tokenizer), GROUNDED),
-    )
-    streams = [batches_by_length(pool, size, SEED + n) for n, (pool, size) in enumerate(pools)]
-    for text in batches(STEMS, out, tokenizer, random.Random(SEED + 2)):
-        yield text[:TEXT] + [example for stream in streams for example in next(stream)]
+    ]
+    text = (group[:TEXT] for group in batches(STEMS, out, tokenizer, random.Random(SEED + 2)))
+    return both(text, together(pools, SEED))
 
 
 def main() -> None:
@@ -82,8 +78,7 @@ def main() -> None:
     llm, tokenizer, image_id = base_with_pictures(args.cache)
     bank = build_bank(args.out, args.cache)
     projector = load_projector(bank, llm, args.out / "projector")
-    tuned = with_lora(llm)
-    set_peft_model_state_dict(tuned, load_file(args.out / "joint" / LORA))
+    tuned = with_lora(llm, args.out / "joint")
     folder = args.out / "questions"
     train_together(
         tuned,

@@ -29,7 +29,8 @@ class Deferral:
             GuardError: a mask does not take a picture out of this model.
         """
         name = type(model).__name__
-        kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+        text = model.config.get_text_config(decoder=True)
+        kinds = getattr(text, "layer_types", None) or ()
         if decoder.skipped:
             raise GuardError(
                 f"mode `defer` cannot guard {name}: its language model sees pictures by "
@@ -42,8 +43,7 @@ class Deferral:
                 "layers carry a state through masked pictures. Calibrate a guard of mode `restore`"
             )
         slides = not kinds or "sliding_attention" in kinds
-        window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
-        self._window: int | None = window if slides else None
+        self._window: int | None = getattr(text, "sliding_window", None) if slides else None
         # M-RoPE: a picture's positions depend on its shape, and the model finds them itself.
         self._mrope = any(hasattr(module, "get_rope_index") for module in model.modules())
 
