@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_safeguard import method
+from vlm_safeguard import method, search
 from vlm_safeguard.benchmarks.selection import evenly
-from vlm_safeguard.prompts import calibration
+from vlm_safeguard.effort import Effort
+from vlm_safeguard.progress import Progress
+from vlm_safeguard.prompts import Prompt, calibration
 from vlm_safeguard.search import candidates
 from vlm_safeguard.separate import auc, fit_gate, threshold
 from vlm_safeguard.settings import Steering
@@ -64,6 +68,19 @@ def test_the_threshold_holds_on_prompts_that_the_vectors_have_not_seen() -> None
     assert fit.unseen_fpr <= 0.1
 
 
+def test_the_spread_is_that_of_prompts_which_the_vectors_have_not_seen() -> None:
+    """As many prompts as dimensions: what the vector was fitted on lies far closer together."""
+    generator = torch.Generator().manual_seed(2)
+    harmful, harmless, fresh = torch.randn(3, 2000, 1, 60, generator=generator)
+    harmful[..., 0] += 1.5
+    directions = {0: method.safety_directions(harmful[:60, 0], harmless[:60, 0], 60)}
+    fold = torch.arange(60) % 10
+    fit = fit_gate(harmful[:60], harmless[:60], fold, fold, directions, 0.1, kinds=["discriminant"])
+    unseen, seen = (float(fit.scores(part).std()) for part in (fresh, harmless[:60]))
+    assert unseen > 1.5 * seen
+    assert fit.spread == pytest.approx(unseen, rel=0.25)
+
+
 def test_prompts_of_a_negative_fold_teach_but_do_not_judge() -> None:
     harmful, harmless = make_states({2}, 3)
     easy = harmless[:100].clone()
@@ -81,6 +98,33 @@ def test_prompts_of_a_negative_fold_teach_but_do_not_judge() -> None:
     )
     assert joined.unseen_fpr <= 0.05 and alone.unseen_fpr <= 0.05
     assert joined.unseen_tpr > 0.9
+
+
+def test_candidates_are_tried_on_attacks_that_succeed_with_either_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fit = [p for p in calibration("fit") if p.harmful]
+    won: dict[str, list[str]] = {}
+
+    def succeed(
+        loaded: object, guard: object, items: list[Prompt], setting: str, tokens: int
+    ) -> list[bool]:
+        """Every fifth with a blank image, every other with a picture."""
+        hits = [n % (5 if setting == "blank" else 2) == 0 for n in range(len(items))]
+        won[setting] = [p.id for p, hit in zip(items, hits, strict=True) if hit]
+        return hits
+
+    monkeypatch.setattr(search, "successes", succeed)
+    effort = Effort(scan=40, search=12)
+    few = search._successful(None, fit, effort, Progress(quiet=True))  # type: ignore[arg-type]
+    assert sum(map(len, few.values())) == 12
+    for setting, attacks in few.items():
+        assert attacks and {p.id for p in attacks} <= set(won[setting])
+    more = replace(effort, search=30)  # more than the 14 that succeed: others fill up
+    few = search._successful(None, fit, more, Progress(quiet=True))  # type: ignore[arg-type]
+    assert sum(map(len, few.values())) == 30
+    for setting, attacks in few.items():
+        assert set(won[setting]) <= {p.id for p in attacks}
 
 
 def test_candidates_are_valid_and_name_real_layers() -> None:

@@ -453,7 +453,6 @@ def test_the_whole_command_writes_results(
     assert len(lines) == 16
     speed = facts["throughput"][str(folder)]["goal-priority"]
     assert (speed["prompts"], speed["batch"], speed["rounds"]) == (6, 3, 2)
-    assert speed["same"] <= 6  # a processor's bfloat16 may round a row otherwise in a batch
     assert 0 < speed["ratio_low"] <= speed["ratio"] <= speed["ratio_high"]
     page = (tmp_path / "out/results.md").read_text()
     assert "| own_malicious | blank | goal-priority |" in page and "ASR corrected" in page

@@ -131,7 +131,7 @@ def make_candidates() -> list[dict[str, Any]]:
     steerings.append({"mode": "defer", "layers": "none", "rank": 1, "tokens": None})
     wins = (5, 2, 11, 3, 6, 9, 4, 14, 7, 8, 17, 12, 10, 4)
     found: list[dict[str, Any]] = [
-        {"steering": common | steering, "n": 24, "asr_blank": won / 24}
+        {"steering": common | steering, "n": 24, "asr": won / 24}
         for steering, won in zip(steerings, wins, strict=True)
     ]
     for place, won in ((1, 11), (3, 8), (6, 19)):
@@ -241,7 +241,7 @@ def test_all_numbers_are_on_the_page(page: str) -> None:
                 assert f"{values[rate]:.1%} ({100 * low:.1f}–{100 * high:.1f})" in text
     calibration = make_calibration()
     for candidate in calibration["candidates"]:
-        assert f"{candidate['asr_blank']:.1%} of 24" in text
+        assert f"{candidate['asr']:.1%} of 24" in text
     for setting in ("text", "blank", "picture"):
         assert f"{calibration['proof'][setting]['asr_guarded']:.1%}" in text
         assert f"{max(calibration['separability'][setting]['auc']):.3f}" in text
@@ -315,7 +315,7 @@ def test_nan_does_not_reach_the_page(tmp_path: Path) -> None:
     data.summary["perplexity_ratio"] = math.inf
     data.calibration["separability"]["text"]["auc"][3] = math.nan
     data.calibration["proof"]["mcnemar_p"] = math.nan
-    data.calibration["candidates"][0]["asr_blank"] = math.nan
+    data.calibration["candidates"][0]["asr"] = math.nan
     data.pca["text"].points[0] = (math.nan, 0.0)
     parsed = Page(render(data, tmp_path))
     assert not re.search(r"\b(nan|inf|None)\b", parsed.text, re.IGNORECASE)

@@ -187,13 +187,13 @@ def gap(
 
     if Path(name).name != name:
         raise SafeguardError(f"--name {name!r} is no file name: name the folder with -o")
+    progress = make_progress(quiet)
+    artifact = Guard.from_pretrained(guard) if guard else None
+    loaded = load_model(model, dtype, device, progress)
     try:
         check_writable(output)
     except OSError as error:
         raise SafeguardError(f"cannot write to {output}: {error.strerror}") from error
-    progress = make_progress(quiet)
-    artifact = Guard.from_pretrained(guard) if guard else None
-    loaded = load_model(model, dtype, device, progress)
     found = study(
         loaded,
         prompt_set=prompts,

@@ -22,9 +22,7 @@ class Effort:
     """How many prompts each step looks at; the defaults fit a small CPU machine."""
 
     worded: int = 1000  # prompts of each label recorded as text, for the witness
-    pictured: int = (
-        120  # of each label recorded with a blank image and with a picture, for the gate
-    )
+    pictured: int = 240  # of each label with a blank image and with a picture, for the gate
     bound: int = 1200  # harmless prompts that set the thresholds
     scan: int = 160  # attacks among which those are looked for that succeed unguarded
     search: int = 20  # attacks per steering candidate

@@ -12,7 +12,7 @@ from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel, find_decoder
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
-from vlm_safeguard.requests import SETTINGS
+from vlm_safeguard.requests import PICTURED, SETTINGS, Setting
 from vlm_safeguard.settings import Steering
 from vlm_safeguard.trials import harmless_cost, successes, within
 
@@ -44,7 +44,8 @@ def search(
 ) -> tuple[Guard, list[dict[str, Any]]]:
     """Two rounds: all candidates on few attacks, the best few on more, in every setting.
 
-    The few are attacks that succeed without a guard: the others tell nothing of the steering.
+    The few are attacks with a picture, blank or not, that succeed without a guard: the others
+    tell nothing of the steering.
 
     Args:
         build: makes the guard with a steering.
@@ -56,15 +57,20 @@ def search(
     Raises:
         CalibrationError: every finalist costs more than the budget on harmless prompts.
     """
-    few = _successful(loaded, [p for p in within(fit, "blank") if p.harmful], effort, progress)
+    few = _successful(loaded, [p for p in fit if p.harmful], effort, progress)
     tried: list[dict[str, Any]] = []
     ranked: list[tuple[float, int, Steering]] = []
     for steering in progress.track(
         candidates(len(find_decoder(loaded.model).layers)), "steering candidates"
     ):
-        won = successes(loaded, build(steering), few, "blank", effort.tokens)
+        guard = build(steering)
+        won = [
+            hit
+            for setting in PICTURED
+            for hit in successes(loaded, guard, few[setting], setting, effort.tokens)
+        ]
         ranked.append((sum(won) / len(won), len(ranked), steering))
-        tried.append({"steering": _brief(steering), "n": len(won), "asr_blank": ranked[-1][0]})
+        tried.append({"steering": _brief(steering), "n": len(won), "asr": ranked[-1][0]})
     more = evenly(fit[1::2], effort.final)
     attacks = [p for p in more if p.harmful]
     harmless = [p for p in more if not p.harmful]
@@ -98,13 +104,26 @@ def search(
 
 def _successful(
     loaded: LoadedModel, attacks: Sequence[Prompt], effort: Effort, progress: Progress
-) -> list[Prompt]:
-    """``effort.search`` attacks with a blank image: successful ones first, then others."""
+) -> dict[Setting, list[Prompt]]:
+    """``effort.search`` attacks in the settings with a picture: in equal steps through those that
+    succeed, then through the others."""
     progress.say("attacks that succeed without a guard")
-    tried = evenly(attacks, effort.scan)
-    won = successes(loaded, None, tried, "blank", effort.tokens)
-    order = sorted(range(len(tried)), key=lambda n: not won[n])
-    return [tried[n] for n in order[: effort.search]]
+    hits: list[tuple[Setting, Prompt]] = []
+    misses: list[tuple[Setting, Prompt]] = []
+    for setting in PICTURED:
+        tried = evenly(within(attacks, setting), effort.scan // len(PICTURED))
+        won = successes(loaded, None, tried, setting, effort.tokens)
+        for prompt, is_hit in zip(tried, won, strict=True):
+            (hits if is_hit else misses).append((setting, prompt))
+    chosen = _spaced(hits, effort.search)
+    chosen += _spaced(misses, effort.search - len(chosen))
+    return {s: [p for setting, p in chosen if setting == s] for s in PICTURED}
+
+
+def _spaced(items: list[tuple[Setting, Prompt]], count: int) -> list[tuple[Setting, Prompt]]:
+    """``count`` of the items, or all where there are fewer, in equal steps."""
+    count = min(count, len(items))
+    return [items[n * len(items) // count] for n in range(count)]
 
 
 def _brief(steering: Steering) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class GateFit:
     layers: tuple[int, ...]
     vectors: Tensor  # (n, d)
     threshold: float
-    spread: float = 1.0  # standard deviation of the harmless scores that it was fitted on
+    spread: float = 1.0  # standard deviation of harmless scores, cross-validated: see `bounded`
     unseen_tpr: float = math.nan  # cross-validated: on prompts that the vectors were not fitted to
     unseen_fpr: float = math.nan
 
@@ -111,21 +111,25 @@ def fit_gate(
             value = tpr + 0.1 * auc(h, s)  # AUC breaks ties
             if value > best_value:
                 vectors = torch.stack([_discriminant(*inner[n]) @ bases[n] for n in layers])
-                best_value, best = (
-                    value,
-                    GateFit(layers, vectors, cut, unseen_tpr=tpr, unseen_fpr=fpr),
-                )
+                best_value = value
+                best = GateFit(layers, vectors, cut, float(s.std()), tpr, fpr)
     if best is None:
         raise ValueError("no gate can be judged: scores of the states are not finite")
-    # The cut was found in units of the harmless scores' spread; the final vectors have their own.
+    # Cut and spread were found in units of the spread of the harmless scores that vectors were
+    # fitted on; the final vectors have their own.
     seen = replace(best, threshold=0.0).scores(harmless[harmless_fold >= 0])
     scale = float(seen.std())
-    return replace(best, threshold=float(seen.mean()) + best.threshold * scale, spread=scale)
+    cut = float(seen.mean()) + best.threshold * scale
+    return replace(best, threshold=cut, spread=best.spread * scale)
 
 
 def bounded(gates: Sequence[GateFit], scores: Tensor, epsilon: float) -> tuple[GateFit, ...]:
     """The gates with their thresholds moved together until the request's false-positive rate, by
     whichever gate, is at most ``epsilon`` with the confidence of ``conformal.CONFIDENCE``.
+
+    Each moves in units of the spread of its scores on prompts that it was not fitted on: an
+    overfitted gate scores those many times wider than its own, and would, measured by what it was
+    fitted on, drag the threshold of the other up with its own.
 
     Args:
         scores: the highest score of each harmless question by any of the gates, in units of the

@@ -232,7 +232,7 @@ def plot_candidates(calibration: Mapping[str, Any], *, stacked: bool = False) ->
     figure = _figure((width, 1.5 + each * max(len(ranked), 2)))
     axis = figure.add_subplot()
     rounds = (
-        ("asr_blank", "n", 0.12, "white", "first round"),
+        ("asr", "n", 0.12, "white", "first round"),
         (
             "final_asr",
             "final_n",

@@ -119,7 +119,7 @@ def candidates_table(ranked: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         [
             candidate_name(c) + (" (chosen)" if place == 0 else ""),
-            _with_n(c.get("asr_blank"), c.get("n")),
+            _with_n(c.get("asr"), c.get("n")),
             _with_n(c.get("final_asr"), c.get("final_n")),
         ]
         for place, c in enumerate(ranked)

@@ -67,7 +67,7 @@ def rank_candidates(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _first_round(candidate: Mapping[str, Any]) -> float:
-    rate = finite(candidate.get("asr_blank"))
+    rate = finite(candidate.get("asr"))
     return math.inf if rate is None else rate
 
 
