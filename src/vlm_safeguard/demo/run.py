@@ -57,7 +57,7 @@ class Size:
 
 # A calibration that takes half as long as the usual one and finds a little less.
 _LESS = Effort(worded=400, pictured=120, bound=600, scan=64, search=8, final=8, tokens=8)
-QUICK = Size(per_set=20, vqa=160, tokens=16, perplexity=32, pairs=7, effort=_LESS)
+QUICK = Size(per_set=20, vqa=160, tokens=16, perplexity=32, pairs=9, effort=_LESS)
 FULL = Size(per_set=None, vqa=2000, tokens=32, perplexity=300, pairs=25, effort=Effort())
 
 

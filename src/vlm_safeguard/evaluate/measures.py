@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 import time
@@ -205,7 +206,8 @@ def _in_pairs(
 def _timed(
     loaded: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int
 ) -> tuple[float, float]:
-    """Seconds to the first token, and per token after it."""
+    """Seconds to the first token, and per token after it: the median, so that a step in which the
+    machine did something else does not count."""
     marks: list[float] = []
 
     class Clock:
@@ -217,7 +219,8 @@ def _timed(
     begin = time.perf_counter()
     _generate(loaded, inputs, tokens, streamer=Clock())
     # The streamer is given the prompt first, then each token.
-    return marks[1] - begin, (marks[-1] - marks[1]) / (len(marks) - 2)
+    steps = [late - early for early, late in itertools.pairwise(marks[1:])]
+    return marks[1] - begin, statistics.median(steps)
 
 
 def _generate(
