@@ -7,6 +7,7 @@ import base64
 import fcntl
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -100,6 +101,14 @@ def test_closing_ends_the_thread_and_cancels_what_waits(folder: Path) -> None:
     assert not one._thread.is_alive() and all(answer.done() for answer in answers)
     assert answers[-1].cancelled()
     assert all(answer.cancelled() or answer.result() == first for answer in answers)
+
+
+def test_what_nobody_waits_for_is_not_answered(folder: Path) -> None:
+    one = Engine(load(folder), 1)
+    given_up, wanted = (one.submit(Request("Hello", None), None, 4) for _ in range(2))
+    assert given_up.cancel()
+    assert wanted.result(60).tokens == 4 or wanted.result(60).text
+    one.close()
 
 
 def test_requests_that_the_provider_cannot_answer_are_refused(folder: Path) -> None:
@@ -600,6 +609,33 @@ def test_a_sample_that_cannot_be_generated_is_named(
     monkeypatch.setattr("vlm_safeguard.harness.engine.respond", respond)
     [log] = run.run(plan, tmp_path / "run", "none")  # the same command goes on
     assert len(results.read([log])[0]) == 4
+
+
+def test_an_interrupted_run_is_no_finished_one_and_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = run.Plan((str(folder),), ("none",), ("own_malicious",), ("text",), limit=3, batch=2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(loaded: Any, items: Any, *rest: Any, **options: Any) -> Any:
+        """Ctrl-C during the second of three batches."""
+        asked.append(len(items))
+        if len(asked) == 2:
+            time.sleep(1)  # the first batch is logged
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(1)
+        return respond(loaded, items, *rest, **options)
+
+    asked: list[int] = []
+    monkeypatch.setattr("vlm_safeguard.harness.engine.respond", interrupted)
+    try:
+        with pytest.raises(SafeguardError, match=r"1 of 1 .*\(interrupted\).* goes on"):
+            run.run(plan, tmp_path / "run", "none")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    [log] = run.run(plan, tmp_path / "run", "none")
+    assert len(results.read([log])[0]) == 6
+    assert asked[:2] == [2, 2] and sum(asked[2:]) < 6  # the third batch was given up at once
 
 
 class Broken(BaseHTTPRequestHandler):

@@ -6,9 +6,9 @@ in, sorts it by length and generates in batches; rows of different defences neve
 
 from __future__ import annotations
 
+import atexit
 import threading
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from queue import Empty, Queue
@@ -17,7 +17,7 @@ from vlm_safeguard.demo.assemble import assemble
 from vlm_safeguard.evaluate.generate import Response, respond
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel, load
-from vlm_safeguard.requests import Request
+from vlm_safeguard.requests import Request, batches
 
 GATHER = 0.15  # seconds without a newcomer after which a round begins
 ROUND = 8  # batches gathered at most before generating, so that lengths can be sorted
@@ -38,6 +38,7 @@ class Engine:
         self.loaded = loaded
         self.batch = batch
         self._queue: Queue[_Job | None] = Queue()  # None: no more will come
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="vlm-safeguard-engine")
         self._thread.start()
 
@@ -49,12 +50,8 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what waits and return when the thread has ended: one that still runs while the
-        interpreter shuts down can take the process with it. Nothing may be submitted later."""
-        with suppress(Empty):
-            while True:
-                job = self._queue.get_nowait()
-                if job is not None:
-                    job.answer.cancel()
+        interpreter shuts down takes the process with it. Nothing may be submitted later."""
+        self._closing.set()
         self._queue.put(None)
         self._thread.join()
 
@@ -74,10 +71,20 @@ class Engine:
             for job in jobs:
                 kinds.setdefault((id(job.guard), job.tokens), []).append(job)
             for group in kinds.values():
-                self._answer(group)
+                for rows in batches([job.request for job in group], self.batch):
+                    self._begin([group[row] for row in rows])
+
+    def _begin(self, jobs: list[_Job]) -> None:
+        """Answer those of a batch that are still wanted: none while the engine closes."""
+        if self._closing.is_set():
+            for job in jobs:
+                job.answer.cancel()
+        wanted = [job for job in jobs if job.answer.set_running_or_notify_cancel()]
+        if wanted:
+            self._answer(wanted)
 
     def _answer(self, jobs: list[_Job]) -> None:
-        """Answer all of ``jobs``; if that fails each alone, so that one cannot spoil the rest."""
+        """Answer a batch; if that fails each alone, so that one cannot spoil the rest."""
         try:
             said = respond(
                 self.loaded,
@@ -99,9 +106,12 @@ class Engine:
 
 @lru_cache
 def engine(name: str, dtype: str, device: str, batch: int) -> Engine:
-    """The engine of a model, loaded once per process however many defences share it.
+    """The engine of a model, loaded once per process however many defences share it, and closed
+    when the process ends, also by an interrupt.
 
     Raises:
         ModelError, DemoError: the model cannot be loaded or assembled.
     """
-    return Engine(load(assemble() if name == "embedded" else name, dtype, device), batch)
+    made = Engine(load(assemble() if name == "embedded" else name, dtype, device), batch)
+    atexit.register(made.close)
+    return made

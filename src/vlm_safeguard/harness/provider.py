@@ -114,8 +114,11 @@ class VlmSafeguardAPI(ModelAPI):
             self.defence.guard,
             config.max_tokens or MAX_TOKENS,
         )
-        while not answer.done():
-            await anyio.sleep(0.02)
+        try:
+            while not answer.done():
+                await anyio.sleep(0.02)
+        finally:
+            answer.cancel()  # where nobody waits for it any more; one that has begun goes on
         return self._output(answer.result())
 
     def _output(self, said: Response) -> ModelOutput:

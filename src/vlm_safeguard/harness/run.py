@@ -171,25 +171,28 @@ def running(plan: Plan, output: Path, display: str = "plain") -> Iterator[list[E
             log_model_api=False,
             score_display=False,
         )
-        if not done:
+        wanted = len(tasks) * len(models)
+        finished = sum(log.status == "success" for log in logs)
+        if not done or finished < wanted:  # an interrupted run may count as done, without its logs
             failed = [log for log in logs if log.status != "success"]
             raise SafeguardError(
-                f"{len(failed)} of {len(logs)} evaluations did not finish ({_reason(failed)}). The "
-                "same command goes on with what is missing"
+                f"{wanted - finished} of {wanted} evaluations did not finish ({_reason(failed)}). "
+                "The same command goes on with what is missing"
             )
         # What eval_set returns are headers; the samples are in the files.
         yield [read_eval_log(log.location) for log in logs]
 
 
 def _reason(failed: Sequence[EvalLog]) -> str:
-    """What went wrong first: with a whole evaluation, or with one of its samples."""
+    """What went wrong first: with a whole evaluation, or with one of its samples; without either
+    it was interrupted."""
     for log in failed:
         if log.error:
             return log.error.message
         for sample in read_eval_log(log.location).samples or []:
             if sample.error:
                 return f"{log.eval.task}, sample {sample.id}: {sample.error.message}"
-    return "see the logs"
+    return "interrupted"
 
 
 def _models(plan: Plan) -> Iterator[Model]:
