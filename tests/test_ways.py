@@ -18,6 +18,7 @@ from transformers import (
 from tests import checkpoint, families, tiny
 from tests.reference import Reference
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
+from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import find_decoder, load
 from vlm_safeguard.session import Session
 
@@ -463,6 +464,44 @@ def test_videos_are_refused(family, source):
             with pytest.raises(GuardRuntimeError, match="frames as images"):
                 model.generate(**video, max_new_tokens=2)
         model(input_ids=ids)
+
+
+@pytest.mark.parametrize("source", ["text", "vlm"])
+def test_sound_is_refused(source):
+    model = tiny.llava()
+    model.config.audio_token_id = 90
+    made = tiny.guard(model, [tiny.gate(source, 2)], layers=[2], reference="anchor")
+    ids = torch.tensor([tiny.words(0, 6)])
+    as_token = {"input_ids": torch.cat([torch.tensor([[90] * 4]), ids], 1)}
+    with made.attach(model), torch.no_grad():
+        for name in ("input_features", "input_audio_embeds", "audio_values"):
+            for sound in (as_token, {"input_ids": ids, name: torch.randn(1, 8, 16)}):
+                with pytest.raises(GuardRuntimeError, match="with sound"):
+                    model(**sound)
+                with pytest.raises(GuardRuntimeError, match="with sound"):
+                    model.generate(**sound, max_new_tokens=2)
+        model(input_ids=ids)
+
+
+def test_padding_without_a_mask_is_taken_as_generate_takes_it_or_refused(model, texts):
+    made, references = texts
+    ids = tiny.batch(TEXTS)["input_ids"]
+    options = {"max_new_tokens": 3, "pad_token_id": 0}
+    with made.attach(model) as session:
+        model.generate(ids, eos_token_id=1, **options)  # leading padding: sure
+        assert [d.fired for d in session.decisions] == [r.fired for r in references]
+        right = tiny.batch(TEXTS, "right")["input_ids"]
+        inner = ids.clone()
+        inner[:, -3] = 0
+        for bad, ends in ((right, 1), (inner, 1), (ids, 0), (right, [0, 1])):
+            with pytest.raises(GuardRuntimeError, match="without an attention_mask"):
+                model.generate(bad, eos_token_id=ends, **options)
+            assert session.attestation is None
+        for bad in (ids, right):  # a forward call attends to all
+            with pytest.raises(GuardRuntimeError, match="without an attention_mask"):
+                model(bad)
+        whole = torch.ones_like(inner)
+        model.generate(inner, attention_mask=whole, eos_token_id=1, **options)
 
 
 @pytest.mark.parametrize("by_config", [True, False])
@@ -1051,12 +1090,92 @@ def test_an_interrupted_call_holds_up_nobody(model, mixed):
         holds(references, *generate(model, tiny.batch(tiny.PROMPTS)))
 
 
+def test_after_an_interrupted_call_nothing_goes_round_the_guard(model):
+    """Ctrl-C in a decoding step of one's own, of a request that was let through."""
+    shut = tiny.guard(model, [tiny.gate("text", 2, threshold=1e9)])
+    ids, resting = torch.tensor([tiny.words(9, 6)]), threading.Event()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def interrupted():
+        out = model(**tiny.batch(tiny.PROMPTS[:1]))
+        handle = find_decoder(model).layers[1].mlp.register_forward_hook(interrupt)
+        try:
+            model(input_ids=torch.tensor([[7]]), past_key_values=out.past_key_values)
+        except KeyboardInterrupt:
+            handle.remove()
+
+    def lives_on():
+        interrupted()
+        done.set()
+        resting.wait(30)
+
+    with torch.no_grad(), shut.attach(model):
+        interrupted()
+        for call in (model.model, model.forward):
+            with pytest.raises(GuardRuntimeError, match="outside"):
+                call(input_ids=ids)
+        done = threading.Event()
+        thread, _ = _in_thread(lives_on)
+        assert done.wait(30)
+        model(input_ids=ids)  # and the turn was given back
+    resting.set()
+    thread.join()
+    model(input_ids=ids)
+    assert "forward" not in vars(model)
+
+
 def test_a_generate_kept_from_before_the_end_is_refused(model):
     with always(model).attach(model):
         kept = model.generate
     with pytest.raises(GuardRuntimeError, match="taken off"):
         kept(**tiny.batch(tiny.PROMPTS))
     generate(model, tiny.batch(tiny.PROMPTS))
+
+
+@pytest.mark.parametrize("how", ["tuple", "failed"])
+def test_a_cache_with_steered_states_is_known_however_it_came_about(model, how):
+    prompt = tiny.words(1, 6)
+    whole = {"input_ids": torch.tensor([[*prompt, *tiny.words(2, 5)]])}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    with always(model).attach(model), torch.no_grad():
+        if how == "tuple":
+            output = model(torch.tensor([prompt]), return_dict=False)
+            cache = next(part for part in output if hasattr(part, "get_seq_length"))
+        else:
+            cache = DynamicCache(config=model.config.get_text_config())
+            handle = model.lm_head.register_forward_hook(out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                model.generate(torch.tensor([prompt]), past_key_values=cache, max_new_tokens=2)
+            handle.remove()
+        assert cache.get_seq_length() == len(prompt)
+        with pytest.raises(GuardRuntimeError, match="steered states"):
+            model.generate(**whole, past_key_values=cache, max_new_tokens=2)
+
+
+def test_a_picture_that_nobody_read_is_refused_where_the_guard_counts_on_its_words(model):
+    made = always(model)
+    reads = Guard(made.config.model_copy(update={"reads_pictures": True}), made.tensors)
+    pictured, plain = tiny.batch(tiny.PROMPTS[:1]), tiny.batch(TEXTS[:1])
+    with reads.attach(model):
+        with pytest.raises(GuardRuntimeError, match="nobody read"):
+            model.generate(**pictured, max_new_tokens=2)
+        words = {"text_input_ids": torch.tensor([tiny.words(1, 5)])}
+        model.generate(**pictured, **words, max_new_tokens=2)
+        model.generate(**plain, max_new_tokens=2)
+
+
+def test_a_guard_that_pads_with_no_token_of_the_model_is_refused(model):
+    made = always(model)
+    markup = made.config.markup.model_copy(update={"pad_id": 2**31 - 1})
+    changed = Guard(made.config.model_copy(update={"markup": markup}), made.tensors)
+    with pytest.raises(GuardError, match="pads with token"), changed.attach(model):
+        pass
 
 
 def test_leaving_inside_a_generation_is_refused(model, mixed):
@@ -1197,6 +1316,39 @@ def test_a_gate_inside_the_vlm_steers_the_layers_below_it_one_step_later(model):
         generate(model, tiny.batch(tiny.PROMPTS))
         rows = session.attestation.rows
     assert all(row.changed == {2: 2, 4: 3} for row in rows)
+
+
+def test_nothing_is_attested_of_a_request_that_was_refused(model):
+    prompt = torch.tensor([tiny.words(1, 5)])
+    with always(model).attach(model) as session, torch.no_grad():
+        for bad in ({"penalty_alpha": 0.6}, {"text_attention_mask": prompt}):
+            generate(model, tiny.batch(tiny.PROMPTS))
+            assert session.decisions
+            with pytest.raises(GuardRuntimeError):
+                model.generate(prompt, max_new_tokens=2, **bad)
+            assert session.attestation is None and session.decisions == []
+        model(**tiny.batch(tiny.PROMPTS))
+        with pytest.raises(GuardRuntimeError):
+            model(prompt, text_attention_mask=prompt)
+        assert session.attestation is None
+
+
+def test_a_step_that_fails_is_not_attested(model):
+    made = always(model, tokens=None)
+    steps = iter([None, None, RuntimeError("out of memory")])
+
+    def fails(*_):
+        if error := next(steps):
+            raise error
+
+    handle = find_decoder(model).layers[5].mlp.register_forward_hook(fails)
+    with made.attach(model) as session:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            generate(model, tiny.batch(tiny.PROMPTS))
+        told = session.attestation
+    handle.remove()
+    assert told.calls.passes == 2
+    assert all(row.changed == {2: 2, 4: 2} for row in told.rows)
 
 
 def test_nothing_is_attested_of_a_request_that_was_withheld(model):

@@ -36,7 +36,8 @@ class RowAttestation:
     got another than those behind it).
 
     ``changed`` names every layer that changed something and no other. A position that later
-    forward calls go through again (decoding without a cache) counts once.
+    forward calls go through again (decoding without a cache) counts once. In a batch, positions
+    behind a row's end count too, where ``generate`` goes on for other rows.
     """
 
     decision: Decision
@@ -80,14 +81,17 @@ def attest(request: Request, layers: tuple[int, ...]) -> Attestation:
     changed: list[dict[int, int]] = [{} for _ in range(request.rows)]
     shares: list[dict[int, float]] = [{} for _ in range(request.rows)]
     for layer in sorted({*request.prompt_doses, *request.later_doses}):
-        for doses in (request.prompt_doses, request.later_doses):
+        for doses, columns in (
+            (request.prompt_doses, request.prompt_columns),
+            (request.later_doses, request.later_columns),
+        ):
             dose = doses.get(layer)
             if dose is None:
                 continue
             # The whole prompt (positions `all`) is steered padding and all, which is no token.
-            whole = doses is request.prompt_doses and dose.columns == request.prompt_width
+            whole = doses is request.prompt_doses and columns == request.prompt_width
             for row, share in zip(dose.rows, dose.shares, strict=True):
-                count = dose.columns - (request.padding[row] if whole else 0)
+                count = columns - (request.padding[row] if whole else 0)
                 if count:
                     changed[row][layer] = changed[row].get(layer, 0) + count
                     shares[row][layer] = max(share, shares[row].get(layer, 0.0))

@@ -66,13 +66,12 @@ def calibrate(
 
     if output.exists() and not output.is_dir():
         raise SafeguardError(f"{output} is a file: name a folder for the guard")
-    fresh = not output.exists()
     try:
-        check_writable(output)
+        made = check_writable(output)
     except OSError as error:
         raise SafeguardError(f"cannot write to {output}: {error.strerror}") from error
-    if fresh:
-        output.rmdir()  # a calibration that fails leaves nothing
+    for folder in made:
+        folder.rmdir()  # a calibration that fails leaves nothing
     progress = make_progress(quiet)
     loaded = load_model(model, dtype, device, progress)
     budget = Budget(max_false_positives, max_kl)

@@ -190,10 +190,7 @@ def gap(
     progress = make_progress(quiet)
     artifact = Guard.from_pretrained(guard) if guard else None
     loaded = load_model(model, dtype, device, progress)
-    try:
-        check_writable(output)
-    except OSError as error:
-        raise SafeguardError(f"cannot write to {output}: {error.strerror}") from error
+    _check_folder(output)
     found = study(
         loaded,
         prompt_set=prompts,
@@ -207,6 +204,13 @@ def gap(
         print_json({key: value for key, value in found.items() if key != "responses"})
     else:
         print(output / f"{name}.md")
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise SafeguardError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 @app.command()
@@ -233,6 +237,10 @@ def gates(
     from vlm_safeguard.files import write_whole
     from vlm_safeguard.guard import Guard
 
+    if output is not None:
+        if output.is_dir():
+            raise SafeguardError(f"{output} is a folder: name the page's file")
+        _check_folder(output.parent)
     progress = make_progress(quiet)
     artifact = Guard.from_pretrained(guard) if guard else None
     loaded = load_model(model, dtype, device, progress)
@@ -241,12 +249,15 @@ def gates(
     rows, together = forms.study(loaded, budget, Effort(), progress)
     text = forms.page(model, rows, together, budget)
     text += "\n" + soft_gates.section(soft) if soft else ""
-    if output:
-        write_whole({output: text.encode()})
     if json_:
         print_json(forms.facts(rows, together) | {"soft": [asdict(row) for row in soft]})
     else:
         print(text, end="")
+    if output is not None:
+        try:
+            write_whole({output: text.encode()})
+        except OSError as error:
+            raise SafeguardError(f"cannot write {output}: {error.strerror}") from error
 
 
 @app.command("judge")

@@ -37,6 +37,8 @@ _UNGUARDED = (
     "token_healing",
     "compile_config",
 )
+# What is no picture and no text: by the names of its token and parts of the names of its inputs.
+_OTHER = {"video": ("video",), "audio": ("audio", "input_features", "speech")}
 # The keywords of calls that hold several requests in one row (packing, continuous batching).
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "block_table", "cache")
 
@@ -50,13 +52,9 @@ def check_settings(model: Any, options: Mapping[str, Any]) -> None:
     Raises:
         GuardRuntimeError: a setting is not guarded.
     """
-    sources = (options.get("generation_config"), getattr(model, "generation_config", None))
 
     def setting(name: str) -> Any:
-        if name in options:
-            return options[name]
-        values = (getattr(source, name, None) for source in sources)
-        return next((value for value in values if value is not None), None)
+        return _setting(model, options, name)
 
     for name in _UNGUARDED:
         value = setting(name)
@@ -70,6 +68,15 @@ def check_settings(model: Any, options: Mapping[str, Any]) -> None:
         )
     if setting("cache_implementation") == "paged":
         raise GuardRuntimeError("continuous batching (a paged cache) is not guarded")
+
+
+def _setting(model: Any, options: Mapping[str, Any], name: str) -> Any:
+    """What ``generate`` would take: the argument, else what a configuration has, or None."""
+    if name in options:
+        return options[name]
+    sources = (options.get("generation_config"), getattr(model, "generation_config", None))
+    values = (getattr(source, name, None) for source in sources)
+    return next((value for value in values if value is not None), None)
 
 
 def begin(
@@ -178,27 +185,97 @@ def check_not_packed(options: Mapping[str, Any], mask: Tensor | None = None) -> 
         )
 
 
-def video_tokens(model: Any) -> frozenset[int]:
-    """Ids that stand for a video alone, as the model's configuration names them."""
-    config = model.config
-    images = {getattr(config, f"image_token_{kind}", None) for kind in ("id", "index")}
-    found = {getattr(config, f"video_token_{kind}", None) for kind in ("id", "index")}
-    return frozenset(token for token in found - images if isinstance(token, int))
+def other_tokens(model: Any) -> dict[int, str]:
+    """Ids that stand for a video or for sound, as the model's configuration names them, and which
+    of the two."""
+    found: dict[int, str] = {}
+    for what in (*_OTHER, "image"):  # one token may stand for a picture too
+        for kind in ("id", "index"):
+            token = getattr(model.config, f"{what}_token_{kind}", None)
+            if isinstance(token, int):
+                found[token] = what
+    return {token: what for token, what in found.items() if what != "image"}
 
 
-def check_no_video(tokens: frozenset[int], ids: Tensor | None, options: Mapping[str, Any]) -> None:
-    """Refuse a request with a video: the text-only reading takes out pictures alone.
+def check_only_pictures(
+    tokens: Mapping[int, str], ids: Tensor | None, options: Mapping[str, Any]
+) -> None:
+    """Refuse a request with a video or with sound: the guard was calibrated on pictures, and the
+    text-only reading takes out nothing else.
 
-    ``tokens`` as from ``video_tokens``, ``ids`` (B, T) of the whole prompt, if it has any.
+    ``tokens`` as from ``other_tokens``, ``ids`` (B, T) of the whole prompt, if it has any.
 
     Raises:
-        GuardRuntimeError: there is a video's token among the ids, or a video's pixels.
+        GuardRuntimeError: there is such a token among the ids, or such an input.
     """
-    video = options.get("pixel_values_videos") is not None
-    if video or (ids is not None and any(bool((ids == token).any()) for token in tokens)):
+    found = {what for token, what in tokens.items() if ids is not None and (ids == token).any()}
+    for name, value in options.items():
+        if isinstance(value, Tensor | list | tuple):
+            found |= {what for what, parts in _OTHER.items() if any(p in name for p in parts)}
+    if "video" in found:
         raise GuardRuntimeError(
             "requests with videos are not guarded: the guard's gates were set on pictures. Pass "
             "the frames as images"
+        )
+    if found:
+        raise GuardRuntimeError(
+            "requests with sound are not guarded: the guard's gates were set on text and pictures. "
+            "Pass what is said as text"
+        )
+
+
+def check_no_unread_picture(
+    markup: ImageMarkup, ids: Tensor | None, options: Mapping[str, Any]
+) -> None:
+    """Refuse a picture that nobody read, under a guard whose gates count on the words in it.
+
+    Raises:
+        GuardRuntimeError: there is a picture's token among the ids (B, T), or pixels.
+    """
+    pixels = options.get("pixel_values") is not None
+    if pixels or (ids is not None and any(bool((ids == t).any()) for t in markup.token_ids)):
+        raise GuardRuntimeError(
+            "this guard reads the words in pictures, and nobody read them: make the inputs with "
+            "vlm_safeguard.encode(..., read_pictures=True), or pass the request as text, with the "
+            "words of its pictures, in text_input_ids"
+        )
+
+
+def check_padding_is_told(
+    model: Any,
+    config: GuardConfig,
+    ids: Tensor | None,
+    options: Mapping[str, Any],
+    *,
+    generating: bool,
+) -> None:
+    """Refuse a prompt without attention mask where the model and the guard would take different
+    tokens for padding.
+
+    Without a mask the guard takes for padding what leads a row; a forward call attends to all, and
+    ``generate`` masks every pad token, unless it is an end token too.
+
+    Args:
+        ids: of the whole prompt (B, T). generating: whether they go to ``generate``.
+
+    Raises:
+        GuardRuntimeError: the two differ, or a row ends in a pad token, which may be a word.
+    """
+    if ids is None or options.get("attention_mask") is not None or ids.ndim < 2:
+        return
+    pad = config.markup.pad_id
+    own = theirs = torch.ones_like(ids, dtype=torch.bool)
+    if pad is not None:
+        own = (ids != pad).cumsum(1) > 0
+    if generating:
+        used, ends = (_setting(model, options, f"{n}_token_id") for n in ("pad", "eos"))
+        ends = ends if isinstance(ends, list | tuple | Tensor) else [ends]
+        if used is not None and int(used) not in [int(end) for end in ends if end is not None]:
+            theirs = ids != int(used)
+    if bool((own != theirs).any()) or (len(ids) > 1 and bool((ids[:, -1:] == pad).any())):
+        raise GuardRuntimeError(
+            "without an attention_mask it is not sure which tokens are padding: pass the mask that "
+            "the processor gave beside input_ids"
         )
 
 
@@ -281,6 +358,13 @@ def adapters(model: Any) -> list[str]:
         if "adapter_names" in getattr(hook, "keywords", ())  # for the time of one call
     ]
     return [*names, *adapters_at_work(model), *by_row]
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a forward call returned, a ``ModelOutput`` or a tuple; None without."""
+    if isinstance(output, tuple):
+        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+    return getattr(output, "past_key_values", None)
 
 
 def mark_steered(cache: Any) -> None:

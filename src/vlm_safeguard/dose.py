@@ -78,8 +78,7 @@ class Steerer:
             if dose is None:
                 continue
             if hidden.shape[1] == 1:  # no copy, and no other piece
-                return step(dose, hidden, piece.new)
-            dose.columns += piece.new
+                return step(dose, hidden)
             if dose.index is None and piece.columns == slice(0, hidden.shape[1]):
                 return _moved_at(hidden, dose)  # all of it: no copy, and no other piece
             changed = hidden.clone() if changed is None else changed
@@ -152,9 +151,8 @@ class Steerer:
         return torch.where(by_text, text, anchor.to(text.device))
 
 
-def step(dose: Dose, hidden: Tensor, new: int) -> Tensor:
+def step(dose: Dose, hidden: Tensor) -> Tensor:
     """All of a decoding step's (B, 1, d) with the dose in its open rows."""
-    dose.columns += new
     if dose.index is None:
         return _moved(hidden.squeeze(1), dose).unsqueeze(1)
     moved = _moved(hidden.squeeze(1).index_select(0, dose.index), dose)

@@ -10,15 +10,20 @@ import tempfile
 from pathlib import Path
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> list[Path]:
     """Make ``folder`` and try it out, before long work whose result goes there.
+
+    Returns:
+        The folders that were made for it, from itself up.
 
     Raises:
         OSError: it cannot be made or written.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+    return made
 
 
 def write_whole(files: dict[Path, bytes]) -> None:

@@ -214,7 +214,8 @@ class Guard:
             processor: the model's; given, its chat template is compared too.
 
         Raises:
-            GuardError: the size, configuration, weights or chat template differ; says which.
+            GuardError: the size, configuration, weights or chat template differ, or the guard's
+                padding is no token of the model; says which.
         """
         decoder, own = find_decoder(model), self.config.model
         if (decoder.hidden_size, len(decoder.layers)) != (own.hidden_size, own.layers):
@@ -233,6 +234,12 @@ class Guard:
                 f"this guard is for {own.name}: the model's weights differ{_dtype_hint(model)}. A "
                 "guard belongs to the weights it was calibrated on, of one revision; run "
                 "`vlm-safeguard calibrate` on these"
+            )
+        pad, known = self.config.markup.pad_id, len(model.get_input_embeddings().weight)
+        if pad >= known:
+            raise GuardError(
+                f"this guard pads with token {pad}, and the model knows only {known}: its "
+                "guard.json was changed, calibrate again"
             )
         if processor is not None and own.template_sha256:
             self._check_template(processor)
@@ -285,7 +292,7 @@ class _Folder:
         except FileNotFoundError as error:
             raise GuardError(
                 f"it is no guard: {name} is missing. Make one with `vlm-safeguard calibrate MODEL "
-                "-o GUARD`; a guard on the hub is named owner/name"
+                "-o GUARD`; one on the hub is loaded by Guard.from_pretrained('owner/name')"
             ) from error
         except OSError as error:
             raise GuardError(f"{name} cannot be read: {error.strerror}") from error

@@ -16,6 +16,7 @@ from vlm_safeguard.models import Decoder, watch_layer
 _MARK = "_vlm_safeguard_session"
 _ARMING = threading.Lock()
 # What every way of generating in transformers asks for before each of its forward calls.
+_FORWARD = "forward"
 _PREPARE = "prepare_inputs_for_generation"
 
 
@@ -37,6 +38,7 @@ class Hooks:
         after: Callable,
         generate: Callable,
         preparing: Callable[[Mapping[str, Any]], None],
+        interrupted: Callable[[], None],
         layers: Mapping[int, Callable[[Tensor], Tensor | None]],
     ) -> Callable:
         """Put everything on; returns the model's own ``generate``.
@@ -47,6 +49,8 @@ class Hooks:
             generate: what stands in for ``model.generate``.
             preparing: called with the keywords of each forward call that any ``generate`` of the
                 model prepares; raises if it is not the one that stands in.
+            interrupted: called where a forward call of the model ends by what is no ``Exception``,
+                which ``after`` does not hear of.
             layers: what sees the residual stream (B, T, d) after each guarded layer, in ascending
                 order; what it returns takes the stream's place (see ``models.watch_layer``).
 
@@ -69,6 +73,7 @@ class Hooks:
             self._handles.append(first)  # at once: should the next not go on, this one goes off
             last = self.model.register_forward_hook(untraced(after), always_call=True)
             self._handles.append(last)
+            self._replace(_FORWARD, _watched(self.model.forward, interrupted))
             self._replace(_PREPARE, self._checked(getattr(self.model, _PREPARE), preparing))
             self._replace("generate", generate)
         except BaseException:
@@ -120,3 +125,17 @@ class Hooks:
             return prepare(*args, **kwargs)
 
         return checked
+
+
+def _watched(forward: Callable, interrupted: Callable[[], None]) -> Callable:
+    @wraps(forward)  # `generate` reads from the signature which keywords the model takes
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except Exception:
+            raise
+        except BaseException:
+            interrupted()
+            raise
+
+    return watched

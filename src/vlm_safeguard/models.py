@@ -67,10 +67,11 @@ def load(
 
     Raises:
         ModelError: the folder is missing or not a model's, the model takes no images, custom
-            code would have to run, or the weights cannot be read.
+            code would have to run, the weights cannot be read, or there is no such device.
     """
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    place = _device(device)
     local = _local_folder(str(name))
     name = Path(name).expanduser() if local else name
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
@@ -104,7 +105,20 @@ def load(
     if processor.chat_template is None:
         raise ModelError(f"{name} has no chat template: save its processor with one")
     processor.tokenizer.padding_side = "left"
-    return LoadedModel(model.to(device).eval(), processor, str(name))
+    return LoadedModel(model.to(place).eval(), processor, str(name))
+
+
+def _device(name: str) -> torch.device:
+    """The device called ``name``, tried out, before anything is loaded for it."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # each backend raises its own kinds
+        reason = str(error).splitlines()
+        raise ModelError(
+            f"the device {name!r} cannot be used here: {reason[0] if reason else type(error)}"
+        ) from error
+    return device
 
 
 def _local_folder(name: str) -> bool:

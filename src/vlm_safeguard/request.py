@@ -47,8 +47,7 @@ class Dose:
     ``index`` (b,) is None if every row of the batch is. Their coordinates along ``directions``
     (m, d) become ``target`` (b, m); without directions ``target`` (b, d) is added to the states.
     ``share`` (b, 1) is how much of the way their coordinates go there, None for all of it.
-    ``shares``: which part of the dose each of ``rows`` gets. ``columns`` counts the columns changed
-    in a row.
+    ``shares``: which part of the dose each of ``rows`` gets.
     """
 
     rows: list[int]
@@ -57,7 +56,6 @@ class Dose:
     target: Tensor
     share: Tensor | None
     shares: list[float]
-    columns: int = 0
 
 
 @dataclass
@@ -107,6 +105,9 @@ class Request:
     q: int | list[int] = 0  # place in it of the last prompt token, per row where they differ
     pieces: list[Piece] = field(default_factory=list)
     done: int = 0  # columns that finished calls have gone through
+    # Those of them that may be steered: of the prompt, and behind it.
+    prompt_columns: int = 0
+    later_columns: int = 0
     any_open: bool = False  # whether a gate of any row is, once the prompt has been read
 
     def __post_init__(self) -> None:
@@ -131,6 +132,15 @@ class Request:
         self.first, self.end = first, end
         places = [column - first for column in self.last_prompt]
         self.q = places[0] if len(set(places)) == 1 else places
+
+    def leave(self) -> None:
+        """The forward call ran to its end."""
+        for piece in self.pieces:
+            if piece.at_prompt:
+                self.prompt_columns += piece.new
+            else:
+                self.later_columns += piece.new
+        self.done = self.end
 
     def states_at_q(self, hidden: Tensor) -> Tensor:
         """States (B, d), float32, at the last prompt token, from all of the call's (B, T, d)."""

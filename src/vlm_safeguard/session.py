@@ -51,7 +51,7 @@ class Session:
         self._read_at = gates.layers("vlm") | self._steerer.reads
         self._layers = sorted(self._text.layers | gates.layers("vlm") | self._steerer.layers)
         self._hooks, self._turn = Hooks(model, decoder), Turn()
-        self._video_tokens = course.video_tokens(model)
+        self._other_tokens = course.other_tokens(model)
         self._work: _Work | None = self._refuse
         self._in_generate = False
         self._request: Request | None = None
@@ -84,6 +84,7 @@ class Session:
             self._after_forward,
             self._generate,
             self._before_preparing,
+            self._interrupted,
             {layer: self._layer_hook(layer) for layer in self._layers},
         )
 
@@ -110,6 +111,7 @@ class Session:
         if self._in_generate:
             raise GuardRuntimeError("generate inside generate is not guarded")
         try:
+            self._request = self._reported = None
             if not self._hooks.armed:
                 raise GuardRuntimeError("this generate belongs to a guard that was taken off")
             if len(args) > 1:
@@ -118,6 +120,7 @@ class Session:
             course.check_settings(self.model, kwargs)
             given = args[0] if args else kwargs.get("inputs")
             ids = given if given is not None else kwargs.get("input_ids")
+            course.check_padding_is_told(self.model, self.config, ids, kwargs, generating=True)
             request = self._begin(ids, kwargs, text)
             course.check_left_padded(request)
             self._in_generate = True
@@ -134,14 +137,15 @@ class Session:
         self, ids: Tensor | None, options: dict[str, Any], text: tuple[Tensor, Tensor] | None
     ) -> Request:
         """Start a request: who it is, and what the LLM says of it as text."""
-        self._request = self._reported = None
         if course.adapters(self.model) != self._adapters:
             raise GuardRuntimeError(
                 "an adapter was put on the model, taken off, switched or scaled since the guard "
                 "was attached: the guard belongs to the weights it was calibrated on. Leave its "
                 "`with` first, and attach a guard that was calibrated with these adapters at work"
             )
-        course.check_no_video(self._video_tokens, ids, options)
+        course.check_only_pictures(self._other_tokens, ids, options)
+        if self.config.reads_pictures and text is None:
+            course.check_no_unread_picture(self.markup, ids, options)
         request, mask = course.begin(
             self.config,
             self.markup,
@@ -183,18 +187,23 @@ class Session:
             return None
         self._turn.take()
         self._work = self._refuse
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        begins = not self._in_generate and past == 0
+        if begins:
+            self._request = self._reported = None
         self._hooks.check()
         if len(args) > 1:
             raise GuardRuntimeError("under guard, pass everything after input_ids by keyword")
         ids = kwargs.get("input_ids", args[0] if args else None)
-        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        embeds = kwargs.get("inputs_embeds")
         current = ids if ids is not None else embeds
         if current is None:
             raise GuardRuntimeError("a forward call without input_ids cannot be guarded")
         text = course.take_text(kwargs)
         course.check_not_packed(kwargs)
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        if not self._in_generate and past == 0:
+        if begins:
+            course.check_padding_is_told(self.model, self.config, ids, kwargs, generating=False)
             self._begin(ids, kwargs, text)
         elif text is not None:
             raise GuardRuntimeError("text_input_ids belong to the first call of a request")
@@ -237,7 +246,10 @@ class Session:
             state = request.states_at_q(hidden)
             self._gates.read(request, "vlm", layer, state)
             self._steerer.read(request, layer, state)
-        return self._steerer.steer(request, layer, hidden)
+        steered = self._steerer.steer(request, layer, hidden)
+        if steered is not None:
+            course.mark_steered(request.cache)  # at once: the call may not come to its end
+        return steered
 
     def _steer_layer(self, layer: int, hidden: Tensor) -> Tensor | None:
         return self._steerer.steer(self._current(), layer, hidden)
@@ -246,12 +258,19 @@ class Session:
         """``_steer_layer`` for one more decoding step."""
         request = self._current()
         dose = request.later_doses.get(layer)
-        return None if dose is None else step(dose, hidden, request.pieces[0].new)
+        return None if dose is None else step(dose, hidden)
 
     def _current(self) -> Request:
         if self._request is None:
             raise GuardRuntimeError("the decoder ran outside the guarded model's forward call")
         return self._request
+
+    def _interrupted(self) -> None:
+        """A forward call ended by what is no ``Exception`` (Ctrl-C, an exit), of which hooks are
+        not told. Inside ``generate``, that itself cleans up."""
+        if self._hooks.armed and self._turn.mine and not self._in_generate:
+            self._request, self._work = None, self._refuse
+            self._turn.give_back()
 
     def _after_forward(self, _: nn.Module, __: Any, output: Any) -> None:
         """Let the output out if every guarded layer ran."""
@@ -271,13 +290,13 @@ class Session:
                 )
             request.calls.count(len(self._seen), len(expected))
             if request.cache is None:
-                request.cache = getattr(output, "past_key_values", None)
+                request.cache = course.cache_of(output)
             if request.reads_prompt:
                 request.any_open = any(request.fired())
                 if request.any_open:
                     course.mark_steered(request.cache)
                 self._reported = request
-            request.done = request.end
+            request.leave()
         finally:
             if not self._in_generate:
                 self._turn.give_back()

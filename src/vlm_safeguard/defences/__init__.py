@@ -50,7 +50,7 @@ def make_defence(
                 f"the defence {name} needs a guard: make one with `vlm-safeguard calibrate MODEL "
                 "-o GUARD` and name its folder"
             )
-        return BY_GUARD[name](Guard.from_pretrained(guard))
+        return BY_GUARD[name](Guard.from_pretrained(Path(guard)))
     return none.build()
 
 

@@ -235,6 +235,6 @@ def _guard_digest(plan: Plan) -> str:
 
 
 def names(given: Sequence[str], all_of: Sequence[str]) -> tuple[str, ...]:
-    """``given``, or all where nothing or ``all`` was given; repeats dropped."""
-    chosen = all_of if not given or "all" in given else given
+    """``given``, or all where nothing was; ``all`` among them stands for all; repeats dropped."""
+    chosen = [one for name in given or ["all"] for one in (all_of if name == "all" else [name])]
     return tuple(dict.fromkeys(chosen))
