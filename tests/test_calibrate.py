@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from vlm_safeguard import method, search
 from vlm_safeguard.benchmarks.selection import evenly
-from vlm_safeguard.effort import Effort
+from vlm_safeguard.calibrate import calibrate
+from vlm_safeguard.effort import Budget, Effort
+from vlm_safeguard.errors import CalibrationError
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt, calibration
 from vlm_safeguard.search import candidates
@@ -65,7 +67,7 @@ def test_the_threshold_holds_on_prompts_that_the_vectors_have_not_seen() -> None
     fold = torch.arange(60) % 5
     fit = fit_gate(harmful[:60], harmless[:60], fold, fold, directions, 0.1)
     assert (fit.scores(fresh) > 0).double().mean() < 0.16
-    assert fit.unseen_fpr <= 0.1
+    assert fit.unseen_rates[1] <= 0.1
 
 
 def test_the_spread_is_that_of_prompts_which_the_vectors_have_not_seen() -> None:
@@ -96,8 +98,8 @@ def test_prompts_of_a_negative_fold_teach_but_do_not_judge() -> None:
         directions,
         0.05,
     )
-    assert joined.unseen_fpr <= 0.05 and alone.unseen_fpr <= 0.05
-    assert joined.unseen_tpr > 0.9
+    assert joined.unseen_rates[1] <= 0.05 and alone.unseen_rates[1] <= 0.05
+    assert joined.unseen_rates[0] > 0.9
 
 
 def test_candidates_are_tried_on_attacks_that_succeed_with_either_picture(
@@ -125,6 +127,11 @@ def test_candidates_are_tried_on_attacks_that_succeed_with_either_picture(
     assert sum(map(len, few.values())) == 30
     for setting, attacks in few.items():
         assert set(won[setting]) <= {p.id for p in attacks}
+
+
+def test_a_budget_that_no_threshold_can_keep_is_refused_before_any_work() -> None:
+    with pytest.raises(CalibrationError, match="needs 2995 harmless prompts"):
+        calibrate(None, budget=Budget(false_positives=0.001))  # type: ignore[arg-type]
 
 
 def test_candidates_are_valid_and_name_real_layers() -> None:

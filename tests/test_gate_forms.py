@@ -3,6 +3,8 @@ questions of their own."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -36,12 +38,18 @@ def test_gates_move_together_until_the_budget_is_kept() -> None:
         GateFit((0, 1), torch.randn(2, 8, generator=generator), 1.0, spread=3.0),
         GateFit((2,), torch.randn(1, 8, generator=generator), -2.0, spread=0.5),
     ]
+    seen = torch.linspace(-3, 3, 61)
+    gates[0] = replace(gates[0], unseen=(seen + 1, seen - 1))
     scores = torch.stack([g.scores(states) / g.spread for g in gates]).max(0).values
     moved = bounded(gates, scores, 0.02)
     fired = torch.stack([g.scores(states) > 1e-4 for g in moved]).any(0)
     assert int(fired.sum()) == allowed_exceedances(400, 0.02)
     shifts = [(m.threshold - g.threshold) / g.spread for m, g in zip(moved, gates, strict=True)]
     assert shifts[0] == pytest.approx(shifts[1], abs=1e-5)
+    # What is said of prompts that were not fitted on is said of the moved threshold.
+    expected = [float((part > shifts[0]).double().mean()) for part in (seen + 1, seen - 1)]
+    assert moved[0].unseen_rates == pytest.approx(expected)
+    assert expected[0] != pytest.approx(float((seen + 1 > 0).double().mean()))
 
 
 def test_the_page_shows_every_row_with_its_counts() -> None:

@@ -35,7 +35,7 @@ from tests import checkpoint, tiny
 from tests.test_results import judged as rows_of
 from vlm_safeguard import pictures, prompts
 from vlm_safeguard.attacks import LOOK
-from vlm_safeguard.errors import DataError, ImageError, SafeguardError
+from vlm_safeguard.errors import DataError, ImageError, Interrupted, SafeguardError
 from vlm_safeguard.evaluate import measures
 from vlm_safeguard.evaluate.generate import Response, respond
 from vlm_safeguard.guard import Guard
@@ -101,6 +101,11 @@ def test_closing_ends_the_thread_and_cancels_what_waits(folder: Path) -> None:
     assert not one._thread.is_alive() and all(answer.done() for answer in answers)
     assert answers[-1].cancelled()
     assert all(answer.cancelled() or answer.result() == first for answer in answers)
+
+
+def test_all_stands_for_all_beside_other_names() -> None:
+    assert run.names([], ("a", "b")) == run.names(["all"], ("a", "b")) == ("a", "b")
+    assert run.names(["c", "all", "a"], ("a", "b")) == ("c", "a", "b")
 
 
 def test_what_nobody_waits_for_is_not_answered(folder: Path) -> None:
@@ -629,7 +634,7 @@ def test_an_interrupted_run_is_no_finished_one_and_goes_on(
     asked: list[int] = []
     monkeypatch.setattr("vlm_safeguard.harness.engine.respond", interrupted)
     try:
-        with pytest.raises(SafeguardError, match=r"1 of 1 .*\(interrupted\).* goes on"):
+        with pytest.raises(Interrupted, match=r"1 of 1 .*\(interrupted\).* goes on"):
             run.run(plan, tmp_path / "run", "none")
     finally:
         signal.signal(signal.SIGINT, before)

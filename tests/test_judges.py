@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 import threading
 import time
@@ -721,7 +722,10 @@ def test_options_of_local_guard_models(guard_folder: Path, tmp_path: Path) -> No
     wild = make_judge(f"prompt-file:{guard_folder}#{prompt}?answer=wildguard&asks=refusal")
     read = wild._read  # type: ignore[attr-defined]
     assert (wild.asks, read(WILD.format("no", "yes")).verdict) == ("refusal", "complied")
-    assert wild.name == f"{guard_folder} with wild guard.txt"
+    assert re.search(r" with wild guard\.txt \([0-9a-f]{8}\), read as wildguard$", wild.name)
+    prompt.write_text("{prompt}\n{response}\nHarmful?")  # the same name, another judge
+    other = make_judge(f"prompt-file:{guard_folder}#{prompt}?answer=wildguard&asks=refusal")
+    assert wild.name != other.name
 
 
 @pytest.mark.parametrize(

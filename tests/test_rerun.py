@@ -57,6 +57,26 @@ def differing(first: Path, second: Path) -> dict[str, str]:
     return {one.rate: one.differs for one in found if one.differs}
 
 
+@pytest.mark.parametrize(
+    "other", [{"attack": "template:a.txt"}, {"defence_texts": [["self-reminder", "b.txt"]]}]
+)
+def test_another_attack_or_wording_is_another_plan(tmp_path: Path, other: dict[str, Any]) -> None:
+    first, second = write(tmp_path / "one", "cr"), write(tmp_path / "two", "cr")
+    facts = json.loads(second.read_text())
+    facts["plan"] |= other
+    second.write_text(json.dumps(facts))
+    with pytest.raises(DataError, match="not two runs of one plan"):
+        compare_runs(read_run(first), read_run(second))
+
+
+def test_an_accuracy_of_other_questions_differs(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "one", "cr"), write(tmp_path / "two", "cr")
+    facts = json.loads(second.read_text())
+    facts["easy_vqa"]["m"]["none"]["n"] = 40
+    second.write_text(json.dumps(facts))
+    assert differing(first, second) == {"accuracy": "50 questions in one run, 40 in the other"}
+
+
 def test_the_same_run_again_is_the_same(tmp_path: Path) -> None:
     runs = [read_run(write(tmp_path / name, "ccrrrd?", "crr")) for name in "ab"]
     found = compare_runs(*runs)

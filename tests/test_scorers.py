@@ -138,3 +138,19 @@ def test_a_judge_of_no_use_is_asked_once_for_all_that_wait() -> None:
         with pytest.raises(JudgeError, match="no such model"):
             answer.result(10)
     assert len(judge.batches) <= 3
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_closing_ends_the_threads_and_cancels_what_waits(threads: int) -> None:
+    judge = Fake()
+    judge.concurrency = threads  # type: ignore[attr-defined]
+    judge.gate.clear()
+    at = Desk(judge)
+    answers = [at.submit("q", str(n)) for n in range(200)]
+    while not judge.busy:
+        time.sleep(0.01)
+    threading.Timer(0.2, judge.gate.set).start()
+    at.close()
+    assert not any(thread.is_alive() for thread in at._threads)
+    assert all(answer.done() for answer in answers) and answers[-1].cancelled()
+    assert not answers[0].cancelled()

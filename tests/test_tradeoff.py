@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from vlm_safeguard.evaluate.compare import Row
+from vlm_safeguard.evaluate.compare import Row, own_sets, rates
 from vlm_safeguard.evaluate.generate import Response
 from vlm_safeguard.evaluate.judge import Verdict
+from vlm_safeguard.evaluate.stats import wilson
 from vlm_safeguard.evaluate.tradeoff import tradeoff
 from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.report import plot_tradeoff
@@ -27,6 +28,25 @@ CASES = (
     + rows("c", False, 0.5, "complied", "refused")
     + rows("d", False, -3.0, "complied", "complied")
 )
+
+
+def test_a_part_of_the_jailbreak_set_has_as_many_questions_as_it_can() -> None:
+    chosen = own_sets(20)["jailbreak"]
+    for harmful in (True, False):
+        part = [p for p in chosen if p.harmful is harmful]
+        assert len(part) == len({p.cluster for p in part}) == 20
+
+
+def test_copies_of_one_question_widen_the_interval() -> None:
+    said = Response("", 1, False, None)
+    made = [
+        Row(
+            "s", "text", "own", Prompt(f"{n}", "", "harmful", "jailbreak", "", f"{n // 5}"), said, v
+        )
+        for n, v in enumerate(["complied"] * 5 + ["refused"] * 45)
+    ]
+    found = rates(made)
+    assert found["asr"] == 0.1 and found["asr_high"] > wilson(5, 50).high + 0.1
 
 
 def test_the_guard_as_it_is_and_the_model_without_one_are_on_the_curve() -> None:

@@ -101,3 +101,12 @@ def test_the_command_prints_both_parts(tmp_path: Path) -> None:
     facts = json.loads(run("validate-judge", "l.jsonl", "--json", cwd=tmp_path).stdout)
     assert (facts["n"], facts["harmless"], facts["sensitivity"]["count"]) == (2, 1, 1)
     assert facts["refusals"]["sensitivity"]["value"] is None
+
+
+def test_labels_chosen_by_another_judge_validate_none(tmp_path: Path) -> None:
+    from tests.test_cli import run
+
+    row = {"prompt": "How?", "response": "No.", "label": "refused", "judge": "somebody"}
+    (tmp_path / "labels.jsonl").write_text(json.dumps(row) + "\n")
+    done = run("validate-judge", "labels.jsonl", cwd=tmp_path)
+    assert done.returncode == 1 and "by the verdicts of somebody" in " ".join(done.stderr.split())

@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from vlm_safeguard import method, prompts
-from vlm_safeguard.conformal import CONFIDENCE
+from vlm_safeguard.benchmarks.selection import evenly
+from vlm_safeguard.conformal import CONFIDENCE, check_enough
 from vlm_safeguard.effort import Budget, Effort
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import (
@@ -53,12 +54,15 @@ def calibrate(
         reads_pictures: the guard reads the words in pictures (OCR) beside the request's own.
 
     Raises:
-        CalibrationError: no candidate keeps the budget and helps; says what was measured.
+        CalibrationError: no candidate keeps the budget and helps (says what was measured), or
+            there are too few prompts to guarantee it.
         ModelError: the model cannot be read or its states are not finite.
     """
     budget, effort = budget or Budget(), effort or Effort()
     progress = progress or Progress(quiet=True)
     began = time.monotonic()
+    bound = evenly(prompts.calibration("bound"), effort.bound)
+    check_enough(len({p.cluster for p in bound}), budget.false_positives)
     markup = find_markup(loaded)
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
@@ -96,7 +100,7 @@ def _gate_rates(fit: GateFit, settings: dict[str, States]) -> list[dict[str, Any
             opened = (fit.scores(part) > 0).double().mean().item()
             rates[kind][name] = round(opened, 4)
     source = "text" if "text" in settings else "vlm"
-    unseen = {"tpr": round(fit.unseen_tpr, 4), "fpr": round(fit.unseen_fpr, 4)}
+    unseen = dict(zip(rates, (round(rate, 4) for rate in fit.unseen_rates), strict=True))
     return [{"source": source, "layers": list(fit.layers), **rates, "unseen": unseen}]
 
 

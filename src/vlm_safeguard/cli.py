@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +22,7 @@ from vlm_safeguard.cli_options import (
     print_json,
 )
 from vlm_safeguard.effort import Budget
-from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.errors import Interrupted, SafeguardError
 from vlm_safeguard.files import check_writable
 
 app = typer.Typer(
@@ -48,7 +50,7 @@ def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the guard.")],
     max_false_positives: Annotated[
-        float, typer.Option(min=0.0, max=0.5, help="Budget on harmless requests.")
+        float, typer.Option(min=0.001, max=0.5, help="Budget on harmless requests.")
     ] = Budget.false_positives,
     max_kl: Annotated[
         float, typer.Option(min=0.0, help="Budget on the KL divergence, nats.")
@@ -226,12 +228,18 @@ def _put(text: str) -> None:
 
 
 def main() -> None:
-    """Entry point: plain errors, exit code 1; Ctrl-C exits with 130 (typer)."""
+    """Entry point: plain errors, exit code 1; Ctrl-C exits with 130, SIGTERM with 143."""
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app(standalone_mode=True)
     except SafeguardError as error:
         print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(130 if isinstance(error, Interrupted) else 1)
+
+
+def _terminated(number: int, _: FrameType | None) -> None:
+    """End as from an exception, so that temporary files go."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

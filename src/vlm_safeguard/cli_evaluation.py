@@ -291,10 +291,16 @@ def validate_judge(
 
     For attack success on harmful prompts; apart from it, for refusals of harmless ones.
     """
-    from vlm_safeguard.judges import make_judge, read_labelled, validation_page
+    from vlm_safeguard.judges import (
+        check_chosen_for,
+        make_judge,
+        read_labelled,
+        validation_page,
+    )
     from vlm_safeguard.judges import validate as run
 
     rows, chosen = read_labelled(labels), make_judge(judge)
+    check_chosen_for(chosen, rows, labels)
     harmless = sum(not row.harmful for row in rows)
     success = run(chosen, rows)
     told = harmless and chosen.asks == "refusal"

@@ -19,7 +19,7 @@ from vlm_safeguard.models import LoadedModel, template_digest
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.requests import PICTURED, requests
 from vlm_safeguard.separate import auc
-from vlm_safeguard.trials import answered, attack, per_prompt, within
+from vlm_safeguard.trials import answered, attack, per_question, within
 from vlm_safeguard.witness import find_markup, verify_residual_stream
 
 HELD = 100  # held-back prompts of each label that the effect is looked at on
@@ -158,7 +158,7 @@ def _effect(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[Check
     for setting in PICTURED:
         progress.say(f"attacks, {setting}")
         tried.append(attack(loaded, guard, attacks, setting, 12))
-    plain, guarded = per_prompt(tried)
+    plain, guarded = per_question(tried)
     p_value = mcnemar(plain, guarded)
     found = (
         f"{sum(guarded)} of {len(guarded)} attacks with images succeed, unguarded {sum(plain)} "

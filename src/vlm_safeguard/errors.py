@@ -13,6 +13,10 @@ class GuardError(SafeguardError):
     """The guard artifact is missing, torn, tampered with, or belongs to another model."""
 
 
+class Interrupted(SafeguardError):
+    """Long work was stopped from outside; the same command goes on with it."""
+
+
 class GuardRuntimeError(SafeguardError):
     """The guard could not do its work during a forward pass; nothing unguarded was returned."""
 

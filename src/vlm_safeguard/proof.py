@@ -13,7 +13,7 @@ from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.requests import PICTURED, SETTINGS, Setting
-from vlm_safeguard.trials import Attacks, attack, harmless_cost, per_prompt
+from vlm_safeguard.trials import Attacks, attack, harmless_cost, per_question
 
 
 def prove(
@@ -43,13 +43,13 @@ def prove(
         "stopped": stopped.count,
         "kl": round(cost.kl, 5),
     }
-    before, after = per_prompt(tried[setting] for setting in PICTURED)
+    before, after = per_question(tried[setting] for setting in PICTURED)
     p_value = mcnemar(before, after)
     proof["mcnemar_p"] = p_value
     succeed, did = sum(after), sum(before)
     if succeed >= did or p_value > 0.05:
         raise CalibrationError(
-            f"no guard: on held-back prompts with images {succeed} of {len(after)} attacks "
+            f"no guard: on held-back prompts with images {succeed} of {len(after)} questions "
             f"succeed with the best candidate, {did} without (p = {p_value:.2g}). The "
             "model may not refuse text either, or its states may not separate harm"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vlm_safeguard.benchmarks.selection import evenly
+from vlm_safeguard.benchmarks.selection import evenly, spaced
 from vlm_safeguard.effort import Budget, Effort
 from vlm_safeguard.errors import CalibrationError
 from vlm_safeguard.guard import Guard
@@ -115,15 +115,9 @@ def _successful(
         won = successes(loaded, None, tried, setting, effort.tokens)
         for prompt, is_hit in zip(tried, won, strict=True):
             (hits if is_hit else misses).append((setting, prompt))
-    chosen = _spaced(hits, effort.search)
-    chosen += _spaced(misses, effort.search - len(chosen))
+    chosen = spaced(hits, effort.search)
+    chosen += spaced(misses, effort.search - len(chosen))
     return {s: [p for setting, p in chosen if setting == s] for s in PICTURED}
-
-
-def _spaced(items: list[tuple[Setting, Prompt]], count: int) -> list[tuple[Setting, Prompt]]:
-    """``count`` of the items, or all where there are fewer, in equal steps."""
-    count = min(count, len(items))
-    return [items[n * len(items) // count] for n in range(count)]
 
 
 def _brief(steering: Steering) -> dict[str, Any]:

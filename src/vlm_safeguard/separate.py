@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -46,8 +45,15 @@ class GateFit:
     vectors: Tensor  # (n, d)
     threshold: float
     spread: float = 1.0  # standard deviation of harmless scores, cross-validated: see `bounded`
-    unseen_tpr: float = math.nan  # cross-validated: on prompts that the vectors were not fitted to
-    unseen_fpr: float = math.nan
+    # Scores of harmful and harmless prompts by vectors that were not fitted to them, less the
+    # threshold, in spreads: cross-validated.
+    unseen: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    @property
+    def unseen_rates(self) -> tuple[float, float]:
+        """True- and false-positive rate on prompts that the vectors were not fitted to."""
+        harmful, harmless = ((scores > 0).double().mean().item() for scores in self.unseen)
+        return harmful, harmless
 
     def scores(self, states: Tensor) -> Tensor:
         """Scores (k,) of states (k, L, d); positive opens the gate."""
@@ -107,12 +113,13 @@ def fit_gate(
                 unseen_harmless.append((s[harmless_fold == fold] - centre) / spread)
             h, s = torch.cat(unseen_harmful), torch.cat(unseen_harmless)
             cut = threshold(h, s, budget)
-            tpr, fpr = (h > cut).double().mean().item(), (s > cut).double().mean().item()
-            value = tpr + 0.1 * auc(h, s)  # AUC breaks ties
+            value = (h > cut).double().mean().item() + 0.1 * auc(h, s)  # AUC breaks ties
             if value > best_value:
                 vectors = torch.stack([_discriminant(*inner[n]) @ bases[n] for n in layers])
                 best_value = value
-                best = GateFit(layers, vectors, cut, float(s.std()), tpr, fpr)
+                unit = float(s.std().clamp(min=1e-12))
+                margins = (h - cut) / unit, (s - cut) / unit
+                best = GateFit(layers, vectors, cut, unit, margins)
     if best is None:
         raise ValueError("no gate can be judged: scores of the states are not finite")
     # Cut and spread were found in units of the spread of the harmless scores that vectors were
@@ -136,7 +143,14 @@ def bounded(gates: Sequence[GateFit], scores: Tensor, epsilon: float) -> tuple[G
             gate's spread, (n,); none of the questions was fitted on.
     """
     shift = conformal_threshold(scores, epsilon)
-    return tuple(replace(g, threshold=g.threshold + shift * g.spread) for g in gates)
+    return tuple(
+        replace(
+            gate,
+            threshold=gate.threshold + shift * gate.spread,
+            unseen=(gate.unseen[0] - shift, gate.unseen[1] - shift),
+        )
+        for gate in gates
+    )
 
 
 def _project(

@@ -83,14 +83,15 @@ def attack(
     return Attacks(meant, plain, guarded)
 
 
-def per_prompt(tried: Iterable[Attacks]) -> tuple[list[bool], list[bool]]:
-    """Without and with the guard, one pair for each prompt: it succeeds if it did in any trial."""
+def per_question(tried: Iterable[Attacks]) -> tuple[list[bool], list[bool]]:
+    """Without and with the guard, one pair for each question: it succeeds if it did in any trial,
+    by itself or in a wrapper."""
     before: dict[str, bool] = {}
     after: dict[str, bool] = {}
     for trial in tried:
         for prompt, plain, guarded in zip(trial.prompts, trial.plain, trial.guarded, strict=True):
-            before[prompt.id] = before.get(prompt.id, False) or plain
-            after[prompt.id] = after.get(prompt.id, False) or guarded
+            before[prompt.cluster] = before.get(prompt.cluster, False) or plain
+            after[prompt.cluster] = after.get(prompt.cluster, False) or guarded
     return list(before.values()), list(after.values())
 
 

@@ -5,17 +5,24 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import TypeVar
 
 from vlm_safeguard.prompts import Prompt
+
+_Item = TypeVar("_Item")
+
+
+def spaced(items: Sequence[_Item], count: int) -> list[_Item]:
+    """``count`` of the items, or all where there are fewer, in equal steps."""
+    count = min(count, len(items))
+    return [items[n * len(items) // count] for n in range(count)]
 
 
 def evenly(items: Sequence[Prompt], count: int) -> list[Prompt]:
     """``count`` prompts of each label (or all, where there are fewer), in equal steps."""
     chosen: list[Prompt] = []
     for label in ("harmful", "harmless"):
-        of_label = [p for p in items if p.label == label]
-        want = min(count, len(of_label))
-        chosen += [of_label[i * len(of_label) // want] for i in range(want)]
+        chosen += spaced([p for p in items if p.label == label], count)
     return chosen
 
 

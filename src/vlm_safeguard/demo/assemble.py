@@ -34,6 +34,7 @@ from vlm_safeguard.errors import DemoError
 
 IMAGE_TOKEN = "<image>"
 NEEDED_BYTES = 1_400_000_000
+FOLDER = "embedded-vlm-"  # what its name begins with
 STAMP = "assembled.json"
 FORMAT = 1  # raise it when write_checkpoint writes something else
 Progress = Callable[[str], None]
@@ -66,7 +67,7 @@ def assemble(cache: Path | None = None, progress: Progress = lambda _: None) -> 
     weights = weights_file()
     if not weights.is_file():
         raise DemoError(f"{weights.name} is missing from the package: reinstall vlm-safeguard")
-    folder = cache / f"embedded-vlm-{_key(weights)}"
+    folder = cache / f"{FOLDER}{_key(weights)}"
     if folder.exists() and _intact(folder):
         return folder
     if find_spec("gguf") is None or find_spec("accelerate") is None:

@@ -17,7 +17,7 @@ import torch
 
 from vlm_safeguard import report
 from vlm_safeguard.activations import record
-from vlm_safeguard.benchmarks.selection import evenly
+from vlm_safeguard.benchmarks.selection import evenly, spaced
 from vlm_safeguard.calibrate import calibrate
 from vlm_safeguard.demo.assemble import assemble
 from vlm_safeguard.effort import Effort
@@ -55,6 +55,7 @@ class Size:
     effort: Effort
 
 
+OUTPUTS = ("report.html", "gap.png", "results.json", "responses.jsonl")
 # A calibration that takes half as long as the usual one and finds a little less.
 _LESS = Effort(worded=400, pictured=120, bound=600, scan=64, search=8, final=8, tokens=8)
 QUICK = Size(per_set=20, vqa=160, tokens=16, perplexity=32, pairs=9, effort=_LESS)
@@ -88,6 +89,8 @@ def run_demo(
     loaded = load(folder)
     guard_folder = guard_folder or output / "guard"
     if given is None:
+        for name in OUTPUTS:  # of an earlier run: they tell of another guard
+            (output / name).unlink(missing_ok=True)
         made = calibrate(loaded, effort=size.effort, reads_pictures=True, progress=progress)
         made.save_pretrained(guard_folder)
     guard = given or Guard.from_pretrained(guard_folder)
@@ -111,15 +114,11 @@ def run_demo(
         examples=_examples(rows),
         facts=_facts(guard),
     )
-    report.write_report(data, output / "report.html")
-    report.save_png(report.plot_gap(summary), output / "gap.png")
+    page, plot, numbers, said = (output / name for name in OUTPUTS)
+    report.write_report(data, page)
+    report.save_png(report.plot_gap(summary), plot)
     results = json.dumps(summary, indent=1, allow_nan=False) + "\n"
-    write_whole(
-        {
-            output / "results.json": results.encode(),
-            output / "responses.jsonl": "".join(map(_line, rows)).encode(),
-        }
-    )
+    write_whole({numbers: results.encode(), said: "".join(map(_line, rows)).encode()})
     return summary
 
 
@@ -140,7 +139,7 @@ def _costs(
     values = {}
     for system in ("unguarded", "guarded"):
         chosen = [r for r in rows if r.system == system and not r.prompt.harmful]
-        chosen = chosen[:: max(1, len(chosen) // size.perplexity)]
+        chosen = spaced(chosen, size.perplexity)
         items = [requests([r.prompt], "text")[0] for r in chosen]
         values[system] = perplexity(loaded, items, [r.response for r in chosen])
     plain = easy_vqa_accuracy(loaded, None, count=size.vqa, progress=progress)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vlm_safeguard import prompts
-from vlm_safeguard.benchmarks.selection import evenly
+from vlm_safeguard.benchmarks.selection import thin
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluate.generate import Response, respond
 from vlm_safeguard.evaluate.judge import Verdict, judge
-from vlm_safeguard.evaluate.stats import wilson
+from vlm_safeguard.evaluate.stats import Rate, clustered_wilson
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel
 from vlm_safeguard.progress import Progress
@@ -35,11 +35,12 @@ class Row:
 
 
 def own_sets(per_set: int | None = None) -> dict[str, list[Prompt]]:
-    """The package's three evaluation sets; ``per_set`` takes that many of each label, evenly."""
+    """The package's three evaluation sets; ``per_set`` takes that many of each label, of as
+    many questions as it can."""
     sets = {}
     for kind in ("malicious", "jailbreak", "picture"):
         items = prompts.evaluation(kind)
-        sets[kind] = items if per_set is None else evenly(items, per_set)
+        sets[kind] = items if per_set is None else thin(items, per_set)
     return sets
 
 
@@ -100,16 +101,16 @@ def compare(
 
 
 def rates(rows: Sequence[Row]) -> dict[str, Any]:
-    """ASR on the harmful rows, over-refusal on the harmless ones, with Wilson intervals.
+    """ASR on the harmful rows, over-refusal on the harmless ones, with Wilson intervals in which
+    the copies of one question, in many templates, go together.
 
     A degenerate or empty response is no refusal and no attack success either: it is counted as
     ``degenerate``, apart, over harmful and harmless rows together.
     """
     harmful = [row for row in rows if row.prompt.harmful]
     harmless = [row for row in rows if not row.prompt.harmful]
-    asr = wilson(sum(r.verdict == "complied" for r in harmful), len(harmful))
-    over = wilson(sum(r.verdict == "refused" for r in harmless), len(harmless))
-    refused = wilson(sum(r.verdict == "refused" for r in harmful), len(harmful))
+    asr, refused = _rate(harmful, "complied"), _rate(harmful, "refused")
+    over = _rate(harmless, "refused")
     garbled = sum(r.verdict in ("degenerate", "empty") for r in rows)
     fired = [r.response.fired for r in rows if r.response.fired is not None]
     return {
@@ -129,6 +130,11 @@ def rates(rows: Sequence[Row]) -> dict[str, Any]:
         "fired_harmful": _share(harmful) if fired else None,
         "fired_harmless": _share(harmless) if fired else None,
     }
+
+
+def _rate(rows: Sequence[Row], verdict: Verdict) -> Rate:
+    hits = [row.verdict == verdict for row in rows]
+    return clustered_wilson(hits, [row.prompt.cluster for row in rows])
 
 
 def _share(rows: Sequence[Row]) -> float | None:

@@ -7,7 +7,7 @@ compared prompt by prompt; else only the rates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ Cell = tuple[str, str, str, str]  # model, benchmark, setting, defence
 Bounds = tuple[float, float, float]  # a rate and its interval
 
 PLACE = ("model", "benchmark", "setting", "defence")
-SAME_PLAN = ("judge", "limit", "max_tokens")  # other values make other figures, not another run
+# Other values make other figures, not another run.
+SAME_PLAN = ("judge", "limit", "max_tokens", "attack", "defence_texts")
 HITS: dict[str, tuple[str | None, tuple[str, ...]]] = {  # label of the prompts, verdicts
     "asr": ("harmful", ("complied",)),
     "over_refusal": ("harmless", ("refused",)),
@@ -78,6 +79,7 @@ class Run:
     sizes: dict[Cell, int]  # prompts
     rates: dict[Cell, dict[str, Bounds | None]]
     accuracy: dict[Cell, Bounds | None]
+    questions: dict[Cell, int]  # that the accuracy is of
     verdicts: Verdicts | None
 
 
@@ -92,13 +94,13 @@ def read_run(path: Path) -> Run:
     try:
         sizes = {_place(entry): int(entry["n"]) for entry in facts["table"]}
         rates = {_place(entry): _rates(entry) for entry in facts["table"]}
-        accuracy: dict[Cell, Bounds | None] = {
-            (str(model), "easy_vqa", "picture", str(defence)): _rate(
-                one, "accuracy", "low", "high", "n"
-            )
+        vqa = {
+            (str(model), "easy_vqa", "picture", str(defence)): one
             for model, defences in facts["easy_vqa"].items()
             for defence, one in defences.items()
         }
+        accuracy = {c: _rate(one, "accuracy", "low", "high", "n") for c, one in vqa.items()}
+        questions = {cell: int(one["n"]) for cell, one in vqa.items()}
         plan = dict(facts["plan"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
@@ -106,7 +108,8 @@ def read_run(path: Path) -> Run:
         ) from error
     responses = path.with_name("responses.jsonl")
     own = path.name == "results.json" and responses.exists()
-    return Run(path, plan, sizes, rates, accuracy, _verdicts(responses) if own else None)
+    verdicts = _verdicts(responses) if own else None
+    return Run(path, plan, sizes, rates, accuracy, questions, verdicts)
 
 
 def compare_runs(first: Run, second: Run) -> list[Compared]:
@@ -131,7 +134,11 @@ def compare_runs(first: Run, second: Run) -> list[Compared]:
         found += _cell(cell, first, second)
     for cell in dict.fromkeys([*first.accuracy, *second.accuracy]):
         one, other = first.accuracy.get(cell), second.accuracy.get(cell)
+        sizes = first.questions.get(cell), second.questions.get(cell)
         found.append(_by_interval(cell, "accuracy", one, other))
+        if one and other and sizes[0] != sizes[1]:
+            why = f"{sizes[0]} questions in one run, {sizes[1]} in the other"
+            found[-1] = replace(found[-1], differs=why)
     return found
 
 

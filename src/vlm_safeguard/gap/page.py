@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from vlm_safeguard.demo.assemble import FOLDER
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.files import check_writable, write_whole
 from vlm_safeguard.gap.conditions import MORE, ONE, WORDS
@@ -216,7 +217,10 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
 
 def _command(found: Mapping[str, Any]) -> str:
     """What gives these numbers again."""
-    parts = ["vlm-safeguard gap", found["model"]["name"], f"--per-set {found['n_harmful']}"]
+    name = found["model"]["name"]
+    parts = ["vlm-safeguard gap", "embedded" if name.startswith(FOLDER) else name]
+    if found["n_harmful"] == found["n_harmless"]:  # all of a set are unlike many
+        parts.append(f"--per-set {found['n_harmful']}")
     parts += [f"--prompts {found['prompt_set']}", f"--max-new-tokens {found['max_new_tokens']}"]
     return " ".join([*parts, *([] if found["guard_sha256"] is None else ["--guard GUARD"])])
 

@@ -12,7 +12,7 @@ from inspect_ai.log import EvalLog
 
 from vlm_safeguard.attacks import TYPOGRAPHY, make_attack
 from vlm_safeguard.benchmarks import load_benchmark
-from vlm_safeguard.benchmarks.selection import thin
+from vlm_safeguard.benchmarks.selection import spaced, thin
 from vlm_safeguard.defences import Defence
 from vlm_safeguard.dose import Steerer
 from vlm_safeguard.errors import ImageError
@@ -109,7 +109,7 @@ def _costs(
     and time relative to no defence, paired."""
     facts: dict[str, Any] = {"extra_passes": extra_passes(defence.guard)}
     answers = [r for r in rows if not r.harmful and r.response and r.setting == "text"]
-    answers = answers[:: max(1, len(answers) // PERPLEXITY_PROMPTS)]
+    answers = spaced(answers, PERPLEXITY_PROMPTS)
     if answers:
         progress.say(f"perplexity under {defence.name}")
         said = [Response(r.response, r.tokens, r.truncated, r.fired) for r in answers]

@@ -6,8 +6,9 @@ on where it stopped; what has succeeded is never run again.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from vlm_safeguard.attacks import TYPOGRAPHY, attack_file, make_attack
 from vlm_safeguard.benchmarks import BENCHMARKS, load_benchmark
 from vlm_safeguard.benchmarks.published import folder_of
 from vlm_safeguard.defences import BY_GUARD, DEFENCES, Defence, make_defence
-from vlm_safeguard.errors import DataError, ImageError, SafeguardError
+from vlm_safeguard.errors import DataError, ImageError, Interrupted, SafeguardError
 from vlm_safeguard.harness.identity import claim, file_digest, prompts_digest
 from vlm_safeguard.harness.provider import VlmSafeguardAPI
 from vlm_safeguard.harness.registry import TASKS, easy_vqa
@@ -141,7 +142,7 @@ def running(plan: Plan, output: Path, display: str = "plain") -> Iterator[list[E
     Raises:
         DataError: see ``Plan.check``.
         SafeguardError: another run is at work in the folder, it belongs to another plan or other
-            models or data, or a task failed.
+            models or data, or a task failed; ``Interrupted`` where it was stopped.
     """
     pairs = plan.check()
     models = list(_models(plan))  # a model or guard that cannot be read leaves no folder behind
@@ -156,35 +157,38 @@ def running(plan: Plan, output: Path, display: str = "plain") -> Iterator[list[E
             tasks.append(TASKS[name](**options, data=str(folder) if folder else None))
         if plan.vqa:
             tasks.append(easy_vqa(limit=plan.vqa))
-        done, logs = eval_set(
-            tasks,
-            log_dir=str(output / "logs"),
-            model=models,
-            max_tokens=plan.max_tokens,
-            max_connections=8 * plan.batch,
-            max_samples=8 * plan.batch,
-            max_tasks=4,
-            display=display,  # type: ignore[arg-type]
-            retry_attempts=1,
-            continue_on_fail=True,
-            log_realtime=False,
-            log_model_api=False,
-            score_display=False,
-        )
+        with redirect_stdout(sys.stderr):  # inspect's progress; what we print there is data
+            done, logs = eval_set(
+                tasks,
+                log_dir=str(output / "logs"),
+                model=models,
+                max_tokens=plan.max_tokens,
+                max_connections=8 * plan.batch,
+                max_samples=8 * plan.batch,
+                max_tasks=4,
+                display=display,  # type: ignore[arg-type]
+                retry_attempts=1,
+                continue_on_fail=True,
+                log_realtime=False,
+                log_model_api=False,
+                score_display=False,
+            )
         wanted = len(tasks) * len(models)
         finished = sum(log.status == "success" for log in logs)
         if not done or finished < wanted:  # an interrupted run may count as done, without its logs
             failed = [log for log in logs if log.status != "success"]
-            raise SafeguardError(
-                f"{wanted - finished} of {wanted} evaluations did not finish ({_reason(failed)}). "
-                "The same command goes on with what is missing"
+            why = _reason(failed)
+            kind = SafeguardError if why else Interrupted
+            raise kind(
+                f"{wanted - finished} of {wanted} evaluations did not finish "
+                f"({why or 'interrupted'}). The same command goes on with what is missing"
             )
         # What eval_set returns are headers; the samples are in the files.
         yield [read_eval_log(log.location) for log in logs]
 
 
 def _reason(failed: Sequence[EvalLog]) -> str:
-    """What went wrong first: with a whole evaluation, or with one of its samples; without either
+    """What went wrong first, with a whole evaluation or with one of its samples; "" for nothing:
     it was interrupted."""
     for log in failed:
         if log.error:
@@ -192,7 +196,7 @@ def _reason(failed: Sequence[EvalLog]) -> str:
         for sample in read_eval_log(log.location).samples or []:
             if sample.error:
                 return f"{log.eval.task}, sample {sample.id}: {sample.error.message}"
-    return "interrupted"
+    return ""
 
 
 def _models(plan: Plan) -> Iterator[Model]:

@@ -111,8 +111,11 @@ def judged(judge: str = "phrases") -> Scorer:
             why = f"{chosen.name} tells harm, not refusals: over-refusal needs another judge"
             return Score.unscored(reason=NOT_ASKED, answer=said, explanation=why)
         answer = at.submit(state.input_text, said)
-        while not answer.done():
-            await anyio.sleep(0.02)
+        try:
+            while not answer.done():
+                await anyio.sleep(0.02)
+        finally:
+            answer.cancel()  # where nobody waits for it any more
         found = answer.result()
         if found.verdict is None:
             return Score.unscored(reason="judge", answer=said, explanation=found.reason)

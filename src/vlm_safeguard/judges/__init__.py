@@ -5,7 +5,7 @@ measured, not assumed: ``validate`` holds a judge against labelled responses.
 """
 
 from vlm_safeguard.judges.base import Judge, JudgeError, Judgement
-from vlm_safeguard.judges.errors import JudgeErrors, judge_errors
+from vlm_safeguard.judges.errors import JudgeErrors, check_chosen_for, judge_errors
 from vlm_safeguard.judges.factory import make_judge
 from vlm_safeguard.judges.validate import (
     Validation,
@@ -21,6 +21,7 @@ __all__ = [
     "JudgeErrors",
     "Judgement",
     "Validation",
+    "check_chosen_for",
     "corrected_rate",
     "judge_errors",
     "make_judge",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from vlm_safeguard.errors import DataError
 from vlm_safeguard.judges.base import Judge
 from vlm_safeguard.judges.validate import (
     CorrectedRate,
+    Labelled,
     Validation,
     corrected_rate,
     read_labelled,
@@ -44,6 +46,20 @@ class JudgeErrors:
         return facts | self.validation.as_dict()
 
 
+def check_chosen_for(judge: Judge, rows: Sequence[Labelled], labels: Path) -> None:
+    """Refuse labels of responses that another judge's verdicts chose.
+
+    Raises:
+        DataError: names the other judges.
+    """
+    others = sorted({row.judge for row in rows} - {"", judge.name})
+    if others:
+        raise DataError(
+            f"{labels} holds responses chosen by the verdicts of {', '.join(others)}: they cannot "
+            f"tell the errors of {judge.name}"
+        )
+
+
 def judge_errors(judge: Judge, labels: Path) -> JudgeErrors:
     """Hold ``judge`` against the labelled responses to harmful prompts in ``labels``.
 
@@ -52,12 +68,7 @@ def judge_errors(judge: Judge, labels: Path) -> JudgeErrors:
             unknown.
     """
     rows = read_labelled(labels)
-    others = sorted({row.judge for row in rows} - {"", judge.name})
-    if others:
-        raise DataError(
-            f"{labels} holds responses chosen by the verdicts of {', '.join(others)}: they cannot "
-            f"tell the errors of {judge.name}"
-        )
+    check_chosen_for(judge, rows, labels)
     harmful = [row for row in rows if row.harmful]
     if not harmful:
         raise DataError(f"{labels} holds no response to a harmful prompt: nothing to correct with")

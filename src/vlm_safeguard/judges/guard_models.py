@@ -7,6 +7,7 @@ takes that prompt from a file. Formats follow the model cards; see ``parse`` for
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -93,20 +94,20 @@ class PromptFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._text = path.read_text("utf-8")
+            self.text = path.read_text("utf-8")
         except OSError as error:
             raise DataError(f"cannot read the judge prompt {path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise DataError(f"the judge prompt {path} is not UTF-8 text") from error
         for slot in PLACEHOLDERS:
-            if slot not in self._text:
+            if slot not in self.text:
                 raise DataError(f"the judge prompt {path} has no placeholder {slot}")
 
     def __call__(self, prompt: str, response: str) -> str:
         # In one pass, so that a placeholder inside a text is not filled in its turn.
         texts = dict(zip(PLACEHOLDERS, (prompt, response), strict=True))
         slots = "|".join(map(re.escape, PLACEHOLDERS))
-        return re.sub(slots, lambda slot: texts[slot[0]], self._text)
+        return re.sub(slots, lambda slot: texts[slot[0]], self.text)
 
 
 @dataclass(frozen=True)
@@ -371,5 +372,9 @@ def prompt_file(
     judge = GuardModelJudge(
         parts, frame, read, asks, max_new_tokens=new, batch=batch, progress=progress
     )
-    judge.name += f" with {file.name}"  # another prompt gives other verdicts
+    # Another prompt, or another reading of the answer, gives other verdicts.
+    digest = hashlib.sha256(frame.text.encode()).hexdigest()[:8]
+    judge.name += f" with {file.name} ({digest})"
+    if answer != "yes-no":
+        judge.name += f", read as {answer}"
     return judge
