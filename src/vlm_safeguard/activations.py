@@ -27,6 +27,7 @@ def record(
     what: str = "states",
     batch: int = 32,
     decoder: Decoder | None = None,
+    read_pictures: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
     """States h_l(q) of every request and layer, (n, L, d) float32.
@@ -38,6 +39,7 @@ def record(
 
     ``decoder``: the model's, verified already. A guarded model cannot be verified: that runs the
     decoder in a way that no guard lets pass.
+    ``read_pictures``: for a model under a guard that reads them, see ``encode``.
 
     Raises:
         ModelError: the decoder cannot be verified, or a state is NaN or Inf.
@@ -63,7 +65,8 @@ def record(
     try:
         groups = batches(items, batch)
         for group in progress.track(groups, what) if progress else groups:
-            inputs = encode(loaded, [items[i].text for i in group], [items[i].image for i in group])
+            texts, images = [items[i].text for i in group], [items[i].image for i in group]
+            inputs = encode(loaded, texts, images, read_pictures)
             loaded.model(**inputs, use_cache=False, logits_to_keep=1)
             read = torch.stack([seen[layer] for layer in range(depth)], 1)
             states[group], finite[group] = read, torch.isfinite(read).all(2)

@@ -180,7 +180,10 @@ def _clouds(
         }
         decoder = find_decoder(loaded.model)  # verified by the recordings above
         with guard.attach(loaded.model, loaded.processor):
-            guarded = record(loaded, blank, folder, decoder=decoder, progress=progress)
+            reads = reads_pictures(guard)
+            guarded = record(
+                loaded, blank, folder, decoder=decoder, read_pictures=reads, progress=progress
+            )
         states["guarded, blank image"] = guarded[:, layer].clone()
     joined = torch.cat(list(states.values()))
     centre = joined.mean(0)
