@@ -17,7 +17,7 @@ from vlm_safeguard.activations import record
 from vlm_safeguard.calibrate import calibrate
 from vlm_safeguard.demo import assemble as demo
 from vlm_safeguard.effort import Budget, Effort
-from vlm_safeguard.errors import CalibrationError, DemoError, GuardError
+from vlm_safeguard.errors import CalibrationError, DemoError, GuardError, GuardRuntimeError
 from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.judge import judge
 from vlm_safeguard.guard import Guard
@@ -188,7 +188,9 @@ def test_states_of_a_guarded_model_are_recorded(
     decoder = find_decoder(loaded.model)
     plain = record(loaded, items, tmp_path).clone()
     with guard.attach(loaded.model):
-        guarded = record(loaded, items, tmp_path, decoder=decoder).clone()
+        with pytest.raises(GuardRuntimeError, match="nobody read them"):
+            record(loaded, items, tmp_path, decoder=decoder)
+        guarded = record(loaded, items, tmp_path, decoder=decoder, read_pictures=True).clone()
     assert not torch.equal(plain[0], guarded[0]) and torch.equal(plain[1], guarded[1])
 
 
@@ -208,7 +210,7 @@ def test_a_mixed_batch_equals_single_requests(loaded: LoadedModel, guard: Guard)
 
 
 def test_cached_decoding_equals_recomputing(loaded: LoadedModel, guard: Guard) -> None:
-    inputs = encode(loaded, ["How can I rob a bank?"], [BLANK])
+    inputs = encode(loaded, ["How can I rob a bank?"], [BLANK], read_pictures=True)
     with guard.attach(loaded.model):
         cached, plain = (
             loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=use)
