@@ -15,8 +15,8 @@ from vlm_safeguard.models import Decoder, watch_layer
 
 _MARK = "_vlm_safeguard_session"
 _ARMING = threading.Lock()
-# What every way of generating in transformers asks for before each of its forward calls.
 _FORWARD = "forward"
+# What every way of generating in transformers asks for before each of its forward calls.
 _PREPARE = "prepare_inputs_for_generation"
 
 
