@@ -108,12 +108,22 @@ def test_all_stands_for_all_beside_other_names() -> None:
     assert run.names(["c", "all", "a"], ("a", "b")) == ("c", "a", "b")
 
 
-def test_what_nobody_waits_for_is_not_answered(folder: Path) -> None:
+def test_what_nobody_waits_for_is_not_answered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[str] = []
+
+    def echo(loaded: Any, items: Any, *rest: Any, **options: Any) -> Any:
+        answered.extend(item.text for item in items)
+        return [Response(item.text, 1, False, None) for item in items]
+
+    monkeypatch.setattr("vlm_safeguard.harness.engine.respond", echo)
     one = Engine(load(folder), 1)
-    given_up, wanted = (one.submit(Request("Hello", None), None, 4) for _ in range(2))
+    given_up, wanted = (one.submit(Request(text, None), None, 4) for text in ("a", "b"))
     assert given_up.cancel()
-    assert wanted.result(60).tokens == 4 or wanted.result(60).text
+    assert wanted.result(60).text == "b"
     one.close()
+    assert answered == ["b"]
 
 
 def test_requests_that_the_provider_cannot_answer_are_refused(folder: Path) -> None:
@@ -467,6 +477,7 @@ def test_the_whole_command_writes_results(
     assert len(lines) == 16
     speed = facts["throughput"][str(folder)]["goal-priority"]
     assert (speed["prompts"], speed["batch"], speed["rounds"]) == (6, 3, 2)
+    assert speed["same"] <= 6  # a processor's bfloat16 may round a row otherwise in a batch
     assert 0 < speed["ratio_low"] <= speed["ratio"] <= speed["ratio_high"]
     page = (tmp_path / "out/results.md").read_text()
     assert "| own_malicious | blank | goal-priority |" in page and "ASR corrected" in page
