@@ -20,7 +20,6 @@ from typing import Any
 from torch import Tensor
 
 from vlm_safeguard import method, prompts
-from vlm_safeguard.benchmarks.selection import evenly
 from vlm_safeguard.conformal import CONFIDENCE, check_enough
 from vlm_safeguard.effort import Budget, Effort
 from vlm_safeguard.guard import Guard
@@ -32,7 +31,13 @@ from vlm_safeguard.models import (
 )
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.proof import prove
-from vlm_safeguard.recordings import States, bound_scores, fit_gates, record_calibration
+from vlm_safeguard.recordings import (
+    States,
+    bound_prompts,
+    bound_scores,
+    fit_gates,
+    record_calibration,
+)
 from vlm_safeguard.search import search
 from vlm_safeguard.separate import GateFit, auc, bounded
 from vlm_safeguard.settings import Gate, GuardConfig, Markup, ModelIdentity, Steering
@@ -61,8 +66,7 @@ def calibrate(
     budget, effort = budget or Budget(), effort or Effort()
     progress = progress or Progress(quiet=True)
     began = time.monotonic()
-    bound = evenly(prompts.calibration("bound"), effort.bound)
-    check_enough(len({p.cluster for p in bound}), budget.false_positives)
+    check_enough(len({p.cluster for p in bound_prompts(effort)}), budget.false_positives)
     markup = find_markup(loaded)
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)

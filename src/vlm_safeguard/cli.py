@@ -17,13 +17,13 @@ from vlm_safeguard.cli_options import (
     Json,
     Model,
     Quiet,
+    check_folder,
     load_model,
     make_progress,
     print_json,
 )
 from vlm_safeguard.effort import Budget
 from vlm_safeguard.errors import Interrupted, SafeguardError
-from vlm_safeguard.files import check_writable
 
 app = typer.Typer(
     add_completion=False,
@@ -68,11 +68,7 @@ def calibrate(
 
     if output.exists() and not output.is_dir():
         raise SafeguardError(f"{output} is a file: name a folder for the guard")
-    try:
-        made = check_writable(output)
-    except OSError as error:
-        raise SafeguardError(f"cannot write to {output}: {error.strerror}") from error
-    for folder in made:
+    for folder in check_folder(output):
         folder.rmdir()  # a calibration that fails leaves nothing
     progress = make_progress(quiet)
     loaded = load_model(model, dtype, device, progress)

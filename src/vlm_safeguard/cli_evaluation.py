@@ -15,13 +15,13 @@ from vlm_safeguard.cli_options import (
     Json,
     Model,
     Quiet,
+    check_folder,
     load_model,
     make_progress,
     print_json,
 )
 from vlm_safeguard.effort import Budget
 from vlm_safeguard.errors import SafeguardError
-from vlm_safeguard.files import check_writable
 
 app = typer.Typer()
 
@@ -190,7 +190,7 @@ def gap(
     progress = make_progress(quiet)
     artifact = Guard.from_pretrained(guard) if guard else None
     loaded = load_model(model, dtype, device, progress)
-    _check_folder(output)
+    check_folder(output)
     found = study(
         loaded,
         prompt_set=prompts,
@@ -204,13 +204,6 @@ def gap(
         print_json({key: value for key, value in found.items() if key != "responses"})
     else:
         print(output / f"{name}.md")
-
-
-def _check_folder(folder: Path) -> None:
-    try:
-        check_writable(folder)
-    except OSError as error:
-        raise SafeguardError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 @app.command()
@@ -240,7 +233,7 @@ def gates(
     if output is not None:
         if output.is_dir():
             raise SafeguardError(f"{output} is a folder: name the page's file")
-        _check_folder(output.parent)
+        check_folder(output.parent)
     progress = make_progress(quiet)
     artifact = Guard.from_pretrained(guard) if guard else None
     loaded = load_model(model, dtype, device, progress)

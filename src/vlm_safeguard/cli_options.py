@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.files import check_writable
+
 Model = Annotated[str, typer.Argument(help="Model folder or hub name; 'embedded' for our own.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, for example cpu or cuda.")]
@@ -35,6 +38,18 @@ def make_progress(quiet: bool) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return Progress(quiet)
+
+
+def check_folder(folder: Path) -> list[Path]:
+    """``files.check_writable``, before long work whose result goes there.
+
+    Raises:
+        SafeguardError: it cannot be made or written.
+    """
+    try:
+        return check_writable(folder)
+    except OSError as error:
+        raise SafeguardError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def print_json(value: Any) -> None:

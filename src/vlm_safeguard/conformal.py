@@ -48,20 +48,21 @@ def conformal_threshold(scores: Tensor, epsilon: float, confidence: float = CONF
     Raises:
         CalibrationError: too few scores for any threshold to be guaranteed.
     """
-    check_enough(len(scores), epsilon, confidence)
-    allowed = allowed_exceedances(len(scores), epsilon, confidence)
+    allowed = check_enough(len(scores), epsilon, confidence)
     return float(scores.sort(descending=True).values[allowed])
 
 
-def check_enough(count: int, epsilon: float, confidence: float = CONFIDENCE) -> None:
-    """Refuse a rate that ``count`` scores can guarantee by no threshold.
+def check_enough(count: int, epsilon: float, confidence: float = CONFIDENCE) -> int:
+    """``allowed_exceedances``; refuses a rate that ``count`` scores can guarantee by no threshold.
 
     Raises:
         CalibrationError: says how many are needed.
     """
-    if allowed_exceedances(count, epsilon, confidence) < 0:
+    allowed = allowed_exceedances(count, epsilon, confidence)
+    if allowed < 0:
         needed = math.ceil(math.log(1 - confidence) / math.log1p(-epsilon))
         raise CalibrationError(
             f"a false-positive rate of at most {epsilon:.2%} with {confidence:.0%} confidence "
             f"needs {needed} harmless prompts to set the threshold on, there are {count}"
         )
+    return allowed

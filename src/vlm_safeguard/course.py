@@ -6,7 +6,8 @@ let through unguarded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,10 +53,7 @@ def check_settings(model: Any, options: Mapping[str, Any]) -> None:
     Raises:
         GuardRuntimeError: a setting is not guarded.
     """
-
-    def setting(name: str) -> Any:
-        return _setting(model, options, name)
-
+    setting = partial(_setting, model, options)
     for name in _UNGUARDED:
         value = setting(name)
         if value is not None and value is not False and value != 0:
@@ -114,8 +112,8 @@ def begin(
         raise GuardRuntimeError("input_ids and inputs_embeds differ in length")
     if mask is None:
         mask = torch.ones(given.shape[:2], device=given.device, dtype=torch.long)
-        if ids is not None:  # without a mask, only what leads a row can be padding
-            mask = ((ids != config.markup.pad_id).cumsum(1) > 0).long()
+        if ids is not None:
+            mask = _after_padding(ids, config.markup.pad_id).long()
     if not isinstance(mask, Tensor) or mask.shape != given.shape[:2]:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise GuardRuntimeError(
@@ -134,6 +132,11 @@ def begin(
         )
     soft = config.steering.soft
     return Request(config.gates, width, last.tolist(), padding, columns, text, soft), mask
+
+
+def _after_padding(ids: Tensor, pad_id: int) -> Tensor:
+    """Which of ids (B, T) are tokens where no mask tells: only what leads a row can be padding."""
+    return (ids != pad_id).cumsum(1) > 0
 
 
 def take_text(options: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -208,9 +211,9 @@ def check_only_pictures(
     Raises:
         GuardRuntimeError: there is such a token among the ids, or such an input.
     """
-    found = {what for token, what in tokens.items() if ids is not None and (ids == token).any()}
+    found = {what for token, what in tokens.items() if _holds(ids, [token])}
     for name, value in options.items():
-        if isinstance(value, Tensor | list | tuple):
+        if value is not None and not isinstance(value, bool):
             found |= {what for what, parts in _OTHER.items() if any(p in name for p in parts)}
     if "video" in found:
         raise GuardRuntimeError(
@@ -232,13 +235,16 @@ def check_no_unread_picture(
     Raises:
         GuardRuntimeError: there is a picture's token among the ids (B, T), or pixels.
     """
-    pixels = options.get("pixel_values") is not None
-    if pixels or (ids is not None and any(bool((ids == t).any()) for t in markup.token_ids)):
+    if options.get("pixel_values") is not None or _holds(ids, markup.token_ids):
         raise GuardRuntimeError(
             "this guard reads the words in pictures, and nobody read them: make the inputs with "
             "vlm_safeguard.encode(..., read_pictures=True), or pass the request as text, with the "
             "words of its pictures, in text_input_ids"
         )
+
+
+def _holds(ids: Tensor | None, tokens: Iterable[int]) -> bool:
+    return ids is not None and any(bool((ids == token).any()) for token in tokens)
 
 
 def check_padding_is_told(
@@ -264,9 +270,7 @@ def check_padding_is_told(
     if ids is None or options.get("attention_mask") is not None or ids.ndim < 2:
         return
     pad = config.markup.pad_id
-    own = theirs = torch.ones_like(ids, dtype=torch.bool)
-    if pad is not None:
-        own = (ids != pad).cumsum(1) > 0
+    own, theirs = _after_padding(ids, pad), torch.ones_like(ids, dtype=torch.bool)
     if generating:
         used, ends = (_setting(model, options, f"{n}_token_id") for n in ("pad", "eos"))
         ends = ends if isinstance(ends, list | tuple | Tensor) else [ends]

@@ -15,7 +15,6 @@ from vlm_safeguard.models import Decoder, watch_layer
 
 _MARK = "_vlm_safeguard_session"
 _ARMING = threading.Lock()
-_FORWARD = "forward"
 # What every way of generating in transformers asks for before each of its forward calls.
 _PREPARE = "prepare_inputs_for_generation"
 
@@ -73,7 +72,7 @@ class Hooks:
             self._handles.append(first)  # at once: should the next not go on, this one goes off
             last = self.model.register_forward_hook(untraced(after), always_call=True)
             self._handles.append(last)
-            self._replace(_FORWARD, _watched(self.model.forward, interrupted))
+            self._replace("forward", _watched(self.model.forward, interrupted))
             self._replace(_PREPARE, self._checked(getattr(self.model, _PREPARE), preparing))
             self._replace("generate", generate)
         except BaseException:

@@ -138,6 +138,11 @@ def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
     return witness, in_vlm
 
 
+def bound_prompts(effort: Effort) -> list[Prompt]:
+    """The harmless prompts that set the thresholds."""
+    return evenly(prompts.calibration("bound"), effort.bound)
+
+
 def bound_scores(
     loaded: LoadedModel,
     witness: GateFit,
@@ -152,7 +157,7 @@ def bound_scores(
     its wrapped copy count as one, so that scores of different questions are independent. One that
     the model refuses anyway, asked as text, cannot be stopped by a gate: it scores lowest.
     """
-    items = evenly(prompts.calibration("bound"), effort.bound)
+    items = bound_prompts(effort)
     text = record(loaded, requests(items, "text"), folder, what="bound, text", progress=progress)
     mixed = [request(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
     seen = record(loaded, mixed, folder, what="bound, pictures", progress=progress)

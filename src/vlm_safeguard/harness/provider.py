@@ -16,7 +16,6 @@ import binascii
 from collections.abc import Sequence
 from typing import Any
 
-import anyio
 from inspect_ai.model import (
     ChatCompletionChoice,
     ChatMessage,
@@ -36,6 +35,7 @@ from vlm_safeguard.defences import make_defence
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluate.generate import Response
 from vlm_safeguard.harness.engine import engine
+from vlm_safeguard.harness.waiting import answer_of
 from vlm_safeguard.images import open_image
 from vlm_safeguard.models import template_digest
 from vlm_safeguard.requests import Request
@@ -114,12 +114,7 @@ class VlmSafeguardAPI(ModelAPI):
             self.defence.guard,
             config.max_tokens or MAX_TOKENS,
         )
-        try:
-            while not answer.done():
-                await anyio.sleep(0.02)
-        finally:
-            answer.cancel()  # where nobody waits for it any more; one that has begun goes on
-        return self._output(answer.result())
+        return self._output(await answer_of(answer))
 
     def _output(self, said: Response) -> ModelOutput:
         return ModelOutput(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from typing import cast
 
-import anyio
 from inspect_ai.scorer import (
     Metric,
     MetricProtocol,
@@ -27,6 +26,7 @@ from inspect_ai.scorer import (
 from inspect_ai.solver import TaskState
 
 from vlm_safeguard.evaluate.measures import vqa_answer, vqa_vocabulary
+from vlm_safeguard.harness.waiting import answer_of
 from vlm_safeguard.judges import make_judge
 from vlm_safeguard.judges.base import Judge, screen
 from vlm_safeguard.judges.desk import desk
@@ -110,13 +110,7 @@ def judged(judge: str = "phrases") -> Scorer:
                 return Score(value=verdict, answer=said, explanation=seen.reason, reason=NOT_ASKED)
             why = f"{chosen.name} tells harm, not refusals: over-refusal needs another judge"
             return Score.unscored(reason=NOT_ASKED, answer=said, explanation=why)
-        answer = at.submit(state.input_text, said)
-        try:
-            while not answer.done():
-                await anyio.sleep(0.02)
-        finally:
-            answer.cancel()  # where nobody waits for it any more
-        found = answer.result()
+        found = await answer_of(at.submit(state.input_text, said))
         if found.verdict is None:
             return Score.unscored(reason="judge", answer=said, explanation=found.reason)
         return Score(value=found.verdict, answer=said, explanation=found.raw or chosen.name)
