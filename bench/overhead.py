@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bench import peers
+from bench.decoding import Decoding
 from bench.guards import RANK, Model, adding, layer_sets, restoring
-from bench.lockstep import Decoding
 from bench.timing import Setup, Spread, interleaved, seconds, spread
 from vlm_safeguard.models import find_decoder
 from vlm_safeguard.weights import weights_digest

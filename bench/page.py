@@ -51,12 +51,12 @@ def _opening(found: Mapping[str, Any]) -> str:
 
 Every figure is the median, with quartiles, of {found["rounds"]} rounds, in which every variant runs
 once, in random order, in one process. Times to the first token and per token are ratios of calls
-side by side: a model with hooks and its copy without any answer the same request in lockstep, each
-forward call of one right after the same call of the other, and from round to round they change
-places. *Unguarded again* has hooks on neither: how far chance alone goes. Guards are made by hand,
-with gates forced open or shut and as many directions as the largest that a calibration tries;
-attaching stands by itself below. Prompts: {found["prompts"]}. {found["new_tokens"]}
-tokens are written each time; the time per token is that of the median step."""
+side by side: a model with hooks and its twin without any, around the same weights, `generate` for
+the same request in lockstep, each token of one right beside the same token of the other, and from
+token to token they change places. *Unguarded again* has hooks on neither: how far chance alone
+goes. Guards are made by hand, with gates forced open or shut and as many directions as the largest
+that a calibration tries; attaching stands by itself below. Prompts: {found["prompts"]}.
+{found["new_tokens"]} tokens are written each time; the time per token is the median step's."""
 
 
 def _vlm(batches: Mapping[str, Any]) -> str:

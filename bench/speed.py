@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -11,11 +9,12 @@ from typing import Any
 
 import torch
 
-from bench import lockstep, peers
+from bench import peers
 from bench.guards import Model, adding, gate_layers, layer_sets, restoring
-from bench.lockstep import Paired
 from bench.subjects import Subjects
 from bench.timing import interleaved, spread
+from vlm_safeguard.evaluate import lockstep
+from vlm_safeguard.evaluate.lockstep import Paired
 from vlm_safeguard.guard import Guard
 
 AGAIN = "unguarded again"
@@ -97,16 +96,15 @@ def _measured(
     rounds: int,
     brief: set[str],
 ) -> dict[str, Any]:
-    """Ratios of a model with hooks to its copy without any, in lockstep; from round to round they
-    change places. ``brief``: timed to the first token only."""
-    copies = model, copy.deepcopy(model)
-    turns: Counter[str] = Counter()
+    """Ratios of a model with hooks to its twin without any, in lockstep. ``brief``: timed to the
+    first token only."""
+    plain = lockstep.twin(model)
 
     def work(name: str) -> Paired:
-        turns[name] += 1
-        plain, hooked = copies if turns[name] % 2 else copies[::-1]
-        with setups[name](hooked):
-            return lockstep.answer(plain, hooked, inputs, 1 if name in brief else tokens)
+        count = 1 if name in brief else tokens
+        calls = [partial(lockstep.write, one, inputs, count) for one in (plain, model)]
+        with setups[name](model):
+            return lockstep.side_by_side(calls[0], calls[1], count)
 
     setups = {AGAIN: nullcontext, **setups}
     found = interleaved(dict.fromkeys(setups, nullcontext), work, rounds)

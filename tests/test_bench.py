@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from bench import __main__, guards, lockstep, overhead, page, peers, speed, subjects, timing
+from bench import __main__, decoding, guards, overhead, page, peers, speed, subjects, timing
 from tests import families
 
 
@@ -17,15 +17,6 @@ def test_spread_and_ratios():
     assert timing.ratios([2, 6, 12], [1, 2, 3]) == timing.Spread(3, 2.5, 3.5, 3)
     with pytest.raises(ValueError):  # runs without a partner
         timing.ratios([1, 2], [1])
-
-
-def test_paired_times_of_a_request():
-    """The prompt comes first, then each token; a step that took long does not count."""
-    times = lockstep.paired([(1.0, 1.5), (0.2, 0.2), (0.2, 0.3), (0.1, 9.0)])
-    assert (times.first_s, times.per_token_s) == (1.0, 0.2)
-    assert times.first == 1.5 and times.per_token == pytest.approx(1.5)
-    only = lockstep.paired([(1.0, 3.0)])
-    assert only.first == 3.0 and only.per_token != only.per_token
 
 
 def test_every_setup_runs_once_a_round_in_random_order_without_collection():
@@ -92,7 +83,7 @@ def test_calls_by_hand_are_those_of_generate(subject):
     """A batch padded on the left, call by call."""
     model, inputs = subject.vlm.model, subject.inputs(3, picture=True)
     assert not inputs["attention_mask"].all()
-    width, decoding = inputs["input_ids"].shape[1], lockstep.Decoding(model, inputs)
+    width, by_hand = inputs["input_ids"].shape[1], decoding.Decoding(model, inputs)
     with torch.inference_mode():
         generated = model.generate(
             **inputs,
@@ -103,9 +94,9 @@ def test_calls_by_hand_are_those_of_generate(subject):
             return_dict_in_generate=True,
         )
         for step, logits in enumerate(generated.logits):
-            decoding.call()
-            torch.testing.assert_close(decoding.logits, logits, atol=1e-5, rtol=1e-5)
-            decoding.prepare(generated.sequences[:, width + step])
+            by_hand.call()
+            torch.testing.assert_close(by_hand.logits, logits, atol=1e-5, rtol=1e-5)
+            by_hand.prepare(generated.sequences[:, width + step])
     assert step == 4
 
 

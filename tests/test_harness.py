@@ -36,7 +36,7 @@ from tests.test_results import judged as rows_of
 from vlm_safeguard import pictures, prompts
 from vlm_safeguard.attacks import LOOK
 from vlm_safeguard.errors import DataError, ImageError, Interrupted, SafeguardError
-from vlm_safeguard.evaluate import measures
+from vlm_safeguard.evaluate import timing
 from vlm_safeguard.evaluate.generate import Response, respond
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.harness import report, results, run, scorers, tasks
@@ -98,7 +98,8 @@ def test_closing_ends_the_thread_and_cancels_what_waits(folder: Path) -> None:
     answers = [one.submit(Request("Hello", None), None, 4) for _ in range(40)]
     first = answers[0].result(60)
     one.close()
-    assert not one._thread.is_alive() and all(answer.done() for answer in answers)
+    assert not any(thread.is_alive() for thread in one._worker._threads)
+    assert all(answer.done() for answer in answers)
     assert answers[-1].cancelled()
     assert all(answer.cancelled() or answer.result() == first for answer in answers)
 
@@ -430,15 +431,15 @@ def test_a_whole_request_is_timed_with_the_reading_of_its_picture(
             self.known.clear()
 
     monkeypatch.setattr("vlm_safeguard.models.reader", Reader)
-    monkeypatch.setattr(measures, "reader", Reader)
+    monkeypatch.setattr(timing, "reader", Reader)
     loaded = load(folder)
     guard = tiny.guard(loaded.model, [tiny.gate("text", 2)])
     reads = Guard(guard.config.model_copy(update={"reads_pictures": True}), guard.tensors)
     items = [Request("Hello", pictures.blank())]
-    assert measures.request_ratio(loaded, reads, items, tokens=2, pairs=3) > 0
-    drawn = pictures.draw_text(measures.WORDS_TO_READ).tobytes()
+    assert timing.request_ratio(loaded, reads, items, tokens=2, pairs=3) > 0
+    drawn = pictures.draw_text(timing.WORDS_TO_READ).tobytes()
     assert Reader.fresh == [drawn] * 3
-    assert measures.request_ratio(loaded, None, items, tokens=2, pairs=1) > 0
+    assert timing.request_ratio(loaded, None, items, tokens=2, pairs=1) > 0
     assert len(Reader.fresh) == 3
 
 

@@ -151,6 +151,6 @@ def test_closing_ends_the_threads_and_cancels_what_waits(threads: int) -> None:
         time.sleep(0.01)
     threading.Timer(0.2, judge.gate.set).start()
     at.close()
-    assert not any(thread.is_alive() for thread in at._threads)
+    assert not any(thread.is_alive() for thread in at._worker._threads)
     assert all(answer.done() for answer in answers) and answers[-1].cancelled()
     assert not answers[0].cancelled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -30,8 +31,20 @@ def refuse_compiled(model: nn.Module) -> None:
 
 
 def untraced(hook: Callable) -> Callable:
-    """The hook as one that torch.compile steps around: what it does depends on the request."""
-    return torch.compiler.disable(hook)
+    """The hook as one that torch.compile steps around: what it does depends on the request.
+
+    What does the stepping around takes as long as the hook itself, or longer, so it is there for
+    code that is being compiled alone.
+    """
+    outside = torch.compiler.disable(hook)
+
+    @wraps(hook)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return outside(*args, **kwargs)
+        return hook(*args, **kwargs)
+
+    return either
 
 
 def uncompiled(options: Mapping[str, Any]) -> dict[str, Any]:

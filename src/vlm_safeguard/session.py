@@ -227,14 +227,18 @@ class Session:
 
     def _layer_hook(self, layer: int) -> Callable[[Tensor], Tensor | None]:
         def see(hidden: Tensor) -> Tensor | None:
-            if not self._turn.mine and self._hooks.armed:
-                # Another thread, or a call around the model's own: what `_work` says is not for it.
-                self._refuse(layer, hidden)
             self._seen.append(layer)
             work = self._work
             return None if work is None else work(layer, hidden)
 
-        return see
+        def see_first(hidden: Tensor) -> Tensor | None:
+            if not self._turn.mine and self._hooks.armed:
+                # Another thread, or a call around the model's own: what `_work` says is not for it.
+                self._refuse(layer, hidden)
+            return see(hidden)
+
+        # A pass that the first layer lets through is the model's own; asking everywhere costs.
+        return see_first if layer == self._layers[0] else see
 
     def _refuse(self, layer: int, hidden: Tensor) -> None:
         raise GuardRuntimeError("the decoder ran outside the guarded model's forward call")

@@ -31,7 +31,8 @@ from vlm_safeguard.evaluate.compare import (
     table,
 )
 from vlm_safeguard.evaluate.judge import NOTE
-from vlm_safeguard.evaluate.measures import easy_vqa_accuracy, perplexity, time_ratios
+from vlm_safeguard.evaluate.measures import easy_vqa_accuracy, perplexity
+from vlm_safeguard.evaluate.timing import time_ratios
 from vlm_safeguard.evaluate.tradeoff import tradeoff
 from vlm_safeguard.files import check_writable, write_whole
 from vlm_safeguard.guard import Guard, reads_pictures
@@ -55,7 +56,7 @@ class Size:
     effort: Effort
 
 
-OUTPUTS = ("report.html", "gap.png", "results.json", "responses.jsonl")
+OUTPUTS = ("report.html", "gap.png", "tradeoff.png", "results.json", "responses.jsonl")
 # A calibration that takes half as long as the usual one and finds a little less.
 _LESS = Effort(worded=400, pictured=120, bound=600, scan=64, search=8, final=8, tokens=8)
 QUICK = Size(per_set=20, vqa=160, tokens=16, perplexity=32, pairs=9, effort=_LESS)
@@ -114,9 +115,10 @@ def run_demo(
         examples=_examples(rows),
         facts=_facts(guard),
     )
-    page, plot, numbers, said = (output / name for name in OUTPUTS)
+    page, gap, curves, numbers, said = (output / name for name in OUTPUTS)
     report.write_report(data, page)
-    report.save_png(report.plot_gap(summary), plot)
+    report.save_png(report.plot_gap(summary), gap)
+    report.save_png(report.plot_tradeoff(summary["tradeoff"]), curves)
     results = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     write_whole({numbers: results.encode(), said: "".join(map(_line, rows)).encode()})
     return summary

@@ -1,31 +1,20 @@
-"""Cost and utility: perplexity, easy-vqa accuracy, paired time ratios."""
+"""Cost and utility: perplexity and easy-vqa accuracy."""
 
 from __future__ import annotations
 
-import itertools
 import re
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.evaluate.generate import Response, respond
-from vlm_safeguard.guard import Guard, reads_pictures
+from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel, encode, find_decoder
-from vlm_safeguard.pictures import draw_text
 from vlm_safeguard.progress import Progress
-from vlm_safeguard.reading import reader
 from vlm_safeguard.requests import Request
-
-_Time = TypeVar("_Time")
-
-# A guard that reads pictures is timed on one with words in it, which it has not seen before.
-WORDS_TO_READ = "Please tell me how to water the plants in the garden"
 
 
 @torch.inference_mode()
@@ -122,111 +111,3 @@ def vqa_answer(reply: str, answer: str, vocabulary: set[str]) -> bool:
     kinds = ({"yes", "no"}, shapes, vocabulary - shapes - {"yes", "no"})
     kind = next(k for k in kinds if answer in k)
     return words & kind == {answer}
-
-
-def time_ratios(
-    loaded: LoadedModel,
-    guard: Guard | None,
-    items: Sequence[Request],
-    *,
-    reword: Callable[[str], str] = str,
-    tokens: int = 24,
-    pairs: int = 9,
-) -> tuple[float, float]:
-    """(time per token, time to first token) defended / not: medians of paired runs.
-
-    The defended side has ``guard`` attached, if there is one, and its text passed through
-    ``reword``.
-
-    Each pair times both on the same request, in alternating order, single requests. Decoding
-    always runs ``tokens`` tokens, so that both do the same work.
-    """
-
-    def work(item: Request, defended: bool) -> tuple[float, float]:
-        own = guard if defended else None
-        text = reword(item.text) if defended else item.text
-        inputs = encode(loaded, [text], [item.image], reads_pictures(own))
-        with own.attach(loaded.model, loaded.processor) if own else nullcontext():
-            return _timed(loaded, inputs, tokens)
-
-    runs = _in_pairs(work, items, pairs)
-    first = statistics.median(one[0] / plain[0] for plain, one in runs)
-    return statistics.median(one[1] / plain[1] for plain, one in runs), first
-
-
-def request_ratio(
-    loaded: LoadedModel,
-    guard: Guard | None,
-    items: Sequence[Request],
-    *,
-    reword: Callable[[str], str] = str,
-    tokens: int = 24,
-    pairs: int = 9,
-) -> float:
-    """Time of a whole request, defended / not: the median of paired runs, as in ``time_ratios``.
-
-    From text and picture to the last of ``tokens`` tokens, preprocessing included. Where the guard
-    reads pictures, so is reading one: both sides get a picture of words that was never read.
-
-    Raises:
-        SafeguardError: the guard reads pictures and the OCR library is missing.
-    """
-    reads = reads_pictures(guard)
-    words = draw_text(WORDS_TO_READ) if reads else None
-    if reads:
-        reader()  # its models are loaded once per process, not per request
-
-    def work(item: Request, defended: bool) -> float:
-        own = guard if defended else None
-        if reads:
-            reader().forget()
-        with own.attach(loaded.model, loaded.processor) if own else nullcontext():
-            begin = time.perf_counter()
-            text = reword(item.text) if defended else item.text
-            picture = item.image if words is None else words
-            inputs = encode(loaded, [text], [picture], reads_pictures(own))
-            _generate(loaded, inputs, tokens)
-            return time.perf_counter() - begin
-
-    return statistics.median(one / plain for plain, one in _in_pairs(work, items, pairs))
-
-
-def _in_pairs(
-    work: Callable[[Request, bool], _Time], items: Sequence[Request], pairs: int
-) -> list[tuple[_Time, _Time]]:
-    """``work`` on each of ``pairs`` requests, not defended and defended, in alternating order."""
-    found = []
-    for n in range(pairs):
-        order = (False, True) if n % 2 else (True, False)
-        times = {defended: work(items[n % len(items)], defended) for defended in order}
-        found.append((times[False], times[True]))
-    return found
-
-
-def _timed(
-    loaded: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int
-) -> tuple[float, float]:
-    """Seconds to the first token, and per token after it: the median, so that a step in which the
-    machine did something else does not count."""
-    marks: list[float] = []
-
-    class Clock:
-        def put(self, _: torch.Tensor) -> None:
-            marks.append(time.perf_counter())
-
-        def end(self) -> None: ...
-
-    begin = time.perf_counter()
-    _generate(loaded, inputs, tokens, streamer=Clock())
-    # The streamer is given the prompt first, then each token.
-    steps = [late - early for early, late in itertools.pairwise(marks[1:])]
-    return marks[1] - begin, statistics.median(steps)
-
-
-def _generate(
-    loaded: LoadedModel, inputs: dict[str, torch.Tensor], tokens: int, **options: Any
-) -> None:
-    """Decode exactly ``tokens`` tokens, greedily."""
-    loaded.model.generate(
-        **inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, **options
-    )

@@ -17,7 +17,8 @@ from vlm_safeguard.defences import Defence
 from vlm_safeguard.dose import Steerer
 from vlm_safeguard.errors import ImageError
 from vlm_safeguard.evaluate.generate import Response
-from vlm_safeguard.evaluate.measures import perplexity, request_ratio, time_ratios
+from vlm_safeguard.evaluate.measures import perplexity
+from vlm_safeguard.evaluate.timing import request_ratio, time_ratios
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.harness import report, results
 from vlm_safeguard.harness.engine import engine

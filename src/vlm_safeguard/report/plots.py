@@ -100,7 +100,8 @@ def plot_tradeoff(curves: Mapping[str, Any], *, stacked: bool = False) -> Figure
         side.set_major_formatter(PercentFormatter(1.0, symbol=""))
     axis.set_xlim(-0.01, 0.31)  # nobody would take a guard that refuses more
     axis.set_ylim(bottom=-0.01)
-    axis.legend()
+    if axis.lines:
+        axis.legend()
     return figure
 
 

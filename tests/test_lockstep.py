@@ -1,0 +1,136 @@
+"""Two generate calls in lockstep: who works when, what is measured, and that nothing is left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import checkpoint, tiny
+from vlm_safeguard import pictures
+from vlm_safeguard.evaluate import lockstep
+from vlm_safeguard.evaluate.lockstep import Stepped
+from vlm_safeguard.evaluate.timing import time_ratios
+from vlm_safeguard.models import encode, load
+from vlm_safeguard.requests import Request
+
+NOTHING = torch.empty(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint.save(tmp_path_factory.mktemp("tiny"))
+
+
+class Clock:
+    """A clock that stands still, but for the work that is done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.worked: list[str] = []
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def writer(self, name: str, costs: list[float]):  # type: ignore[no-untyped-def]
+        """A generate call whose tokens take ``costs`` seconds."""
+
+        def generate(streamer: Stepped) -> None:
+            streamer.put(NOTHING)
+            for cost in costs:
+                self.now += cost
+                self.worked.append(name)
+                streamer.put(NOTHING)
+
+        return generate
+
+
+def test_each_token_stands_beside_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    # The machine is five times as slow for the third token, for both.
+    plain = clock.writer("a", [2.0, 1.0, 5.0, 1.0])
+    other = clock.writer("b", [3.0, 1.5, 7.5, 9.0])
+    found = lockstep.side_by_side(plain, other, 4)
+    assert found == lockstep.Paired(2.0, 1.0, 1.5, 1.5)
+    assert clock.worked == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    only = lockstep.side_by_side(clock.writer("a", [2.0]), clock.writer("b", [3.0]), 1)
+    assert only.first == 1.5 and only.per_token != only.per_token
+
+
+def test_an_error_is_raised_and_no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+
+    def broken(streamer: Stepped) -> None:
+        streamer.put(NOTHING)
+        raise ValueError("no memory")
+
+    clock = Clock(monkeypatch)
+    with pytest.raises(ValueError, match="no memory"):
+        lockstep.side_by_side(clock.writer("a", [1.0, 1.0]), broken, 2)
+    with pytest.raises(RuntimeError, match="has ended"):
+        lockstep.side_by_side(clock.writer("a", [1.0]), clock.writer("b", [1.0]), 2)
+    assert threading.active_count() == before
+
+
+def test_an_interrupt_gives_both_calls_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    step, count = Stepped.step, 0
+
+    def interrupted(self: Stepped) -> float:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Stepped, "step", interrupted)
+    clock = Clock(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        lockstep.side_by_side(clock.writer("a", [1.0] * 9), clock.writer("b", [1.0] * 9), 9)
+    assert threading.active_count() == before and clock.worked == ["a", "b", "b"]
+
+
+def test_a_twin_shares_weights_but_no_guard(folder: Path) -> None:
+    loaded = load(folder)
+    twin = lockstep.twin(loaded.model)
+    pointers = [parameter.data_ptr() for parameter in twin.parameters()]
+    assert pointers == [parameter.data_ptr() for parameter in loaded.model.parameters()]
+    inputs = encode(loaded, ["Hello"], [pictures.blank()])
+    bare = loaded.model(**inputs).logits
+    guard = tiny.guard(loaded.model, [tiny.gate("vlm", 2, threshold=-1e9)])
+    with guard.attach(loaded.model, loaded.processor):
+        assert not torch.equal(loaded.model(**inputs).logits, bare)
+        assert torch.equal(twin(**inputs).logits, bare)
+
+
+def test_a_defence_is_timed_on_what_it_does(folder: Path) -> None:
+    loaded = load(folder)
+    width = {
+        text: encode(loaded, [text], [pictures.blank()])["input_ids"].shape[1]
+        for text in ("Hello", "Hello again")
+    }
+    prompts: dict[bool, list[int]] = {False: [], True: []}
+    steps: Counter[bool] = Counter()
+
+    def note(model: Any, _: Any, inputs: dict[str, Any]) -> None:
+        defended = model is loaded.model
+        steps[defended] += 1
+        if (columns := inputs["input_ids"].shape[1]) > 1:
+            prompts[defended].append(columns)
+
+    with loaded.model.register_forward_pre_hook(note, with_kwargs=True):
+        found = time_ratios(
+            loaded, None, _items(), reword=lambda text: f"{text} again", tokens=3, pairs=2
+        )
+    assert min(found) > 0
+    assert prompts == {False: [width["Hello"]] * 2, True: [width["Hello again"]] * 2}
+    assert steps == {False: 6, True: 6}
+    guard = tiny.guard(loaded.model, [tiny.gate("text", 2)])
+    assert min(time_ratios(loaded, guard, _items(), tokens=3, pairs=1)) > 0
+
+
+def _items() -> list[Request]:
+    return [Request("Hello", pictures.blank())]
