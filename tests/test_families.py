@@ -24,6 +24,7 @@ from vlm_safeguard.models import (
     config_digest,
     encode,
     find_decoder,
+    hidden_of,
     template_digest,
     watch_layer,
 )
@@ -368,10 +369,10 @@ def test_the_stream_past_a_skipped_layer_is_read_and_replaced() -> None:
         seen: dict[int, Tensor] = {}
 
         def see(layer: int, seen: dict[int, Tensor] = seen) -> Any:
-            return lambda hidden: seen.__setitem__(layer, hidden.clone())
+            return lambda output: seen.__setitem__(layer, hidden_of(output).clone())
 
-        def move(hidden: Tensor) -> Tensor:
-            return hidden + 1
+        def move(output: Any) -> Tensor:
+            return hidden_of(output) + 1
 
         handles = [watch_layer(decoder, layer, see(layer)) for layer in range(families.LAYERS)]
         plain = states_in(decoder.module, lambda inputs=inputs: loaded.model(**inputs))

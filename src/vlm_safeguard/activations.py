@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlm_safeguard import prompts
 from vlm_safeguard.errors import ModelError
-from vlm_safeguard.models import Decoder, LoadedModel, encode, watch_layer
+from vlm_safeguard.models import Decoder, LoadedModel, encode, hidden_of, watch_layer
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.requests import Request, batches
 from vlm_safeguard.witness import verify_residual_stream
@@ -55,9 +55,9 @@ def record(
     seen: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
-        def see(hidden: Tensor) -> None:
+        def see(output: Any) -> None:
             # Batches are padded on the left: the last column is the last prompt token.
-            seen[layer] = hidden[:, -1].float().cpu()
+            seen[layer] = hidden_of(output)[:, -1].float().cpu()
 
         return see
 

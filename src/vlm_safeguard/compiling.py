@@ -39,10 +39,8 @@ def untraced(hook: Callable) -> Callable:
     outside = torch.compiler.disable(hook)
 
     @wraps(hook)
-    def either(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return outside(*args, **kwargs)
-        return hook(*args, **kwargs)
+    def either(*args: Any) -> Any:
+        return outside(*args) if torch.compiler.is_dynamo_compiling() else hook(*args)
 
     return either
 

@@ -38,7 +38,7 @@ class Hooks:
         generate: Callable,
         preparing: Callable[[Mapping[str, Any]], None],
         interrupted: Callable[[], None],
-        layers: Mapping[int, Callable[[Tensor], Tensor | None]],
+        layers: Mapping[int, Callable[[Any], Tensor | None]],
     ) -> Callable:
         """Put everything on; returns the model's own ``generate``.
 
@@ -50,8 +50,8 @@ class Hooks:
                 model prepares; raises if it is not the one that stands in.
             interrupted: called where a forward call of the model ends by what is no ``Exception``,
                 which ``after`` does not hear of.
-            layers: what sees the residual stream (B, T, d) after each guarded layer, in ascending
-                order; what it returns takes the stream's place (see ``models.watch_layer``).
+            layers: what is called as the residual stream (B, T, d) after each guarded layer comes
+                past, in ascending order (see ``models.watch_layer``).
 
         Raises:
             GuardError: a guard is on already, or a part of the model is compiled. Whatever goes

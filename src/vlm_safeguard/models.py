@@ -217,12 +217,14 @@ def replace_hidden(output: Any, hidden: Tensor) -> Tensor | tuple:
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
-def watch_layer(decoder: Decoder, layer: int, see: Callable[[Tensor], Tensor | None]) -> Any:
-    """Call ``see`` with the residual stream (B, T, d) after a layer, each time it comes past.
+def watch_layer(decoder: Decoder, layer: int, see: Callable[[Any], Tensor | None]) -> Any:
+    """Call ``see`` each time the residual stream (B, T, d) after a layer comes past.
 
-    What ``see`` returns takes its place, unless it is None. After a layer that a request without
-    a picture skips, the stream is read where the next layer that always runs takes it in, so that
-    ``see`` is called once in every pass. Watch layers in ascending order.
+    ``see`` gets what holds it, and takes it out with ``hidden_of`` if it wants it: this runs at
+    every layer of every step. What it returns takes the stream's place, unless it is None. After a
+    layer that a request without a picture skips, the stream is read where the next layer that
+    always runs takes it in, so that ``see`` is called once in every pass. Watch layers in ascending
+    order.
 
     Returns:
         A handle whose ``remove()`` ends it.
@@ -233,7 +235,7 @@ def watch_layer(decoder: Decoder, layer: int, see: Callable[[Tensor], Tensor | N
     if layer not in decoder.skipped:
 
         def after(_: nn.Module, __: Any, output: Any) -> Any:
-            changed = see(hidden_of(output))
+            changed = see(output)
             return None if changed is None else replace_hidden(output, changed)
 
         return decoder.layers[layer].register_forward_hook(after)
@@ -243,9 +245,9 @@ def watch_layer(decoder: Decoder, layer: int, see: Callable[[Tensor], Tensor | N
 
     def before(_: nn.Module, args: tuple, kwargs: dict) -> Any:
         if args:
-            changed = see(hidden_of(args[0]))
+            changed = see(args[0])
             return None if changed is None else ((changed, *args[1:]), kwargs)
-        changed = see(hidden_of(kwargs.get("hidden_states")))
+        changed = see(kwargs.get("hidden_states"))
         return None if changed is None else (args, kwargs | {"hidden_states": changed})
 
     return decoder.layers[following[0]].register_forward_pre_hook(before, with_kwargs=True)

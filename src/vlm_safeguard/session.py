@@ -22,7 +22,7 @@ from vlm_safeguard.dose import Steerer, step
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.gates import GateReader
 from vlm_safeguard.hooks import Hooks
-from vlm_safeguard.models import find_decoder
+from vlm_safeguard.models import find_decoder, hidden_of
 from vlm_safeguard.request import Request
 from vlm_safeguard.settings import GuardConfig
 from vlm_safeguard.textpass import TextPass
@@ -225,17 +225,17 @@ class Session:
                 return args, deferred
         return None if text is None else (args, kwargs)
 
-    def _layer_hook(self, layer: int) -> Callable[[Tensor], Tensor | None]:
-        def see(hidden: Tensor) -> Tensor | None:
+    def _layer_hook(self, layer: int) -> Callable[[Any], Tensor | None]:
+        def see(output: Any) -> Tensor | None:
             self._seen.append(layer)
             work = self._work
-            return None if work is None else work(layer, hidden)
+            return None if work is None else work(layer, hidden_of(output))
 
-        def see_first(hidden: Tensor) -> Tensor | None:
+        def see_first(output: Any) -> Tensor | None:
             if not self._turn.mine and self._hooks.armed:
                 # Another thread, or a call around the model's own: what `_work` says is not for it.
-                self._refuse(layer, hidden)
-            return see(hidden)
+                self._refuse(layer, hidden_of(output))
+            return see(output)
 
         # A pass that the first layer lets through is the model's own; asking everywhere costs.
         return see_first if layer == self._layers[0] else see

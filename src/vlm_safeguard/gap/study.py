@@ -25,6 +25,7 @@ from vlm_safeguard.models import (
     LoadedModel,
     conversation,
     find_decoder,
+    hidden_of,
     neutralise,
     template_digest,
     watch_layer,
@@ -227,10 +228,10 @@ def observe(
     seen: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
-        def see(hidden: Tensor) -> None:
+        def see(output: Any) -> None:
             # The first call is the prompt's. It is padded on the left: q is the last column.
             if layer not in seen:
-                seen[layer] = hidden[:, -1].float().cpu()
+                seen[layer] = hidden_of(output)[:, -1].float().cpu()
 
         return see
 
