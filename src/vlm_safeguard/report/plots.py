@@ -99,7 +99,7 @@ def plot_tradeoff(curves: Mapping[str, Any], *, stacked: bool = False) -> Figure
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_formatter(PercentFormatter(1.0, symbol=""))
     axis.set_xlim(-0.01, 0.31)  # nobody would take a guard that refuses more
-    axis.set_ylim(bottom=-0.01)
+    axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])  # room for the marks at 0
     if axis.lines:
         axis.legend()
     return figure
