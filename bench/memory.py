@@ -21,6 +21,7 @@ from bench.guards import layer_sets, restoring
 from bench.subjects import Subjects, embedded
 from vlm_safeguard import pictures, prompts
 from vlm_safeguard.activations import record
+from vlm_safeguard.evaluate import lockstep
 from vlm_safeguard.requests import Request
 
 MB = 1e6
@@ -86,11 +87,7 @@ def _generate(subject: Subjects, guarded: int) -> float:
     target, inputs = subject.vlm, subject.inputs(16, picture=True)
     guard = restoring(target, layer_sets(target.depth)["all"], text=True, is_open=True, tokens=None)
     with torch.inference_mode(), guard.attach(target.model) if guarded else nullcontext():
-        return growth(
-            lambda: target.model.generate(
-                **inputs, do_sample=False, min_new_tokens=8, max_new_tokens=8
-            )
-        )
+        return growth(lambda: lockstep.write(target.model, inputs, 8))
 
 
 if __name__ == "__main__":

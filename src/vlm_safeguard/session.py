@@ -234,13 +234,13 @@ class Session:
         def see_first(output: Any) -> Tensor | None:
             if not self._turn.mine and self._hooks.armed:
                 # Another thread, or a call around the model's own: what `_work` says is not for it.
-                self._refuse(layer, hidden_of(output))
+                self._refuse(layer, output)
             return see(output)
 
         # A pass that the first layer lets through is the model's own; asking everywhere costs.
         return see_first if layer == self._layers[0] else see
 
-    def _refuse(self, layer: int, hidden: Tensor) -> None:
+    def _refuse(self, _: int, __: Any) -> None:
         raise GuardRuntimeError("the decoder ran outside the guarded model's forward call")
 
     def _read_layer(self, layer: int, hidden: Tensor) -> Tensor | None:

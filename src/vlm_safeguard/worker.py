@@ -42,7 +42,8 @@ class Worker(Generic[Job, Answer]):
         divide: Callable[[list[Job]], list[list[int]]] | None = None,
         hopeless: tuple[type[Exception], ...] = (),
     ) -> None:
-        self._work, self._divide, self._hopeless = work, divide, hopeless
+        self._work, self._hopeless = work, hopeless
+        self._divide = divide or (lambda jobs: [list(range(len(jobs)))])
         self._most, self._gather = most, gather
         self._queue: Queue[tuple[Job, Future[Answer]] | None] = Queue()  # None: no more will come
         self._closing = threading.Event()
@@ -78,8 +79,7 @@ class Worker(Generic[Job, Answer]):
                     self._queue.put(None)  # found again when these are done
                     break
                 taken.append(one)
-            divide = self._divide or (lambda jobs: [list(range(len(jobs)))])
-            for batch in divide([job for job, _ in taken]):
+            for batch in self._divide([job for job, _ in taken]):
                 self._begin([taken[index] for index in batch])
         self._queue.put(None)  # for the next thread
 
