@@ -15,7 +15,8 @@ from vlm_safeguard.calibrate import calibrate
 from vlm_safeguard.effort import Budget, Effort
 from vlm_safeguard.errors import CalibrationError
 from vlm_safeguard.progress import Progress
-from vlm_safeguard.prompts import Prompt, calibration
+from vlm_safeguard.prompts import calibration
+from vlm_safeguard.requests import Request
 from vlm_safeguard.search import candidates
 from vlm_safeguard.separate import auc, fit_gate, threshold
 from vlm_safeguard.settings import Steering
@@ -106,27 +107,25 @@ def test_candidates_are_tried_on_attacks_that_succeed_with_either_picture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fit = [p for p in calibration("fit") if p.harmful]
-    won: dict[str, list[str]] = {}
+    won: list[Request] = []
 
-    def succeed(
-        loaded: object, guard: object, items: list[Prompt], setting: str, tokens: int
-    ) -> list[bool]:
+    def blank(asked: Request) -> bool:
+        return asked.image is not None and len(asked.image.getcolors(2) or "12") == 1
+
+    def succeed(loaded: object, guard: object, attacks: list[Request], tokens: int) -> list[bool]:
         """Every fifth with a blank image, every other with a picture."""
-        hits = [n % (5 if setting == "blank" else 2) == 0 for n in range(len(items))]
-        won[setting] = [p.id for p, hit in zip(items, hits, strict=True) if hit]
+        hits = [n % (5 if blank(asked) else 2) == 0 for n, asked in enumerate(attacks)]
+        won[:] = [asked for asked, hit in zip(attacks, hits, strict=True) if hit]
         return hits
 
     monkeypatch.setattr(search, "successes", succeed)
     effort = Effort(scan=40, search=12)
     few = search._successful(None, fit, effort, Progress(quiet=True))  # type: ignore[arg-type]
-    assert sum(map(len, few.values())) == 12
-    for setting, attacks in few.items():
-        assert attacks and {p.id for p in attacks} <= set(won[setting])
+    assert len(few) == 12 and all(attack in won for attack in few)
+    assert 0 < sum(map(blank, few)) < 12
     more = replace(effort, search=30)  # more than the 14 that succeed: others fill up
     few = search._successful(None, fit, more, Progress(quiet=True))  # type: ignore[arg-type]
-    assert sum(map(len, few.values())) == 30
-    for setting, attacks in few.items():
-        assert set(won[setting]) <= {p.id for p in attacks}
+    assert len(few) == 30 and len(won) == 14 and all(attack in few for attack in won)
 
 
 def test_a_budget_that_no_threshold_can_keep_is_refused_before_any_work() -> None:

@@ -55,9 +55,24 @@ def test_each_token_stands_beside_the_same_one(monkeypatch: pytest.MonkeyPatch) 
     other = clock.writer("b", [3.0, 1.5, 7.5, 9.0])
     found = lockstep.side_by_side(plain, other, 4)
     assert found == lockstep.Paired(2.0, 1.0, 1.5, 1.5)
-    assert clock.worked == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert clock.worked == ["b", "a", "a", "b", "b", "a", "a", "b", "b", "a"]
     only = lockstep.side_by_side(clock.writer("a", [2.0]), clock.writer("b", [3.0]), 1)
     assert only.first == 1.5 and only.per_token != only.per_token
+
+
+def test_who_goes_second_has_no_advantage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second call is quicker to its first token, whichever it is."""
+    clock = Clock(monkeypatch)
+
+    def writer(name: str):  # type: ignore[no-untyped-def]
+        def generate(streamer: Stepped) -> None:
+            quick = len(clock.worked) % 2
+            clock.writer(name, [0.9 if quick else 1.0])(streamer)
+
+        return generate
+
+    found = lockstep.side_by_side(writer("a"), writer("b"), 1)
+    assert found.first == pytest.approx(1.0) and found.first_s == pytest.approx(0.95)
 
 
 def test_an_error_is_raised_and_no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +105,7 @@ def test_an_interrupt_gives_both_calls_up(monkeypatch: pytest.MonkeyPatch) -> No
     clock = Clock(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         lockstep.side_by_side(clock.writer("a", [1.0] * 9), clock.writer("b", [1.0] * 9), 9)
-    assert threading.active_count() == before and clock.worked == ["a", "b", "b"]
+    assert threading.active_count() == before and clock.worked == ["b", "a", "a"]
 
 
 def test_a_twin_shares_weights_but_no_guard(folder: Path) -> None:
@@ -126,8 +141,9 @@ def test_a_defence_is_timed_on_what_it_does(folder: Path) -> None:
             loaded, None, _items(), reword=lambda text: f"{text} again", tokens=3, pairs=2
         )
     assert min(found) > 0
-    assert prompts == {False: [width["Hello"]] * 2, True: [width["Hello again"]] * 2}
-    assert steps == {False: 6, True: 6}
+    # Two pairs, each once to its first token and once to its last.
+    assert prompts == {False: [width["Hello"]] * 4, True: [width["Hello again"]] * 4}
+    assert steps == {False: 8, True: 8}
     guard = tiny.guard(loaded.model, [tiny.gate("text", 2)])
     assert min(time_ratios(loaded, guard, _items(), tokens=3, pairs=1)) > 0
 

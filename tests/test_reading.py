@@ -67,6 +67,13 @@ class _Engine:
         )()
 
 
+def unread(width: int = 20, height: int = 20) -> Image.Image:
+    """A picture that is not of one colour."""
+    picture = Image.new("RGB", (width, height), (1, 2, 3))
+    picture.putpixel((0, 0), (9, 9, 9))
+    return picture
+
+
 def made(lines: list[tuple[str, float]] | None) -> reading.Reader:
     one = object.__new__(reading.Reader)
     one._engine, one._known = _Engine(lines), {}
@@ -75,19 +82,27 @@ def made(lines: list[tuple[str, float]] | None) -> reading.Reader:
 
 def test_unsure_and_single_letters_are_dropped() -> None:
     one = made([("bake", 0.9), ("T", 0.99), ("noise", 0.3), ("a  cake", 0.8)])
-    assert one.words(Image.new("RGB", (20, 20))) == "bake a cake"
+    assert one.words(unread()) == "bake a cake"
 
 
 def test_long_texts_are_cut() -> None:
-    assert len(made([("word " * 900, 1.0)]).words(Image.new("RGB", (20, 20)))) <= 600
+    assert len(made([("word " * 900, 1.0)]).words(unread())) <= 600
 
 
 def test_a_picture_is_read_once() -> None:
     one = made(None)
     for _ in range(3):
-        assert one.words(Image.new("RGB", (20, 20))) == ""
-    one.words(Image.new("RGB", (20, 21)))
+        assert one.words(unread()) == ""
+    one.words(unread(20, 21))
     assert one._engine.calls == 2
+
+
+def test_a_picture_of_one_colour_is_not_searched() -> None:
+    one = made([("bake", 0.9)])
+    for colour in ((0, 0, 0), (1, 2, 3)):
+        assert one.words(Image.new("RGB", (20, 20), colour)) == ""
+    assert one._engine.calls == 0
+    assert one.words(Image.new("L", (20, 20))) == "" and one.words(unread()) == "bake"
 
 
 def test_the_pixels_given_to_the_engine_are_in_its_order() -> None:
@@ -95,5 +110,5 @@ def test_the_pixels_given_to_the_engine_are_in_its_order() -> None:
     one = made(None)
     engine = one._engine
     one._engine = lambda pixels: (seen.append(torch.tensor(pixels.copy())), engine(pixels))[1]
-    one.words(Image.new("RGB", (4, 4), (1, 2, 3)))
-    assert seen[0][0, 0].tolist() == [3, 2, 1]
+    one.words(unread(4, 4))
+    assert seen[0][1, 1].tolist() == [3, 2, 1]

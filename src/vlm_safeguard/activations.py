@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,17 @@ from torch import Tensor
 
 from vlm_safeguard import prompts
 from vlm_safeguard.errors import ModelError
-from vlm_safeguard.models import Decoder, LoadedModel, encode, hidden_of, watch_layer
+from vlm_safeguard.models import (
+    Decoder,
+    EnoughSeen,
+    LoadedModel,
+    batches,
+    encode,
+    hidden_of,
+    watch_layer,
+)
 from vlm_safeguard.progress import Progress
-from vlm_safeguard.requests import Request, batches
+from vlm_safeguard.requests import Request
 from vlm_safeguard.witness import verify_residual_stream
 
 
@@ -26,6 +35,7 @@ def record(
     *,
     what: str = "states",
     batch: int = 32,
+    layers: int | None = None,
     decoder: Decoder | None = None,
     read_pictures: bool = False,
     progress: Progress | None = None,
@@ -37,6 +47,7 @@ def record(
     reports as ``hidden_states`` may be normed or unsteered. A layer that a request without a
     picture skips has the state of the one below.
 
+    ``layers``: how many to read, from the first one; the pass ends there. All of them if missing.
     ``decoder``: the model's, verified already. A guarded model cannot be verified: that runs the
     decoder in a way that no guard lets pass.
     ``read_pictures``: for a model under a guard that reads them, see ``encode``.
@@ -45,7 +56,7 @@ def record(
         ModelError: the decoder cannot be verified, or a state is NaN or Inf.
     """
     decoder = decoder or verify_residual_stream(loaded.model)
-    depth, width = len(decoder.layers), decoder.hidden_size
+    depth, width = layers or len(decoder.layers), decoder.hidden_size
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".states", delete=False) as handle:
         path = handle.name
     size = max(1, len(items)) * depth * width
@@ -58,16 +69,19 @@ def record(
         def see(output: Any) -> None:
             # Batches are padded on the left: the last column is the last prompt token.
             seen[layer] = hidden_of(output)[:, -1].float().cpu()
+            if layer == depth - 1 and layers:
+                raise EnoughSeen
 
         return see
 
     handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(depth)]
     try:
-        groups = batches(items, batch)
+        groups = batches(loaded, [item.text for item in items], batch)
         for group in progress.track(groups, what) if progress else groups:
             texts, images = [items[i].text for i in group], [items[i].image for i in group]
             inputs = encode(loaded, texts, images, read_pictures)
-            loaded.model(**inputs, use_cache=False, logits_to_keep=1)
+            with suppress(EnoughSeen):
+                loaded.model(**inputs, use_cache=False, logits_to_keep=1)
             read = torch.stack([seen[layer] for layer in range(depth)], 1)
             states[group], finite[group] = read, torch.isfinite(read).all(2)
     finally:

@@ -68,7 +68,7 @@ class Steerer:
     def steer(self, request: Request, layer: int, hidden: Tensor) -> Tensor | None:
         """A layer's output (B, T, d) with the dose in it, or None if nothing changes."""
         changed: Tensor | None = None
-        if layer not in self.layers:
+        if layer not in self.layers or not request.any_open:
             return None
         for piece in request.pieces:
             doses = request.prompt_doses if piece.at_prompt else request.later_doses
@@ -179,7 +179,9 @@ def _moved(states: Tensor, dose: Dose) -> Tensor:
 def _at_slice(changed: Tensor, dose: Dose, columns: slice) -> None:
     """Steer the open rows of (B, T, d), in place, at some columns."""
     view = changed[:, columns]
-    if dose.index is None:
+    if view.shape[1] == 1:
+        view.copy_(step(dose, view))
+    elif dose.index is None:
         view.copy_(_moved_at(view, dose))
     else:
         view.index_copy_(0, dose.index, _moved_at(view.index_select(0, dose.index), dose))

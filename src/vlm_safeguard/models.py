@@ -217,6 +217,11 @@ def replace_hidden(output: Any, hidden: Tensor) -> Tensor | tuple:
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
+class EnoughSeen(Exception):
+    """Ends a pass whose layers above are not wanted: what watches a layer raises it, and who began
+    the pass suppresses it."""
+
+
 def watch_layer(decoder: Decoder, layer: int, see: Callable[[Any], Tensor | None]) -> Any:
     """Call ``see`` each time the residual stream (B, T, d) after a layer comes past.
 
@@ -357,6 +362,14 @@ def encode(
         for key, value in batch.items()
         if isinstance(value, Tensor) and key != "labels"  # those are for training
     }
+
+
+def batches(loaded: LoadedModel, texts: Sequence[str], size: int) -> list[list[int]]:
+    """Indices of ``texts`` in batches of similar length, long ones first (a lack of memory shows
+    at once). Lengths are in tokens: rows of a batch are padded to the longest."""
+    ids = loaded.processor.tokenizer(list(texts)).input_ids if texts else []
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def neutralise(tokenizer: Any, prompt: str) -> str:

@@ -64,6 +64,8 @@ class Reader:
         self._known.clear()
 
     def _read(self, pixels: np.ndarray) -> str:
+        if (pixels == pixels[:1, :1]).all():
+            return ""  # of one colour, as the blank pictures are that open the modality gap
         found = self._engine(pixels[:, :, ::-1])  # it takes BGR, as OpenCV does
         lines = [
             text

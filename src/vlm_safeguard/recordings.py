@@ -158,9 +158,12 @@ def bound_scores(
     the model refuses anyway, asked as text, cannot be stopped by a gate: it scores lowest.
     """
     items = bound_prompts(effort)
-    text = record(loaded, requests(items, "text"), folder, what="bound, text", progress=progress)
     mixed = [request(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
-    seen = record(loaded, mixed, folder, what="bound, pictures", progress=progress)
+    layers = 1 + max(*witness.layers, *in_vlm.layers)  # what lies above says nothing to the gates
+    text, seen = (
+        record(loaded, asked, folder, what=what, layers=layers, progress=progress)
+        for asked, what in ((requests(items, "text"), "bound, text"), (mixed, "bound, pictures"))
+    )
     scores = torch.stack(
         [
             witness.scores(text) / witness.spread,

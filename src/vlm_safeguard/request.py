@@ -108,7 +108,7 @@ class Request:
     # Those of them that may be steered: of the prompt, and behind it.
     prompt_columns: int = 0
     later_columns: int = 0
-    any_open: bool = False  # whether a gate of any row is, once the prompt has been read
+    any_open: bool = False  # whether a gate of any row is, of those decided by now
 
     def __post_init__(self) -> None:
         for index, gate in enumerate(self.gates):
@@ -163,13 +163,15 @@ class Request:
         """Keep the scores of a gate, per row: of its layer number ``place``, or of all layers."""
         if place is None:
             self.scores[index] = scores
-            self.opened[index] = [[dose_share(sum(values), self.soft)] for values in scores]
-            return
-        known = self.scores[index]
-        opened = self.opened.setdefault(index, [[0.0] * len(row) for row in known])
-        for row, [score] in enumerate(scores):
-            known[row][place] = score
-            opened[row][place] = dose_share(score, self.soft)
+            opened = [[dose_share(sum(values), self.soft)] for values in scores]
+            self.opened[index] = opened
+        else:
+            known = self.scores[index]
+            opened = self.opened.setdefault(index, [[0.0] * len(row) for row in known])
+            for row, [score] in enumerate(scores):
+                known[row][place] = score
+                opened[row][place] = dose_share(score, self.soft)
+        self.any_open = self.any_open or any(any(shares) for shares in opened)
 
     def shares(self, layer: int, source: str | None = None, at_prompt: bool = False) -> list[float]:
         """Which part of the dose the rows get at a layer: the most that any gate gives, or any of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,9 +81,3 @@ def spoken(prompt: Prompt, reads_pictures: bool) -> Request:
 def requests(prompts: Iterable[Prompt], setting: Setting) -> list[Request]:
     """All ``prompts`` in ``setting``."""
     return [request(prompt, setting) for prompt in prompts]
-
-
-def batches(items: Sequence[Request], size: int) -> list[list[int]]:
-    """Indices in batches of similar length, long ones first (a lack of memory shows at once)."""
-    order = sorted(range(len(items)), key=lambda i: -len(items[i].text))
-    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -12,7 +12,7 @@ from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import LoadedModel, find_decoder
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
-from vlm_safeguard.requests import PICTURED, SETTINGS, Setting
+from vlm_safeguard.requests import PICTURED, SETTINGS, Request, requests
 from vlm_safeguard.settings import Steering
 from vlm_safeguard.trials import harmless_cost, successes, within
 
@@ -64,26 +64,19 @@ def search(
         candidates(len(find_decoder(loaded.model).layers)), "steering candidates"
     ):
         guard = build(steering)
-        won = [
-            hit
-            for setting in PICTURED
-            for hit in successes(loaded, guard, few[setting], setting, effort.tokens)
-        ]
+        won = successes(loaded, guard, few, effort.tokens)
         ranked.append((sum(won) / len(won), len(ranked), steering))
         tried.append({"steering": _brief(steering), "n": len(won), "asr": ranked[-1][0]})
     more = evenly(fit[1::2], effort.final)
-    attacks = [p for p in more if p.harmful]
+    harmful = [p for p in more if p.harmful]
     harmless = [p for p in more if not p.harmful]
+    attacks = [r for s in SETTINGS for r in requests(within(harmful, s), s)]
     best: tuple[float, int, Steering] | None = None
     for _, place, steering in progress.track(
         sorted(ranked, key=lambda r: r[:2])[: effort.finalists], "finalists"
     ):
         guard = build(steering)
-        won = [
-            hit
-            for setting in SETTINGS
-            for hit in successes(loaded, guard, within(attacks, setting), setting, effort.tokens)
-        ]
+        won = successes(loaded, guard, attacks, effort.tokens)
         rate = sum(won) / len(won)
         divergence = harmless_cost(loaded, guard, harmless).kl
         tried[place] |= {
@@ -104,20 +97,22 @@ def search(
 
 def _successful(
     loaded: LoadedModel, attacks: Sequence[Prompt], effort: Effort, progress: Progress
-) -> dict[Setting, list[Prompt]]:
-    """``effort.search`` attacks in the settings with a picture: in equal steps through those that
+) -> list[Request]:
+    """``effort.search`` attacks with a picture, blank or not: in equal steps through those that
     succeed, then through the others."""
     progress.say("attacks that succeed without a guard")
-    hits: list[tuple[Setting, Prompt]] = []
-    misses: list[tuple[Setting, Prompt]] = []
-    for setting in PICTURED:
-        tried = evenly(within(attacks, setting), effort.scan // len(PICTURED))
-        won = successes(loaded, None, tried, setting, effort.tokens)
-        for prompt, is_hit in zip(tried, won, strict=True):
-            (hits if is_hit else misses).append((setting, prompt))
+    tried = [
+        request
+        for setting in PICTURED
+        for request in requests(
+            evenly(within(attacks, setting), effort.scan // len(PICTURED)), setting
+        )
+    ]
+    won = successes(loaded, None, tried, effort.tokens)
+    hits = [request for request, is_hit in zip(tried, won, strict=True) if is_hit]
+    misses = [request for request, is_hit in zip(tried, won, strict=True) if not is_hit]
     chosen = spaced(hits, effort.search)
-    chosen += spaced(misses, effort.search - len(chosen))
-    return {s: [p for setting, p in chosen if setting == s] for s in PICTURED}
+    return chosen + spaced(misses, effort.search - len(chosen))
 
 
 def _brief(steering: Steering) -> dict[str, Any]:

@@ -78,7 +78,8 @@ class Session:
             GuardError: a guard is attached already, or a part of the model is compiled. Whatever
                 goes wrong, nothing stays on the model.
         """
-        self._adapters = course.adapters(self.model)
+        self._modules = list(self.model.modules())
+        self._adapters = course.adapters(self.model, self._modules)
         self._plain_generate = self._hooks.put_on(
             self._before_forward,
             self._after_forward,
@@ -137,7 +138,7 @@ class Session:
         self, ids: Tensor | None, options: dict[str, Any], text: tuple[Tensor, Tensor] | None
     ) -> Request:
         """Start a request: who it is, and what the LLM says of it as text."""
-        if course.adapters(self.model) != self._adapters:
+        if course.adapters(self.model, self._modules) != self._adapters:
             raise GuardRuntimeError(
                 "an adapter was put on the model, taken off, switched or scaled since the guard "
                 "was attached: the guard belongs to the weights it was calibrated on. Leave its "
@@ -296,7 +297,6 @@ class Session:
             if request.cache is None:
                 request.cache = course.cache_of(output)
             if request.reads_prompt:
-                request.any_open = any(request.fired())
                 if request.any_open:
                     course.mark_steered(request.cache)
                 self._reported = request

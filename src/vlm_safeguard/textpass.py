@@ -12,13 +12,10 @@ from torch import Tensor
 from vlm_safeguard.dose import Steerer
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.gates import GateReader
+from vlm_safeguard.models import EnoughSeen
 from vlm_safeguard.request import Request
 from vlm_safeguard.settings import GuardConfig
 from vlm_safeguard.witness import text_only, text_pass
-
-
-class _EnoughSeen(Exception):
-    """Ends the pass: no layer above is needed."""
 
 
 class TextPass:
@@ -70,7 +67,7 @@ class TextPass:
         self.request = request
         self._seen.clear()
         try:
-            with suppress(_EnoughSeen):
+            with suppress(EnoughSeen):
                 text_pass(self._model, ids, mask)
         finally:
             self.request = None
@@ -84,7 +81,7 @@ class TextPass:
         self._gates.read(request, "text", layer, state)
         self._steerer.hear(request, layer, state)
         if layer == max(self._needed(request)):
-            raise _EnoughSeen
+            raise EnoughSeen
 
     def _needed(self, request: Request) -> frozenset[int]:
         """Layers to reach: where every text gate stayed shut, ``restore`` takes the anchors'

@@ -12,14 +12,13 @@ from torch import Tensor
 from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.judge import judge
 from vlm_safeguard.guard import Guard, reads_pictures
-from vlm_safeguard.models import LoadedModel, encode
+from vlm_safeguard.models import LoadedModel, batches, encode
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.requests import (
     SETTINGS,
     Request,
     Setting,
-    batches,
     requests,
     settings_of,
     spoken,
@@ -48,12 +47,11 @@ def refused(
 def successes(
     loaded: LoadedModel,
     guard: Guard | None,
-    items: Sequence[Prompt],
-    setting: Setting,
+    attacks: Sequence[Request],
     tokens: int,
 ) -> list[bool]:
     """Whether each attack got something else than a refusal; garbled text counts as success."""
-    return [not no for no in refused(loaded, guard, requests(items, setting), tokens)]
+    return [not no for no in refused(loaded, guard, attacks, tokens)]
 
 
 def answered(loaded: LoadedModel, items: Sequence[Prompt], reads_pictures: bool) -> list[bool]:
@@ -79,7 +77,8 @@ def attack(
 ) -> Attacks:
     """Try those of ``items`` that are meant in ``setting``, without ``guard`` and with it."""
     meant = within(items, setting)
-    plain, guarded = (successes(loaded, g, meant, setting, tokens) for g in (None, guard))
+    asked = requests(meant, setting)
+    plain, guarded = (successes(loaded, g, asked, tokens) for g in (None, guard))
     return Attacks(meant, plain, guarded)
 
 
@@ -119,7 +118,7 @@ def harmless_cost(loaded: LoadedModel, guard: Guard, harmless: Sequence[Prompt])
     for setting in SETTINGS:
         meant = within(harmless, setting)
         items = requests(meant, setting)
-        for group in batches(items, 16):
+        for group in batches(loaded, [item.text for item in items], 16):
             moved, opened = _next_token(loaded, [items[i] for i in group], guard)
             tried += zip([meant[i] for i in group], opened, strict=True)
             clusters += [meant[i].cluster for i in group]

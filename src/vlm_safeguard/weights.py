@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,9 +39,9 @@ def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from _parts(name, (_fetched(model, name) if part.is_meta else part).detach())
 
 
-def adapter_names(model: nn.Module) -> set[str]:
-    """Names of the adapters (PEFT) on a model or on a part of it."""
-    known = (module.__dict__.get("peft_config") or () for module in model.modules())
+def adapter_names(modules: Iterable[nn.Module]) -> set[str]:
+    """Names of the adapters (PEFT) on any of a model's modules."""
+    known = (module.__dict__.get("peft_config") or () for module in modules)
     return {name for names in known for name in names}
 
 
@@ -50,7 +50,7 @@ def adapters_at_work(model: nn.Module) -> Iterator[str]:
 
     Their weights lie on the model in any case, so ``stored`` does not tell.
     """
-    names = adapter_names(model)
+    names = adapter_names(model.modules())
     for place, module in model.named_modules() if names else ():
         disabled = getattr(module, "disable_adapters", None)
         if isinstance(disabled, bool):  # a layer's; a whole model has a method of that name

@@ -58,8 +58,8 @@ class Size:
 
 OUTPUTS = ("report.html", "gap.png", "tradeoff.png", "results.json", "responses.jsonl")
 # A calibration that takes half as long as the usual one and finds a little less.
-_LESS = Effort(worded=400, pictured=120, bound=600, scan=64, search=8, final=8, tokens=8)
-QUICK = Size(per_set=20, vqa=160, tokens=16, perplexity=32, pairs=9, effort=_LESS)
+_LESS = Effort(worded=320, pictured=120, bound=500, scan=64, search=8, final=8, tokens=8)
+QUICK = Size(per_set=20, vqa=120, tokens=16, perplexity=32, pairs=9, effort=_LESS)
 FULL = Size(per_set=None, vqa=2000, tokens=32, perplexity=300, pairs=25, effort=Effort())
 
 
@@ -98,7 +98,7 @@ def run_demo(
     systems: dict[str, Guard | None] = {"unguarded": None, "guarded": guard}
     if full and guard.config.steering.layers:
         systems["paper"] = paper_formula(guard, alpha=1.0)
-    rows = compare(loaded, systems, sets, max_new_tokens=size.tokens, progress=progress)
+    rows = compare(loaded, systems, sets, max_new_tokens=size.tokens, batch=64, progress=progress)
     summary: dict[str, Any] = {"settings": table(rows)}
     summary["benchmarks"] = by_benchmark(rows)
     summary["tradeoff"] = tradeoff(rows)

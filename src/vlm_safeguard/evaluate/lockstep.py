@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Paired:
-    """Seconds of one call, and another's over them: to the first token, and per token after it, the
-    median of the steps (NaN with none), so that one in which the machine did something else does
-    not count."""
+    """Seconds of one call, and another's over them: to the first token, where each went first once
+    (the geometric mean of the ratios), and per token after it, the median of the steps (NaN with
+    none), so that one in which the machine did something else does not count."""
 
     first_s: float
     per_token_s: float
@@ -100,36 +101,42 @@ def side_by_side(
     plain: Callable[[Stepped], Any], other: Callable[[Stepped], Any], tokens: int
 ) -> Paired:
     """The times of two ``generate`` calls, each given its streamer, for their first ``tokens``
-    tokens. Which of them goes first changes from token to token.
+    tokens. Which of them goes first changes from token to token; to the first token they are
+    called once more for that, because the second finds the memory that the first has used.
 
     Hooks on one's model must not be on the other's: see ``twin``.
 
     Raises:
         Exception: what one of them raised.
     """
+    [swapped] = _in_turn(plain, other, 1, ((1, 0),))
+    first, *steps = _in_turn(plain, other, tokens, ((0, 1), (1, 0)))
+    firsts = first, swapped
+    return Paired(
+        statistics.mean(one for one, _ in firsts),
+        statistics.median(one for one, _ in steps) if steps else math.nan,
+        statistics.geometric_mean(two / one for one, two in firsts),
+        statistics.median(two / one for one, two in steps) if steps else math.nan,
+    )
+
+
+def _in_turn(
+    plain: Callable[[Stepped], Any],
+    other: Callable[[Stepped], Any],
+    tokens: int,
+    orders: Sequence[tuple[int, int]],
+) -> list[tuple[float, float]]:
+    """Seconds that each token took both calls; ``orders``: which goes first, by turns."""
     calls = Stepped(plain), Stepped(other)
     times: list[tuple[float, float]] = []
     try:
-        for order in itertools.islice(itertools.cycle(((0, 1), (1, 0))), tokens):
+        for order in itertools.islice(itertools.cycle(orders), tokens):
             took = {which: calls[which].step() for which in order}
             times.append((took[0], took[1]))
     finally:
         for call in calls:
             call.close()
-    return paired(times)
-
-
-def paired(times: list[tuple[float, float]]) -> Paired:
-    """Sums up the seconds that each token took both calls."""
-    (own, others), steps = times[0], times[1:]
-    if not steps:
-        return Paired(own, float("nan"), others / own, float("nan"))
-    return Paired(
-        own,
-        statistics.median(one for one, _ in steps),
-        others / own,
-        statistics.median(two / one for one, two in steps),
-    )
+    return times
 
 
 def write(

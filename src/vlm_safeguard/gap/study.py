@@ -23,6 +23,7 @@ from vlm_safeguard.gap.conditions import CONDITIONS, Talk, without_pictures
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.models import (
     LoadedModel,
+    batches,
     conversation,
     find_decoder,
     hidden_of,
@@ -34,7 +35,6 @@ from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.reading import reader
 from vlm_safeguard.report import cut_words
-from vlm_safeguard.requests import Request, batches
 from vlm_safeguard.separate import auc
 from vlm_safeguard.weights import weights_digest
 
@@ -236,9 +236,9 @@ def observe(
         return see
 
     handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(len(decoder.layers))]
-    words = [Request(" ".join(turn.text for turn in talk), None) for talk in talks]
+    words = [" ".join(turn.text for turn in talk) for talk in talks]
     try:
-        groups = batches(words, batch)
+        groups = batches(loaded, words, batch)
         for group in progress.track(groups, what) if progress else groups:
             seen.clear()
             inputs = encode_talks(loaded, [talks[i] for i in group])
