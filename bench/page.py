@@ -54,8 +54,9 @@ once, in random order, in one process. Times to the first token and per token ar
 side by side: a model with hooks and its twin without any, around the same weights, `generate` for
 the same request in lockstep, each token of one right beside the same token of the other, and from
 token to token they change places; to the first token each goes first once. *Unguarded again* has
-hooks on neither: how far chance alone goes. Guards are made by hand, with gates forced open or shut and as many directions as the largest
-that a calibration tries; attaching stands by itself below. Prompts: {found["prompts"]}.
+hooks on neither: how far chance alone goes. Guards are made by hand, with gates forced open or shut
+and as many directions as the largest that a calibration tries; attaching stands by itself below.
+Prompts: {found["prompts"]}.
 {found["new_tokens"]} tokens are written each time; the time per token is the median step's."""
 
 

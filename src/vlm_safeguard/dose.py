@@ -115,7 +115,9 @@ class Steerer:
         elif self._steer.mode == "erase":
             target = directions.new_zeros(request.rows, len(directions))
         else:
-            target = (1 + self._steer.alpha) * self._target(request, layer).to(device)
+            target = self._target(request, layer).to(device)
+            if self._steer.alpha:
+                target = (1 + self._steer.alpha) * target
         index = None
         if len(rows) < request.rows:
             index = torch.tensor(rows, device=device)
@@ -146,9 +148,11 @@ class Steerer:
             return request.text_coordinates[layer]
         if layer not in request.text_coordinates:  # no row was opened by its text
             return anchor
-        text = request.text_coordinates[layer]
-        by_text = torch.tensor(request.shares(layer, "text"), device=text.device)[:, None] > 0
-        return torch.where(by_text, text, anchor.to(text.device))
+        text, by_text = request.text_coordinates[layer], request.shares(layer, "text")
+        if all(by_text):
+            return text
+        rows = torch.tensor(by_text, device=text.device)[:, None] > 0
+        return torch.where(rows, text, anchor.to(text.device))
 
 
 def step(dose: Dose, hidden: Tensor) -> Tensor:

@@ -143,9 +143,12 @@ class Request:
         self.done = self.end
 
     def states_at_q(self, hidden: Tensor) -> Tensor:
-        """States (B, d), float32, at the last prompt token, from all of the call's (B, T, d)."""
+        """States (B, d), float32, at the last prompt token, from all of the call's (B, T, d).
+
+        A copy: while gates are undecided they are kept, and must not keep all columns with them.
+        """
         if isinstance(self.q, int):
-            return hidden[:, self.q].float()
+            return hidden[:, self.q].to(torch.float32, copy=True)
         return hidden[torch.arange(self.rows), torch.tensor(self.q)].float()
 
     def repeat(self, times: int) -> None:

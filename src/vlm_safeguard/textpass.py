@@ -77,7 +77,7 @@ class TextPass:
         request = self.request
         if request is None:
             raise GuardRuntimeError("the text-only pass is over")
-        state = hidden[:, -1].float()
+        state = hidden[:, -1].to(torch.float32, copy=True)  # what is kept keeps not all columns
         self._gates.read(request, "text", layer, state)
         self._steerer.hear(request, layer, state)
         if layer == max(self._needed(request)):
