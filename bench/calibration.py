@@ -14,9 +14,9 @@ from bench.subjects import Subjects
 from bench.timing import Spread, interleaved, ratios, seconds, spread
 from vlm_safeguard import method, prompts
 from vlm_safeguard.activations import record
-from vlm_safeguard.models import batches, encode
+from vlm_safeguard.models import encode
 from vlm_safeguard.recordings import MAX_RANK
-from vlm_safeguard.requests import Request
+from vlm_safeguard.requests import Request, batches
 
 BATCH = 32
 
@@ -29,7 +29,7 @@ def measured(subject: Subjects, rounds: int, pairs: int) -> dict[str, Spread]:
     items = [Request(text, None) for text in texts]
     ready = [
         encode(subject.loaded, [texts[i] for i in group], [None] * len(group))
-        for group in batches(subject.loaded, texts, BATCH)
+        for group in batches(subject.loaded, items, BATCH)
     ]
 
     @torch.inference_mode()

@@ -394,6 +394,8 @@ def test_recorded_states_of_a_skipped_layer_are_those_below(tmp_path: Path) -> N
     items = [Request(prompt, None) for prompt in PROMPTS]
     states = record(loaded, items, tmp_path)
     assert torch.equal(states[:, 0], states[:, 1])
+    for count in (1, 2, 3):  # the pass ends at, before and after the skipped layer
+        assert torch.equal(record(loaded, items, tmp_path, layers=count), states[:, :count])
     for row, prompt in enumerate(PROMPTS):
         expected = bare_states(FAMILIES["mllama"], loaded, prompt)
         close(states[row], torch.stack([expected[layer] for layer in range(families.LAYERS)]))

@@ -101,8 +101,9 @@ def test_a_picture_of_one_colour_is_not_searched() -> None:
     one = made([("bake", 0.9)])
     for colour in ((0, 0, 0), (1, 2, 3)):
         assert one.words(Image.new("RGB", (20, 20), colour)) == ""
+    assert one.words(Image.new("L", (20, 21), 7)) == ""
     assert one._engine.calls == 0
-    assert one.words(Image.new("L", (20, 20))) == "" and one.words(unread()) == "bake"
+    assert one.words(unread()) == "bake" and one._engine.calls == 1
 
 
 def test_the_pixels_given_to_the_engine_are_in_its_order() -> None:

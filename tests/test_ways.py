@@ -832,6 +832,25 @@ def test_an_adapter_that_comes_under_guard_is_noticed():
             generate(model, tiny.batch(tiny.PROMPTS))
 
 
+@pytest.mark.parametrize("place", ["model", "decoder", "a module of its own"])
+def test_an_adapter_that_comes_around_a_part_is_noticed(place):
+    peft, settings = _lora()
+    model = tiny.llava()
+    with always(model).attach(model):
+        generate(model, tiny.batch(tiny.PROMPTS))
+        if place == "model":
+            peft.get_peft_model(model, settings)
+        elif place == "decoder":
+            inner = model.model.language_model
+            model.model.language_model = peft.get_peft_model(inner, settings)
+        else:  # as one that was loaded with its adapter already
+            projector = torch.nn.Sequential(model.model.multi_modal_projector)
+            projector.peft_config = {"default": settings}
+            model.model.multi_modal_projector = projector
+        with pytest.raises(GuardRuntimeError, match="adapter"):
+            generate(model, tiny.batch(tiny.PROMPTS))
+
+
 def _two_adapters():
     """A model with two adapters at work, and what brings it into another state."""
     _, settings = _lora()

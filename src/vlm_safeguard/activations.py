@@ -17,13 +17,12 @@ from vlm_safeguard.models import (
     Decoder,
     EnoughSeen,
     LoadedModel,
-    batches,
     encode,
     hidden_of,
     watch_layer,
 )
 from vlm_safeguard.progress import Progress
-from vlm_safeguard.requests import Request
+from vlm_safeguard.requests import Request, batches
 from vlm_safeguard.witness import verify_residual_stream
 
 
@@ -76,7 +75,7 @@ def record(
 
     handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(depth)]
     try:
-        groups = batches(loaded, [item.text for item in items], batch)
+        groups = batches(loaded, items, batch)
         for group in progress.track(groups, what) if progress else groups:
             texts, images = [items[i].text for i in group], [items[i].image for i in group]
             inputs = encode(loaded, texts, images, read_pictures)

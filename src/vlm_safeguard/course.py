@@ -353,9 +353,7 @@ def adapters(model: Any, modules: Iterable[nn.Module]) -> list[str]:
     """The adapters on a model (PEFT leaves their names on it), which of them work where and how
     much, and where rows of the batch are given one each.
 
-    ``modules``: the model's, by now or when the guard was attached. An adapter that came since is
-    named on one that it wraps, and listing them anew takes longer than all else a request begins
-    with.
+    ``modules``: the model's.
     """
     names = sorted(adapter_names(modules))
     if not names:

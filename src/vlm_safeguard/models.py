@@ -364,14 +364,6 @@ def encode(
     }
 
 
-def batches(loaded: LoadedModel, texts: Sequence[str], size: int) -> list[list[int]]:
-    """Indices of ``texts`` in batches of similar length, long ones first (a lack of memory shows
-    at once). Lengths are in tokens: rows of a batch are padded to the longest."""
-    ids = loaded.processor.tokenizer(list(texts)).input_ids if texts else []
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
 def neutralise(tokenizer: Any, prompt: str) -> str:
     """Break every special token that stands in user text with a zero-width space."""
     for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from vlm_safeguard import pictures
 from vlm_safeguard.images import open_image
+from vlm_safeguard.models import LoadedModel
 from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.reading import reader, with_words
 
@@ -81,3 +82,20 @@ def spoken(prompt: Prompt, reads_pictures: bool) -> Request:
 def requests(prompts: Iterable[Prompt], setting: Setting) -> list[Request]:
     """All ``prompts`` in ``setting``."""
     return [request(prompt, setting) for prompt in prompts]
+
+
+def batches(loaded: LoadedModel, items: Sequence[Request], size: int) -> list[list[int]]:
+    """Indices in batches of similar length, long ones first (a lack of memory shows at once), those
+    with a picture apart from those without.
+
+    Lengths are in tokens, because rows are padded to the longest: a text to what a picture takes,
+    were they together. In some families it is then not answered as it is alone, either.
+    """
+    texts = [item.text.encode("utf-8", "replace").decode() for item in items]  # no lone surrogates
+    lengths = [len(ids) for ids in loaded.processor.tokenizer(texts).input_ids] if texts else []
+    found = []
+    for pictured in (True, False):
+        rows = [row for row, item in enumerate(items) if (item.image is not None) is pictured]
+        rows.sort(key=lambda row: -lengths[row])
+        found += [rows[start : start + size] for start in range(0, len(rows), size)]
+    return found

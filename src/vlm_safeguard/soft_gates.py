@@ -20,9 +20,9 @@ from vlm_safeguard.effort import Effort
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.evaluate.stats import Rate, wilson
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import LoadedModel, batches, encode
+from vlm_safeguard.models import LoadedModel, encode
 from vlm_safeguard.progress import Progress
-from vlm_safeguard.requests import PICTURED, Request, requests
+from vlm_safeguard.requests import PICTURED, Request, batches, requests
 from vlm_safeguard.trials import refused, within
 from vlm_safeguard.variants import with_steering, with_thresholds
 
@@ -95,7 +95,7 @@ def gate_scores(
 ) -> Tensor:
     """The highest score (n,) that any pooled gate gives each request."""
     found = torch.empty(len(items))
-    groups = batches(loaded, [item.text for item in items], 16)
+    groups = batches(loaded, items, 16)
     with guard.attach(loaded.model, loaded.processor) as session:
         for group in progress.track(groups, "gates on held-back prompts"):
             texts, images = [items[i].text for i in group], [items[i].image for i in group]

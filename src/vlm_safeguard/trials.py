@@ -12,13 +12,14 @@ from torch import Tensor
 from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.judge import judge
 from vlm_safeguard.guard import Guard, reads_pictures
-from vlm_safeguard.models import LoadedModel, batches, encode
+from vlm_safeguard.models import LoadedModel, encode
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.requests import (
     SETTINGS,
     Request,
     Setting,
+    batches,
     requests,
     settings_of,
     spoken,
@@ -118,7 +119,7 @@ def harmless_cost(loaded: LoadedModel, guard: Guard, harmless: Sequence[Prompt])
     for setting in SETTINGS:
         meant = within(harmless, setting)
         items = requests(meant, setting)
-        for group in batches(loaded, [item.text for item in items], 16):
+        for group in batches(loaded, items, 16):
             moved, opened = _next_token(loaded, [items[i] for i in group], guard)
             tried += zip([meant[i] for i in group], opened, strict=True)
             clusters += [meant[i].cluster for i in group]

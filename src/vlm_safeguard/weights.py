@@ -39,6 +39,25 @@ def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from _parts(name, (_fetched(model, name) if part.is_meta else part).detach())
 
 
+class Modules:
+    """The modules of a model. Listing them takes a hundred times as long as seeing that none has
+    other parts than before, so they are listed anew only where one has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._list()
+
+    def now(self) -> list[nn.Module]:
+        """All of them, as they are now."""
+        if any([*module._modules.values()] != own for module, own in self._parts):
+            self._list()
+        return self._found
+
+    def _list(self) -> None:
+        self._found = list(self._model.modules())
+        self._parts = [(module, [*module._modules.values()]) for module in self._found]
+
+
 def adapter_names(modules: Iterable[nn.Module]) -> set[str]:
     """Names of the adapters (PEFT) on any of a model's modules."""
     known = (module.__dict__.get("peft_config") or () for module in modules)

@@ -79,9 +79,17 @@ class Worker(Generic[Job, Answer]):
                     self._queue.put(None)  # found again when these are done
                     break
                 taken.append(one)
-            for batch in self._divide([job for job, _ in taken]):
+            for batch in self._batches([job for job, _ in taken]):
                 self._begin([taken[index] for index in batch])
         self._queue.put(None)  # for the next thread
+
+    def _batches(self, jobs: list[Job]) -> list[list[int]]:
+        """How jobs are done together: each alone if they cannot be divided, so that the one that is
+        to blame is told."""
+        try:
+            return self._divide(jobs)
+        except Exception:
+            return [[index] for index in range(len(jobs))]
 
     def _begin(self, batch: list[tuple[Job, Future[Answer]]]) -> None:
         """Do those of a batch that are still wanted: none while the worker closes."""

@@ -10,9 +10,9 @@ import torch
 
 from vlm_safeguard.attestation import Decision
 from vlm_safeguard.guard import Guard, reads_pictures
-from vlm_safeguard.models import LoadedModel, batches, encode
+from vlm_safeguard.models import LoadedModel, encode
 from vlm_safeguard.progress import Progress
-from vlm_safeguard.requests import Request
+from vlm_safeguard.requests import Request, batches
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def respond(
     ends = set(stops if isinstance(stops, list) else [stops])
     found: dict[int, Response] = {}
     with guard.attach(loaded.model, loaded.processor) if guard else nullcontext() as session:
-        groups = batches(loaded, [item.text for item in items], batch)
+        groups = batches(loaded, items, batch)
         for group in progress.track(groups, what) if progress else groups:
             chosen = [items[i] for i in group]
             texts, images = [r.text for r in chosen], [r.image for r in chosen]

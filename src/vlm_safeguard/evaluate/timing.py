@@ -33,8 +33,9 @@ def time_ratios(
     The defended side has ``guard`` attached, if there is one, and its text passed through
     ``reword``. Reading pictures comes before and does not count.
 
-    Each pair answers the same single request at once, in lockstep. Decoding always runs ``tokens``
-    tokens, so that both do the same work.
+    Each pair answers the same single request at once, in lockstep, once more to the first token
+    with the other side going first. Decoding always runs ``tokens`` tokens, so that both do the
+    same work.
     """
     plain = lockstep.twin(loaded.model)
     found = []

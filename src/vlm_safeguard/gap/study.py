@@ -23,7 +23,6 @@ from vlm_safeguard.gap.conditions import CONDITIONS, Talk, without_pictures
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.models import (
     LoadedModel,
-    batches,
     conversation,
     find_decoder,
     hidden_of,
@@ -32,6 +31,7 @@ from vlm_safeguard.models import (
     watch_layer,
 )
 from vlm_safeguard.progress import Progress
+from vlm_safeguard.requests import Request, batches
 from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.reading import reader
 from vlm_safeguard.report import cut_words
@@ -236,9 +236,9 @@ def observe(
         return see
 
     handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(len(decoder.layers))]
-    words = [" ".join(turn.text for turn in talk) for talk in talks]
+    asked = [_as_request(talk) for talk in talks]
     try:
-        groups = batches(loaded, words, batch)
+        groups = batches(loaded, asked, batch)
         for group in progress.track(groups, what) if progress else groups:
             seen.clear()
             inputs = encode_talks(loaded, [talks[i] for i in group])
@@ -257,6 +257,12 @@ def observe(
             "dtype overflows (try --dtype float32)"
         )
     return states, said
+
+
+def _as_request(talk: Talk) -> Request:
+    """All words of a talk, and a picture if there is one: what tells how long it is."""
+    images = [image for turn in talk for image in turn.images]
+    return Request(" ".join(turn.text for turn in talk), images[0] if images else None)
 
 
 def _directions(loaded: LoadedModel, progress: Progress) -> Tensor:

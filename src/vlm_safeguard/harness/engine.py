@@ -14,8 +14,8 @@ from functools import lru_cache
 from vlm_safeguard.demo.assemble import assemble
 from vlm_safeguard.evaluate.generate import Response, respond
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import LoadedModel, batches, load
-from vlm_safeguard.requests import Request
+from vlm_safeguard.models import LoadedModel, load
+from vlm_safeguard.requests import Request, batches
 from vlm_safeguard.worker import Worker
 
 GATHER = 0.15  # seconds without a newcomer after which a round begins
@@ -51,7 +51,7 @@ class Engine:
         return [
             [kind[row] for row in rows]
             for kind in kinds.values()
-            for rows in batches(self.loaded, [jobs[n].request.text for n in kind], self.batch)
+            for rows in batches(self.loaded, [jobs[n].request for n in kind], self.batch)
         ]
 
     def _answer(self, jobs: list[_Job]) -> list[Response]:
