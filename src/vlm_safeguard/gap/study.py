@@ -31,10 +31,10 @@ from vlm_safeguard.models import (
     watch_layer,
 )
 from vlm_safeguard.progress import Progress
-from vlm_safeguard.requests import Request, batches
 from vlm_safeguard.prompts import Prompt
 from vlm_safeguard.reading import reader
 from vlm_safeguard.report import cut_words
+from vlm_safeguard.requests import Request, batches
 from vlm_safeguard.separate import auc
 from vlm_safeguard.weights import weights_digest
 
