@@ -58,7 +58,7 @@ class Size:
 
 OUTPUTS = ("report.html", "gap.png", "tradeoff.png", "results.json", "responses.jsonl")
 # A calibration that takes less time than the usual one and finds a little less.
-_LESS = Effort(worded=240, pictured=120, bound=450, scan=64, search=8, final=8, proof=48, tokens=8)
+_LESS = Effort(worded=320, pictured=120, bound=500, scan=64, search=8, final=8, tokens=8)
 QUICK = Size(per_set=20, vqa=100, tokens=16, perplexity=32, pairs=7, effort=_LESS)
 FULL = Size(per_set=None, vqa=2000, tokens=32, perplexity=300, pairs=25, effort=Effort())
 
