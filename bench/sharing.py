@@ -12,12 +12,8 @@ from torch import Tensor
 from bench.guards import gate_layers, layer_sets
 from bench.subjects import Subjects
 from bench.timing import interleaved, ratios, seconds
-from vlm_safeguard.models import find_decoder
+from vlm_safeguard.models import EnoughSeen, find_decoder
 from vlm_safeguard.witness import text_columns, text_only, text_pass
-
-
-class _Enough(Exception):
-    """Ends a pass."""
 
 
 def measured(subject: Subjects, batch: int, rounds: int) -> dict[str, Any]:
@@ -42,11 +38,11 @@ def measured(subject: Subjects, batch: int, rounds: int) -> dict[str, Any]:
 
     def stopped() -> None:
         def stop(*_: Any) -> None:
-            raise _Enough
+            raise EnoughSeen
 
         handle = find_decoder(model).layers[last].register_forward_hook(stop)
         try:
-            with suppress(_Enough):
+            with suppress(EnoughSeen):
                 text_pass(model, *text)
         finally:
             handle.remove()

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.request import Request
@@ -349,13 +349,10 @@ def check_prompt_in_parts(config: GuardConfig, request: Request) -> None:
         raise GuardRuntimeError("`defer` cannot take pictures out of a prefix cache")
 
 
-def adapters(model: Any, modules: Iterable[nn.Module]) -> list[str]:
+def adapters(model: Any) -> list[str]:
     """The adapters on a model (PEFT leaves their names on it), which of them work where and how
-    much, and where rows of the batch are given one each.
-
-    ``modules``: the model's.
-    """
-    names = sorted(adapter_names(modules))
+    much, and where rows of the batch are given one each."""
+    names = sorted(adapter_names(model))
     if not names:
         return []
     by_row = [

@@ -27,7 +27,6 @@ from vlm_safeguard.request import Request
 from vlm_safeguard.settings import GuardConfig
 from vlm_safeguard.textpass import TextPass
 from vlm_safeguard.turn import Turn
-from vlm_safeguard.weights import Modules
 from vlm_safeguard.witness import ImageMarkup
 
 # What a guarded layer's hook does with the layer's output: None lets it pass.
@@ -79,8 +78,7 @@ class Session:
             GuardError: a guard is attached already, or a part of the model is compiled. Whatever
                 goes wrong, nothing stays on the model.
         """
-        self._modules = Modules(self.model)
-        self._adapters = course.adapters(self.model, self._modules.now())
+        self._adapters = course.adapters(self.model)
         self._plain_generate = self._hooks.put_on(
             self._before_forward,
             self._after_forward,
@@ -139,7 +137,7 @@ class Session:
         self, ids: Tensor | None, options: dict[str, Any], text: tuple[Tensor, Tensor] | None
     ) -> Request:
         """Start a request: who it is, and what the LLM says of it as text."""
-        if course.adapters(self.model, self._modules.now()) != self._adapters:
+        if course.adapters(self.model) != self._adapters:
             raise GuardRuntimeError(
                 "an adapter was put on the model, taken off, switched or scaled since the guard "
                 "was attached: the guard belongs to the weights it was calibrated on. Leave its "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,27 +39,18 @@ def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from _parts(name, (_fetched(model, name) if part.is_meta else part).detach())
 
 
-class Modules:
-    """The modules of a model. Listing them takes a hundred times as long as seeing that none has
-    other parts than before, so they are listed anew only where one has."""
+def adapter_names(model: nn.Module) -> set[str]:
+    """Names of the adapters (PEFT) on a model or on a part of it.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._list()
-
-    def now(self) -> list[nn.Module]:
-        """All of them, as they are now."""
-        if any([*module._modules.values()] != own for module, own in self._parts):
-            self._list()
-        return self._found
-
-    def _list(self) -> None:
-        self._found = list(self._model.modules())
-        self._parts = [(module, [*module._modules.values()]) for module in self._found]
-
-
-def adapter_names(modules: Iterable[nn.Module]) -> set[str]:
-    """Names of the adapters (PEFT) on any of a model's modules."""
+    Asked at the start of every request, so it goes through the modules in a flat loop, which takes
+    a third of the time that ``model.modules()`` does.
+    """
+    modules, seen = [model], {model}
+    for module in modules:  # grows on the way
+        for part in module._modules.values():
+            if part is not None and part not in seen:
+                seen.add(part)
+                modules.append(part)
     known = (module.__dict__.get("peft_config") or () for module in modules)
     return {name for names in known for name in names}
 
@@ -69,7 +60,7 @@ def adapters_at_work(model: nn.Module) -> Iterator[str]:
 
     Their weights lie on the model in any case, so ``stored`` does not tell.
     """
-    names = adapter_names(model.modules())
+    names = adapter_names(model)
     for place, module in model.named_modules() if names else ():
         disabled = getattr(module, "disable_adapters", None)
         if isinstance(disabled, bool):  # a layer's; a whole model has a method of that name

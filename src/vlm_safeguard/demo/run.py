@@ -98,6 +98,7 @@ def run_demo(
     systems: dict[str, Guard | None] = {"unguarded": None, "guarded": guard}
     if full and guard.config.steering.layers:
         systems["paper"] = paper_formula(guard, alpha=1.0)
+    # 64 rows: a decoding step then takes far less than two of 32.
     rows = compare(loaded, systems, sets, max_new_tokens=size.tokens, batch=64, progress=progress)
     summary: dict[str, Any] = {"settings": table(rows)}
     summary["benchmarks"] = by_benchmark(rows)
