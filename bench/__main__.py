@@ -23,6 +23,9 @@ from vlm_safeguard.files import write_whole
 # LLaVA-1.5, asked in so many words: 24 x 24 patches; about 1.35 tokens an English word, and eight
 # of the template around the question.
 IMAGE, LAYERS, WORDS, TOKENS_A_WORD, TEMPLATE = 576, 32, 40, 1.35, 8
+TOKENS = 25  # an even number of steps behind the first: each model goes first in half of them
+# Questions and pictures of single requests; the last has about as many tokens as that LLaVA's.
+SHAPES = [(1, 1), (8, 1), (24, 1), (5, 36)]
 
 
 def main() -> None:
@@ -45,7 +48,7 @@ def main() -> None:
 
 def measure(subject: Subjects, rounds: int, quick: bool) -> dict[str, Any]:
     """Everything that the page tells, except of memory."""
-    batches, tokens, pairs = ([1, 2], 4, 8) if quick else ([1, 4, 16], 8, 100)
+    batches, tokens, pairs = ([1, 2], 4, 8) if quick else ([1, 4, 16], TOKENS, 100)
     found: dict[str, Any] = {
         "quick": quick,
         "rounds": rounds,
@@ -71,6 +74,9 @@ def measure(subject: Subjects, rounds: int, quick: bool) -> dict[str, Any]:
         _say(f"batch {batch}: the parts of a hook")
         parts = overhead.per_layer(subject.llm, batch, rounds)
         found["overhead"]["per_layer_us"][batch] = parts
+    _say("one request at a time")
+    shapes = SHAPES[:1] if quick else SHAPES
+    found["one_by_one"] = speed.one_by_one(subject, shapes, rounds)
     _say("attaching")
     found["overhead"]["attaching_ms"] = overhead.attaching(subject.vlm, rounds)
     _say("calibration")

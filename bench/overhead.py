@@ -16,6 +16,7 @@ from bench import peers
 from bench.decoding import Decoding
 from bench.guards import RANK, Model, adding, layer_sets, restoring
 from bench.timing import Setup, Spread, interleaved, seconds, spread
+from vlm_safeguard.evaluate import lockstep
 from vlm_safeguard.models import find_decoder
 from vlm_safeguard.weights import weights_digest
 
@@ -25,7 +26,7 @@ STEPS = 40
 def per_layer(target: Model, batch: int, rounds: int) -> dict[str, Spread]:
     """Microseconds per layer and decoding step that hooks on every layer take, by what they do.
 
-    The differences to a run without them, of the same round.
+    The difference of a step with them to the same step of a twin without any, right beside it.
     """
     model, layers = target.model, layer_sets(target.depth)["all"]
     generator = torch.Generator().manual_seed(0)
@@ -33,7 +34,7 @@ def per_layer(target: Model, batch: int, rounds: int) -> dict[str, Spread]:
     vectors = {n: torch.randn(width, generator=generator) for n in layers}
     made = partial(restoring, target, layers, text=False)
     setups: dict[str, Setup] = {
-        "none": nullcontext,
+        "none": nullcontext,  # how far chance alone goes
         "an empty hook": partial(_hooked, model, lambda *_: None),
         "an empty hook under torch.compiler.disable": partial(
             _hooked, model, torch.compiler.disable(lambda *_: None)
@@ -50,22 +51,24 @@ def per_layer(target: Model, batch: int, rounds: int) -> dict[str, Spread]:
     prompt = torch.full((batch, 4), 5)
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
 
-    def work(name: str) -> float:
-        decoding = Decoding(model, inputs)
-        decoding.call()
-        times = []
-        for _ in range(STEPS):
-            decoding.prepare(prompt[:, 0])
-            times.append(seconds(decoding.call))
-        return statistics.median(times)
-
     with torch.inference_mode(), _idle_layers(model):
+        pair = lockstep.twin(model), model
+
+        def work(_: str) -> float:
+            calls = [Decoding(one, inputs) for one in pair]
+            for call in calls:
+                call.call()
+            extra = []
+            for step in range(STEPS):
+                took = {}
+                for which in ((0, 1), (1, 0))[step % 2]:
+                    calls[which].prepare(prompt[:, 0])
+                    took[which] = seconds(calls[which].call)
+                extra.append(took[1] - took[0])
+            return 1e6 * statistics.median(extra) / len(layers)
+
         found = interleaved(setups, work, rounds)
-    base = found.pop("none")
-    return {
-        name: spread([1e6 * (t - b) / len(layers) for t, b in zip(times, base, strict=True)])
-        for name, times in found.items()
-    }
+    return {name: spread(figures) for name, figures in found.items()}
 
 
 def attaching(target: Model, rounds: int) -> dict[str, Spread]:

@@ -29,6 +29,7 @@ def page(found: Mapping[str, Any]) -> str:
         _opening(found),
         _vlm(found["vlm"]),
         _prediction(found["prediction"]),
+        _one_by_one(found["one_by_one"]),
         _sharing(found["sharing"]),
         _peers(found),
         _overhead(found["overhead"]),
@@ -103,6 +104,34 @@ projector) is left out, so the share of the whole is smaller.
 {table(head, cells)}"""
 
 
+def _one_by_one(requests: Sequence[Mapping[str, Any]]) -> str:
+    cells = []
+    for one in requests:
+        first, predicted = one["first"], one["predicted"]
+        cells.append(
+            [
+                str(one["images"]),
+                str(one["tokens"]["text"]),
+                str(one["tokens"]["whole"]),
+                figure(one["first_s"]),
+                figure(first["unguarded again"]),
+                figure(first["shut"]),
+                f"{predicted['shut']:.3f}",
+                figure(first["open"]),
+                f"{predicted['open']:.3f}",
+            ]
+        )
+    head = ["pictures", "text tokens", "prompt tokens", "unguarded, s", "unguarded again"]
+    head += ["gate shut", "predicted", "gate open", "predicted"]
+    return f"""## One request at a time, with its text-only pass
+
+Time to the first token, all layers guarded. A pass over few tokens takes more than its share,
+because it reads the weights as one over many does; the last request has the proportions of
+LLaVA-1.5's.
+
+{table(head, cells)}"""
+
+
 def _sharing(batches: Mapping[str, Any]) -> str:
     names = list(next(iter(batches.values())))
     rows = [[name, *(figure(found[name]) for found in batches.values())] for name in names]
@@ -149,7 +178,8 @@ def _overhead(found: Mapping[str, Any]) -> str:
     return f"""## What the overhead is made of
 
 Microseconds per layer and decoding step, hooks on every layer, of a model whose layers do nothing:
-what a step takes beyond one without hooks. A guard's row holds its hooks on the model itself too.
+what a step takes beyond the same step of its twin without hooks, right beside it. A guard's row
+holds its hooks on the model itself too.
 
 {table(["hooks", *(f"batch {batch}" for batch in batches)], rows)}"""
 

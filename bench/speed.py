@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from bench.timing import interleaved, spread
 from vlm_safeguard.evaluate import lockstep
 from vlm_safeguard.evaluate.lockstep import Paired
 from vlm_safeguard.guard import Guard
+from vlm_safeguard.witness import text_columns
 
 AGAIN = "unguarded again"
 
@@ -43,16 +44,49 @@ def on_the_vlm(subject: Subjects, batch: int, tokens: int, rounds: int) -> dict[
     found = _measured(target.model, setups, inputs, tokens, rounds, brief)
     words = subject.inputs(batch, picture=False)["input_ids"].shape[1]
     whole = inputs["input_ids"].shape[1]
-    predicted = {}
-    for name, layers in sets.items():
-        for state, last in (
-            ("shut", max(gate_layers(layers, target.depth))),
-            ("open", max(layers)),
-        ):
-            predicted[f"{name}, text-only pass, {state}"] = 1 + share(
-                words, whole, last, target.depth
-            )
+    predicted = {
+        f"{name}, text-only pass, {state}": figure
+        for name, layers in sets.items()
+        for state, figure in _predicted(words, whole, layers, target.depth).items()
+    }
     return found | {"tokens": {"text": words, "whole": whole}, "predicted_first": predicted}
+
+
+def one_by_one(
+    subject: Subjects, shapes: Sequence[tuple[int, int]], rounds: int
+) -> list[dict[str, Any]]:
+    """Time to the first token of single requests, guards on all layers with a text-only pass.
+
+    ``shapes``: how many questions and how many pictures a request holds.
+    """
+    target = subject.vlm
+    layers = layer_sets(target.depth)["all"]
+    setups: dict[str, Hooked] = {
+        state: restoring(target, layers, text=True, is_open=is_open).attach
+        for state, is_open in (("shut", False), ("open", True))
+    }
+    found = []
+    for questions, images in shapes:
+        inputs = subject.long_inputs(questions, images)
+        ids = inputs["input_ids"]
+        words = int(text_columns(ids, inputs["attention_mask"], target.markup).sum())
+        runs = _in_lockstep(target.model, setups, inputs, 1, rounds, set())
+        found.append(
+            {
+                "images": images,
+                "tokens": {"text": words, "whole": ids.shape[1]},
+                "first_s": spread([run.first_s for run in runs[AGAIN]]),
+                "first": {name: spread([run.first for run in of]) for name, of in runs.items()},
+                "predicted": _predicted(words, ids.shape[1], layers, target.depth),
+            }
+        )
+    return found
+
+
+def _predicted(words: int, whole: int, layers: Sequence[int], depth: int) -> dict[str, float]:
+    """Time to the first token with a text-only pass over that without, as its share says."""
+    ends = {"shut": max(gate_layers(layers, depth)), "open": max(layers)}
+    return {state: 1 + share(words, whole, last, depth) for state, last in ends.items()}
 
 
 def share(words: int, whole: int, last: int, depth: int) -> float:
@@ -96,18 +130,9 @@ def _measured(
     rounds: int,
     brief: set[str],
 ) -> dict[str, Any]:
-    """Ratios of a model with hooks to its twin without any, in lockstep. ``brief``: timed to the
-    first token only."""
-    plain = lockstep.twin(model)
-
-    def work(name: str) -> Paired:
-        count = 1 if name in brief else tokens
-        calls = [partial(lockstep.write, one, inputs, count) for one in (plain, model)]
-        with setups[name](model):
-            return lockstep.side_by_side(calls[0], calls[1], count)
-
-    setups = {AGAIN: nullcontext, **setups}
-    found = interleaved(dict.fromkeys(setups, nullcontext), work, rounds)
+    """Ratios of a model with hooks to its twin without any. ``brief``: timed to the first token
+    only."""
+    found = _in_lockstep(model, setups, inputs, tokens, rounds, brief)
     rows = {}
     for name, runs in found.items():
         rows[name] = {"first": spread([run.first for run in runs])}
@@ -121,3 +146,24 @@ def _measured(
         },
         "ratios": rows,
     }
+
+
+def _in_lockstep(
+    model: Any,
+    setups: Mapping[str, Hooked],
+    inputs: Mapping[str, Any],
+    tokens: int,
+    rounds: int,
+    brief: set[str],
+) -> dict[str, list[Paired]]:
+    """A model with hooks beside its twin without any, every setup once a round, and none at all."""
+    plain = lockstep.twin(model)
+
+    def work(name: str) -> Paired:
+        count = 1 if name in brief else tokens
+        calls = [partial(lockstep.write, one, inputs, count) for one in (plain, model)]
+        with setups[name](model):
+            return lockstep.side_by_side(calls[0], calls[1], count)
+
+    setups = {AGAIN: nullcontext, **setups}
+    return interleaved(dict.fromkeys(setups, nullcontext), work, rounds)

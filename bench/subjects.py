@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from bench.guards import Model, guarded_model
 from vlm_safeguard import pictures, prompts
 from vlm_safeguard.demo.assemble import assemble
-from vlm_safeguard.models import LoadedModel, encode, find_decoder, load
+from vlm_safeguard.models import LoadedModel, encode, find_decoder, load, render
 from vlm_safeguard.witness import find_markup
 
 
@@ -28,6 +28,18 @@ class Subjects:
         texts = [pair.harmless for pair in prompts.anchors()[:batch]]
         image = pictures.blank() if picture else None
         return encode(self.loaded, texts, [image] * batch)
+
+    def long_inputs(self, questions: int, images: int) -> dict[str, torch.Tensor]:
+        """One request of several questions, with several blank pictures."""
+        processor = self.loaded.processor
+        text = " ".join(pair.harmless for pair in prompts.anchors()[:questions])
+        batch = processor(
+            text=[render(processor, text, images)],
+            images=[[pictures.blank()] * images],
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        return dict(batch)
 
 
 def embedded() -> Subjects:

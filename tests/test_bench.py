@@ -116,9 +116,21 @@ def test_every_part_runs_and_the_page_tells_of_it(subject, monkeypatch):
     found["memory"] = {"recording": {8: 1.0, 32: 1.0}, "generating": {"guarded": 2.0}}
     found = json.loads(json.dumps(timing.as_json(found)))
     text = page.page(found)
-    for title in ("On the VLM", "predicts", "one forward", "Beside others", "made of", "Memory"):
+    for title in (
+        "On the VLM",
+        "predicts",
+        "One request",
+        "one forward",
+        "Beside others",
+        "made of",
+        "Memory",
+    ):
         assert title in text
     assert "A smoke test" in text
     ratios = found["vlm"]["1"]["ratios"]
     assert set(found["vlm"]["1"]["predicted_first"]) <= set(ratios)
+    [single] = found["one_by_one"]
+    words, whole = single["tokens"]["text"], single["tokens"]["whole"]
+    assert single["predicted"]["open"] == pytest.approx(1 + words / whole, rel=1e-4)
+    assert set(single["first"]) == {speed.AGAIN, "shut", "open"}
     assert all("per_token" in row for name, row in ratios.items() if "text-only" not in name)
