@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from bench.guards import Model, guarded_model
 from vlm_safeguard import pictures, prompts
 from vlm_safeguard.demo.assemble import assemble
-from vlm_safeguard.models import LoadedModel, encode, find_decoder, load, render
+from vlm_safeguard.models import LoadedModel, encode, find_decoder, load, process, render
 from vlm_safeguard.witness import find_markup
 
 
@@ -31,15 +31,9 @@ class Subjects:
 
     def long_inputs(self, questions: int, images: int) -> dict[str, torch.Tensor]:
         """One request of several questions, with several blank pictures."""
-        processor = self.loaded.processor
         text = " ".join(pair.harmless for pair in prompts.anchors()[:questions])
-        batch = processor(
-            text=[render(processor, text, images)],
-            images=[[pictures.blank()] * images],
-            return_tensors="pt",
-            add_special_tokens=False,
-        )
-        return dict(batch)
+        rendered = render(self.loaded.processor, text, images)
+        return process(self.loaded, [rendered], [[pictures.blank()] * images])
 
 
 def embedded() -> Subjects:

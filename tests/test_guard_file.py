@@ -17,16 +17,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file, save
 
-from tests import fuzz, tiny
+from tests import families, fuzz, tiny
 from vlm_safeguard import artifact
 from vlm_safeguard import settings as limits
 from vlm_safeguard.card import CARD_FILE
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import CONFIG_FILE, TENSOR_FILE, Guard
+from vlm_safeguard.models import template_digest
 from vlm_safeguard.settings import Gate, Steering
+from vlm_safeguard.witness import find_markup
 
 FILES = sorted([CARD_FILE, CONFIG_FILE, TENSOR_FILE])
 GATES = [tiny.gate("text", 1, 3, threshold=0.25), tiny.gate("vlm", 2, per_layer=True)]
+WRAPPERS = ("before", "after", "inner")
 
 
 @pytest.fixture
@@ -672,12 +675,22 @@ def test_weights_of_another_type_are_named(made):
         guard.check_model(model.half())
 
 
-def test_another_chat_template_is_refused_where_the_processor_is_given(made, model):
-    template = "{{ messages }}"
-    digest = hashlib.sha256(template.encode()).hexdigest()
-    identity = made.config.model.model_copy(update={"template_sha256": digest})
-    guard = Guard(made.config.model_copy(update={"model": identity}), made.tensors)
-    guard.check_model(model, SimpleNamespace(chat_template=template))
+def of(loaded):
+    """A guard that belongs to a model and its processor."""
+    made, found = tiny.guard(loaded.model, GATES, layers=[2, 3]), find_markup(loaded)
+    identity = made.config.model.model_copy(
+        update={"template_sha256": template_digest(loaded.processor)}
+    )
+    markup = made.config.markup.model_copy(
+        update={name: list(getattr(found, name)) for name in ("token_ids", *WRAPPERS)}
+    )
+    return Guard(made.config.model_copy(update={"model": identity, "markup": markup}), made.tensors)
+
+
+def test_another_chat_template_is_refused_where_the_processor_is_given(made):
+    loaded = families.llava()
+    model, template, guard = loaded.model, loaded.processor.chat_template, of(loaded)
+    guard.check_model(model, loaded.processor)
     with pytest.raises(GuardError, match="chat template differs"):
         guard.check_model(model, SimpleNamespace(chat_template=template + " "))
     with pytest.raises(GuardError, match="no chat template"):
@@ -685,6 +698,17 @@ def test_another_chat_template_is_refused_where_the_processor_is_given(made, mod
     processor = SimpleNamespace(chat_template="other")
     with pytest.raises(GuardError, match="chat template"), guard.attach(model, processor):
         pass
-    made.check_model(model, processor)  # none was recorded
+    made.check_model(tiny.llava(), processor)  # none was recorded
     with guard.attach(model):
         pass
+
+
+def test_a_processor_that_writes_other_tokens_around_a_picture_is_refused():
+    """The same model and template, with a picture in one piece or in tiles."""
+    whole, tiles = families.idefics3(), families.idefics3_split()
+    assert whole.processor.chat_template == tiles.processor.chat_template
+    for own, other in ((whole, tiles), (tiles, whole)):
+        guard = of(own)
+        guard.check_model(own.model, own.processor)
+        with pytest.raises(GuardError, match="around a picture"):
+            guard.check_model(own.model, other.processor)

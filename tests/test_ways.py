@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -384,6 +385,16 @@ def test_embeddings_beside_their_ids(model, mixed):
         holds(references, *generate(model, both))
 
 
+def test_embeddings_that_say_something_else_than_their_ids(model, mixed):
+    """The guard would read the ids, the model the embeddings."""
+    made, _ = mixed
+    inputs = tiny.batch(tiny.PROMPTS)
+    both = _embedded(model, inputs) | {"input_ids": inputs["input_ids"].clone()}
+    both["input_ids"][0, -1] += 1
+    with made.attach(model), pytest.raises(GuardRuntimeError, match="are not those of"):
+        generate(model, both)
+
+
 # -- refused -----------------------------------------------------------------------------------
 
 REFUSED = {
@@ -640,17 +651,50 @@ def test_a_compiled_layer_in_place_of_a_layer_is_refused():
         session.arm()
 
 
+def _compiled(how, model):
+    """Compiled around the model: nothing on it tells of that."""
+    whole = {
+        "model": model,
+        "a function that calls it": lambda **inputs: model(**inputs),
+        "its forward": model.forward,
+        "its class's forward": partial(type(model).forward, model),
+    }
+    return torch.compile(whole[how], backend="eager")
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_copy_from_before_withholds_its_output():
-    """Nothing on the model tells of it: torch.compile(model) wraps the model from outside."""
+@pytest.mark.parametrize("how", ["model", "a function that calls it"])
+def test_compiled_before_and_called_under_guard(how):
+    """What was compiled without hooks is compiled anew, with them."""
+    model = tiny.llava(num_hidden_layers=2)
+    made = tiny.with_thresholds(
+        tiny.guard(model, [tiny.gate("vlm", 0)], layers=[1], reference="anchor"), [[-1e9]]
+    )
+    inputs = {"input_ids": torch.tensor([tiny.words(0, 6)])}
+    with torch.no_grad():
+        with made.attach(model):
+            expected = model(**inputs).logits
+        compiled = _compiled(how, model)
+        plain = compiled(**inputs).logits
+        with made.attach(model) as session:
+            torch.testing.assert_close(compiled(**inputs).logits, expected)
+            assert [d.fired for d in session.decisions] == [True]
+        assert not torch.allclose(plain, expected)
+        torch.testing.assert_close(compiled(**inputs).logits, plain)
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["its forward", "its class's forward"])
+def test_a_compiled_forward_from_before_is_refused(how):
+    """It goes round the model's own hooks."""
     model = tiny.llava(num_hidden_layers=2)
     made = tiny.guard(model, [tiny.gate("vlm", 0)], layers=[1], reference="anchor")
     inputs = {"input_ids": torch.tensor([tiny.words(0, 6)])}
-    compiled = torch.compile(model, backend="eager")
+    compiled = _compiled(how, model)
     with torch.no_grad():
         compiled(**inputs)
-        with made.attach(model), pytest.raises(GuardRuntimeError, match="withheld"):
+        with made.attach(model), pytest.raises(GuardRuntimeError, match="outside"):
             compiled(**inputs)
     torch._dynamo.reset()
 
@@ -1235,12 +1279,27 @@ def test_hooks_that_are_removed_in_the_middle(place):
                 module._forward_hooks.clear()
                 module._forward_pre_hooks.clear()
 
-    inputs = tiny.batch(tiny.PROMPTS[:1])
+    inputs, streamer = tiny.batch(tiny.PROMPTS[:1]), _Stops(remove)
     with always(model).attach(model) as session:
         with pytest.raises(GuardRuntimeError):
-            generate(model, inputs, streamer=_Stops(remove))
+            generate(model, inputs, streamer=streamer)
         assert session._request is None
+    assert streamer.calls == 3  # nobody gets a token from behind that place
     assert "generate" not in model.__dict__
+
+
+def test_a_forward_call_without_any_hooks_is_refused():
+    """Without hooks torch calls ``forward`` right away."""
+    model = tiny.llava()
+    inputs = tiny.batch(tiny.PROMPTS[:1])
+    with always(model).attach(model) as session:
+        model(**inputs)
+        for module in model.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        with pytest.raises(GuardRuntimeError, match="hooks"):
+            model(**inputs)
+        assert session.attestation is None
 
 
 def test_a_layer_left_out_for_another_run_twice():

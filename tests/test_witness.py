@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
-from tests import tiny
-from vlm_safeguard.witness import ImageMarkup, positions_of, text_columns, text_only
+from tests import families, tiny
+from vlm_safeguard.models import encode
+from vlm_safeguard.witness import ImageMarkup, find_markup, positions_of, text_columns, text_only
 
 IMG, START, END = 90, 91, 92
 MARKUPS = {
@@ -79,3 +81,32 @@ def test_a_row_of_pictures_only_has_no_columns():
 def test_positions_count_attended_tokens():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 0]])
     assert positions_of(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 1, 2, 2]]
+
+
+@pytest.mark.parametrize("by_template", [False, True])
+def test_special_tokens_are_those_of_transformers_own_way(by_template):
+    """LLaVA-1.5's template leaves the first token to the tokenizer, others write it themselves."""
+    loaded = families.llava()
+    tokenizer, template = loaded.processor.tokenizer, loaded.processor.chat_template
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", families.BOS)]
+    )
+    loaded.processor.chat_template = ("<s>" if by_template else "") + template
+    photo = families.photo(1)
+    for image in (None, photo):
+        ours = encode(loaded, ["How far is it?"], [image])["input_ids"]
+        content = [{"type": "text", "text": "How far is it?"}]
+        content = content if image is None else [{"type": "image", "image": image}, *content]
+        theirs = loaded.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        assert torch.equal(ours, theirs["input_ids"])
+        assert (ours == families.BOS).sum() == 1 and ours[0, 0] == families.BOS
+    markup = find_markup(loaded)
+    row = encode(loaded, ["How far is it?"], [photo])["input_ids"][0].tolist()
+    plain = encode(loaded, ["How far is it?"], [None])["input_ids"][0].tolist()
+    assert [row[i] for i in markup.kept(row)] == plain

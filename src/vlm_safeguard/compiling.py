@@ -30,6 +30,12 @@ def refuse_compiled(model: nn.Module) -> None:
             )
 
 
+def forget_compiled() -> None:
+    """Have whatever this process compiled compiled anew: a function that holds the model (a
+    compiled ``model.forward``) leaves no trace on it, and would go on without the hooks."""
+    torch.compiler.reset()
+
+
 def untraced(hook: Callable) -> Callable:
     """The hook as one that torch.compile steps around: what it does depends on the request.
 

@@ -134,6 +134,28 @@ def begin(
     return Request(config.gates, width, last.tolist(), padding, columns, text, soft), mask
 
 
+def check_embeds(
+    model: Any, ids: Tensor | None, embeds: Tensor | None, columns: Tensor | None
+) -> None:
+    """Refuse a prompt that is given twice, as ids and as embeddings, and says two things: the guard
+    reads the ids, the model the embeddings.
+
+    Args:
+        ids: (B, T). embeds: (B, T, d). columns: (B, T) where the guard reads the text.
+
+    Raises:
+        GuardRuntimeError: the embeddings of the text are not those of its ids.
+    """
+    if ids is None or embeds is None or columns is None:
+        return
+    read, given = model.get_input_embeddings()(ids[columns]), embeds[columns]
+    if read.shape != given.shape or not torch.allclose(given.float(), read.float(), 1e-2, 1e-4):
+        raise GuardRuntimeError(
+            "inputs_embeds are not those of the text in input_ids, which the guard reads: pass one "
+            "of them, or the request as text in text_input_ids"
+        )
+
+
 def _after_padding(ids: Tensor, pad_id: int) -> Tensor:
     """Which of ids (B, T) are tokens where no mask tells: only what leads a row can be padding."""
     return (ids != pad_id).cumsum(1) > 0

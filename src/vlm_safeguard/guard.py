@@ -16,11 +16,11 @@ from vlm_safeguard.artifact import CONFIG_FILE, TENSOR_FILE
 from vlm_safeguard.card import CARD_FILE, MARK, card
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.files import read_limited, write_whole
-from vlm_safeguard.models import config_digest, find_decoder, template_digest
+from vlm_safeguard.models import LoadedModel, config_digest, find_decoder, template_digest
 from vlm_safeguard.session import Session
 from vlm_safeguard.settings import GuardConfig
 from vlm_safeguard.weights import quantised, weights_digest
-from vlm_safeguard.witness import ImageMarkup
+from vlm_safeguard.witness import ImageMarkup, find_markup
 
 _MAX_CARD = 1 << 20  # bytes of a README that is looked through for our mark
 _EXACT = (torch.float32, torch.bfloat16)  # in which the digest of the weights is the same
@@ -211,11 +211,12 @@ class Guard:
         """Refuse a model this guard was not calibrated on.
 
         Args:
-            processor: the model's; given, its chat template is compared too.
+            processor: the model's; given, its chat template and what it writes around pictures
+                are compared too.
 
         Raises:
-            GuardError: the size, configuration, weights or chat template differ, or the guard's
-                padding is no token of the model; says which.
+            GuardError: the size, configuration, weights, chat template or pictures' tokens differ,
+                or the guard's padding is no token of the model; says which.
         """
         decoder, own = find_decoder(model), self.config.model
         if (decoder.hidden_size, len(decoder.layers)) != (own.hidden_size, own.layers):
@@ -243,6 +244,7 @@ class Guard:
             )
         if processor is not None and own.template_sha256:
             self._check_template(processor)
+            self._check_markup(model, processor)
 
     def _check_template(self, processor: Any) -> None:
         if getattr(processor, "chat_template", None) is None:
@@ -256,12 +258,29 @@ class Guard:
                 "processor of the same revision, or calibrate with this one"
             )
 
+    def _check_markup(self, model: Any, processor: Any) -> None:
+        """One template and one model go with several image processors (tiles or none), and the
+        text-only reading of one's prompts is not that of another's."""
+        name = self.config.model.name
+        if find_markup(LoadedModel(model, processor, name)) != self.image_markup:
+            raise GuardError(
+                f"this guard is for {name}: the processor writes other tokens around a picture, so "
+                "its gates would take some of them for words. Load the processor of the same "
+                "revision and settings, or calibrate with this one"
+            )
+
     @contextmanager
     def attach(self, model: Any, processor: Any = None) -> Iterator[Session]:
         """Guard every ``generate`` and forward call of ``model`` inside the ``with`` block.
 
-        The model is left as it was afterwards, also after an exception. Given the ``processor``,
-        its chat template is checked too.
+        Outside of ``generate``, a forward call without a cache begins a request: it holds the whole
+        prompt, and what follows on its cache, a token at a time, is taken for the answer.
+
+        The model is left as it was afterwards, also after an exception. Whatever the process has
+        compiled by ``torch.compile`` is compiled anew, because it would leave out the hooks.
+
+        Given the ``processor``, its chat template and the tokens it writes around pictures are
+        checked too.
 
         Raises:
             GuardError: the guard belongs to another model, or one is attached already.

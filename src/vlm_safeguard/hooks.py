@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm_safeguard.compiling import refuse_compiled, untraced
+from vlm_safeguard.compiling import forget_compiled, refuse_compiled, untraced
 from vlm_safeguard.errors import GuardError, GuardRuntimeError
 from vlm_safeguard.models import Decoder, watch_layer
 
@@ -37,6 +37,7 @@ class Hooks:
         after: Callable,
         generate: Callable,
         preparing: Callable[[Mapping[str, Any]], None],
+        entering: Callable[[], None],
         interrupted: Callable[[], None],
         layers: Mapping[int, Callable[[Any], Tensor | None]],
     ) -> Callable:
@@ -48,6 +49,8 @@ class Hooks:
             generate: what stands in for ``model.generate``.
             preparing: called with the keywords of each forward call that any ``generate`` of the
                 model prepares; raises if it is not the one that stands in.
+            entering: called where a forward call of the model begins; raises if it did not come
+                past ``before``: without any hooks torch calls ``forward`` right away.
             interrupted: called where a forward call of the model ends by what is no ``Exception``,
                 which ``after`` does not hear of.
             layers: what is called as the residual stream (B, T, d) after each guarded layer comes
@@ -72,9 +75,10 @@ class Hooks:
             self._handles.append(first)  # at once: should the next not go on, this one goes off
             last = self.model.register_forward_hook(untraced(after), always_call=True)
             self._handles.append(last)
-            self._replace("forward", _watched(self.model.forward, interrupted))
+            self._replace("forward", _watched(self.model.forward, untraced(entering), interrupted))
             self._replace(_PREPARE, self._checked(getattr(self.model, _PREPARE), preparing))
             self._replace("generate", generate)
+            forget_compiled()
         except BaseException:
             self.take_off()
             raise
@@ -126,9 +130,10 @@ class Hooks:
         return checked
 
 
-def _watched(forward: Callable, interrupted: Callable[[], None]) -> Callable:
+def _watched(forward: Callable, entering: Callable, interrupted: Callable) -> Callable:
     @wraps(forward)  # `generate` reads from the signature which keywords the model takes
     def watched(*args: Any, **kwargs: Any) -> Any:
+        entering()
         try:
             return forward(*args, **kwargs)
         except Exception:

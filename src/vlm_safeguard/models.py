@@ -300,24 +300,33 @@ def render(processor: Any, prompt: str, pictures: int = 0) -> str:
 
 
 def process(
-    loaded: LoadedModel, texts: Sequence[str], pictures: Sequence[Image.Image | None]
+    loaded: LoadedModel, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
 ) -> dict[str, Any]:
-    """Rendered requests, each with one picture or none, through the processor; left-padded.
+    """Rendered requests, each with its pictures in order, through the processor; left-padded.
+
+    The tokenizer adds its special tokens unless the template begins with the first of them, as in
+    transformers' own ``apply_chat_template(tokenize=True)`` and pipelines: LLaVA-1.5's template
+    leaves that token to the tokenizer.
 
     Raises:
         ModelError: the processor takes no such batch.
     """
-    options: dict[str, Any] = {"padding": True, "return_tensors": "pt", "add_special_tokens": False}
-    images = [[] if picture is None else [picture] for picture in pictures]
-    if any(images):
-        options["images"] = images  # row by row: some processors take a flat list for one row's
+    first = loaded.processor.tokenizer.bos_token
+    options: dict[str, Any] = {
+        "padding": True,
+        "return_tensors": "pt",
+        "add_special_tokens": not (first and texts[0].startswith(first)),
+    }
+    if any(pictures):
+        # Row by row: some processors take a flat list for one row's.
+        options["images"] = [list(row) for row in pictures]
     try:
         return dict(loaded.processor(text=list(texts), **options))
     except (ValueError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{loaded.name}: its processor refuses a batch of {len(texts)} with "
-            f"{sum(map(len, images))} pictures: {reason}"
+            f"{sum(map(len, pictures))} pictures: {reason}"
         ) from error
 
 
@@ -347,14 +356,14 @@ def encode(
         render(processor, prompt, 0 if picture is None else 1)
         for prompt, picture in zip(prompts, pictures, strict=True)
     ]
-    batch = process(loaded, texts, pictures)
+    batch = process(loaded, texts, [[] if p is None else [p] for p in pictures])
     if read_pictures:
         words = ["" if p is None else reader().words(p) for p in pictures]
         spoken = [
             render(processor, with_words(prompt, neutralise(processor.tokenizer, said)))
             for prompt, said in zip(prompts, words, strict=True)
         ]
-        alone = process(loaded, spoken, [None] * len(spoken))
+        alone = process(loaded, spoken, [[]] * len(spoken))
         batch["text_input_ids"] = alone["input_ids"]
         batch["text_attention_mask"] = alone["attention_mask"]
     return {

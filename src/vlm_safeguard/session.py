@@ -54,6 +54,7 @@ class Session:
         self._other_tokens = course.other_tokens(model)
         self._work: _Work | None = self._refuse
         self._in_generate = False
+        self._announced = False  # a forward call came past the hooks and has not begun yet
         self._request: Request | None = None
         self._reported: Request | None = None  # the last request whose prompt was read
 
@@ -84,6 +85,7 @@ class Session:
             self._after_forward,
             self._generate,
             self._before_preparing,
+            self._entering,
             self._interrupted,
             {layer: self._layer_hook(layer) for layer in self._layers},
         )
@@ -156,6 +158,8 @@ class Session:
             text,
         )
         course.check_not_packed(options, mask)
+        if text is None:
+            course.check_embeds(self.model, ids, options.get("inputs_embeds"), request.text_columns)
         if self._text.layers:
             self._work = self._text.hear
             try:
@@ -219,6 +223,7 @@ class Session:
             self._work = self._step_layer if steps else self._steer_layer
         else:
             self._work = None  # no layer has anything to do but to be counted
+        self._announced = True
         if self._deferral is not None:
             deferred = self._deferral.without_pictures(request, kwargs)
             if deferred is not None:
@@ -268,6 +273,18 @@ class Session:
         if self._request is None:
             raise GuardRuntimeError("the decoder ran outside the guarded model's forward call")
         return self._request
+
+    def _entering(self) -> None:
+        """Refuse a call of the model's ``forward`` that did not come past its hooks."""
+        if not self._hooks.armed or (self._turn.mine and self._text.request is not None):
+            return
+        announced, self._announced = self._announced and self._turn.mine, False
+        if not announced:
+            self._request = self._reported = None
+            raise GuardRuntimeError(
+                "the model's forward ran outside of the guard's hooks (called by itself, or they "
+                "were removed): call the model, and attach the guard last"
+            )
 
     def _interrupted(self) -> None:
         """A forward call ended by what is no ``Exception`` (Ctrl-C, an exit), of which hooks are

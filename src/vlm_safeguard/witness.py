@@ -213,7 +213,7 @@ def _unlike(name: str) -> ModelError:
 
 def _ids(loaded: LoadedModel, text: str, picture: Image.Image | None) -> list[int]:
     """Token ids of one rendered request."""
-    batch = process(loaded, [text], [picture])
+    batch = process(loaded, [text], [[] if picture is None else [picture]])
     return [int(token) for token in batch["input_ids"][0]]
 
 

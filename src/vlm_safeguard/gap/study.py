@@ -27,6 +27,7 @@ from vlm_safeguard.models import (
     find_decoder,
     hidden_of,
     neutralise,
+    process,
     template_digest,
     watch_layer,
 )
@@ -164,12 +165,8 @@ def encode_talks(loaded: LoadedModel, talks: Sequence[Talk]) -> dict[str, Tensor
     conversations of a batch or in none.
     """
     texts = [_render(loaded, talk) for talk in talks]
-    # A list of pictures for each conversation: some processors take a flat list for one sample's.
     images = [[image for turn in talk for image in turn.images] for talk in talks]
-    options: dict[str, Any] = {"images": images} if any(images) else {}
-    inputs = loaded.processor(
-        text=texts, padding=True, return_tensors="pt", add_special_tokens=False, **options
-    )
+    inputs = process(loaded, texts, images)
     return {
         key: value.to(loaded.device) for key, value in inputs.items() if isinstance(value, Tensor)
     }
