@@ -1,6 +1,6 @@
-"""The table of model families in ``docs/families.md``, made from the matrix.
+"""The tables of model families in ``docs/families.md`` and the README, made from the matrix.
 
-python -m tests.family_table    # writes it anew
+python -m tests.family_table    # writes them anew
 """
 
 from __future__ import annotations
@@ -13,12 +13,25 @@ from vlm_safeguard.errors import ModelError
 from vlm_safeguard.files import write_whole
 from vlm_safeguard.witness import verify_residual_stream
 
-DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+ROOT = Path(__file__).parents[1]
 START, END = "<!-- made by python -m tests.family_table -->", "<!-- end -->"
 
 
+def summary() -> str:
+    """The README's table: families by what can be done with them."""
+    alone = [one.name for one in FAMILIES.values() if one.text_alone and ", " not in one.name]
+    others = [one.name for one in FAMILIES.values() if not one.text_alone]
+    rows = {
+        f"guarded ({len(alone)})": alone,
+        "guarded, but not calibrated: no reading of text alone": others,
+        "refused": REFUSED,
+    }
+    lines = ["| | Families in transformers |", "|---|---|"]
+    return "\n".join(lines + [f"| {what} | {', '.join(names)} |" for what, names in rows.items()])
+
+
 def table() -> str:
-    """Both tables: what is verified, and what is refused and why."""
+    """The tables of the docs: what is verified, and what is refused and why."""
     lines = [
         "| Family | Class in transformers | Language layers | Tokens of a picture "
         "| Text-only reading |",
@@ -67,11 +80,16 @@ def _after_colon(error: ModelError) -> str:
     return str(error).split(": ", 1)[1].rstrip(".")
 
 
-def written_into(text: str) -> str:
-    """``text`` with the table in its place."""
+def documents() -> dict[Path, str]:
+    """The files that hold a table, with it in its place."""
+    tables = {ROOT / "docs" / "families.md": table(), ROOT / "README.md": summary()}
+    return {path: _written_into(path.read_text("utf-8"), made) for path, made in tables.items()}
+
+
+def _written_into(text: str, made: str) -> str:
     before, rest = text.split(START, 1)
-    return f"{before}{START}\n{table()}\n{END}{rest.split(END, 1)[1]}"
+    return f"{before}{START}\n{made}\n{END}{rest.split(END, 1)[1]}"
 
 
 if __name__ == "__main__":
-    write_whole({DOCS: written_into(DOCS.read_text(encoding="utf-8")).encode()})
+    write_whole({path: text.encode() for path, text in documents().items()})

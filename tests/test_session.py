@@ -373,16 +373,22 @@ def test_removed_hooks_withhold_the_output(model, source):
         forward(model, tiny.batch(tiny.PROMPTS))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("per_layer", [True, False])
 @pytest.mark.parametrize("source", ["text", "vlm"])
-def test_nan_blocks_the_request(model, source, per_layer):
+def test_nan_and_inf_block_the_request(model, source, per_layer, value):
+    """In one coordinate of the state that the last gate layer reads: the score itself is that."""
+
+    def poison(_, __, output):
+        output[..., 0] = value
+
     made = tiny.guard(model, [tiny.gate(source, 2, 4, per_layer=per_layer)])
-    poison = find_decoder(model).layers[1].mlp.register_forward_hook(lambda *o: o[2] * torch.nan)
+    handle = find_decoder(model).layers[4].mlp.register_forward_hook(poison)
     try:
-        with made.attach(model), pytest.raises(GuardRuntimeError, match="NaN"):
+        with made.attach(model), pytest.raises(GuardRuntimeError, match="NaN or Inf"):
             forward(model, tiny.batch(tiny.PROMPTS))
     finally:
-        poison.remove()
+        handle.remove()
 
 
 def _embeds_only(model, inputs):
