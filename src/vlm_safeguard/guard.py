@@ -32,8 +32,8 @@ class Guard:
     ``tensors`` hold, in float32: ``directions.{l}`` (m, d) and ``anchor.{l}`` (m,), the harmful
     anchors' mean coordinates, for each steered layer; ``gate.{i}`` (n, d), the vectors of gate i.
 
-    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` have the signatures of
-    ``huggingface_hub.ModelHubMixin`` over plain functions of that library. The mixin itself does
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` take what applies to a guard of what
+    ``huggingface_hub.ModelHubMixin`` takes, over plain functions of that library. The mixin does
     not fit: it asks the hub for a ``config.json`` and deletes one that lies in the target folder,
     takes every name that is no folder for one on the hub, and puts no limit on what it fetches.
     """
