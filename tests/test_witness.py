@@ -60,6 +60,11 @@ def test_a_wrapper_must_touch_its_picture():
     assert strip(markup, [1, 5, 5, IMG, 6, IMG, 2]) == [1, 5, 2]
 
 
+def test_the_far_ends_of_a_wrapper_may_have_melted_with_the_text():
+    """What stands next to the picture goes; 70 and 71 hold START and END and some of the text."""
+    assert strip(MARKUPS["longer"], [1, 70, 7, IMG, 8, 71, 2]) == [1, 70, 71, 2]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batches_padded_on_either_side(side):
     inputs = tiny.batch(tiny.PROMPTS, side)

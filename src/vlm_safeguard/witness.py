@@ -50,7 +50,11 @@ class ImageMarkup:
     inner: tuple[int, ...] = ()
 
     def kept(self, ids: list[int]) -> list[int]:
-        """Indices of ``ids`` that stay when pictures and their wrappers are taken out."""
+        """Indices of ``ids`` that stay when pictures and their wrappers are taken out.
+
+        Of a wrapper, what stands next to the picture goes: the newlines at its far end may have
+        become one token with those of the text, and stay there as white space.
+        """
         tokens, place = set(self.token_ids), 0
         kept: list[int] = []
         while place < len(ids):
@@ -58,13 +62,17 @@ class ImageMarkup:
                 kept.append(place)
                 place += 1
                 continue
-            start = max(0, place - len(self.before))
-            touching = kept[len(kept) - (place - start) :] == list(range(start, place))
-            if touching and self.before and tuple(ids[start:place]) == self.before:
-                del kept[-len(self.before) :]
+            before = place - 1
+            for token in reversed(self.before):
+                if not kept or kept[-1] != before or ids[before] != token:
+                    break
+                kept.pop()
+                before -= 1
             place = self._end(ids, place)
-            if self.after and tuple(ids[place : place + len(self.after)]) == self.after:
-                place += len(self.after)
+            for token in self.after:
+                if place == len(ids) or ids[place] != token:
+                    break
+                place += 1
         return kept
 
     def _end(self, ids: list[int], place: int) -> int:
