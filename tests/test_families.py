@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,14 @@ from vlm_safeguard.models import (
 )
 from vlm_safeguard.requests import Request
 from vlm_safeguard.settings import Markup
-from vlm_safeguard.witness import find_markup, text_columns, text_only, verify_residual_stream
+from vlm_safeguard.witness import (
+    ImageMarkup,
+    find_markup,
+    image_token,
+    text_columns,
+    text_only,
+    verify_residual_stream,
+)
 
 PROMPTS = ["What is this?", "How many of them are there, would you say?"]
 NEW = 4
@@ -125,11 +133,15 @@ def last_states(one: Family, loaded: LoadedModel, ids: list[int]) -> dict[int, T
 
 
 def guard_for(
-    one: Family, loaded: LoadedModel, thresholds: float | list[float] = ALWAYS, **steering: Any
+    one: Family,
+    loaded: LoadedModel,
+    thresholds: float | list[float] = ALWAYS,
+    source: str = "text",
+    **steering: Any,
 ) -> Guard:
-    """A guard gated by the text, and its markup as written down in the matrix."""
+    """A guard gated by one source, and its markup as written down in the matrix."""
     layers = text_layers(one, loaded)
-    gates = [tiny.gate("text", *layers, threshold=0.0)]
+    gates = [tiny.gate(source, *layers, threshold=0.0)]
     made = tiny.guard(loaded.model, gates, layers=[layers[1], layers[-1]], **steering)
     if isinstance(thresholds, float):
         thresholds = [thresholds] * len(layers)
@@ -144,6 +156,16 @@ def guard_for(
     return Guard(made.config.model_copy(update={"markup": markup}), made.tensors)
 
 
+def half_open(loaded: LoadedModel, made: Guard, inputs: dict[str, Tensor]) -> tuple[Guard, int]:
+    """The guard with the thresholds of its gate between two rows; which of them it opens."""
+    gate = made.config.gates[0]
+    with made.attach(loaded.model) as session:
+        generate(loaded.model, inputs, max_new_tokens=1)
+        scores = torch.tensor([d.scores[f"{gate.source}.0"] for d in session.decisions])
+    middle = torch.tensor(gate.thresholds) + scores.mean(0)
+    return tiny.with_thresholds(made, [middle.tolist()]), int(scores.sum(1).argmax())
+
+
 def batch(one: Family, loaded: LoadedModel) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """Two requests as one batch and each alone; the second is text alone where that goes."""
     pictures = [families.photo(1), None if one.mixed else families.photo(2)]
@@ -152,9 +174,13 @@ def batch(one: Family, loaded: LoadedModel) -> tuple[dict[str, Tensor], list[dic
 
 
 def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    """Sequences without their prompts, and the logits of every step, (B, new, vocabulary)."""
     options = {"max_new_tokens": NEW, "do_sample": False} | options
     out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1)
+    steps = list(out.logits)
+    if options.get("num_beams", 1) > 1:  # each token's come from the beam it was found on
+        steps = [table[out.beam_indices[:, step]] for step, table in enumerate(steps)]
+    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(steps, 1)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -240,20 +266,15 @@ def test_an_open_gate_moves_states_by_the_formula(
 def test_rows_of_a_batch_get_what_they_get_alone(one: Family, loaded: LoadedModel) -> None:
     """With the gate open for the one of them alone."""
     inputs, alone = batch(one, loaded)
-    made = guard_for(one, loaded, 0.0)
-    with made.attach(loaded.model) as session:
-        generate(loaded.model, inputs, max_new_tokens=1)
-        scores = torch.tensor([d.scores["text.0"] for d in session.decisions])
-    made = guard_for(one, loaded, scores.mean(0).tolist())
+    made, open_row = half_open(loaded, guard_for(one, loaded, 0.0), inputs)
     with made.attach(loaded.model) as session:
         _, together = generate(loaded.model, inputs)
         fired = [d.fired for d in session.decisions]
-        assert sorted(fired) == [False, True]
+        assert fired == [open_row == 0, open_row == 1]
         for row, request in enumerate(alone):
             close(together[row], generate(loaded.model, request)[1][0])
             assert [d.fired for d in session.decisions] == fired[row : row + 1]
     _, plain = generate(loaded.model, inputs)
-    open_row = fired.index(True)
     assert (together[open_row] - plain[open_row]).abs().max() > 1e-2
     close(together[1 - open_row], plain[1 - open_row])
 
@@ -287,8 +308,12 @@ MULTILINE = "Say,\n\nwhat is this?\n"
 def readings(loaded: LoadedModel, prompts: list[str], size: tuple[int, int]) -> list[list[int]]:
     """Rows of the text-only reading of pictured requests."""
     inputs = encode(loaded, prompts, [families.photo(3, *size)] * len(prompts))
+    return readings_of(inputs, find_markup(loaded))
+
+
+def readings_of(inputs: Mapping[str, Tensor], markup: ImageMarkup) -> list[list[int]]:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    columns = text_columns(ids, mask, find_markup(loaded))
+    columns = text_columns(ids, mask, markup)
     ids, mask = text_only(ids, columns, families.PAD)
     return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
 
@@ -308,6 +333,79 @@ def test_the_reading_of_a_pictured_request_is_the_text_alone(name: str) -> None:
     for size in SIZES:
         assert readings(loaded, prompts, size) == expected
         assert readings(loaded, prompts[:1], size) == expected[:1]
+
+
+# Turns by role; a size stands for a picture of that size.
+Part = str | tuple[int, int]
+CONVERSATIONS: dict[str, list[tuple[str, list[Part]]]] = {
+    "two pictures": [("user", [(40, 32), (130, 60), "How do they differ?"])],
+    "newlines around": [("user", [(40, 32), "\n\nFirst.\n", (130, 60), "\nSecond,\n\nthird.\n"])],
+    "newlines alone between": [("user", [(40, 32), "\n\n", (130, 60), "\nWhich?"])],
+    "text first": [("user", ["Look:\n\n", (40, 32), "and ", (130, 60)])],
+    "a picture, then text": [
+        ("user", [(40, 32), "What is this?"]),
+        ("assistant", ["A dog.\n"]),
+        ("user", ["Are you sure?"]),
+    ],
+    "a picture in each turn": [
+        ("user", [(40, 32), "What is this?"]),
+        ("assistant", ["A dog."]),
+        ("user", [(130, 60), "And\nthis?\n"]),
+    ],
+}
+
+
+def reading_of_conversation(
+    loaded: LoadedModel, markup: ImageMarkup, turns: list[tuple[str, list[Part]]]
+) -> tuple[str, str]:
+    """The text-only reading of a conversation, and what the template makes of its text alone."""
+
+    def rendered(pictured: bool) -> str:
+        messages = [
+            {
+                "role": role,
+                "content": [
+                    {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                    for part in parts
+                    if pictured or isinstance(part, str)
+                ],
+            }
+            for role, parts in turns
+        ]
+        return str(
+            loaded.processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        )
+
+    sizes = [part for _, parts in turns for part in parts if not isinstance(part, str)]
+    inputs = loaded.processor(
+        text=[rendered(True)],
+        images=[[families.photo(seed, *size) for seed, size in enumerate(sizes)]],
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    (reading,) = readings_of(inputs, markup)
+    assert not set(reading) & {*markup.token_ids, image_token(loaded)}
+    return loaded.processor.tokenizer.decode(reading), rendered(False)
+
+
+@pytest.mark.parametrize("name", [n for n, one in FAMILIES.items() if one.text_alone])
+def test_the_reading_of_several_pictures_and_turns_is_the_text_alone(name: str) -> None:
+    """To the letter, but where the template writes white space before text and none before a
+    picture. Every template takes several pictures; of PaliGemma there is no reading at all."""
+    loaded = loaded_of(FAMILIES[name])
+    markup = find_markup(loaded)
+    exact = loaded.processor.chat_template != families.IDEFICS_TEMPLATE
+    for what, turns in CONVERSATIONS.items():
+        said, expected = reading_of_conversation(loaded, markup, turns)
+        if exact:
+            assert said == expected, what
+        assert letters(said) == letters(expected), what
+
+
+def letters(text: str) -> str:
+    return "".join(text.split())
 
 
 def test_rows_of_tiles_and_what_stands_between_them() -> None:
@@ -346,6 +444,18 @@ def test_newlines_of_a_wrapper_that_melt_with_those_of_the_text() -> None:
     said = loaded.processor.tokenizer.decode(reading)
     assert said.split("Say,")[1] == ("Say," + MULTILINE[4:] + "\nassistant\n").split("Say,")[1]
     assert said.split("Say,")[0].rstrip() == "user" and said.split("Say,")[0].endswith("\n")
+
+
+def test_wrappers_melt_with_the_newlines_of_the_text_and_of_each_other() -> None:
+    """Gemma's newlines around a picture become one token with those of the user's text, or of the
+    next picture; the tokens that begin and end a picture go all the same."""
+    loaded = families.gemma3(newlines=True)
+    markup = find_markup(loaded)
+    for what, turns in CONVERSATIONS.items():
+        said, expected = reading_of_conversation(loaded, markup, turns)
+        assert letters(said) == letters(expected), what
+        texts = [part for _, parts in turns for part in parts if isinstance(part, str)]
+        assert all(text.strip() in said for text in texts), what
 
 
 def test_a_template_with_other_words_around_a_picture_is_refused() -> None:
@@ -445,11 +555,8 @@ def mixed(loaded: LoadedModel, made: Guard) -> tuple[Guard, dict[str, Tensor], i
     """The guard open for one row of two with a picture, of different shapes; which row it is."""
     pictures = [families.photo(1), families.photo(2, 60, 40)]
     inputs = encode(loaded, PROMPTS, pictures)
-    with made.attach(loaded.model) as session:
-        generate(loaded.model, inputs)
-        scores = [d.scores["text.0"][0] for d in session.decisions]
-    middle = sum(scores) / 2 + made.config.gates[0].thresholds[0]
-    return tiny.with_thresholds(made, [[middle]]), inputs, int(scores[1] > scores[0])
+    made, opened = half_open(loaded, made, inputs)
+    return made, inputs, opened
 
 
 MROPE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]
