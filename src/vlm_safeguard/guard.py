@@ -32,10 +32,11 @@ class Guard:
     ``tensors`` hold, in float32: ``directions.{l}`` (m, d) and ``anchor.{l}`` (m,), the harmful
     anchors' mean coordinates, for each steered layer; ``gate.{i}`` (n, d), the vectors of gate i.
 
-    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` take what applies to a guard of what
-    ``huggingface_hub.ModelHubMixin`` takes, over plain functions of that library. The mixin does
-    not fit: it asks the hub for a ``config.json`` and deletes one that lies in the target folder,
-    takes every name that is no folder for one on the hub, and puts no limit on what it fetches.
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` take what applies to a guard of the
+    arguments of ``huggingface_hub.ModelHubMixin``'s, over plain functions of that library. The
+    mixin itself does not fit: it asks the hub for a ``config.json`` and deletes one that lies in
+    the target folder, takes every name that is no folder for one on the hub, and puts no limit on
+    what it fetches.
     """
 
     def __init__(self, config: GuardConfig, tensors: dict[str, Tensor]) -> None:
