@@ -88,6 +88,7 @@ def sound(kind: str, seed: int = 0) -> Files:
             "config_sha256": digests[0],
             "weights_sha256": digests[1],
             "template_sha256": digests[2],
+            **({"dtype": "bfloat16"} if seed % 2 else {}),
             "hidden_size": width,
             "layers": 6,
         },
@@ -430,8 +431,9 @@ def check_settings(data: bytes) -> dict[str, Any]:
     model = raw["model"]
     digests = {"config_sha256", "weights_sha256"}
     check_keys(
-        model, {"name", "template_sha256", "hidden_size", "layers"} | digests, set(), "model"
+        model, {"name", "template_sha256", "hidden_size", "layers"} | digests, {"dtype"}, "model"
     )
+    must(model.get("dtype", "") in ("", "float32", "bfloat16", "float16"), "type")
     must(is_name(model["name"]), "name")
     must(all(is_digest(model[name]) for name in digests), "digests")
     must(model["template_sha256"] == "" or is_digest(model["template_sha256"]), "template")

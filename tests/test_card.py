@@ -98,6 +98,7 @@ def test_facts_are_on_the_page() -> None:
         assert f"`{digest}`" in page
     assert settings.tensors_sha256 in page and settings.data_sha256["anchors.jsonl"] in page
     assert "6 layers of 12" in page
+    assert rows(page, "Type") == [["Type", own.dtype or "not recorded"]]
     assert rows(page, "Layers") == [["Layers", "1-2, 4"]]
     assert rows(page, "Directions per layer") == [["Directions per layer", "3"]]
     assert rows(page, "0")[0] == [

@@ -403,6 +403,7 @@ def test_a_record_of_any_form_within_the_limits(folder, most, more, said):
     [
         ("model", "name", "n" * 256, "n" * 257),
         ("model", "template_sha256", "", "0" * 63),
+        ("model", "dtype", "float16", "float64"),
         ("model", "weights_sha256", "0" * 64, "A" * 64),
         ("model", "config_sha256", "a" * 64, ""),
         ("model", "layers", 1024, 1025),
@@ -550,6 +551,7 @@ def guards(draw):
             config_sha256=draw(digest),
             weights_sha256=draw(digest),
             template_sha256=draw(st.just("") | digest),
+            dtype=draw(st.sampled_from(["", "float32", "bfloat16", "float16"])),
             hidden_size=width,
             layers=depth,
         ),
@@ -647,7 +649,16 @@ def test_another_model_is_refused(made, options, said):
         pass
 
 
-def test_the_same_model_in_bfloat16_is_accepted(made):
+def test_a_guard_for_another_type_is_refused(made):
+    """Thresholds hold for states of the type that they were set on."""
+    identity = made.config.model.model_copy(update={"dtype": "float32"})
+    guard = Guard(made.config.model_copy(update={"model": identity}), made.tensors)
+    guard.check_model(tiny.llava())
+    with pytest.raises(GuardError, match=r"in float32, and the model is in torch\.bfloat16"):
+        guard.check_model(tiny.llava().to(torch.bfloat16))
+
+
+def test_bfloat16_is_accepted_where_no_type_was_recorded(made):
     model = tiny.llava().to(torch.bfloat16)
     inputs = tiny.batch(tiny.PROMPTS)
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()

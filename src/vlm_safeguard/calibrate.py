@@ -26,6 +26,7 @@ from vlm_safeguard.guard import Guard
 from vlm_safeguard.models import (
     LoadedModel,
     config_digest,
+    dtype_name,
     find_decoder,
     template_digest,
 )
@@ -160,6 +161,7 @@ class _Foundation:
                 config_sha256=config_digest(model),
                 weights_sha256=weights_digest(model),
                 template_sha256=template_digest(self.loaded.processor),
+                dtype=dtype_name(model),
                 hidden_size=decoder.hidden_size,
                 layers=len(decoder.layers),
             ),

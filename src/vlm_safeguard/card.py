@@ -88,6 +88,7 @@ def _identity(config: GuardConfig) -> str:
         ("Configuration, SHA-256", _digest(model.config_sha256)),
         ("Weights (a sample), SHA-256", _digest(model.weights_sha256)),
         ("Chat template, SHA-256", _digest(model.template_sha256)),
+        ("Type", model.dtype or "not recorded"),
         ("Tensors of this guard, SHA-256", _digest(config.tensors_sha256)),
     ]
     data = [(_code(name), _digest(value)) for name, value in sorted(config.data_sha256.items())]

@@ -16,7 +16,13 @@ from vlm_safeguard.artifact import CONFIG_FILE, TENSOR_FILE
 from vlm_safeguard.card import CARD_FILE, MARK, card
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.files import read_limited, write_whole
-from vlm_safeguard.models import LoadedModel, config_digest, find_decoder, template_digest
+from vlm_safeguard.models import (
+    LoadedModel,
+    config_digest,
+    dtype_name,
+    find_decoder,
+    template_digest,
+)
 from vlm_safeguard.session import Session
 from vlm_safeguard.settings import GuardConfig
 from vlm_safeguard.weights import quantised, weights_digest
@@ -216,8 +222,8 @@ class Guard:
                 are compared too.
 
         Raises:
-            GuardError: the size, configuration, weights, chat template or pictures' tokens differ,
-                or the guard's padding is no token of the model; says which.
+            GuardError: the size, configuration, weights, type, chat template or pictures' tokens
+                differ, or the guard's padding is no token of the model; says which.
         """
         decoder, own = find_decoder(model), self.config.model
         if (decoder.hidden_size, len(decoder.layers)) != (own.hidden_size, own.layers):
@@ -236,6 +242,12 @@ class Guard:
                 f"this guard is for {own.name}: the model's weights differ{_dtype_hint(model)}. A "
                 "guard belongs to the weights it was calibrated on, of one revision; run "
                 "`vlm-safeguard calibrate` on these"
+            )
+        if own.dtype and dtype_name(model) != own.dtype:
+            raise GuardError(
+                f"this guard is for {own.name} in {own.dtype}, and the model is in {model.dtype}: "
+                "its thresholds were set on states of that type. Load the model in "
+                f"{own.dtype}, or calibrate on this one"
             )
         pad, known = self.config.markup.pad_id, len(model.get_input_embeddings().weight)
         if pad >= known:

@@ -404,6 +404,11 @@ def config_digest(model: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def dtype_name(model: Any) -> str:
+    """The type that a model computes in, as ``load`` calls it; empty for any other."""
+    return next((name for name, dtype in DTYPES.items() if dtype == model.dtype), "")
+
+
 def template_digest(processor: Any) -> str:
     """SHA-256 of the chat template."""
     return hashlib.sha256(str(processor.chat_template).encode()).hexdigest()

@@ -26,6 +26,7 @@ MAX_NAME = 256  # characters
 _PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
 _Name = Annotated[str, Field(max_length=MAX_NAME, pattern=_PRINTABLE)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_DtypeOrNone = Annotated[str, Field(pattern=r"^(float32|bfloat16|float16)?$")]
 _Sha256OrNone = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 _Layer = Annotated[int, Field(ge=0, lt=MAX_MODEL_LAYERS)]
 _TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
@@ -84,12 +85,13 @@ class Steering(_Strict):
 
 
 class ModelIdentity(_Strict):
-    """Which model a guard belongs to. An empty ``template_sha256``: no template was recorded."""
+    """Which model a guard belongs to. Empty ``template_sha256`` or ``dtype``: none was recorded."""
 
     name: _Name
     config_sha256: _Sha256
     weights_sha256: _Sha256
     template_sha256: _Sha256OrNone
+    dtype: _DtypeOrNone = ""
     hidden_size: int = Field(ge=1, le=MAX_HIDDEN_SIZE)
     layers: int = Field(ge=1, le=MAX_MODEL_LAYERS)
 
