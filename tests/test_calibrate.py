@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_safeguard import method, search
+from vlm_safeguard import method, recordings, search
 from vlm_safeguard.benchmarks.selection import evenly
 from vlm_safeguard.calibrate import calibrate
 from vlm_safeguard.effort import Budget, Effort
@@ -18,7 +19,7 @@ from vlm_safeguard.progress import Progress
 from vlm_safeguard.prompts import calibration
 from vlm_safeguard.requests import Request
 from vlm_safeguard.search import candidates
-from vlm_safeguard.separate import auc, fit_gate, threshold
+from vlm_safeguard.separate import GateFit, auc, fit_gate, threshold
 from vlm_safeguard.settings import Steering
 
 scores = st.lists(st.floats(-100, 100), min_size=2, max_size=60).map(
@@ -146,3 +147,22 @@ def test_thin_takes_half_of_each_label_once() -> None:
     assert len({p.id for p in chosen}) == 40
     assert sum(p.harmful for p in chosen) == 20
     assert len(evenly(items, 10**6)) == len(items)
+
+
+def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One for each question: the highest by any gate, of its copies too, and the lowest of all
+    where the model refuses the question by itself."""
+    items = [replace(p, cluster=str(n)) for n, p in enumerate(calibration("bound")[:10])]
+    items[8] = replace(items[8], cluster="7")  # a wrapped copy of question 7
+    text, seen = torch.zeros(10, 2, 1), torch.zeros(10, 2, 1)
+    text[:, 0, 0] = 2 * torch.arange(10)
+    seen[0, 1, 0] = 20  # with its picture alone
+    states = iter((text, seen))
+    monkeypatch.setattr(recordings, "bound_prompts", lambda _: items)
+    monkeypatch.setattr(recordings, "record", lambda *_, **__: next(states))
+    monkeypatch.setattr(recordings, "answered", lambda _, asked, __: [p != items[9] for p in asked])
+    witness = GateFit((0,), torch.ones(1, 1), 0.0, spread=2.0)
+    in_vlm = GateFit((1,), torch.ones(1, 1), 0.0, spread=1.0)
+    quiet, loaded = Progress(quiet=True), None
+    found = recordings.bound_scores(loaded, witness, in_vlm, Effort(), tmp_path, quiet)  # type: ignore[arg-type]
+    assert found.tolist() == [20, 1, 2, 3, 4, 5, 6, 8, 1]
