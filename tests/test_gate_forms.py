@@ -10,10 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlm_safeguard import gate_forms, recordings
 from vlm_safeguard.conformal import allowed_exceedances
-from vlm_safeguard.effort import Budget
+from vlm_safeguard.effort import Budget, Effort
 from vlm_safeguard.evaluate.stats import wilson
 from vlm_safeguard.gate_forms import Row, at_false_positives, facts, page
+from vlm_safeguard.progress import Progress
+from vlm_safeguard.prompts import calibration
+from vlm_safeguard.requests import Request, settings_of
 from vlm_safeguard.separate import GateFit, bounded
 
 values = st.lists(st.floats(-50, 50), min_size=1, max_size=150).map(torch.tensor)
@@ -60,3 +64,39 @@ def test_the_page_shows_every_row_with_its_counts() -> None:
     assert "| one | text | any | 3-9 | 0.910 | 70.0%" in text and "(2/10)" in text
     assert "| blank | 80.0%" in text and "(0/50)" in text
     assert facts(rows, together)["calibrated"]["blank"]["found"]["count"] == 8
+
+
+def test_the_study_finds_harm_where_it_is_planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one layer's states, but for requests beside a blank picture."""
+    harmful = {p.prompt for part in ("fit", "held") for p in calibration(part) if p.harmful}
+    generator = torch.Generator().manual_seed(0)
+
+    def states(_: object, asked: list[Request], *__: object, **___: object) -> torch.Tensor:
+        found = torch.randn(len(asked), 4, 8, generator=generator)
+        for row, one in enumerate(asked):
+            blank = one.image is not None and len(one.image.getcolors(2) or "12") == 1
+            found[row, 2, 0] += 8 * (one.text in harmful and not blank)
+        return found
+
+    def anchors(*_: object) -> torch.Tensor:
+        found = torch.randn(2, 60, 4, 8, generator=generator)
+        found[0, :, 2, 0] += 8
+        return found
+
+    for module in (recordings, gate_forms):
+        monkeypatch.setattr(module, "record", states)
+    monkeypatch.setattr(recordings, "anchor_states", anchors)
+    monkeypatch.setattr(recordings, "MAX_RANK", 4)
+    monkeypatch.setattr(recordings, "answered", lambda _, asked, __: [True] * len(asked))
+    effort = Effort(worded=200, pictured=200, bound=200)
+    rows, together = gate_forms.study(None, Budget(), effort, Progress(quiet=True))  # type: ignore[arg-type]
+    held = [p for p in calibration("held") if "text" in settings_of(p)]
+    shares = {(r.form, r.source, r.setting): r.found.count / r.found.n for r in rows}
+    assert {r.found.n for r in rows} == {sum(p.harmful for p in held)}
+    assert len(shares) == len(rows) == len(gate_forms.FORMS) * 4
+    for (_, source, setting), share in shares.items():
+        assert share < 0.2 if (source, setting) == ("vlm", "blank") else share > 0.95
+    for rates in together.values():  # the text-only pass reads the words of every request
+        assert rates["found"].count > 0.95 * rates["found"].n
+        assert rates["stopped"].count < 0.05 * rates["stopped"].n
+        assert rates["stopped"].n == sum(not p.harmful for p in held)
