@@ -1074,8 +1074,9 @@ def test_a_call_beside_a_generation_is_refused_and_leaves_it_alone(model, mixed,
     holds(references[:1], *box[0])
 
 
+@pytest.mark.parametrize("part", ["the decoder", "the model's forward"])
 @pytest.mark.parametrize("threshold", [-1e9, 1e9])
-def test_the_decoder_in_another_thread_is_refused_in_the_middle_of_a_call(model, threshold):
+def test_another_thread_is_refused_in_the_middle_of_a_call(model, threshold, part):
     """In the middle the hooks work, or let everything pass: but not for somebody else."""
     made, inputs = always(model, threshold), tiny.batch(tiny.PROMPTS[:1])
     calls, box = [], []
@@ -1084,7 +1085,8 @@ def test_the_decoder_in_another_thread_is_refused_in_the_middle_of_a_call(model,
         calls.append(1)
         if len(calls) in (2, 4):  # the prompt (after the text-only pass), and a decoding step
             ids = torch.tensor([tiny.words(8, 5)])
-            thread, got = _in_thread(model.model.language_model, input_ids=ids)
+            called = model.model.language_model if part == "the decoder" else model.forward
+            thread, got = _in_thread(called, input_ids=ids)
             thread.join()
             box.append(got[0])
 
@@ -1097,6 +1099,17 @@ def test_the_decoder_in_another_thread_is_refused_in_the_middle_of_a_call(model,
             handle.remove()
     assert len(box) == 2 and all(isinstance(one, GuardRuntimeError) for one in box)
     torch.testing.assert_close(undisturbed[1], expected[1])
+
+
+def test_a_forward_called_by_itself_is_refused_and_leaves_the_turn_free(model, mixed):
+    made, references = mixed
+    inputs = tiny.batch(tiny.PROMPTS)
+    with made.attach(model):
+        with pytest.raises(GuardRuntimeError, match="outside"):
+            model.forward(**inputs)
+        thread, box = _in_thread(generate, model, inputs)
+        thread.join()
+        holds(references, *box[0])
 
 
 def test_two_threads_with_a_forward_call_each_get_it_or_an_error(model, mixed):

@@ -148,7 +148,8 @@ def check_embeds(
     """
     if ids is None or embeds is None or columns is None:
         return
-    read, given = model.get_input_embeddings()(ids[columns]), embeds[columns]
+    given = embeds[columns]
+    read = model.get_input_embeddings()(ids[columns]).to(given.device)
     if read.shape != given.shape or not torch.allclose(given.float(), read.float(), 1e-2, 1e-4):
         raise GuardRuntimeError(
             "inputs_embeds are not those of the text in input_ids, which the guard reads: pass one "

@@ -276,15 +276,20 @@ class Session:
 
     def _entering(self) -> None:
         """Refuse a call of the model's ``forward`` that did not come past its hooks."""
-        if not self._hooks.armed or (self._turn.mine and self._text.request is not None):
+        if not self._hooks.armed:
             return
-        announced, self._announced = self._announced and self._turn.mine, False
-        if not announced:
-            self._request = self._reported = None
-            raise GuardRuntimeError(
-                "the model's forward ran outside of the guard's hooks (called by itself, or they "
-                "were removed): call the model, and attach the guard last"
-            )
+        if self._turn.mine:
+            announced, self._announced = self._announced, False
+            if announced or self._text.request is not None:
+                return
+        self._turn.take()  # or refuse: what another thread is at stays as it is
+        self._request = self._reported = None
+        if not self._in_generate:
+            self._turn.give_back()
+        raise GuardRuntimeError(
+            "the model's forward ran outside of the guard's hooks (called by itself, or they were "
+            "removed): call the model, and attach the guard last"
+        )
 
     def _interrupted(self) -> None:
         """A forward call ended by what is no ``Exception`` (Ctrl-C, an exit), of which hooks are
