@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import config_digest, find_decoder
-from vlm_safeguard.settings import Gate, GuardConfig, Markup, ModelIdentity, Steering
+from vlm_safeguard.identity import config_digest
+from vlm_safeguard.models import find_decoder
+from vlm_safeguard.settings import Gate, GuardConfig, ModelIdentity, Steering
 from vlm_safeguard.weights import weights_digest
 from vlm_safeguard.witness import ImageMarkup
 
@@ -106,12 +107,6 @@ def _guard(target: Model, gates: list[Gate], steering: Steering) -> Guard:
     for index, gate in enumerate(gates):
         vectors = torch.randn(len(gate.layers), width, generator=generator)
         tensors[f"gate.{index}"] = vectors / vectors.norm(dim=1, keepdim=True)
-    markup = Markup(
-        token_ids=list(target.markup.token_ids),
-        before=list(target.markup.before),
-        after=list(target.markup.after),
-        inner=list(target.markup.inner),
-        pad_id=target.pad_id,
-    )
+    markup = target.markup.settings(target.pad_id)
     config = GuardConfig(model=target.identity, markup=markup, gates=gates, steering=steering)
     return Guard(config, tensors)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -41,7 +42,7 @@ def on_the_vlm(subject: Subjects, batch: int, tokens: int, rounds: int) -> dict[
     setups: dict[str, Hooked] = {key: guard.attach for key, guard in guards.items()}
     setups["all, naive hook"] = partial(_with, peers.naive, _vectors(target, sets["all"]))
     inputs = subject.inputs(batch, picture=True)
-    found = _measured(target.model, setups, inputs, tokens, rounds, brief)
+    found = _ratios(_in_lockstep(target.model, setups, inputs, tokens, rounds, brief))
     words = subject.inputs(batch, picture=False)["input_ids"].shape[1]
     whole = inputs["input_ids"].shape[1]
     predicted = {
@@ -70,7 +71,7 @@ def one_by_one(
         inputs = subject.long_inputs(questions, images)
         ids = inputs["input_ids"]
         words = int(text_columns(ids, inputs["attention_mask"], target.markup).sum())
-        runs = _in_lockstep(target.model, setups, inputs, 1, rounds, set())
+        runs = _in_lockstep(target.model, setups, inputs, 1, rounds)
         found.append(
             {
                 "images": images,
@@ -109,7 +110,7 @@ def on_the_llm(subject: Subjects, batch: int, tokens: int, rounds: int) -> dict[
         "guard, last prompt token": restoring(target, layers, text=False, is_open=True),
     }
     setups |= {key: guard.attach for key, guard in guards.items()}
-    return _measured(target.model, setups, inputs, tokens, rounds, set())
+    return _ratios(_in_lockstep(target.model, setups, inputs, tokens, rounds))
 
 
 def _vectors(target: Model, layers: list[int]) -> peers.Vectors:
@@ -122,21 +123,12 @@ def _with(peer: peers.Peer, vectors: peers.Vectors, model: Any) -> AbstractConte
     return peer(model, vectors)
 
 
-def _measured(
-    model: Any,
-    setups: Mapping[str, Hooked],
-    inputs: Mapping[str, Any],
-    tokens: int,
-    rounds: int,
-    brief: set[str],
-) -> dict[str, Any]:
-    """Ratios of a model with hooks to its twin without any. ``brief``: timed to the first token
-    only."""
-    found = _in_lockstep(model, setups, inputs, tokens, rounds, brief)
+def _ratios(found: Mapping[str, Sequence[Paired]]) -> dict[str, Any]:
+    """What ``_in_lockstep`` found, summed up."""
     rows = {}
     for name, runs in found.items():
         rows[name] = {"first": spread([run.first for run in runs])}
-        if name not in brief:
+        if not math.isnan(runs[0].per_token):
             rows[name]["per_token"] = spread([run.per_token for run in runs])
     plain = found[AGAIN]
     return {
@@ -154,9 +146,10 @@ def _in_lockstep(
     inputs: Mapping[str, Any],
     tokens: int,
     rounds: int,
-    brief: set[str],
+    brief: Collection[str] = (),
 ) -> dict[str, list[Paired]]:
-    """A model with hooks beside its twin without any, every setup once a round, and none at all."""
+    """A model with hooks beside its twin without any, every setup once a round, and none at all.
+    ``brief``: timed to the first token only."""
     plain = lockstep.twin(model)
 
     def work(name: str) -> Paired:

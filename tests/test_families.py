@@ -20,13 +20,12 @@ from vlm_safeguard.activations import record
 from vlm_safeguard.doctor import describe, examine
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
 from vlm_safeguard.guard import Guard
+from vlm_safeguard.identity import config_digest, template_digest
 from vlm_safeguard.models import (
     LoadedModel,
-    config_digest,
     encode,
     find_decoder,
     hidden_of,
-    template_digest,
     watch_layer,
 )
 from vlm_safeguard.requests import Request

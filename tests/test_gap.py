@@ -28,7 +28,6 @@ from vlm_safeguard.guard import Guard
 from vlm_safeguard.method import gate_scores
 from vlm_safeguard.prompts import evaluation
 from vlm_safeguard.requests import Request, requests
-from vlm_safeguard.settings import Markup
 from vlm_safeguard.witness import find_markup, text_columns, text_only
 
 BY_NAME = {condition.name: condition for condition in CONDITIONS}
@@ -44,12 +43,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> models.LoadedModel:
 def guard(loaded: models.LoadedModel) -> Any:
     gates = [tiny.gate("text", 2), tiny.gate("vlm", 1, 3)]
     made, own = tiny.guard(loaded.model, gates), find_markup(loaded)
-    markup = Markup(
-        token_ids=list(own.token_ids),
-        before=list(own.before),
-        after=list(own.after),
-        pad_id=tiny.PAD,
-    )
+    markup = own.settings(tiny.PAD)
     return Guard(made.config.model_copy(update={"markup": markup}), made.tensors)
 
 

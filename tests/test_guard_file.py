@@ -23,13 +23,12 @@ from vlm_safeguard import settings as limits
 from vlm_safeguard.card import CARD_FILE
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import CONFIG_FILE, TENSOR_FILE, Guard
-from vlm_safeguard.models import template_digest
+from vlm_safeguard.identity import template_digest
 from vlm_safeguard.settings import Gate, Steering
 from vlm_safeguard.witness import find_markup
 
 FILES = sorted([CARD_FILE, CONFIG_FILE, TENSOR_FILE])
 GATES = [tiny.gate("text", 1, 3, threshold=0.25), tiny.gate("vlm", 2, per_layer=True)]
-WRAPPERS = ("before", "after", "inner")
 
 
 @pytest.fixture
@@ -692,9 +691,7 @@ def of(loaded):
     identity = made.config.model.model_copy(
         update={"template_sha256": template_digest(loaded.processor)}
     )
-    markup = made.config.markup.model_copy(
-        update={name: list(getattr(found, name)) for name in ("token_ids", *WRAPPERS)}
-    )
+    markup = found.settings(made.config.markup.pad_id)
     return Guard(made.config.model_copy(update={"model": identity, "markup": markup}), made.tensors)
 
 

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import config_digest, find_decoder
+from vlm_safeguard.identity import config_digest
+from vlm_safeguard.models import find_decoder
 from vlm_safeguard.settings import Gate, GuardConfig, Markup, ModelIdentity, Steering
 from vlm_safeguard.weights import weights_digest
 

@@ -23,13 +23,8 @@ from vlm_safeguard import method, prompts
 from vlm_safeguard.conformal import CONFIDENCE, check_enough
 from vlm_safeguard.effort import Budget, Effort
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import (
-    LoadedModel,
-    config_digest,
-    dtype_name,
-    find_decoder,
-    template_digest,
-)
+from vlm_safeguard.identity import config_digest, dtype_name, template_digest
+from vlm_safeguard.models import LoadedModel, find_decoder
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.proof import prove
 from vlm_safeguard.recordings import (
@@ -41,7 +36,7 @@ from vlm_safeguard.recordings import (
 )
 from vlm_safeguard.search import search
 from vlm_safeguard.separate import GateFit, auc, bounded
-from vlm_safeguard.settings import Gate, GuardConfig, Markup, ModelIdentity, Steering
+from vlm_safeguard.settings import Gate, GuardConfig, ModelIdentity, Steering
 from vlm_safeguard.weights import weights_digest
 from vlm_safeguard.witness import find_markup
 
@@ -154,7 +149,6 @@ class _Foundation:
             gate = {"source": source, "layers": list(fit.layers), "thresholds": cuts}
             tensors[f"gate.{len(gates)}"] = fit.vectors.contiguous()
             gates.append(Gate.model_validate(gate))
-        tokenizer = self.loaded.processor.tokenizer
         config = GuardConfig(
             model=ModelIdentity(
                 name=Path(self.loaded.name).name,
@@ -165,13 +159,7 @@ class _Foundation:
                 hidden_size=decoder.hidden_size,
                 layers=len(decoder.layers),
             ),
-            markup=Markup(
-                token_ids=list(self.markup.token_ids),
-                before=list(self.markup.before),
-                after=list(self.markup.after),
-                inner=list(self.markup.inner),
-                pad_id=tokenizer.pad_token_id,
-            ),
+            markup=self.markup.settings(self.loaded.processor.tokenizer.pad_token_id),
             gates=gates,
             steering=steering,
             reads_pictures=self.reads_pictures,

@@ -15,7 +15,8 @@ from vlm_safeguard.errors import GuardError
 from vlm_safeguard.evaluate.generate import respond
 from vlm_safeguard.evaluate.stats import mcnemar, wilson
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import LoadedModel, template_digest
+from vlm_safeguard.identity import template_digest
+from vlm_safeguard.models import LoadedModel
 from vlm_safeguard.progress import Progress
 from vlm_safeguard.requests import PICTURED, requests
 from vlm_safeguard.separate import auc

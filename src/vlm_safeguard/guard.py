@@ -16,13 +16,8 @@ from vlm_safeguard.artifact import CONFIG_FILE, TENSOR_FILE
 from vlm_safeguard.card import CARD_FILE, MARK, card
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.files import read_limited, write_whole
-from vlm_safeguard.models import (
-    LoadedModel,
-    config_digest,
-    dtype_name,
-    find_decoder,
-    template_digest,
-)
+from vlm_safeguard.identity import config_digest, dtype_name, template_digest
+from vlm_safeguard.models import LoadedModel, find_decoder
 from vlm_safeguard.session import Session
 from vlm_safeguard.settings import GuardConfig
 from vlm_safeguard.weights import quantised, weights_digest

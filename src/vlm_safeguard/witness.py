@@ -26,6 +26,7 @@ from vlm_safeguard.models import (
     render,
     replace_hidden,
 )
+from vlm_safeguard.settings import Markup
 from vlm_safeguard.weights import input_device
 
 # Square, wide and tall, small and large: pictures that processors cut into different tiles.
@@ -75,6 +76,11 @@ class ImageMarkup:
                 place += 1
         return kept
 
+    def settings(self, pad_id: int) -> Markup:
+        """The same as a guard keeps it; ``pad_id`` pads the text-only reading."""
+        lists = {name: list(tokens) for name, tokens in vars(self).items()}
+        return Markup(**lists, pad_id=pad_id)
+
     def _end(self, ids: list[int], place: int) -> int:
         """One past the last token of the picture that stands at ``place``."""
         end = place
@@ -97,7 +103,7 @@ def find_markup(loaded: LoadedModel) -> ImageMarkup:
         ModelError: taking the image tokens out does not lead back to the text-only rendering.
     """
     tokenizer, image_id = loaded.processor.tokenizer, image_token(loaded)
-    plain = _ids(loaded, render(loaded.processor, PROBE, 0), None)
+    plain = _ids(loaded, render(loaded.processor, PROBE, 0))
     pictured = render(loaded.processor, PROBE, 1)
     rows = [_ids(loaded, pictured, Image.new("RGB", size, (127, 127, 127))) for size in PROBE_SIZES]
     blocks = [_block(tokenizer, plain, row, image_id, loaded.name) for row in rows]
@@ -219,9 +225,9 @@ def _unlike(name: str) -> ModelError:
     )
 
 
-def _ids(loaded: LoadedModel, text: str, picture: Image.Image | None) -> list[int]:
+def _ids(loaded: LoadedModel, text: str, *pictures: Image.Image) -> list[int]:
     """Token ids of one rendered request."""
-    batch = process(loaded, [text], [[] if picture is None else [picture]])
+    batch = process(loaded, [text], [pictures])
     return [int(token) for token in batch["input_ids"][0]]
 
 

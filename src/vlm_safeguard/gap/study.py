@@ -21,6 +21,7 @@ from vlm_safeguard.evaluate.judge import Verdict, judge
 from vlm_safeguard.evaluate.stats import Rate, mcnemar, wilson
 from vlm_safeguard.gap.conditions import CONDITIONS, Talk, without_pictures
 from vlm_safeguard.guard import Guard, reads_pictures
+from vlm_safeguard.identity import template_digest
 from vlm_safeguard.models import (
     LoadedModel,
     conversation,
@@ -28,7 +29,6 @@ from vlm_safeguard.models import (
     hidden_of,
     neutralise,
     process,
-    template_digest,
     watch_layer,
 )
 from vlm_safeguard.progress import Progress

@@ -36,8 +36,8 @@ from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluate.generate import Response
 from vlm_safeguard.harness.engine import engine
 from vlm_safeguard.harness.waiting import answer_of
+from vlm_safeguard.identity import template_digest
 from vlm_safeguard.images import open_image
-from vlm_safeguard.models import template_digest
 from vlm_safeguard.requests import Request
 from vlm_safeguard.weights import weights_digest
 
