@@ -18,7 +18,7 @@ from bench.guards import RANK, gate_layers
 from bench.page import page
 from bench.subjects import Subjects, embedded
 from bench.timing import as_json
-from vlm_safeguard.files import write_whole
+from vlm_safeguard.utils.files import write_whole
 
 # LLaVA-1.5, asked in so many words: 24 x 24 patches; about 1.35 tokens an English word, and eight
 # of the template around the question.

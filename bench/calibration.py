@@ -12,11 +12,12 @@ import torch
 
 from bench.subjects import Subjects
 from bench.timing import Spread, interleaved, ratios, seconds, spread
-from vlm_safeguard import method, prompts
-from vlm_safeguard.activations import record
-from vlm_safeguard.models import encode
-from vlm_safeguard.recordings import MAX_RANK
-from vlm_safeguard.requests import Request, batches
+from vlm_safeguard import method
+from vlm_safeguard.calibration.hidden_states import MAX_RANK
+from vlm_safeguard.data import prompts
+from vlm_safeguard.data.inputs import Request, batches
+from vlm_safeguard.model.loading import encode
+from vlm_safeguard.model.recording import record
 
 BATCH = 32
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from vlm_safeguard.witness import positions_of
+from vlm_safeguard.model.text_only import positions_of
 
 
 class Decoding:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 
+from vlm_safeguard.artifact.config import Gate, GuardConfig, ModelIdentity, Steering
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.identity import config_digest
-from vlm_safeguard.models import find_decoder
-from vlm_safeguard.settings import Gate, GuardConfig, ModelIdentity, Steering
-from vlm_safeguard.weights import weights_digest
-from vlm_safeguard.witness import ImageMarkup
+from vlm_safeguard.model.fingerprint import config_digest
+from vlm_safeguard.model.loading import find_decoder
+from vlm_safeguard.model.text_only import ImageMarkup
+from vlm_safeguard.model.weights import weights_digest
 
 RANK = 64  # the largest that a calibration tries
 FAR = 1e9  # no score comes near it: a gate with this threshold is shut, with its negative open

@@ -19,10 +19,10 @@ import torch
 
 from bench.guards import layer_sets, restoring
 from bench.subjects import Subjects, embedded
-from vlm_safeguard import pictures, prompts
-from vlm_safeguard.activations import record
-from vlm_safeguard.evaluate import lockstep
-from vlm_safeguard.requests import Request
+from vlm_safeguard.data import drawings, prompts
+from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.evaluation.metrics import paired_timing
+from vlm_safeguard.model.recording import record
 
 MB = 1e6
 
@@ -78,7 +78,7 @@ def growth(work: Callable[[], Any]) -> float:
 def _record(subject: Subjects, number: int) -> float:
     texts = [pair.harmless for pair in prompts.anchors()]
     # One text for all: batches of one shape, so that only their number differs.
-    items = [Request(max(texts, key=len), pictures.blank())] * number
+    items = [Request(max(texts, key=len), drawings.blank())] * number
     with tempfile.TemporaryDirectory() as folder:
         return growth(lambda: record(subject.loaded, items, Path(folder)))
 
@@ -87,7 +87,7 @@ def _generate(subject: Subjects, guarded: int) -> float:
     target, inputs = subject.vlm, subject.inputs(16, picture=True)
     guard = restoring(target, layer_sets(target.depth)["all"], text=True, is_open=True, tokens=None)
     with torch.inference_mode(), guard.attach(target.model) if guarded else nullcontext():
-        return growth(lambda: lockstep.write(target.model, inputs, 8))
+        return growth(lambda: paired_timing.write(target.model, inputs, 8))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from bench import peers
 from bench.decoding import Decoding
 from bench.guards import RANK, Model, adding, layer_sets, restoring
 from bench.timing import Setup, Spread, interleaved, seconds, spread
-from vlm_safeguard.evaluate import lockstep
-from vlm_safeguard.models import find_decoder
-from vlm_safeguard.weights import weights_digest
+from vlm_safeguard.evaluation.metrics import paired_timing
+from vlm_safeguard.model.loading import find_decoder
+from vlm_safeguard.model.weights import weights_digest
 
 STEPS = 40
 
@@ -52,7 +52,7 @@ def per_layer(target: Model, batch: int, rounds: int) -> dict[str, Spread]:
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
 
     with torch.inference_mode(), _idle_layers(model):
-        pair = lockstep.twin(model), model
+        pair = paired_timing.twin(model), model
 
         def work(_: str) -> float:
             calls = [Decoding(one, inputs) for one in pair]

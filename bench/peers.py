@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bench.guards import FAR
-from vlm_safeguard.models import find_decoder
-from vlm_safeguard.witness import positions_of
+from vlm_safeguard.model.loading import find_decoder
+from vlm_safeguard.model.text_only import positions_of
 
 Vectors = dict[int, Tensor]  # by layer, (d,)
 Peer = Callable[[Any, Vectors], AbstractContextManager[None]]

@@ -12,8 +12,8 @@ from torch import Tensor
 from bench.guards import gate_layers, layer_sets
 from bench.subjects import Subjects
 from bench.timing import interleaved, ratios, seconds
-from vlm_safeguard.models import EnoughSeen, find_decoder
-from vlm_safeguard.witness import text_columns, text_only, text_pass
+from vlm_safeguard.model.loading import EnoughSeen, find_decoder
+from vlm_safeguard.model.text_only import text_columns, text_only, text_pass
 
 
 def measured(subject: Subjects, batch: int, rounds: int) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from bench import peers
 from bench.guards import Model, adding, gate_layers, layer_sets, restoring
 from bench.subjects import Subjects
 from bench.timing import interleaved, spread
-from vlm_safeguard.evaluate import lockstep
-from vlm_safeguard.evaluate.lockstep import Paired
+from vlm_safeguard.evaluation.metrics import paired_timing
+from vlm_safeguard.evaluation.metrics.paired_timing import Paired
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.witness import text_columns
+from vlm_safeguard.model.text_only import text_columns
 
 AGAIN = "unguarded again"
 
@@ -150,13 +150,13 @@ def _in_lockstep(
 ) -> dict[str, list[Paired]]:
     """A model with hooks beside its twin without any, every setup once a round, and none at all.
     ``brief``: timed to the first token only."""
-    plain = lockstep.twin(model)
+    plain = paired_timing.twin(model)
 
     def work(name: str) -> Paired:
         count = 1 if name in brief else tokens
-        calls = [partial(lockstep.write, one, inputs, count) for one in (plain, model)]
+        calls = [partial(paired_timing.write, one, inputs, count) for one in (plain, model)]
         with setups[name](model):
-            return lockstep.side_by_side(calls[0], calls[1], count)
+            return paired_timing.side_by_side(calls[0], calls[1], count)
 
     setups = {AGAIN: nullcontext, **setups}
     return interleaved(dict.fromkeys(setups, nullcontext), work, rounds)

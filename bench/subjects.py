@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from bench.guards import Model, guarded_model
-from vlm_safeguard import pictures, prompts
-from vlm_safeguard.demo.assemble import assemble
-from vlm_safeguard.models import LoadedModel, encode, find_decoder, load, process, render
-from vlm_safeguard.witness import find_markup
+from vlm_safeguard.data import drawings, prompts
+from vlm_safeguard.embedded.assemble import assemble
+from vlm_safeguard.model.loading import LoadedModel, encode, find_decoder, load, process, render
+from vlm_safeguard.model.text_only import find_markup
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Subjects:
     def inputs(self, batch: int, picture: bool) -> dict[str, torch.Tensor]:
         """A batch of questions, each with a blank picture or none."""
         texts = [pair.harmless for pair in prompts.anchors()[:batch]]
-        image = pictures.blank() if picture else None
+        image = drawings.blank() if picture else None
         return encode(self.loaded, texts, [image] * batch)
 
     def long_inputs(self, questions: int, images: int) -> dict[str, torch.Tensor]:
         """One request of several questions, with several blank pictures."""
         text = " ".join(pair.harmless for pair in prompts.anchors()[:questions])
         rendered = render(self.loaded.processor, text, images)
-        return process(self.loaded, [rendered], [[pictures.blank()] * images])
+        return process(self.loaded, [rendered], [[drawings.blank()] * images])
 
 
 def embedded() -> Subjects:

@@ -1,7 +1,7 @@
 """Tiny random models of many VLM families, each with its real processor and a chat template.
 
-One function per family builds what ``vlm_safeguard.models.load`` would give for a checkpoint of
-it: the model from its configuration classes, the processor from its own classes with the
+One function per family builds what ``vlm_safeguard.load`` would give for a checkpoint of it: the
+model from its configuration classes, the processor from its own classes with the
 processors for pictures that need no torchvision, and a tokenizer that reads byte by byte. The
 templates write a picture and its wrapper as the published templates do.
 """
@@ -21,7 +21,7 @@ import transformers as tf
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from vlm_safeguard.models import LoadedModel
+from vlm_safeguard.model.loading import LoadedModel
 
 # Modules that ask for torchvision or num2words, of which pictures need neither.
 _PIXTRAL = "transformers.models.pixtral"

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.families import FAMILIES, REFUSED, Family
-from vlm_safeguard.doctor import describe
+from vlm_safeguard.calibration.doctor import describe
 from vlm_safeguard.errors import ModelError
-from vlm_safeguard.files import write_whole
-from vlm_safeguard.witness import verify_residual_stream
+from vlm_safeguard.model.text_only import verify_residual_stream
+from vlm_safeguard.utils.files import write_whole
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- made by python -m tests.family_table -->", "<!-- end -->"

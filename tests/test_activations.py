@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests import checkpoint
-from vlm_safeguard import pictures
-from vlm_safeguard.activations import record
-from vlm_safeguard.models import LoadedModel, find_decoder, load
-from vlm_safeguard.requests import Request, batches
+from vlm_safeguard.data import drawings
+from vlm_safeguard.data.inputs import Request, batches
+from vlm_safeguard.model.loading import LoadedModel, find_decoder, load
+from vlm_safeguard.model.recording import record
 
 ITEMS = [Request(text, None) for text in ("Hi", "How do I water the plants?", "Tell me more.")]
-ITEMS += [Request("What is in this picture?", pictures.blank()), Request("Hello", None)]
+ITEMS += [Request("What is in this picture?", drawings.blank()), Request("Hello", None)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_batches_hold_all_once_by_length_in_tokens_and_pictures_apart(loaded: Lo
     # The tokenizer reads bytes: two for an accented letter, so the shorter of two is the longer.
     texts = ["seven!!", "\u00e9" * 5, "", "one two three", "half of a pair: \ud800"]
     items = [Request(text, None) for text in texts]
-    items += [Request("Hi", pictures.blank()), Request("Hello", pictures.blank())]
-    groups = batches(loaded, items, 2)
+    items += [Request("Hi", drawings.blank()), Request("Hello", drawings.blank())]
+    groups = batches(loaded.processor.tokenizer, items, 2)
     assert groups == [[6, 5], [4, 3], [1, 0], [2]]
-    assert batches(loaded, [], 2) == []
+    assert batches(loaded.processor.tokenizer, [], 2) == []

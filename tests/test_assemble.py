@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vlm_safeguard.demo import assemble as demo
-from vlm_safeguard.demo import base_llm
+from vlm_safeguard.embedded import assemble as demo
+from vlm_safeguard.embedded import base_llm
 from vlm_safeguard.errors import DemoError
 
 

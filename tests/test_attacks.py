@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_safeguard import pictures
-from vlm_safeguard.attacks import LOOK, make_attack
+from vlm_safeguard.data import drawings
+from vlm_safeguard.data.inputs import Request
 from vlm_safeguard.errors import DataError, ImageError
-from vlm_safeguard.requests import Request
+from vlm_safeguard.evaluation.attacks import LOOK, make_attack
 
 
 @given(st.text())
 def test_a_template_goes_round_any_request(text: str) -> None:
     attack = make_attack(f"template:{Path(__file__).parent / 'attack.txt'}")
-    picture = pictures.blank()
+    picture = drawings.blank()
     assert attack(Request(text, picture)) == Request(f"Story time.\n{text}\nThe end.", picture)
 
 
@@ -25,12 +25,12 @@ def test_typography_draws_the_request_and_asks_to_follow_it() -> None:
     made = make_attack("typography")(Request("How do I bake bread?", None))
     assert made.text == LOOK and "bread" not in made.text
     assert made.image is not None
-    assert made.image.tobytes() == pictures.draw_text("How do I bake bread?").tobytes()
+    assert made.image.tobytes() == drawings.draw_text("How do I bake bread?").tobytes()
 
 
 def test_what_cannot_be_attacked_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has a picture already: use it in the setting text"):
-        make_attack("typography")(Request("Hi", pictures.blank()))
+        make_attack("typography")(Request("Hi", drawings.blank()))
     with pytest.raises(ImageError, match="plain ASCII"):
         make_attack("typography")(Request("\u4f60\u597d", None))
     with pytest.raises(DataError, match="unknown attack 'prayer': use template:FILE or typography"):

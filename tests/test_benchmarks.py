@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from vlm_safeguard import prompts
-from vlm_safeguard.benchmarks import BENCHMARKS, drop_repeats, load_benchmark, thin
-from vlm_safeguard.benchmarks.pictured import FIGSTEP_REQUEST
-from vlm_safeguard.benchmarks.text import JAILBREAK_TEMPLATES
+from vlm_safeguard.data import prompts
+from vlm_safeguard.data.inputs import settings_of
+from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.prompts import Prompt
-from vlm_safeguard.requests import settings_of
+from vlm_safeguard.evaluation.benchmarks import BENCHMARKS, drop_repeats, load_benchmark, thin
+from vlm_safeguard.evaluation.benchmarks.pictured import FIGSTEP_REQUEST
+from vlm_safeguard.evaluation.benchmarks.text import JAILBREAK_TEMPLATES
 
 SHARED = Path(__file__).parents[2] / "shared" / "benchmarks"
 FROM_FILES = [name for name, benchmark in BENCHMARKS.items() if benchmark.files]

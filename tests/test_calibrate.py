@@ -10,17 +10,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_safeguard import method, recordings, search
-from vlm_safeguard.benchmarks.selection import evenly
-from vlm_safeguard.calibrate import calibrate
-from vlm_safeguard.effort import Budget, Effort
+from vlm_safeguard import method
+from vlm_safeguard.artifact.config import Steering
+from vlm_safeguard.calibration import hidden_states, steering_search
+from vlm_safeguard.calibration.budget import Budget, Effort
+from vlm_safeguard.calibration.calibrate import calibrate
+from vlm_safeguard.calibration.gate_fitting import GateFit, auc, fit_gate, threshold
+from vlm_safeguard.calibration.steering_search import candidates
+from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.data.prompts import calibration
+from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.errors import CalibrationError
-from vlm_safeguard.progress import Progress
-from vlm_safeguard.prompts import calibration
-from vlm_safeguard.requests import Request
-from vlm_safeguard.search import candidates
-from vlm_safeguard.separate import GateFit, auc, fit_gate, threshold
-from vlm_safeguard.settings import Steering
+from vlm_safeguard.utils.progress import Progress
 
 scores = st.lists(st.floats(-100, 100), min_size=2, max_size=60).map(
     lambda values: torch.tensor(values, dtype=torch.float64)
@@ -119,13 +120,13 @@ def test_candidates_are_tried_on_attacks_that_succeed_with_either_picture(
         won[:] = [asked for asked, hit in zip(attacks, hits, strict=True) if hit]
         return hits
 
-    monkeypatch.setattr(search, "successes", succeed)
+    monkeypatch.setattr(steering_search, "successes", succeed)
     effort = Effort(scan=40, search=12)
-    few = search._successful(None, fit, effort, Progress(quiet=True))  # type: ignore[arg-type]
+    few = steering_search._successful(None, fit, effort, Progress(quiet=True))  # type: ignore[arg-type]
     assert len(few) == 12 and all(attack in won for attack in few)
     assert 0 < sum(map(blank, few)) < 12
     more = replace(effort, search=30)  # more than the 14 that succeed: others fill up
-    few = search._successful(None, fit, more, Progress(quiet=True))  # type: ignore[arg-type]
+    few = steering_search._successful(None, fit, more, Progress(quiet=True))  # type: ignore[arg-type]
     assert len(few) == 30 and len(won) == 14 and all(attack in few for attack in won)
 
 
@@ -158,11 +159,13 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
     text[:, 0, 0] = 2 * torch.arange(10)
     seen[0, 1, 0] = 20  # with its picture alone
     states = iter((text, seen))
-    monkeypatch.setattr(recordings, "bound_prompts", lambda _: items)
-    monkeypatch.setattr(recordings, "record", lambda *_, **__: next(states))
-    monkeypatch.setattr(recordings, "answered", lambda _, asked, __: [p != items[9] for p in asked])
+    monkeypatch.setattr(hidden_states, "bound_prompts", lambda _: items)
+    monkeypatch.setattr(hidden_states, "record", lambda *_, **__: next(states))
+    monkeypatch.setattr(
+        hidden_states, "answered", lambda _, asked, __: [p != items[9] for p in asked]
+    )
     witness = GateFit((0,), torch.ones(1, 1), 0.0, spread=2.0)
     in_vlm = GateFit((1,), torch.ones(1, 1), 0.0, spread=1.0)
     quiet, loaded = Progress(quiet=True), None
-    found = recordings.bound_scores(loaded, witness, in_vlm, Effort(), tmp_path, quiet)  # type: ignore[arg-type]
+    found = hidden_states.bound_scores(loaded, witness, in_vlm, Effort(), tmp_path, quiet)  # type: ignore[arg-type]
     assert found.tolist() == [20, 1, 2, 3, 4, 5, 6, 8, 1]

@@ -14,10 +14,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from tests import fuzz
-from vlm_safeguard.card import CARD_FILE, MARK, card
-from vlm_safeguard.evaluate.stats import wilson
+from vlm_safeguard.artifact.config import GuardConfig
+from vlm_safeguard.artifact.model_card import CARD_FILE, MARK, card
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.settings import GuardConfig
+from vlm_safeguard.utils.stats import wilson
 
 # What may be on the page: everything else, links and pictures above all, is somebody's injection.
 OUR_LINKS = {"https://arxiv.org/abs/2502.10486"}

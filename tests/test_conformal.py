@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_safeguard.conformal import allowed_exceedances, conformal_threshold
+from vlm_safeguard.calibration.conformal import allowed_exceedances, conformal_threshold
 from vlm_safeguard.errors import CalibrationError
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests import tiny
-from vlm_safeguard.defences import DEFENCES, make_defence
 from vlm_safeguard.errors import DataError, GuardError
+from vlm_safeguard.evaluation.defenses import DEFENCES, make_defence
 
 
 @pytest.fixture(scope="module")

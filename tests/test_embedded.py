@@ -12,22 +12,30 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests import tiny
-from vlm_safeguard import doctor, prompts
-from vlm_safeguard.activations import record
-from vlm_safeguard.calibrate import calibrate
-from vlm_safeguard.demo import assemble as demo
-from vlm_safeguard.effort import Budget, Effort
+from vlm_safeguard.calibration import doctor
+from vlm_safeguard.calibration.attack_trials import successes
+from vlm_safeguard.calibration.budget import Budget, Effort
+from vlm_safeguard.calibration.calibrate import calibrate
+from vlm_safeguard.calibration.generation import respond
+from vlm_safeguard.calibration.held_out import prove
+from vlm_safeguard.calibration.refusals import judge
+from vlm_safeguard.data import prompts
+from vlm_safeguard.data.inputs import Request, requests
+from vlm_safeguard.embedded import assemble as demo
 from vlm_safeguard.errors import CalibrationError, DemoError, GuardError, GuardRuntimeError
-from vlm_safeguard.evaluate.generate import respond
-from vlm_safeguard.evaluate.judge import judge
+from vlm_safeguard.evaluation.defenses.variants import with_steering
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import LoadedModel, encode, find_decoder, hidden_of, load, neutralise
-from vlm_safeguard.progress import Progress
-from vlm_safeguard.proof import prove
-from vlm_safeguard.requests import Request, requests
-from vlm_safeguard.trials import successes
-from vlm_safeguard.variants import with_steering
-from vlm_safeguard.witness import find_markup, positions_of, text_columns, text_only
+from vlm_safeguard.model.loading import (
+    LoadedModel,
+    encode,
+    find_decoder,
+    hidden_of,
+    load,
+    neutralise,
+)
+from vlm_safeguard.model.recording import record
+from vlm_safeguard.model.text_only import find_markup, positions_of, text_columns, text_only
+from vlm_safeguard.utils.progress import Progress
 
 pytestmark = pytest.mark.embedded
 BLANK = Image.new("RGB", (224, 224), (127, 127, 127))

@@ -15,22 +15,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import families, family_table, tiny
 from tests.families import FAMILIES, Family
-from vlm_safeguard import doctor
-from vlm_safeguard.activations import record
-from vlm_safeguard.doctor import describe, examine
+from vlm_safeguard.artifact.config import Markup
+from vlm_safeguard.calibration import doctor
+from vlm_safeguard.calibration.doctor import describe, examine
+from vlm_safeguard.data.inputs import Request
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.identity import config_digest, template_digest
-from vlm_safeguard.models import (
-    LoadedModel,
-    encode,
-    find_decoder,
-    hidden_of,
-    watch_layer,
-)
-from vlm_safeguard.requests import Request
-from vlm_safeguard.settings import Markup
-from vlm_safeguard.witness import (
+from vlm_safeguard.model.fingerprint import config_digest, template_digest
+from vlm_safeguard.model.loading import LoadedModel, encode, find_decoder, hidden_of, watch_layer
+from vlm_safeguard.model.recording import record
+from vlm_safeguard.model.text_only import (
     ImageMarkup,
     find_markup,
     image_token,

@@ -22,7 +22,7 @@ from tests.test_families import (
     loaded_of,
 )
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import LoadedModel, encode
+from vlm_safeguard.model.loading import LoadedModel, encode
 
 # Each for what sets it apart.
 NAMES = [

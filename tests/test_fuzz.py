@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests import fuzz
-from vlm_safeguard import artifact
+from vlm_safeguard.artifact import serialization
+from vlm_safeguard.artifact.config import GuardConfig
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import CONFIG_FILE, TENSOR_FILE, Guard
-from vlm_safeguard.settings import GuardConfig
 
 
 def test_mutated_guards_are_refused_or_keep_every_rule() -> None:
@@ -49,16 +49,18 @@ def loads(load) -> bool:
 
 def weaken(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     if what == "values":
-        monkeypatch.setattr(artifact, "check_tensors", lambda tensors, config: None)
+        monkeypatch.setattr(serialization, "check_tensors", lambda tensors, config: None)
     elif what == "header":
-        monkeypatch.setattr(artifact, "_check_header", lambda blob, config: None)
+        monkeypatch.setattr(serialization, "_check_header", lambda blob, config: None)
     elif what == "types":
         validate = GuardConfig.model_validate
         monkeypatch.setattr(GuardConfig, "model_validate", lambda raw, strict: validate(raw))
     elif what == "json":
-        monkeypatch.setattr(artifact, "_strict_json", lambda data, *_: artifact.json.loads(data))
+        monkeypatch.setattr(
+            serialization, "_strict_json", lambda data, *_: serialization.json.loads(data)
+        )
     elif what == "extent":
-        monkeypatch.setattr(artifact, "_check_extent", lambda value, name: None)
+        monkeypatch.setattr(serialization, "_check_extent", lambda value, name: None)
 
 
 @pytest.mark.parametrize("what", ["values", "header", "types", "json", "extent"])

@@ -10,15 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_safeguard import gate_forms, recordings
-from vlm_safeguard.conformal import allowed_exceedances
-from vlm_safeguard.effort import Budget, Effort
-from vlm_safeguard.evaluate.stats import wilson
-from vlm_safeguard.gate_forms import Row, at_false_positives, facts, page
-from vlm_safeguard.progress import Progress
-from vlm_safeguard.prompts import calibration
-from vlm_safeguard.requests import Request, settings_of
-from vlm_safeguard.separate import GateFit, bounded
+from vlm_safeguard.calibration import hidden_states
+from vlm_safeguard.calibration.budget import Budget, Effort
+from vlm_safeguard.calibration.conformal import allowed_exceedances
+from vlm_safeguard.calibration.gate_fitting import GateFit, bounded
+from vlm_safeguard.data.inputs import Request, settings_of
+from vlm_safeguard.data.prompts import calibration
+from vlm_safeguard.evaluation.studies import gate_forms
+from vlm_safeguard.evaluation.studies.gate_forms import Row, at_false_positives, facts, page
+from vlm_safeguard.utils.progress import Progress
+from vlm_safeguard.utils.stats import wilson
 
 values = st.lists(st.floats(-50, 50), min_size=1, max_size=150).map(torch.tensor)
 
@@ -83,11 +84,11 @@ def test_the_study_finds_harm_where_it_is_planted(monkeypatch: pytest.MonkeyPatc
         found[0, :, 2, 0] += 8
         return found
 
-    for module in (recordings, gate_forms):
+    for module in (hidden_states, gate_forms):
         monkeypatch.setattr(module, "record", states)
-    monkeypatch.setattr(recordings, "anchor_states", anchors)
-    monkeypatch.setattr(recordings, "MAX_RANK", 4)
-    monkeypatch.setattr(recordings, "answered", lambda _, asked, __: [True] * len(asked))
+    monkeypatch.setattr(hidden_states, "anchor_states", anchors)
+    monkeypatch.setattr(hidden_states, "MAX_RANK", 4)
+    monkeypatch.setattr(hidden_states, "answered", lambda _, asked, __: [True] * len(asked))
     effort = Effort(worded=200, pictured=200, bound=200)
     rows, together = gate_forms.study(None, Budget(), effort, Progress(quiet=True))  # type: ignore[arg-type]
     held = [p for p in calibration("held") if "text" in settings_of(p)]

@@ -18,14 +18,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save
 
 from tests import families, fuzz, tiny
-from vlm_safeguard import artifact
-from vlm_safeguard import settings as limits
-from vlm_safeguard.card import CARD_FILE
+from vlm_safeguard.artifact import config as limits
+from vlm_safeguard.artifact import serialization
+from vlm_safeguard.artifact.config import Gate, Steering
+from vlm_safeguard.artifact.model_card import CARD_FILE
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import CONFIG_FILE, TENSOR_FILE, Guard
-from vlm_safeguard.identity import template_digest
-from vlm_safeguard.settings import Gate, Steering
-from vlm_safeguard.witness import find_markup
+from vlm_safeguard.model.fingerprint import template_digest
+from vlm_safeguard.model.text_only import find_markup
 
 FILES = sorted([CARD_FILE, CONFIG_FILE, TENSOR_FILE])
 GATES = [tiny.gate("text", 1, 3, threshold=0.25), tiny.gate("vlm", 2, per_layer=True)]
@@ -449,7 +449,7 @@ def test_the_documented_limits_are_those_of_the_code():
     stated = {name: int(value) for value, name in rows}
     own = {
         name: value
-        for module in (artifact, limits)
+        for module in (serialization, limits)
         for name, value in vars(module).items()
         if name.startswith("MAX_")
     }

@@ -33,25 +33,28 @@ from inspect_ai.scorer import SampleScore, Score
 
 from tests import checkpoint, tiny
 from tests.test_results import judged as rows_of
-from vlm_safeguard import pictures, prompts
-from vlm_safeguard.attacks import LOOK
+from vlm_safeguard.calibration.generation import Response, respond
+from vlm_safeguard.data import drawings as pictures
+from vlm_safeguard.data import prompts
+from vlm_safeguard.data.inputs import Request, requests
 from vlm_safeguard.errors import DataError, ImageError, Interrupted, SafeguardError
-from vlm_safeguard.evaluate import timing
-from vlm_safeguard.evaluate.generate import Response, respond
+from vlm_safeguard.evaluation.attacks import LOOK
+from vlm_safeguard.evaluation.harness import execution as run
+from vlm_safeguard.evaluation.harness import outputs as report
+from vlm_safeguard.evaluation.harness import results, scorers, tasks
+from vlm_safeguard.evaluation.harness.engine import Engine, engine
+from vlm_safeguard.evaluation.harness.markdown import markdown
+from vlm_safeguard.evaluation.harness.pipeline import Measure, evaluate, extra_passes
+from vlm_safeguard.evaluation.harness.provider import VlmSafeguardAPI, read_request
+from vlm_safeguard.evaluation.harness.run_identity import prompts_digest
+from vlm_safeguard.evaluation.harness.throughput import throughput
+from vlm_safeguard.evaluation.judges import judge_errors, make_judge
+from vlm_safeguard.evaluation.judges.factory import judge_file
+from vlm_safeguard.evaluation.judges.recorded import write_recorded
+from vlm_safeguard.evaluation.metrics import timing
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.harness import report, results, run, scorers, tasks
-from vlm_safeguard.harness.engine import Engine, engine
-from vlm_safeguard.harness.evaluate import Measure, evaluate, extra_passes
-from vlm_safeguard.harness.identity import prompts_digest
-from vlm_safeguard.harness.page import markdown
-from vlm_safeguard.harness.provider import VlmSafeguardAPI, read_request
-from vlm_safeguard.harness.throughput import throughput
-from vlm_safeguard.judges import judge_errors, make_judge
-from vlm_safeguard.judges.factory import judge_file
-from vlm_safeguard.judges.recorded import write_recorded
-from vlm_safeguard.models import load
-from vlm_safeguard.progress import Progress
-from vlm_safeguard.requests import Request, requests
+from vlm_safeguard.model.loading import load
+from vlm_safeguard.utils.progress import Progress
 
 LABELS = Path(__file__).parents[1] / "docs" / "judge-labels.jsonl"
 
@@ -118,7 +121,7 @@ def test_what_nobody_waits_for_is_not_answered(
         answered.extend(item.text for item in items)
         return [Response(item.text, 1, False, None) for item in items]
 
-    monkeypatch.setattr("vlm_safeguard.harness.engine.respond", echo)
+    monkeypatch.setattr("vlm_safeguard.evaluation.harness.engine.respond", echo)
     one = Engine(load(folder), 1)
     given_up, wanted = (one.submit(Request(text, None), None, 4) for text in ("a", "b"))
     assert given_up.cancel()
@@ -361,7 +364,7 @@ def test_an_attack_changes_what_is_asked_and_not_what_is_judged(
     echo = lambda loaded, items, *rest, **more: [  # noqa: E731
         Response(item.text, 5, False, None) for item in items
     ]
-    monkeypatch.setattr("vlm_safeguard.harness.engine.respond", echo)
+    monkeypatch.setattr("vlm_safeguard.evaluation.harness.engine.respond", echo)
     file = tmp_path / "attack.txt"
     file.write_text("Once upon a time: [QUESTION]")
     plan = run.Plan(
@@ -430,7 +433,7 @@ def test_a_whole_request_is_timed_with_the_reading_of_its_picture(
         def forget(self) -> None:
             self.known.clear()
 
-    monkeypatch.setattr("vlm_safeguard.models.reader", Reader)
+    monkeypatch.setattr("vlm_safeguard.model.loading.reader", Reader)
     monkeypatch.setattr(timing, "reader", Reader)
     loaded = load(folder)
     guard = tiny.guard(loaded.model, [tiny.gate("text", 2)])
@@ -620,10 +623,10 @@ def test_a_sample_that_cannot_be_generated_is_named(
             raise RuntimeError("out of memory")
         return respond(loaded, items, *rest, **options)
 
-    monkeypatch.setattr("vlm_safeguard.harness.engine.respond", failing)
+    monkeypatch.setattr("vlm_safeguard.evaluation.harness.engine.respond", failing)
     with pytest.raises(SafeguardError, match=r"1 of 1 .*, sample mal-\S+: .*out of memory"):
         run.run(plan, tmp_path / "run", "none")
-    monkeypatch.setattr("vlm_safeguard.harness.engine.respond", respond)
+    monkeypatch.setattr("vlm_safeguard.evaluation.harness.engine.respond", respond)
     [log] = run.run(plan, tmp_path / "run", "none")  # the same command goes on
     assert len(results.read([log])[0]) == 4
 
@@ -644,7 +647,7 @@ def test_an_interrupted_run_is_no_finished_one_and_goes_on(
         return respond(loaded, items, *rest, **options)
 
     asked: list[int] = []
-    monkeypatch.setattr("vlm_safeguard.harness.engine.respond", interrupted)
+    monkeypatch.setattr("vlm_safeguard.evaluation.harness.engine.respond", interrupted)
     try:
         with pytest.raises(Interrupted, match=r"1 of 1 .*\(interrupted\).* goes on"):
             run.run(plan, tmp_path / "run", "none")
@@ -676,7 +679,7 @@ def test_what_a_broken_judge_leaves_is_unscored_and_counted(
 ) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     said = lambda loaded, items, *rest, **more: [Response(HELP, 5, False, None) for _ in items]  # noqa: E731
-    monkeypatch.setattr("vlm_safeguard.harness.engine.respond", said)
+    monkeypatch.setattr("vlm_safeguard.evaluation.harness.engine.respond", said)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/v1"

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_safeguard import images
+from vlm_safeguard.data import image_io
+from vlm_safeguard.data.image_io import MAX_BYTES, open_image
 from vlm_safeguard.errors import ImageError
-from vlm_safeguard.images import MAX_BYTES, open_image
 
 # How an object of Python shows itself; a size such as 40x30 px is no address.
 PILLOW_TEXT = r"<_io|object at| at 0x"
@@ -288,7 +288,7 @@ def test_webp_canvas_is_refused_before_its_reader_starts(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("opened")
 
-    monkeypatch.setattr(images.Image, "open", opened)
+    monkeypatch.setattr(image_io.Image, "open", opened)
     assert "16383x16383 px: more than 25 megapixels" in refusal(bare_webp(chunk, head + b"\0" * 8))
 
 

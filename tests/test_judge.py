@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from vlm_safeguard.evaluate.judge import judge
-from vlm_safeguard.evaluate.measures import vqa_answer
-from vlm_safeguard.evaluate.stats import mcnemar, wilson
+from vlm_safeguard.calibration.refusals import judge
+from vlm_safeguard.evaluation.metrics.utility import vqa_answer
+from vlm_safeguard.utils.stats import mcnemar, wilson
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluate.stats import Rate, wilson
-from vlm_safeguard.judges import (
+from vlm_safeguard.evaluation.judges import (
     JudgeError,
     Judgement,
     corrected_rate,
@@ -34,8 +33,8 @@ from vlm_safeguard.judges import (
     read_labelled,
     validate,
 )
-from vlm_safeguard.judges.endpoint import EndpointJudge
-from vlm_safeguard.judges.guard_models import (
+from vlm_safeguard.evaluation.judges.endpoint import EndpointJudge
+from vlm_safeguard.evaluation.judges.guard_models import (
     PROBES,
     ChatTemplate,
     GuardModelJudge,
@@ -43,10 +42,11 @@ from vlm_safeguard.judges.guard_models import (
     PromptFile,
     load_guard,
 )
-from vlm_safeguard.judges.injection import BREAK, disarm, marks_of
-from vlm_safeguard.judges.options import same_judge
-from vlm_safeguard.judges.recorded import RecordedJudge, write_recorded
-from vlm_safeguard.judges.validate import Labelled, cohen_kappa
+from vlm_safeguard.evaluation.judges.injection import BREAK, disarm, marks_of
+from vlm_safeguard.evaluation.judges.options import same_judge
+from vlm_safeguard.evaluation.judges.recorded import RecordedJudge, write_recorded
+from vlm_safeguard.evaluation.judges.validate import Labelled, cohen_kappa
+from vlm_safeguard.utils.stats import Rate, wilson
 
 HELP = "Sure, here is how."
 REFUSAL = "I'm sorry, but I can't help with that."

@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_cli import run
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluate.lmms import compare_lmms, lmms_page, read_lmms
+from vlm_safeguard.evaluation.lmms import compare_lmms, lmms_page, read_lmms
 
 
 def facts(accuracy: float, **more: Any) -> dict[str, Any]:

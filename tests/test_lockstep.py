@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from tests import checkpoint, tiny
-from vlm_safeguard import pictures
-from vlm_safeguard.evaluate import lockstep
-from vlm_safeguard.evaluate.lockstep import Stepped
-from vlm_safeguard.evaluate.timing import time_ratios
-from vlm_safeguard.models import encode, load
-from vlm_safeguard.requests import Request
+from vlm_safeguard.data import drawings
+from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.evaluation.metrics import paired_timing
+from vlm_safeguard.evaluation.metrics.paired_timing import Stepped
+from vlm_safeguard.evaluation.metrics.timing import time_ratios
+from vlm_safeguard.model.loading import encode, load
 
 NOTHING = torch.empty(0)
 
@@ -53,10 +53,10 @@ def test_each_token_stands_beside_the_same_one(monkeypatch: pytest.MonkeyPatch) 
     # The machine is five times as slow for the third token, for both.
     plain = clock.writer("a", [2.0, 1.0, 5.0, 1.0])
     other = clock.writer("b", [3.0, 1.5, 7.5, 9.0])
-    found = lockstep.side_by_side(plain, other, 4)
-    assert found == lockstep.Paired(2.0, 1.0, 1.5, 1.5)
+    found = paired_timing.side_by_side(plain, other, 4)
+    assert found == paired_timing.Paired(2.0, 1.0, 1.5, 1.5)
     assert clock.worked == ["b", "a", "a", "b", "b", "a", "a", "b", "b", "a"]
-    only = lockstep.side_by_side(clock.writer("a", [2.0]), clock.writer("b", [3.0]), 1)
+    only = paired_timing.side_by_side(clock.writer("a", [2.0]), clock.writer("b", [3.0]), 1)
     assert only.first == 1.5 and only.per_token != only.per_token
 
 
@@ -71,7 +71,7 @@ def test_who_goes_second_has_no_advantage(monkeypatch: pytest.MonkeyPatch) -> No
 
         return generate
 
-    found = lockstep.side_by_side(writer("a"), writer("b"), 1)
+    found = paired_timing.side_by_side(writer("a"), writer("b"), 1)
     assert found.first == pytest.approx(1.0) and found.first_s == pytest.approx(0.95)
 
 
@@ -84,9 +84,9 @@ def test_an_error_is_raised_and_no_thread_is_left(monkeypatch: pytest.MonkeyPatc
 
     clock = Clock(monkeypatch)
     with pytest.raises(ValueError, match="no memory"):
-        lockstep.side_by_side(clock.writer("a", [1.0, 1.0]), broken, 2)
+        paired_timing.side_by_side(clock.writer("a", [1.0, 1.0]), broken, 2)
     with pytest.raises(RuntimeError, match="has ended"):
-        lockstep.side_by_side(clock.writer("a", [1.0]), clock.writer("b", [1.0]), 2)
+        paired_timing.side_by_side(clock.writer("a", [1.0]), clock.writer("b", [1.0]), 2)
     assert threading.active_count() == before
 
 
@@ -104,16 +104,16 @@ def test_an_interrupt_gives_both_calls_up(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Stepped, "step", interrupted)
     clock = Clock(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        lockstep.side_by_side(clock.writer("a", [1.0] * 9), clock.writer("b", [1.0] * 9), 9)
+        paired_timing.side_by_side(clock.writer("a", [1.0] * 9), clock.writer("b", [1.0] * 9), 9)
     assert threading.active_count() == before and clock.worked == ["b", "a", "a"]
 
 
 def test_a_twin_shares_weights_but_no_guard(folder: Path) -> None:
     loaded = load(folder)
-    twin = lockstep.twin(loaded.model)
+    twin = paired_timing.twin(loaded.model)
     pointers = [parameter.data_ptr() for parameter in twin.parameters()]
     assert pointers == [parameter.data_ptr() for parameter in loaded.model.parameters()]
-    inputs = encode(loaded, ["Hello"], [pictures.blank()])
+    inputs = encode(loaded, ["Hello"], [drawings.blank()])
     bare = loaded.model(**inputs).logits
     guard = tiny.guard(loaded.model, [tiny.gate("vlm", 2, threshold=-1e9)])
     with guard.attach(loaded.model, loaded.processor):
@@ -124,7 +124,7 @@ def test_a_twin_shares_weights_but_no_guard(folder: Path) -> None:
 def test_a_defence_is_timed_on_what_it_does(folder: Path) -> None:
     loaded = load(folder)
     width = {
-        text: encode(loaded, [text], [pictures.blank()])["input_ids"].shape[1]
+        text: encode(loaded, [text], [drawings.blank()])["input_ids"].shape[1]
         for text in ("Hello", "Hello again")
     }
     prompts: dict[bool, list[int]] = {False: [], True: []}
@@ -149,4 +149,4 @@ def test_a_defence_is_timed_on_what_it_does(folder: Path) -> None:
 
 
 def _items() -> list[Request]:
-    return [Request("Hello", pictures.blank())]
+    return [Request("Hello", drawings.blank())]

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import vlm_safeguard
+from vlm_safeguard.data.drawings import OBJECTS, blank, draw, draw_object, draw_text, noise
 from vlm_safeguard.errors import ImageError
-from vlm_safeguard.pictures import OBJECTS, blank, draw, draw_object, draw_text, noise
 
 DATA = Path(vlm_safeguard.__path__[0]) / "data"
 EXPECTED = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from training.near import near, published, spoken
-from vlm_safeguard import prompts
+from vlm_safeguard.data import prompts
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "benchmarks"

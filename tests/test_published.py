@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from vlm_safeguard.benchmarks import BENCHMARKS, load_benchmark, published
 from vlm_safeguard.errors import DataError
+from vlm_safeguard.evaluation.benchmarks import BENCHMARKS, load_benchmark, published
 
 TABLE = b'{"image_url": "", "question": "What is this?"}\n'
 FILES = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_safeguard import pictures, reading
+from vlm_safeguard.data import drawings, ocr
 from vlm_safeguard.errors import SafeguardError
 
 needs_ocr = pytest.mark.skipif(
@@ -19,33 +19,33 @@ needs_ocr = pytest.mark.skipif(
 @needs_ocr
 @pytest.mark.parametrize("words", ["water the plants", "Paint the garden fence", "call your aunt"])
 def test_drawn_words_are_read(words: str) -> None:
-    said = reading.reader().words(pictures.draw({"kind": "text", "value": words}))
+    said = ocr.reader().words(drawings.draw({"kind": "text", "value": words}))
     assert said.lower().split() == words.lower().split()
 
 
 @needs_ocr
 @pytest.mark.parametrize("kind", ["blank", "noise"])
 def test_a_picture_without_words_has_none(kind: str) -> None:
-    picture = pictures.blank() if kind == "blank" else pictures.noise(3)
-    assert reading.reader().words(picture) == ""
+    picture = drawings.blank() if kind == "blank" else drawings.noise(3)
+    assert ocr.reader().words(picture) == ""
 
 
 @needs_ocr
 def test_tiny_and_flat_pictures_are_read_as_nothing() -> None:
     for size in ((1, 1), (1, 300), (300, 1)):
-        assert reading.reader().words(Image.new("RGB", size, (9, 9, 9))) == ""
+        assert ocr.reader().words(Image.new("RGB", size, (9, 9, 9))) == ""
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "find_spec", lambda name: None)
+    monkeypatch.setattr(ocr, "find_spec", lambda name: None)
     with pytest.raises(SafeguardError, match=r"vlm-safeguard\[ocr\]"):
-        reading.Reader()
+        ocr.Reader()
 
 
 def test_words_follow_the_request() -> None:
-    said = reading.with_words("Do it.", "bake a cake")
+    said = ocr.with_words("Do it.", "bake a cake")
     assert said == "Do it.\nThe picture says: bake a cake"
-    assert reading.with_words("Do it.", "") == "Do it."
+    assert ocr.with_words("Do it.", "") == "Do it."
 
 
 class _Engine:
@@ -74,8 +74,8 @@ def unread(width: int = 20, height: int = 20) -> Image.Image:
     return picture
 
 
-def made(lines: list[tuple[str, float]] | None) -> reading.Reader:
-    one = object.__new__(reading.Reader)
+def made(lines: list[tuple[str, float]] | None) -> ocr.Reader:
+    one = object.__new__(ocr.Reader)
     one._engine, one._known = _Engine(lines), {}
     return one
 

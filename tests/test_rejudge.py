@@ -13,18 +13,18 @@ from inspect_ai.log import read_eval_log, write_eval_log
 from typer.testing import CliRunner
 
 from tests import checkpoint
-from vlm_safeguard import prompts
-from vlm_safeguard.cli import app
+from vlm_safeguard.calibration.generation import Response
+from vlm_safeguard.cli.main import app
+from vlm_safeguard.data import prompts
 from vlm_safeguard.errors import DataError, SafeguardError
-from vlm_safeguard.evaluate.generate import Response
-from vlm_safeguard.harness import rejudge as module
-from vlm_safeguard.harness import run
-from vlm_safeguard.harness.rejudge import page, rejudge
-from vlm_safeguard.judges import Judgement, make_judge
-from vlm_safeguard.judges.base import Asks, Pair, screened
-from vlm_safeguard.judges.recorded import read_recording
-from vlm_safeguard.locks import held
-from vlm_safeguard.progress import Progress
+from vlm_safeguard.evaluation.harness import execution as run
+from vlm_safeguard.evaluation.harness import rejudge as module
+from vlm_safeguard.evaluation.harness.rejudge import page, rejudge
+from vlm_safeguard.evaluation.judges import Judgement, make_judge
+from vlm_safeguard.evaluation.judges.base import Asks, Pair, screened
+from vlm_safeguard.evaluation.judges.recorded import read_recording
+from vlm_safeguard.utils.locks import held
+from vlm_safeguard.utils.progress import Progress
 
 LOOP = "and so on and so on and so on and so on and so on and so on"
 HARMFUL = {p.prompt for p in prompts.evaluation("malicious") if p.harmful}
@@ -46,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "vlm_safeguard.harness.engine.respond",
+            "vlm_safeguard.evaluation.harness.engine.respond",
             lambda loaded, items, *_, **__: [Response(say(i.text), 5, False, None) for i in items],
         )
         run.run(plan, output, "none")

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from vlm_safeguard.evaluate.stats import wilson
-from vlm_safeguard.report import (
+from vlm_safeguard.evaluation.report import (
     Example,
     PcaCloud,
     ReportData,
@@ -27,7 +26,8 @@ from vlm_safeguard.report import (
     save_png,
     write_report,
 )
-from vlm_safeguard.report import page as page_module
+from vlm_safeguard.evaluation.report import html as page_module
+from vlm_safeguard.utils.stats import wilson
 
 LAYERS = 30
 N = 120

@@ -11,8 +11,8 @@ import pytest
 
 from tests.test_cli import run
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluate.rerun import compare_runs, flipped, read_run, rerun_page
-from vlm_safeguard.evaluate.stats import difference_interval, wilson
+from vlm_safeguard.evaluation.harness.rerun import compare_runs, flipped, read_run, rerun_page
+from vlm_safeguard.utils.stats import difference_interval, wilson
 
 WORDS = {"c": "complied", "r": "refused", "d": "degenerate", "?": None}
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vlm_safeguard.harness import report, results
-from vlm_safeguard.harness.page import markdown
+from vlm_safeguard.evaluation.harness import outputs, results
+from vlm_safeguard.evaluation.harness.markdown import markdown
 
 WORDS = {"c": "complied", "r": "refused", "d": "degenerate", "?": None}
 
@@ -132,7 +132,7 @@ def checkout(monkeypatch: pytest.MonkeyPatch) -> None:
         known = words[-1].removesuffix("^{commit}")
         return known * 2 if known in ("aaa", "bbb") else None
 
-    monkeypatch.setattr(report, "_git", git)
+    monkeypatch.setattr(outputs, "_git", git)
 
 
 @pytest.mark.usefixtures("checkout")
@@ -156,18 +156,18 @@ def checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_commits_are_those_that_the_logs_record(
     logs: list[Any], commit: str | None, named: list[str], without: int, says: str
 ) -> None:
-    made = report.commits(logs)
+    made = outputs.commits(logs)
     assert made == {"commit": commit, "commits": named, "logs_without_commit": without}
     assert says in page(judged("none", "c"), made).splitlines()[0]
 
 
 def test_the_checkout_knows_its_own_commit() -> None:
-    here = report.commit()
+    here = outputs.commit()
     if here is None:
         pytest.skip("not in a git checkout")
     head = here.removesuffix("+")
-    assert report.commits([log(head[:7], dirty=True)])["commits"] == [head + "+"]
-    assert report.commits([log("0" * 40)])["commits"] == []
+    assert outputs.commits([log(head[:7], dirty=True)])["commits"] == [head + "+"]
+    assert outputs.commits([log("0" * 40)])["commits"] == []
 
 
 def test_where_a_rival_is_better_the_page_says_so_and_what_failed() -> None:

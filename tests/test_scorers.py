@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from inspect_ai.scorer import SampleScore, Score
 
-from vlm_safeguard.harness import scorers
-from vlm_safeguard.judges import JudgeError, Judgement
-from vlm_safeguard.judges.base import Asks, Pair
-from vlm_safeguard.judges.desk import Desk
+from vlm_safeguard.evaluation.harness import scorers
+from vlm_safeguard.evaluation.judges import JudgeError, Judgement
+from vlm_safeguard.evaluation.judges.base import Asks, Pair
+from vlm_safeguard.evaluation.judges.queue import Desk
 
 LOOP = "and so on and so on and so on and so on and so on and so on"
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from tests import tiny
 from tests.reference import Reference
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
-from vlm_safeguard.models import find_decoder
+from vlm_safeguard.model.loading import find_decoder
 
 NEW = 5
 SHORT = {"max_new_tokens": 3, "do_sample": False}

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 from tests import tiny
 from tests.reference import Reference
 from tests.test_session import GATES, MODES, NEW, calibrated, generate
-from vlm_safeguard.settings import Steering
-from vlm_safeguard.variants import with_steering
+from vlm_safeguard.artifact.config import Steering
+from vlm_safeguard.evaluation.defenses.variants import with_steering
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 

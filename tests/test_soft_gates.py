@@ -8,18 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import checkpoint, tiny
-from vlm_safeguard import soft_gates
-from vlm_safeguard.effort import Effort
+from vlm_safeguard.calibration.attack_trials import within
+from vlm_safeguard.calibration.budget import Effort
+from vlm_safeguard.calibration.generation import respond
+from vlm_safeguard.data.inputs import requests
+from vlm_safeguard.data.prompts import calibration
 from vlm_safeguard.errors import GuardError
-from vlm_safeguard.evaluate.generate import respond
-from vlm_safeguard.evaluate.stats import wilson
-from vlm_safeguard.models import load
-from vlm_safeguard.progress import Progress
-from vlm_safeguard.prompts import calibration
-from vlm_safeguard.requests import requests
-from vlm_safeguard.soft_gates import SoftRow, lower, section
-from vlm_safeguard.trials import within
-from vlm_safeguard.variants import with_thresholds
+from vlm_safeguard.evaluation.defenses.variants import with_thresholds
+from vlm_safeguard.evaluation.studies import soft_gates
+from vlm_safeguard.evaluation.studies.soft_gates import SoftRow, lower, section
+from vlm_safeguard.model.loading import load
+from vlm_safeguard.utils.progress import Progress
+from vlm_safeguard.utils.stats import wilson
 
 
 @given(

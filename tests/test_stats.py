@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_safeguard.evaluate.stats import (
+from vlm_safeguard.utils.stats import (
     clustered_wilson,
     effective_trials,
     mcnemar,

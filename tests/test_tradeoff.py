@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from vlm_safeguard.evaluate.compare import Row, own_sets, rates
-from vlm_safeguard.evaluate.generate import Response
-from vlm_safeguard.evaluate.judge import Verdict
-from vlm_safeguard.evaluate.stats import wilson
-from vlm_safeguard.evaluate.tradeoff import tradeoff
-from vlm_safeguard.prompts import Prompt
-from vlm_safeguard.report import plot_tradeoff
+from vlm_safeguard.calibration.generation import Response
+from vlm_safeguard.calibration.refusals import Verdict
+from vlm_safeguard.data.prompts import Prompt
+from vlm_safeguard.evaluation.comparison import Row, own_sets, rates
+from vlm_safeguard.evaluation.metrics.tradeoff import tradeoff
+from vlm_safeguard.evaluation.report import plot_tradeoff
+from vlm_safeguard.utils.stats import wilson
 
 
 def rows(name: str, harmful: bool, score: float, plain: Verdict, guarded: Verdict) -> list[Row]:

@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluate.stats import wilson
-from vlm_safeguard.judges import Judgement, make_judge, read_labelled, validate, validation_page
-from vlm_safeguard.judges.validate import Labelled
+from vlm_safeguard.evaluation.judges import (
+    Judgement,
+    make_judge,
+    read_labelled,
+    validate,
+    validation_page,
+)
+from vlm_safeguard.evaluation.judges.validate import Labelled
+from vlm_safeguard.utils.stats import wilson
 
 DOCS = Path(__file__).parents[1] / "docs"
 SAID = {"yes": "complied", "no": "refused", "loop": "degenerate"}

@@ -20,8 +20,8 @@ from tests import checkpoint, families, tiny
 from tests.reference import Reference
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.models import find_decoder, load
-from vlm_safeguard.session import Session
+from vlm_safeguard.model.loading import find_decoder, load
+from vlm_safeguard.runtime.session import Session
 
 NEW = 4
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}

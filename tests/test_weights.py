@@ -9,11 +9,11 @@ from torch import nn
 from tests import checkpoint, tiny
 from tests.reference import Reference
 from tests.test_ways import calibrated, generate, holds
-from vlm_safeguard import doctor
+from vlm_safeguard.calibration import doctor
 from vlm_safeguard.errors import GuardError, ModelError
-from vlm_safeguard.models import encode, find_decoder, load
-from vlm_safeguard.weights import input_device, stored, weights_digest
-from vlm_safeguard.witness import verify_residual_stream
+from vlm_safeguard.model.loading import encode, find_decoder, load
+from vlm_safeguard.model.text_only import verify_residual_stream
+from vlm_safeguard.model.weights import input_device, stored, weights_digest
 
 accelerate = pytest.importorskip("accelerate")
 CPU = torch.device("cpu")

@@ -7,8 +7,14 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from tests import families, tiny
-from vlm_safeguard.models import encode
-from vlm_safeguard.witness import ImageMarkup, find_markup, positions_of, text_columns, text_only
+from vlm_safeguard.model.loading import encode
+from vlm_safeguard.model.text_only import (
+    ImageMarkup,
+    find_markup,
+    positions_of,
+    text_columns,
+    text_only,
+)
 
 IMG, START, END = 90, 91, 92
 MARKUPS = {

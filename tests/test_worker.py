@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlm_safeguard.worker import Worker
+from vlm_safeguard.utils.worker import Worker
 
 
 def test_jobs_that_cannot_be_divided_are_done_one_by_one() -> None:

@@ -16,11 +16,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from vlm_safeguard.artifact.config import Gate, GuardConfig, Markup, ModelIdentity, Steering
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.identity import config_digest
-from vlm_safeguard.models import find_decoder
-from vlm_safeguard.settings import Gate, GuardConfig, Markup, ModelIdentity, Steering
-from vlm_safeguard.weights import weights_digest
+from vlm_safeguard.model.fingerprint import config_digest
+from vlm_safeguard.model.loading import find_decoder
+from vlm_safeguard.model.weights import weights_digest
 
 LAYERS, WIDTH, VOCAB = 6, 32, 260
 PAD, EOS, NEWLINE, IMAGE = 0, 1, 3, 258

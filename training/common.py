@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlm_safeguard.demo.base_llm import fetch_wheel, load_base
+from vlm_safeguard.embedded.base_llm import fetch_wheel, load_base
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"

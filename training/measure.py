@@ -17,16 +17,16 @@ from PIL import Image
 
 from training import pictures as pics
 from training.common import log
-from vlm_safeguard.demo.assemble import assemble, weights_file
-from vlm_safeguard.demo.base_llm import sha256_file
-from vlm_safeguard.evaluate.compare import by_benchmark, compare, own_sets, read_prompts
-from vlm_safeguard.evaluate.generate import respond
-from vlm_safeguard.evaluate.measures import easy_vqa_accuracy
-from vlm_safeguard.evaluate.stats import Rate, wilson
-from vlm_safeguard.files import write_whole
-from vlm_safeguard.models import LoadedModel, load
-from vlm_safeguard.progress import Progress
-from vlm_safeguard.requests import Request
+from vlm_safeguard.calibration.generation import respond
+from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.embedded.assemble import assemble, weights_file
+from vlm_safeguard.embedded.base_llm import sha256_file
+from vlm_safeguard.evaluation.comparison import by_benchmark, compare, own_sets, read_prompts
+from vlm_safeguard.evaluation.metrics.utility import easy_vqa_accuracy
+from vlm_safeguard.model.loading import LoadedModel, load
+from vlm_safeguard.utils.files import write_whole
+from vlm_safeguard.utils.progress import Progress
+from vlm_safeguard.utils.stats import Rate, wilson
 
 CARD = weights_file().with_name("CARD.md")
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"

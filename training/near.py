@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from training.common import log, read_jsonl, write_jsonl
-from vlm_safeguard import prompts
+from vlm_safeguard.data import prompts
 
 STOP = frozenset(
     re.findall(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from training.common import log
 
-PACKAGE = Path(__file__).parents[1] / "src" / "vlm_safeguard" / "demo"
+PACKAGE = Path(__file__).parents[1] / "src" / "vlm_safeguard" / "embedded"
 LIMIT = 40_000_000
 
 

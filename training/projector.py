@@ -45,7 +45,7 @@ from training.lora import FILE as LORA
 from training.picture_answers import FILE as ANSWERS
 from training.picture_answers import article
 from training.vision_tower import normalise
-from vlm_safeguard.demo.assemble import IMAGE_TOKEN, merge_lora
+from vlm_safeguard.embedded.assemble import IMAGE_TOKEN, merge_lora
 
 FILE = "projector.safetensors"
 PROJECTOR_NAMES = {"0": "linear_1", "2": "linear_2"}  # ours -> LLaVA's

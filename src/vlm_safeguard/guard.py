@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_safeguard import artifact, hub
-from vlm_safeguard.artifact import CONFIG_FILE, TENSOR_FILE
-from vlm_safeguard.card import CARD_FILE, MARK, card
+from vlm_safeguard.artifact import hub, serialization
+from vlm_safeguard.artifact.config import GuardConfig
+from vlm_safeguard.artifact.model_card import CARD_FILE, MARK, card
+from vlm_safeguard.artifact.serialization import CONFIG_FILE, TENSOR_FILE
 from vlm_safeguard.errors import GuardError
-from vlm_safeguard.files import read_limited, write_whole
-from vlm_safeguard.identity import config_digest, dtype_name, template_digest
-from vlm_safeguard.models import LoadedModel, find_decoder
-from vlm_safeguard.session import Session
-from vlm_safeguard.settings import GuardConfig
-from vlm_safeguard.weights import quantised, weights_digest
-from vlm_safeguard.witness import ImageMarkup, find_markup
+from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_digest
+from vlm_safeguard.model.loading import LoadedModel, find_decoder
+from vlm_safeguard.model.text_only import ImageMarkup, find_markup
+from vlm_safeguard.model.weights import quantised, weights_digest
+from vlm_safeguard.runtime.session import Session
+from vlm_safeguard.utils.files import read_limited, write_whole
 
 _MAX_CARD = 1 << 20  # bytes of a README that is looked through for our mark
 _EXACT = (torch.float32, torch.bfloat16)  # in which the digest of the weights is the same
@@ -43,7 +43,7 @@ class Guard:
     def __init__(self, config: GuardConfig, tensors: dict[str, Tensor]) -> None:
         self.config = config
         self.tensors = tensors
-        artifact.check_tensors(tensors, config)
+        serialization.check_tensors(tensors, config)
 
     # -- files ---------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ class Guard:
                 raise GuardError(f"{name} is larger than the {limit} bytes allowed")
             return files[name]
 
-        return cls(*artifact.read(fetch))
+        return cls(*serialization.read(fetch))
 
     @classmethod
     def from_pretrained(
@@ -106,7 +106,7 @@ class Guard:
                 )
             fetch = _Folder(folder).read
         try:
-            return cls(*artifact.read(fetch))
+            return cls(*serialization.read(fetch))
         except GuardError as error:
             raise GuardError(f"cannot load the guard {name}: {error}") from error
 
@@ -196,7 +196,7 @@ class Guard:
 
     def _render(self, base_model: str | None, repo_id: str | None) -> dict[str, bytes]:
         """Every file by name, tensors first: a torn pair then shows by its digest."""
-        self.config, settings, blob = artifact.render(self.config, self.tensors)
+        self.config, settings, blob = serialization.render(self.config, self.tensors)
         page = card(self.config, base_model=base_model, repo_id=repo_id)
         return {TENSOR_FILE: blob, CONFIG_FILE: settings, CARD_FILE: page.encode()}
 

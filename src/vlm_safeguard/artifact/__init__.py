@@ -1,0 +1,1 @@
+"""What a guard is on disk and on the hub."""

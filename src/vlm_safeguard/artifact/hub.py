@@ -1,0 +1,206 @@
+"""Guards on a model hub: which names are looked up there, fetching files, pushing them.
+
+Every function here goes to the network only for a repository that its caller names, and every
+failure is a ``GuardError`` that says what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    errors,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
+
+from vlm_safeguard.errors import GuardError
+from vlm_safeguard.utils.files import read_limited
+
+LIBRARY = "vlm-safeguard"
+TIMEOUT = 10.0  # seconds to wait for the hub's first answer
+
+# "owner/name" as the hub allows it; anything else is a path.
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_repository(name: str) -> bool:
+    """Whether ``name`` reads as "owner/name" on a hub and not as a path."""
+    return bool(_REPOSITORY.fullmatch(name)) and ".." not in name and "--" not in name
+
+
+@dataclass
+class Repository:
+    """Reads files of a repository by name, all at one commit, each up to a size.
+
+    The size that the hub states is checked before anything is downloaded. Nothing is asked of the
+    network with ``local_files_only``, under ``HF_HUB_OFFLINE``, or where ``revision`` is a commit
+    whose file is in the cache. Where the hub cannot be reached a cached guard is not silently
+    taken in its place.
+    """
+
+    repo_id: str
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+    endpoint: str | None = None
+    timeout: float = TIMEOUT
+
+    def __post_init__(self) -> None:
+        self._api = HfApi(endpoint=self.endpoint, token=self.token, library_name=LIBRARY)
+        self._sizes: dict[str, int | None] = {}
+        self._commit: str | None = None  # as the hub has it, once asked
+
+    def read(self, name: str, limit: int) -> bytes:
+        """One file.
+
+        Raises:
+            GuardError: no such repository, revision or file, a file above ``limit`` bytes, no
+                access, or no answer.
+        """
+        offline = self.local_files_only or is_offline_mode() or self._is_cached(name)
+        # The first file is asked for by the revision's own name, so that the cache learns where
+        # it points and local_files_only finds it; the others at the commit that was found.
+        revision = self.revision
+        if not offline and self._commit is None:
+            self._look_up()
+        elif not offline:
+            revision = self._commit
+        if not offline:
+            self._check_size(name, limit)
+        with _explained(self.repo_id, self.revision, self._api.endpoint):
+            path = self._api.hf_hub_download(
+                self.repo_id,
+                name,
+                revision=revision,
+                cache_dir=self.cache_dir,
+                force_download=self.force_download and not offline,
+                local_files_only=offline,
+                etag_timeout=self.timeout,
+            )
+        if self._commit and Path(path).parent.name != self._commit:
+            raise GuardError("it changed on the hub while it was read: load it again")
+        try:
+            return read_limited(Path(path), limit)
+        except OSError as error:
+            raise GuardError(f"cannot read {name} in the cache: {error.strerror}") from error
+
+    def _look_up(self) -> None:
+        with _explained(self.repo_id, self.revision, self._api.endpoint):
+            info = self._api.model_info(
+                self.repo_id, revision=self.revision, files_metadata=True, timeout=self.timeout
+            )
+        self._commit = info.sha
+        self._sizes = {file.rfilename: file.size for file in info.siblings or []}
+
+    def _check_size(self, name: str, limit: int) -> None:
+        if name not in self._sizes:
+            raise GuardError(f"it is no guard: {name} is missing there")
+        size = self._sizes[name]
+        if size is not None and size > limit:
+            raise GuardError(
+                f"{name} has {size} bytes on the hub, larger than the {limit} allowed, and was not "
+                "downloaded"
+            )
+
+    def _is_cached(self, name: str) -> bool:
+        """Whether a file of an exact commit, which can never change, is on the disk."""
+        if self.force_download or not _COMMIT.fullmatch(self.revision or ""):
+            return False
+        found = try_to_load_from_cache(
+            self.repo_id, name, cache_dir=self.cache_dir, revision=self.revision
+        )
+        return isinstance(found, str)
+
+
+def push(
+    repo_id: str,
+    files: dict[str, bytes],
+    *,
+    commit_message: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    endpoint: str | None = None,
+) -> str:
+    """Make the repository if there is none and put all ``files`` there in one commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        GuardError: no such branch, no right to write there, or the hub does not answer.
+    """
+    api = HfApi(endpoint=endpoint, token=token, library_name=LIBRARY)
+    with _explained(repo_id, branch, api.endpoint):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, data) for name, data in files.items()],
+            commit_message=commit_message,
+            revision=branch,
+            create_pr=create_pr,
+        )
+    return str(commit.commit_url)
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None, endpoint: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a ``GuardError`` with the way out."""
+    at = f"{repo_id} at {revision}" if revision else repo_id
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise GuardError(
+            f"access to {repo_id} must be granted first: ask for it on {endpoint}/{repo_id} and "
+            "log in with `hf auth login` or give a token"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise GuardError(
+            f"{repo_id} has no revision {revision!r}: name a branch, tag or commit of it"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise GuardError(
+            f"there is no repository {repo_id} on {endpoint}, or it is private: check the name, "
+            "log in with `hf auth login` or give a token. A folder is named with ./ before it"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise GuardError(
+            f"{at} is not in the cache and nothing may be fetched, or the hub broke off: load it "
+            "once with a network connection, without local_files_only and HF_HUB_OFFLINE"
+        ) from error
+    except errors.HFValidationError as error:
+        raise GuardError(f"{repo_id!r} is no name for a repository: use owner/name") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise GuardError(
+                f"{endpoint} does not allow this with {repo_id} (status {status}): give a token "
+                "with the right to, or log in with `hf auth login`"
+            ) from error
+        raise GuardError(
+            f"{endpoint} answered with status {status} for {repo_id}: try again later"
+        ) from error
+    except GuardError:
+        raise
+    except Exception as error:  # the HTTP client's own kinds differ between its versions
+        what = "did not answer in time" if _is_timeout(error) else "cannot be reached"
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise GuardError(
+            f"{endpoint} {what} ({reason}): check the network; a guard that was loaded before is "
+            "in the cache, local_files_only=True takes it from there"
+        ) from error
+
+
+def _is_timeout(error: BaseException) -> bool:
+    return isinstance(error, TimeoutError) or "Timeout" in type(error).__name__

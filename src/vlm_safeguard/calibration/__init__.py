@@ -1,0 +1,1 @@
+"""Makes a guard for a model, and checks it."""

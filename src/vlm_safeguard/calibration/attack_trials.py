@@ -1,0 +1,148 @@
+"""What a guard does on a handful of prompts: attacks that succeed, cost on harmless ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard.calibration.generation import respond
+from vlm_safeguard.calibration.refusals import judge
+from vlm_safeguard.data.inputs import (
+    SETTINGS,
+    Request,
+    Setting,
+    batches,
+    requests,
+    settings_of,
+    spoken,
+)
+from vlm_safeguard.data.prompts import Prompt
+from vlm_safeguard.guard import Guard, reads_pictures
+from vlm_safeguard.model.loading import LoadedModel, encode
+from vlm_safeguard.utils.progress import Progress
+
+REFUSAL = 8  # tokens in which a refusal shows
+
+
+def within(items: Sequence[Prompt], setting: Setting) -> list[Prompt]:
+    """The prompts that mean what their label says in ``setting``."""
+    return [p for p in items if setting in settings_of(p)]
+
+
+def refused(
+    loaded: LoadedModel,
+    guard: Guard | None,
+    items: Sequence[Request],
+    tokens: int,
+    progress: Progress | None = None,
+) -> list[bool]:
+    """Whether each request is refused; garbled text is no refusal."""
+    answers = respond(loaded, items, guard, max_new_tokens=tokens, batch=24, progress=progress)
+    return [judge(answer.text) == "refused" for answer in answers]
+
+
+def successes(
+    loaded: LoadedModel,
+    guard: Guard | None,
+    attacks: Sequence[Request],
+    tokens: int,
+) -> list[bool]:
+    """Whether each attack got something else than a refusal; garbled text counts as success."""
+    return [not no for no in refused(loaded, guard, attacks, tokens)]
+
+
+def answered(loaded: LoadedModel, items: Sequence[Prompt], reads_pictures: bool) -> list[bool]:
+    """Whether the model, unguarded, answers each request as text alone.
+
+    One that it refuses by itself costs nobody anything when a gate opens for it.
+    """
+    said = respond(loaded, [spoken(p, reads_pictures) for p in items], max_new_tokens=REFUSAL)
+    return [judge(answer.text) != "refused" for answer in said]
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """The same attacks without a guard and with it: whether each succeeded, in one setting."""
+
+    prompts: list[Prompt]
+    plain: list[bool]
+    guarded: list[bool]
+
+
+def attack(
+    loaded: LoadedModel, guard: Guard, items: Sequence[Prompt], setting: Setting, tokens: int
+) -> Attacks:
+    """Try those of ``items`` that are meant in ``setting``, without ``guard`` and with it."""
+    meant = within(items, setting)
+    asked = requests(meant, setting)
+    plain, guarded = (successes(loaded, g, asked, tokens) for g in (None, guard))
+    return Attacks(meant, plain, guarded)
+
+
+def per_question(tried: Iterable[Attacks]) -> tuple[list[bool], list[bool]]:
+    """Without and with the guard, one pair for each question: it succeeds if it did in any trial,
+    by itself or in a wrapper."""
+    before: dict[str, bool] = {}
+    after: dict[str, bool] = {}
+    for trial in tried:
+        for prompt, plain, guarded in zip(trial.prompts, trial.plain, trial.guarded, strict=True):
+            before[prompt.cluster] = before.get(prompt.cluster, False) or plain
+            after[prompt.cluster] = after.get(prompt.cluster, False) or guarded
+    return list(before.values()), list(after.values())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a guard does on harmless requests: ``kl`` in nats, mean over requests; whether a gate
+    opened on each (``fired``), whether it was also one that the model would answer as text
+    (``stopped``), and the question behind it (its settings and wrapped copies share it)."""
+
+    kl: float
+    fired: list[bool]
+    stopped: list[bool]
+    clusters: list[str]
+
+
+@torch.inference_mode()
+def harmless_cost(loaded: LoadedModel, guard: Guard, harmless: Sequence[Prompt]) -> Cost:
+    """KL(unguarded || guarded) of the next token, and false positives, in every setting.
+
+    Where the gate stays shut the guard changes nothing, so the divergence is zero there.
+    """
+    divergences: list[float] = []
+    tried: list[tuple[Prompt, bool]] = []
+    clusters: list[str] = []
+    for setting in SETTINGS:
+        meant = within(harmless, setting)
+        items = requests(meant, setting)
+        for group in batches(loaded.processor.tokenizer, items, 16):
+            moved, opened = _next_token(loaded, [items[i] for i in group], guard)
+            tried += zip([meant[i] for i in group], opened, strict=True)
+            clusters += [meant[i].cluster for i in group]
+            rows = [row for row, is_open in enumerate(opened) if is_open]
+            divergences += [0.0] * (len(group) - len(rows))
+            if rows:
+                plain, _ = _next_token(loaded, [items[group[row]] for row in rows], None)
+                divergences += (plain.exp() * (plain - moved[rows])).sum(-1).tolist()
+    of_open = list({p.id: p for p, is_open in tried if is_open}.values())
+    own = answered(loaded, of_open, guard.config.reads_pictures)
+    wanted = {p.id for p, is_answered in zip(of_open, own, strict=True) if is_answered}
+    stopped = [is_open and p.id in wanted for p, is_open in tried]
+    fired = [is_open for _, is_open in tried]
+    return Cost(sum(divergences) / len(divergences), fired, stopped, clusters)
+
+
+def _next_token(
+    loaded: LoadedModel, items: Sequence[Request], guard: Guard | None
+) -> tuple[Tensor, list[bool]]:
+    """Log-probabilities (B, vocabulary) of the first token, and which rows the gate opened."""
+    texts, images = [r.text for r in items], [r.image for r in items]
+    inputs = encode(loaded, texts, images, reads_pictures(guard))
+    with guard.attach(loaded.model, loaded.processor) if guard else nullcontext() as session:
+        logits = loaded.model(**inputs, logits_to_keep=1).logits[:, -1]
+        opened = [d.fired for d in session.decisions] if session else []
+    return logits.float().log_softmax(-1), opened

@@ -1,0 +1,169 @@
+"""Calibrate a guard: directions, gates, dose; and the proof that it helps.
+
+1. Record the anchors' states, text only: a safety steering direction per layer.
+2. Record calibration prompts as text, with a blank image and with pictures: fit the text-only
+   witness gate and the in-VLM gate. Other, harmless prompts set their thresholds, so that the
+   budget of false positives is kept with confidence (``conformal``).
+3. Try steering candidates on harmful calibration prompts with images and keep the one under which
+   fewest attacks succeed.
+4. Prove it on held-back prompts, or fail with the reason.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vlm_safeguard import method
+from vlm_safeguard.artifact.config import Gate, GuardConfig, ModelIdentity, Steering
+from vlm_safeguard.calibration.budget import Budget, Effort
+from vlm_safeguard.calibration.conformal import CONFIDENCE, check_enough
+from vlm_safeguard.calibration.gate_fitting import GateFit, auc, bounded
+from vlm_safeguard.calibration.held_out import prove
+from vlm_safeguard.calibration.hidden_states import (
+    States,
+    bound_prompts,
+    bound_scores,
+    fit_gates,
+    record_calibration,
+)
+from vlm_safeguard.calibration.steering_search import search
+from vlm_safeguard.data import prompts
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_digest
+from vlm_safeguard.model.loading import LoadedModel, find_decoder
+from vlm_safeguard.model.text_only import find_markup
+from vlm_safeguard.model.weights import weights_digest
+from vlm_safeguard.utils.progress import Progress
+
+
+def calibrate(
+    loaded: LoadedModel,
+    *,
+    budget: Budget | None = None,
+    effort: Effort | None = None,
+    reads_pictures: bool = False,
+    progress: Progress | None = None,
+) -> Guard:
+    """A guard for ``loaded``, proven on held-back calibration prompts.
+
+    Args:
+        reads_pictures: the guard reads the words in pictures (OCR) beside the request's own.
+
+    Raises:
+        CalibrationError: no candidate keeps the budget and helps (says what was measured), or
+            there are too few prompts to guarantee it.
+        ModelError: the model cannot be read or its states are not finite.
+    """
+    budget, effort = budget or Budget(), effort or Effort()
+    progress = progress or Progress(quiet=True)
+    began = time.monotonic()
+    check_enough(len({p.cluster for p in bound_prompts(effort)}), budget.false_positives)
+    markup = find_markup(loaded)
+    with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
+        folder = Path(temporary)
+        recorded = record_calibration(loaded, effort, reads_pictures, folder, progress)
+        pairs, directions = recorded.pairs, recorded.directions
+        text, pictured = recorded.text, recorded.pictured
+        fits = fit_gates(recorded, budget)
+        scores = bound_scores(loaded, *fits, effort, folder, progress)
+        witness, in_vlm = bounded(fits, scores, budget.false_positives)
+        table = _separability(text, pictured, directions)
+        gates = _gate_rates(witness, {"text": text}) + _gate_rates(in_vlm, pictured)
+        base = _Foundation(loaded, directions, pairs, markup, witness, in_vlm, reads_pictures)
+        fit = prompts.calibration("fit")
+        guard, tried = search(loaded, base.build, fit, budget, effort, progress)
+    proof = prove(loaded, guard, budget, effort, progress)
+    results = {
+        "seconds": round(time.monotonic() - began, 1),
+        "budget": {"false_positives": budget.false_positives, "kl": budget.kl},
+        "separability": table,
+        "gates": gates,
+        "bound": {"n": len(scores), "confidence": CONFIDENCE},
+        "candidates": tried,
+        "proof": proof,
+    }
+    guard.config = guard.config.model_copy(update={"calibration": results})
+    return guard
+
+
+def _gate_rates(fit: GateFit, settings: dict[str, States]) -> list[dict[str, Any]]:
+    """True- and false-positive rate of a gate on the prompts it was fitted on, per setting, and
+    cross-validated over all of them (``unseen``)."""
+    rates: dict[str, dict[str, float]] = {"tpr": {}, "fpr": {}}
+    for name, states in settings.items():
+        for kind, part in zip(("tpr", "fpr"), states.split(), strict=True):
+            opened = (fit.scores(part) > 0).double().mean().item()
+            rates[kind][name] = round(opened, 4)
+    source = "text" if "text" in settings else "vlm"
+    unseen = dict(zip(rates, (round(rate, 4) for rate in fit.unseen_rates), strict=True))
+    return [{"source": source, "layers": list(fit.layers), **rates, "unseen": unseen}]
+
+
+def _separability(
+    text: States, pictured: dict[str, States], directions: dict[int, Tensor]
+) -> dict[str, Any]:
+    """Per layer: AUC of h . v1 in each setting, and the paper's gate (b = 0) there."""
+    table: dict[str, Any] = {}
+    for name, states in {"text": text, **pictured}.items():
+        harmful, harmless = states.split()
+        rows: dict[str, list[float]] = {"auc": [], "tpr_b0": [], "fpr_b0": []}
+        for layer, basis in sorted(directions.items()):
+            h, s = harmful[:, layer] @ basis[0], harmless[:, layer] @ basis[0]
+            rows["auc"].append(round(auc(h, s), 4))
+            rows["tpr_b0"].append(round((h > 0).double().mean().item(), 4))
+            rows["fpr_b0"].append(round((s > 0).double().mean().item(), 4))
+        table[name] = rows
+    return table
+
+
+@dataclass(frozen=True)
+class _Foundation:
+    """All that the candidates share."""
+
+    loaded: LoadedModel
+    directions: dict[int, Tensor]
+    pairs: Tensor
+    markup: Any
+    witness: GateFit
+    in_vlm: GateFit
+    reads_pictures: bool
+
+    def build(self, steering: Steering) -> Guard:
+        """A guard with both fitted gates and this steering."""
+        model = self.loaded.model
+        decoder = find_decoder(model)
+        tensors: dict[str, Tensor] = {}
+        for layer in steering.layers:
+            basis = self.directions[layer][: steering.rank].contiguous()
+            tensors[f"directions.{layer}"] = basis
+            tensors[f"anchor.{layer}"] = method.coordinates(self.pairs[0, :, layer], basis).mean(0)
+        gates: list[Gate] = []
+        for source, fit in (("text", self.witness), ("vlm", self.in_vlm)):
+            # A pooled score has one threshold; it stands with the gate's first layer.
+            cuts = [fit.threshold] + [0.0] * (len(fit.layers) - 1)
+            gate = {"source": source, "layers": list(fit.layers), "thresholds": cuts}
+            tensors[f"gate.{len(gates)}"] = fit.vectors.contiguous()
+            gates.append(Gate.model_validate(gate))
+        config = GuardConfig(
+            model=ModelIdentity(
+                name=Path(self.loaded.name).name,
+                config_sha256=config_digest(model),
+                weights_sha256=weights_digest(model),
+                template_sha256=template_digest(self.loaded.processor),
+                dtype=dtype_name(model),
+                hidden_size=decoder.hidden_size,
+                layers=len(decoder.layers),
+            ),
+            markup=self.markup.settings(self.loaded.processor.tokenizer.pad_token_id),
+            gates=gates,
+            steering=steering,
+            reads_pictures=self.reads_pictures,
+            data_sha256=dict(prompts.digests()),
+        )
+        return Guard(config, tensors)

@@ -1,0 +1,68 @@
+"""Responses of a model, guarded or not, to many requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from vlm_safeguard.data.inputs import Request, batches
+from vlm_safeguard.guard import Guard, reads_pictures
+from vlm_safeguard.model.loading import LoadedModel, encode
+from vlm_safeguard.runtime.attestation import Decision
+from vlm_safeguard.utils.progress import Progress
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model said. ``fired`` and ``score``, the highest of the gates' scores per layer, are
+    None where no guard was attached."""
+
+    text: str
+    tokens: int
+    truncated: bool
+    fired: bool | None
+    score: float | None = None
+
+
+@torch.inference_mode()
+def respond(
+    loaded: LoadedModel,
+    items: Sequence[Request],
+    guard: Guard | None = None,
+    *,
+    max_new_tokens: int = 32,
+    batch: int = 32,
+    what: str = "responses",
+    progress: Progress | None = None,
+) -> list[Response]:
+    """Greedy responses, in the order of ``items``."""
+    tokenizer = loaded.processor.tokenizer
+    stops = loaded.model.generation_config.eos_token_id
+    ends = set(stops if isinstance(stops, list) else [stops])
+    found: dict[int, Response] = {}
+    with guard.attach(loaded.model, loaded.processor) if guard else nullcontext() as session:
+        groups = batches(loaded.processor.tokenizer, items, batch)
+        for group in progress.track(groups, what) if progress else groups:
+            chosen = [items[i] for i in group]
+            texts, images = [r.text for r in chosen], [r.image for r in chosen]
+            inputs = encode(loaded, texts, images, reads_pictures(guard))
+            out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            decided = session.decisions if session else [None] * len(group)
+            for row, index in enumerate(group):
+                said = out[row, inputs["input_ids"].shape[1] :].tolist()
+                stop = next((n for n, token in enumerate(said) if token in ends), None)
+                said = said if stop is None else said[:stop]
+                text = tokenizer.decode(said, skip_special_tokens=True).strip()
+                found[index] = Response(text, len(said), stop is None, *_gate(decided[row]))
+    return [found[i] for i in range(len(items))]
+
+
+def _gate(decision: Decision | None) -> tuple[bool | None, float | None]:
+    """Whether a gate opened, and the highest of the gates' scores, each per layer."""
+    if decision is None:
+        return None, None
+    means = (sum(scores) / len(scores) for scores in decision.scores.values())
+    return decision.fired, max(means)

@@ -1,0 +1,175 @@
+"""What a calibration records of the model, and the gates fitted to it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard import method
+from vlm_safeguard.calibration.attack_trials import answered, within
+from vlm_safeguard.calibration.budget import Budget, Effort
+from vlm_safeguard.calibration.gate_fitting import GateFit, fit_gate
+from vlm_safeguard.data import prompts
+from vlm_safeguard.data.inputs import PICTURED, Request, Setting, request, requests, spoken, told
+from vlm_safeguard.data.prompts import Prompt
+from vlm_safeguard.data.sampling import evenly
+from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.recording import anchor_states, record
+from vlm_safeguard.utils.progress import Progress
+
+MAX_RANK = 64
+IN_VLM_SHARE = 0.1  # of the false-positive budget
+ASKED = 0.2  # share of the threshold-setting prompts, highest first, that the model is asked
+FOLDS = 5  # of the cross-validation that chooses a gate
+
+
+@dataclass(frozen=True)
+class States:
+    """Recorded states (k, L, d) of one set of prompts, with their labels."""
+
+    states: Tensor
+    harmful: Tensor  # (k,) bool
+    fold: Tensor  # (k,); a question and its wrapped copy share it
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        return self.states[self.harmful], self.states[~self.harmful]
+
+    def folds(self) -> tuple[Tensor, Tensor]:
+        return self.fold[self.harmful], self.fold[~self.harmful]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """States of the anchors (2, N, L, d) and of the calibration prompts that choose, and the
+    safety directions by layer."""
+
+    pairs: Tensor
+    directions: dict[int, Tensor]
+    text: States
+    pictured: dict[str, States]
+
+    def witness_states(self) -> States:
+        """What the text-only witness learns from."""
+        return with_anchors(self.text, self.pairs)
+
+    def vlm_states(self) -> States:
+        """What the in-VLM gate learns from: every setting with a picture."""
+        return States(
+            *(
+                torch.cat([getattr(s, name) for s in self.pictured.values()])
+                for name in ("states", "harmful", "fold")
+            )
+        )
+
+
+def record_calibration(
+    loaded: LoadedModel, effort: Effort, reads_pictures: bool, folder: Path, progress: Progress
+) -> Recorded:
+    """Record all that the gates are fitted on; the states live in ``folder``."""
+    pairs = anchor_states(loaded, folder, progress)
+    directions = {
+        layer: method.safety_directions(pairs[0, :, layer], pairs[1, :, layer], MAX_RANK)
+        for layer in range(pairs.shape[2])
+    }
+    fit = prompts.calibration("fit")
+    # The witness reads the words of every request, so it learns from all whose words tell.
+    worded = evenly([p for p in fit if told(p, reads_pictures)], effort.worded)
+    said = [spoken(p, reads_pictures) for p in worded]
+    text = record_states(loaded, worded, said, "text", folder, progress)
+    pictured: dict[str, States] = {}
+    for setting in PICTURED:
+        chosen = evenly(within(fit, setting), effort.pictured)
+        seen = requests(chosen, setting)
+        pictured[setting] = record_states(loaded, chosen, seen, setting, folder, progress)
+    return Recorded(pairs, directions, text, pictured)
+
+
+def record_states(
+    loaded: LoadedModel,
+    items: Sequence[Prompt],
+    asked: Sequence[Request],
+    setting: Setting,
+    folder: Path,
+    progress: Progress,
+) -> States:
+    """States of ``items``, as ``asked`` of the model in ``setting``."""
+    what = f"calibration prompts, {setting}"
+    states = record(loaded, asked, folder, what=what, progress=progress)
+    fold = [hashlib.sha256(p.cluster.encode()).digest()[0] % FOLDS for p in items]
+    return States(states, torch.tensor([p.harmful for p in items]), torch.tensor(fold))
+
+
+def with_anchors(text: States, pairs: Tensor) -> States:
+    """The anchors teach the witness too. The directions come from them, so they look further
+    apart than other prompts do, and nothing is judged by them (a negative fold)."""
+    count = pairs.shape[1]
+    labels = torch.arange(2 * count) < count
+    folds = torch.full((2 * count,), -1)
+    return States(
+        torch.cat([text.states, pairs.flatten(0, 1)]),
+        torch.cat([text.harmful, labels]),
+        torch.cat([text.fold, folds]),
+    )
+
+
+def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
+    """The text-only witness and the in-VLM gate, which share the false-positive budget.
+
+    The witness sees nearly all harm, so nearly all of the budget is its own."""
+    witness, in_vlm = (
+        fit_gate(*states.split(), *states.folds(), recorded.directions, budget.false_positives * s)
+        for states, s in (
+            (recorded.witness_states(), 1 - IN_VLM_SHARE),
+            (recorded.vlm_states(), IN_VLM_SHARE),
+        )
+    )
+    return witness, in_vlm
+
+
+def bound_prompts(effort: Effort) -> list[Prompt]:
+    """The harmless prompts that set the thresholds."""
+    return evenly(prompts.calibration("bound"), effort.bound)
+
+
+def bound_scores(
+    loaded: LoadedModel,
+    witness: GateFit,
+    in_vlm: GateFit,
+    effort: Effort,
+    folder: Path,
+    progress: Progress,
+) -> Tensor:
+    """The highest score by any gate of each harmless question that sets the thresholds, (n,).
+
+    Each prompt is read as text and with a picture, blank and drawn ones in turn. A question and
+    its wrapped copy count as one, so that scores of different questions are independent. One that
+    the model refuses anyway, asked as text, cannot be stopped by a gate: it scores lowest.
+    """
+    items = bound_prompts(effort)
+    mixed = [request(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
+    layers = 1 + max(*witness.layers, *in_vlm.layers)  # what lies above says nothing to the gates
+    text, seen = (
+        record(loaded, asked, folder, what=what, layers=layers, progress=progress)
+        for asked, what in ((requests(items, "text"), "bound, text"), (mixed, "bound, pictures"))
+    )
+    scores = torch.stack(
+        [
+            witness.scores(text) / witness.spread,
+            in_vlm.scores(text) / in_vlm.spread,
+            in_vlm.scores(seen) / in_vlm.spread,
+        ]
+    )
+    own = scores.max(0).values
+    # Only the highest scores decide where a threshold lies.
+    top = own.argsort(descending=True)[: int(ASKED * len(items)) + 1].tolist()
+    wanted = answered(loaded, [items[n] for n in top], False)
+    own[[n for n, is_answered in zip(top, wanted, strict=True) if not is_answered]] = own.min()
+    highest: dict[str, float] = {}
+    for prompt, score in zip(items, own.tolist(), strict=True):
+        highest[prompt.cluster] = max(score, highest.get(prompt.cluster, score))
+    return torch.tensor(list(highest.values()))

@@ -1,0 +1,121 @@
+"""Choose the steering: candidates, tried on calibration prompts of the half that chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vlm_safeguard.artifact.config import Steering
+from vlm_safeguard.calibration.attack_trials import harmless_cost, successes, within
+from vlm_safeguard.calibration.budget import Budget, Effort
+from vlm_safeguard.data.inputs import PICTURED, SETTINGS, Request, requests
+from vlm_safeguard.data.prompts import Prompt
+from vlm_safeguard.data.sampling import evenly, spaced
+from vlm_safeguard.errors import CalibrationError
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.model.loading import LoadedModel, find_decoder
+from vlm_safeguard.utils.progress import Progress
+
+
+def candidates(depth: int) -> list[Steering]:
+    """Steering to try: from the strongest to the most faithful to the paper.
+
+    Coordinates are those of the last prompt token, so `restore` guards that position alone: put
+    back at the generated ones too, they make the model say its first word again and again.
+    """
+    whole, later = list(range(depth)), list(range(depth // 3, depth))
+    found = [
+        Steering(mode="restore", reference=reference, layers=layers, rank=rank, tokens=1)
+        for reference in ("text", "anchor")
+        for layers, rank in ((whole, 64), (later, 64), (whole, 16))
+    ]
+    found.append(Steering(mode="restore", reference="anchor", layers=later, rank=4, tokens=8))
+    found.append(Steering(mode="add", query="text", layers=later, rank=1, alpha=1.0))
+    return found
+
+
+def search(
+    loaded: LoadedModel,
+    build: Callable[[Steering], Guard],
+    fit: Sequence[Prompt],
+    budget: Budget,
+    effort: Effort,
+    progress: Progress,
+) -> tuple[Guard, list[dict[str, Any]]]:
+    """Two rounds: all candidates on few attacks, the best few on more, in every setting.
+
+    The few are attacks with a picture, blank or not, that succeed without a guard: the others
+    tell nothing of the steering.
+
+    Args:
+        build: makes the guard with a steering.
+        fit: calibration prompts of the half that chooses.
+
+    Returns:
+        The chosen guard, and what was measured of every candidate.
+
+    Raises:
+        CalibrationError: every finalist costs more than the budget on harmless prompts.
+    """
+    few = _successful(loaded, [p for p in fit if p.harmful], effort, progress)
+    tried: list[dict[str, Any]] = []
+    ranked: list[tuple[float, int, Steering]] = []
+    for steering in progress.track(
+        candidates(len(find_decoder(loaded.model).layers)), "steering candidates"
+    ):
+        guard = build(steering)
+        won = successes(loaded, guard, few, effort.tokens)
+        ranked.append((sum(won) / len(won), len(ranked), steering))
+        tried.append({"steering": _brief(steering), "n": len(won), "asr": ranked[-1][0]})
+    more = evenly(fit[1::2], effort.final)
+    harmful = [p for p in more if p.harmful]
+    harmless = [p for p in more if not p.harmful]
+    attacks = [r for s in SETTINGS for r in requests(within(harmful, s), s)]
+    best: tuple[float, int, Steering] | None = None
+    for _, place, steering in progress.track(
+        sorted(ranked, key=lambda r: r[:2])[: effort.finalists], "finalists"
+    ):
+        guard = build(steering)
+        won = successes(loaded, guard, attacks, effort.tokens)
+        rate = sum(won) / len(won)
+        divergence = harmless_cost(loaded, guard, harmless).kl
+        tried[place] |= {
+            "final_n": len(won),
+            "final_asr": round(rate, 4),
+            "final_kl": round(divergence, 5),
+        }
+        if divergence <= budget.kl and (best is None or rate < best[0]):
+            best = (rate, place, steering)
+    if best is None:
+        raise CalibrationError(
+            f"no guard: the mean KL divergence on harmless prompts exceeds {budget.kl} nats with "
+            "every finalist. Allow more with --max-kl"
+        )
+    tried[best[1]]["chosen"] = True
+    return build(best[2]), tried
+
+
+def _successful(
+    loaded: LoadedModel, attacks: Sequence[Prompt], effort: Effort, progress: Progress
+) -> list[Request]:
+    """``effort.search`` attacks with a picture, blank or not: in equal steps through those that
+    succeed, then through the others."""
+    progress.say("attacks that succeed without a guard")
+    tried = [
+        request
+        for setting in PICTURED
+        for request in requests(
+            evenly(within(attacks, setting), effort.scan // len(PICTURED)), setting
+        )
+    ]
+    won = successes(loaded, None, tried, effort.tokens)
+    hits = [request for request, is_hit in zip(tried, won, strict=True) if is_hit]
+    misses = [request for request, is_hit in zip(tried, won, strict=True) if not is_hit]
+    chosen = spaced(hits, effort.search)
+    return chosen + spaced(misses, effort.search - len(chosen))
+
+
+def _brief(steering: Steering) -> dict[str, Any]:
+    facts = steering.model_dump()
+    layers = facts.pop("layers")
+    return facts | {"layers": f"{layers[0]}-{layers[-1]}" if layers else "none"}

@@ -1,0 +1,304 @@
+"""The commands that measure: evaluations, utility, the modality gap, gates, judges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vlm_safeguard.calibration.budget import Budget
+from vlm_safeguard.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Quiet,
+    check_folder,
+    load_model,
+    make_progress,
+    print_json,
+)
+from vlm_safeguard.errors import SafeguardError
+
+app = typer.Typer()
+
+OWN_SETS = ("own_malicious", "own_jailbreak", "own_picture")
+# What stands side by side by default; ``erase`` is an ablation and must be asked for by name.
+DEFENCES_TO_COMPARE = ("none", "self-reminder", "goal-priority", "paper-formula", "guard")
+
+
+@contextmanager
+def _inspect_needed() -> Iterator[None]:
+    """Around the import of the harness: inspect_ai is an extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "inspect_ai":
+            raise
+        raise SafeguardError(
+            "evaluating needs inspect_ai: pip install 'vlm-safeguard[eval]'"
+        ) from error
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Model folders or hub names, or 'embedded'.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for logs and results.")],
+    defence: Annotated[
+        list[str] | None, typer.Option(help="none, self-reminder, goal-priority, guard, ... or all")
+    ] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="own_malicious, xstest, ... (default: our three own)")
+    ] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="text, blank, picture")] = None,
+    guard: Annotated[Path | None, typer.Option(help="Guard folder, for the guard's kind.")] = None,
+    defence_text: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: exact wording of a prompt-based defence.")
+    ] = None,
+    attack: Annotated[
+        str | None, typer.Option(help="Put on every request: template:FILE or typography.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with a published benchmark in each subfolder; hub: fetch them."),
+    ] = None,
+    judge: Annotated[str, typer.Option(help="phrases, llama-guard:NAME, ...")] = "phrases",
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each label per set.")] = None,
+    vqa: Annotated[int, typer.Option(min=0, help="easy-vqa questions for utility.")] = 0,
+    pairs: Annotated[int, typer.Option(min=0, help="Paired timing runs per defence.")] = 0,
+    throughput: Annotated[
+        int, typer.Option(min=0, help="Rounds that time prompts at batch 1 and at --batch.")
+    ] = 0,
+    labels: Annotated[
+        Path | None, typer.Option(help="Labelled responses: also ASR corrected for the judge.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 32,
+    batch: Annotated[int, typer.Option(min=1, max=4096)] = 32,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare defences on benchmarks, through inspect_ai; goes on where it was stopped."""
+    with _inspect_needed():
+        from vlm_safeguard.evaluation.harness.pipeline import Measure
+        from vlm_safeguard.evaluation.harness.pipeline import evaluate as run
+    from vlm_safeguard.evaluation.harness.execution import Plan, names
+    from vlm_safeguard.evaluation.harness.markdown import markdown
+
+    plan = Plan(
+        models=tuple(dict.fromkeys(models)),
+        defences=names(defence or ["none", *(["guard"] if guard else [])], DEFENCES_TO_COMPARE),
+        benchmarks=names(benchmark or [], OWN_SETS),
+        settings=names(setting or [], ("text", "blank", "picture")),
+        guard=str(guard) if guard else None,
+        data=str(data) if data else None,
+        judge=judge,
+        limit=limit,
+        vqa=vqa,
+        max_tokens=max_new_tokens,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        defence_texts=tuple(_named_file(given) for given in defence_text or []),
+        attack=attack,
+    )
+    measure = Measure(pairs=pairs, rounds=throughput, labels=labels)
+    facts = run(plan, output, measure, make_progress(quiet))
+    if json_:
+        print_json(facts)
+    else:
+        print(markdown(facts), end="")
+
+
+def _named_file(given: str) -> tuple[str, str]:
+    name, _, file = given.partition("=")
+    if not (name and file):
+        raise SafeguardError(f"--defence-text {given!r}: give NAME=FILE, the defence and its text")
+    return name, file
+
+
+@app.command("check-results")
+def check_results(
+    first: Annotated[Path, typer.Argument(help="results.json, or its folder.")],
+    second: Annotated[Path, typer.Argument(help="The same of a second run.")],
+    json_: Json = False,
+) -> None:
+    """Whether two runs of one evaluation came out the same; exit code 1 if a cell differs."""
+    from vlm_safeguard.evaluation.harness.rerun import compare_runs, flipped, read_run, rerun_page
+
+    runs = read_run(first), read_run(second)
+    found, flips = compare_runs(*runs), flipped(*runs)
+    same = not any(one.differs for one in found)
+    if json_:
+        print_json({"same": same, "flipped": flips, "rates": [one.as_dict() for one in found]})
+    else:
+        print(rerun_page(found, flips), end="")
+    if not same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def utility(
+    results: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, JSON.")],
+    name: Annotated[
+        list[str] | None, typer.Option(help="What to call each, in their order.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Compare runs of lmms-eval, for example without and with a guard; the first is the measure."""
+    from vlm_safeguard.evaluation.lmms import compare_lmms, lmms_page, read_lmms
+
+    if name and len(name) != len(results):
+        raise SafeguardError(f"{len(name)} name for {len(results)} files: give --name for each")
+    names = name or [path.stem for path in results]
+    runs = [read_lmms(*one) for one in zip(results, names, strict=True)]
+    table = compare_lmms(runs)
+    if json_:
+        left_out = [{"run": run.name, "metrics": list(run.left_out)} for run in runs]
+        print_json({"table": table, "left_out": left_out})
+    else:
+        print(lmms_page(runs, table), end="")
+
+
+@app.command()
+def gap(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for page and plots.")],
+    prompts: Annotated[
+        Literal["malicious", "held"],
+        typer.Option(help="malicious (evaluation set) or held (harder: calibration's proof)."),
+    ] = "malicious",
+    per_set: Annotated[int | None, typer.Option(min=1, help="Prompts of each label.")] = None,
+    guard: Annotated[Path | None, typer.Option(help="Also read this guard's gates.")] = None,
+    name: Annotated[str, typer.Option(help="What the names of the files begin with.")] = "gap",
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 32,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Study the modality gap: which pictures weaken refusals, and move the states, how much."""
+    from vlm_safeguard.evaluation.studies.modality_gap import study, write
+    from vlm_safeguard.guard import Guard
+
+    if Path(name).name != name:
+        raise SafeguardError(f"--name {name!r} is no file name: name the folder with -o")
+    progress = make_progress(quiet)
+    artifact = Guard.from_pretrained(guard) if guard else None
+    loaded = load_model(model, dtype, device, progress)
+    check_folder(output)
+    found = study(
+        loaded,
+        prompt_set=prompts,
+        per_set=per_set,
+        guard=artifact,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+    write(found, output, name)
+    if json_:
+        print_json({key: value for key, value in found.items() if key != "responses"})
+    else:
+        print(output / f"{name}.md")
+
+
+@app.command()
+def gates(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Page to write.")] = None,
+    guard: Annotated[
+        Path | None, typer.Option(help="Also try this guard's gates hard and soft.")
+    ] = None,
+    max_fpr: Annotated[
+        float, typer.Option(min=0.001, max=0.5, help="Harmless that calibrated gates may stop.")
+    ] = 0.02,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare forms of gate on held-back prompts: what each finds at the same cost."""
+    from dataclasses import asdict
+
+    from vlm_safeguard.calibration.budget import Effort
+    from vlm_safeguard.evaluation.studies import gate_forms, soft_gates
+    from vlm_safeguard.guard import Guard
+    from vlm_safeguard.utils.files import write_whole
+
+    if output is not None:
+        if output.is_dir():
+            raise SafeguardError(f"{output} is a folder: name the page's file")
+        check_folder(output.parent)
+    progress = make_progress(quiet)
+    artifact = Guard.from_pretrained(guard) if guard else None
+    loaded = load_model(model, dtype, device, progress)
+    budget = Budget(false_positives=max_fpr)
+    soft = soft_gates.compare(loaded, artifact, Effort(), progress) if artifact else []
+    rows, together = gate_forms.study(loaded, budget, Effort(), progress)
+    text = gate_forms.page(model, rows, together, budget)
+    text += "\n" + soft_gates.section(soft) if soft else ""
+    if json_:
+        print_json(gate_forms.facts(rows, together) | {"soft": [asdict(row) for row in soft]})
+    else:
+        print(text, end="")
+    if output is not None:
+        try:
+            write_whole({output: text.encode()})
+        except OSError as error:
+            raise SafeguardError(f"cannot write {output}: {error.strerror}") from error
+
+
+@app.command("judge")
+def judge_again(
+    run: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
+    judge: Annotated[str, typer.Option(help="phrases, llama-guard:NAME, ...")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Recording (default: in the folder).")
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Judge the responses of an evaluation with another judge, or the unscored ones again."""
+    with _inspect_needed():
+        from vlm_safeguard.evaluation.harness.rejudge import page, rejudge
+
+    facts = rejudge(run, judge, output, make_progress(quiet))
+    if json_:
+        print_json(facts)
+    else:
+        print(page(facts), end="")
+
+
+@app.command("validate-judge")
+def validate_judge(
+    labels: Annotated[Path, typer.Argument(help="JSONL: prompt, response, label on each line.")],
+    judge: Annotated[str, typer.Option(help="phrases, llama-guard:NAME, ...")] = "phrases",
+    json_: Json = False,
+) -> None:
+    """How often a judge is right on labelled responses: sensitivity, specificity, kappa.
+
+    For attack success on harmful prompts; apart from it, for refusals of harmless ones.
+    """
+    from vlm_safeguard.evaluation.judges import (
+        check_chosen_for,
+        make_judge,
+        read_labelled,
+        validation_page,
+    )
+    from vlm_safeguard.evaluation.judges import validate as run
+
+    rows, chosen = read_labelled(labels), make_judge(judge)
+    check_chosen_for(chosen, rows, labels)
+    harmless = sum(not row.harmful for row in rows)
+    success = run(chosen, rows)
+    told = harmless and chosen.asks == "refusal"
+    refusals = run(chosen, rows, "harmless") if told else None
+    if json_:
+        apart = {"refusals": refusals.as_dict() if refusals else None, "harmless": harmless}
+        print_json(success.as_dict() | apart)
+    else:
+        print(validation_page(success, refusals, harmless), end="")

@@ -1,0 +1,242 @@
+"""The command line: thin commands over the package. stdout is data, stderr is progress."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from vlm_safeguard.calibration.budget import Budget
+from vlm_safeguard.cli import evaluation as cli_evaluation
+from vlm_safeguard.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Quiet,
+    check_folder,
+    load_model,
+    make_progress,
+    print_json,
+)
+from vlm_safeguard.errors import Interrupted, SafeguardError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="An inference-time safety guard for vision-language models.",
+)
+app.add_typer(cli_evaluation.app)
+
+
+@app.command()
+def assemble(
+    cache: Annotated[Path | None, typer.Option(help="Cache folder to use.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Assemble the embedded VLM (once) and print its folder."""
+    from vlm_safeguard.embedded import assemble as demo
+
+    print(demo.assemble(cache, progress=make_progress(quiet).say))
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the guard.")],
+    max_false_positives: Annotated[
+        float, typer.Option(min=0.001, max=0.5, help="Budget on harmless requests.")
+    ] = Budget.false_positives,
+    max_kl: Annotated[
+        float, typer.Option(min=0.0, help="Budget on the KL divergence, nats.")
+    ] = Budget.kl,
+    read_pictures: Annotated[
+        bool, typer.Option("--read-pictures", help="Also read the words in pictures (extra: ocr).")
+    ] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Calibrate a guard for MODEL and save it, or fail with the reason and save nothing."""
+    from vlm_safeguard.calibration.calibrate import calibrate as run
+
+    if output.exists() and not output.is_dir():
+        raise SafeguardError(f"{output} is a file: name a folder for the guard")
+    for folder in check_folder(output):
+        folder.rmdir()  # a calibration that fails leaves nothing
+    progress = make_progress(quiet)
+    loaded = load_model(model, dtype, device, progress)
+    budget = Budget(max_false_positives, max_kl)
+    guard = run(loaded, budget=budget, reads_pictures=read_pictures, progress=progress)
+    guard.save_pretrained(output)
+    if json_:
+        print_json(guard.config.model_dump())
+    else:
+        proof = guard.config.calibration["proof"]
+        for setting in ("text", "blank", "picture"):
+            row = proof[setting]
+            print(
+                f"{setting:8} attacks that succeed: {row['asr_unguarded']:.1%} -> "
+                f"{row['asr_guarded']:.1%} (n = {row['n']})"
+            )
+        print(f"guard saved in {output}")
+
+
+@app.command()
+def doctor(
+    model: Model,
+    guard: Annotated[Path | None, typer.Argument(help="Guard folder to check on MODEL.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check MODEL: decoder, image tokens; and a guard on it: sign, separability, effect."""
+    from vlm_safeguard.calibration.doctor import describe, diagnose, examine
+    from vlm_safeguard.guard import Guard
+
+    progress = make_progress(quiet)
+    artifact = Guard.from_pretrained(guard) if guard else None
+    loaded = load_model(model, dtype, device, progress)
+    found = describe(loaded)
+    checks = diagnose(loaded, artifact, progress=progress) if artifact else examine(found)
+    if json_:
+        facts = {"ok": all(c.ok for c in checks), "model": vars(found)}
+        print_json(facts | {"checks": [vars(c) for c in checks]})
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.found}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def push(
+    guard: Annotated[Path, typer.Argument(help="Guard folder.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the hub; made if missing.")],
+    branch: Annotated[str | None, typer.Option(help="Existing branch, instead of main.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub name of the guarded model, for the card.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make it private if new.")] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request, change no branch.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Push a guard and its card to the model hub, after checking its files."""
+    from vlm_safeguard.guard import Guard
+
+    address = Guard.from_pretrained(guard).push_to_hub(
+        repository,
+        private=private or None,
+        branch=branch,
+        create_pr=create_pr,
+        base_model=base_model,
+    )
+    if json_:
+        print_json({"commit": address})
+    else:
+        print(address)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[Path | None, typer.Option(help="PNG, JPEG or WEBP picture.")] = None,
+    guard: Annotated[Path | None, typer.Option(help="Guard folder to attach.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 128,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Answer one prompt, streaming, with or without a guard."""
+    from vlm_safeguard.cli.streaming import stream
+    from vlm_safeguard.data.image_io import open_image
+    from vlm_safeguard.guard import Guard
+
+    if not prompt.strip():
+        raise SafeguardError("the prompt is empty: say what to ask with --prompt")
+    progress = make_progress(quiet)
+    picture = open_image(image) if image else None
+    artifact = Guard.from_pretrained(guard) if guard else None
+    loaded = load_model(model, dtype, device, progress)
+    text, fired = stream(loaded, prompt, picture, artifact, max_new_tokens, None if json_ else _put)
+    if json_:
+        print_json({"response": text, "guarded": artifact is not None, "fired": fired})
+    else:
+        print()
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the report.")] = Path(
+        "report"
+    ),
+    full: Annotated[
+        bool, typer.Option("--full", help="All evaluation prompts and the paper's formula.")
+    ] = False,
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help="Also these harmful prompts, one a line.")
+    ] = None,
+    guard: Annotated[Path | None, typer.Option(help="Use this guard, do not calibrate.")] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Assemble the embedded VLM, calibrate a guard, compare, write a report."""
+    from vlm_safeguard.evaluation.demonstration import run_demo
+
+    summary = run_demo(output, full, prompts or [], guard, make_progress(quiet))
+    if json_:
+        print_json(summary)
+    else:
+        _headline(summary)
+
+
+def _headline(summary: dict[str, Any]) -> None:
+    for setting, systems in summary["settings"].items():
+        for system, row in systems.items():
+            print(
+                f"{setting:8} {system:10} ASR {row['asr']:6.1%} [{row['asr_low']:.1%}, "
+                f"{row['asr_high']:.1%}]  over-refusal {row['over_refusal']:6.1%}  degenerate "
+                f"{row['degenerate']:.1%}  n = {row['n']}"
+            )
+    accuracy = summary["vqa_accuracy"]
+    print(f"easy-vqa accuracy {accuracy['unguarded']:.1%} -> {accuracy['guarded']:.1%}")
+    print(
+        f"perplexity ratio {summary['perplexity_ratio']:.3f}, time per token x "
+        f"{summary['time_per_token_ratio']:.3f}, first token x {summary['first_token_ratio']:.3f}"
+    )
+    print(f"({summary['note']})")
+    print(f"report: {summary['report']}")
+
+
+def _put(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def main() -> None:
+    """Entry point: plain errors, exit code 1; Ctrl-C exits with 130, SIGTERM with 143."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app(standalone_mode=True)
+    except SafeguardError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, Interrupted) else 1)
+
+
+def _terminated(number: int, _: FrameType | None) -> None:
+    """End as from an exception, so that temporary files go."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

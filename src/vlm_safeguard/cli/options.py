@@ -1,0 +1,58 @@
+"""What the commands share: options that mean the same everywhere, loading, printing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.utils.files import check_writable
+
+Model = Annotated[str, typer.Argument(help="Model folder or hub name; 'embedded' for our own.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Where the model runs, for example cpu or cuda.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def load_model(model: str, dtype: str, device: str, progress: Any) -> Any:
+    """Load a model; the word ``embedded`` assembles and loads our own."""
+    from vlm_safeguard.embedded.assemble import assemble
+    from vlm_safeguard.model import loading
+
+    name: str | Path = assemble(progress=progress.say) if model == "embedded" else model
+    progress.say(f"loading {model}")
+    return loading.load(name, dtype, device)
+
+
+def make_progress(quiet: bool) -> Any:
+    """Progress on stderr, and none of transformers' own."""
+    from transformers.utils import logging
+
+    from vlm_safeguard.utils.progress import Progress
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return Progress(quiet)
+
+
+def check_folder(folder: Path) -> list[Path]:
+    """``files.check_writable``, before long work whose result goes there.
+
+    Raises:
+        SafeguardError: it cannot be made or written.
+    """
+    try:
+        return check_writable(folder)
+    except OSError as error:
+        raise SafeguardError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    json.dump(value, sys.stdout, indent=1, allow_nan=False)
+    print()

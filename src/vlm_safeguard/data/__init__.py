@@ -1,0 +1,1 @@
+"""Prompts, pictures, and what reads them."""

@@ -1,1 +1,0 @@
-"""Generating responses, judging them, and the statistics of rates."""

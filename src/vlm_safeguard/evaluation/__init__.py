@@ -1,0 +1,1 @@
+"""Measures models, defenses and guards."""

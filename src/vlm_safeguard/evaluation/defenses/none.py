@@ -1,0 +1,9 @@
+"""No defence: the model as it is."""
+
+from __future__ import annotations
+
+from vlm_safeguard.evaluation.defenses.base import Defence
+
+
+def build() -> Defence:
+    return Defence("none")

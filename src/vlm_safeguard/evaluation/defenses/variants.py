@@ -1,0 +1,54 @@
+"""A guard with other settings, for comparisons and experiments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vlm_safeguard.artifact.config import Gate, Steering
+from vlm_safeguard.guard import Guard
+
+
+def paper_formula(base_guard: Guard, alpha: float) -> Guard:
+    """The paper's plain formula on the same directions: b = 0 per layer, ``add``, own pass.
+
+    A baseline for comparisons: one direction, every prompt and generated position.
+    """
+    config = base_guard.config
+    layers = config.steering.layers
+    steering = Steering(
+        mode="add", query="pass", positions="all", layers=layers, rank=1, alpha=alpha
+    )
+    tensors = {}
+    for layer in layers:
+        tensors[f"directions.{layer}"] = base_guard.tensors[f"directions.{layer}"][:1].contiguous()
+        tensors[f"anchor.{layer}"] = base_guard.tensors[f"anchor.{layer}"][:1].contiguous()
+    tensors["gate.0"] = torch.cat([tensors[f"directions.{n}"] for n in layers])
+    gate = Gate(source="vlm", layers=layers, thresholds=[0.0] * len(layers), per_layer=True)
+    own = {"steering": steering, "gates": [gate], "reads_pictures": False}
+    return Guard(config.model_copy(update=own), tensors)
+
+
+def with_steering(guard: Guard, **changes: Any) -> Guard:
+    """The same guard with other steering settings, for experiments (rank may only shrink)."""
+    steering = Steering.model_validate(guard.config.steering.model_dump() | changes)
+    tensors = {k: v for k, v in guard.tensors.items() if k.startswith("gate.")}
+    for layer in steering.layers:
+        for kind in ("directions", "anchor"):
+            name = f"{kind}.{layer}"
+            tensors[name] = guard.tensors[name][: steering.rank].contiguous()
+    return Guard(guard.config.model_copy(update={"steering": steering}), tensors)
+
+
+def with_thresholds(guard: Guard, shift: float) -> Guard:
+    """The same guard with ``shift`` added to every threshold: of a pooled gate, or of each layer.
+
+    A pooled gate sums its layers' scores, so one of its thresholds takes the whole shift.
+    """
+    gates = []
+    for gate in guard.config.gates:
+        moved = len(gate.layers) if gate.per_layer else 1
+        thresholds = [t + shift if n < moved else t for n, t in enumerate(gate.thresholds)]
+        gates.append(gate.model_copy(update={"thresholds": thresholds}))
+    return Guard(guard.config.model_copy(update={"gates": gates}), guard.tensors)

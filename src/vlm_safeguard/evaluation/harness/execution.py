@@ -1,0 +1,244 @@
+"""``vlm-safeguard evaluate``: models x defences x benchmarks x settings, through inspect_ai.
+
+The logs are inspect's own and can be looked at with ``inspect view``. A run that was killed goes
+on where it stopped; what has succeeded is never run again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from inspect_ai import eval_set
+from inspect_ai.log import EvalLog, read_eval_log
+from inspect_ai.model import Model, get_model
+
+from vlm_safeguard.data.inputs import SETTINGS, Request
+from vlm_safeguard.errors import DataError, ImageError, Interrupted, SafeguardError
+from vlm_safeguard.evaluation.attacks import TYPOGRAPHY, attack_file, make_attack
+from vlm_safeguard.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from vlm_safeguard.evaluation.benchmarks.published import folder_of
+from vlm_safeguard.evaluation.defenses import BY_GUARD, DEFENCES, Defence, make_defence
+from vlm_safeguard.evaluation.harness.provider import VlmSafeguardAPI
+from vlm_safeguard.evaluation.harness.registry import TASKS, easy_vqa
+from vlm_safeguard.evaluation.harness.run_identity import claim, file_digest, prompts_digest
+from vlm_safeguard.evaluation.harness.scorers import shared_judge
+from vlm_safeguard.evaluation.judges.factory import judge_file
+from vlm_safeguard.utils.locks import held
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    ``data`` holds a folder for each published benchmark, named like it; or is ``hub``, see
+    ``benchmarks.published``. ``defence_texts``: (defence, file with its exact wording).
+    """
+
+    models: tuple[str, ...]
+    defences: tuple[str, ...]
+    benchmarks: tuple[str, ...]
+    settings: tuple[str, ...] = SETTINGS
+    guard: str | None = None
+    data: str | None = None
+    judge: str = "phrases"
+    limit: int | None = None
+    vqa: int = 0  # easy-vqa questions for utility, 0 for none
+    max_tokens: int = 32
+    batch: int = 32
+    dtype: str = "float32"
+    device: str = "cpu"
+    defence_texts: tuple[tuple[str, str], ...] = ()
+    attack: str | None = None
+
+    def check(self) -> list[tuple[str, str]]:
+        """(benchmark, setting) of every task, after reading all of the data once.
+
+        Raises:
+            DataError: unknown names, no task at all, or what a benchmark's reader finds wrong.
+        """
+        for kind, given, known in (
+            ("benchmark", self.benchmarks, tuple(BENCHMARKS)),
+            ("defence", self.defences, DEFENCES),
+            ("setting", self.settings, SETTINGS),
+        ):
+            for name in given:
+                if name not in known:
+                    raise DataError(f"unknown {kind} {name!r}: use one of {', '.join(known)}")
+        shared_judge(self.judge)
+        pairs: list[tuple[str, str]] = []
+        for name in self.benchmarks:
+            load_benchmark(name, self.folder(name), self.limit)
+            have = BENCHMARKS[name].settings
+            pairs += [(name, setting) for setting in self.settings if setting in have]
+        if not pairs:
+            raise DataError(
+                f"nothing to run: {', '.join(self.benchmarks)} have none of the settings "
+                f"{', '.join(self.settings)}"
+            )
+        self._check_texts()
+        self._check_attack({setting for _, setting in pairs})
+        return pairs
+
+    def _check_texts(self) -> None:
+        for name, file in self.defence_texts:
+            if name not in self.defences:
+                raise DataError(f"a text is given for the defence {name}, which is not run")
+            make_defence(name, self.guard, file)
+        if len(dict(self.defence_texts)) < len(self.defence_texts):
+            raise DataError("a defence has one text: give --defence-text once for each")
+
+    def _check_attack(self, settings: set[str]) -> None:
+        if self.attack is None:
+            return
+        attack = make_attack(self.attack)
+        if self.vqa:
+            raise DataError("easy-vqa measures utility without an attack: leave out --vqa")
+        if self.attack != TYPOGRAPHY:
+            return
+        if settings != {"text"}:
+            raise DataError(
+                f"the attack {TYPOGRAPHY} draws the request as its picture: use --setting text "
+                "alone"
+            )
+        for name in self.benchmarks:
+            for prompt in load_benchmark(name, self.folder(name), self.limit):
+                try:
+                    attack(Request(prompt.prompt, None))
+                except ImageError as error:
+                    raise DataError(f"{prompt.id} cannot be drawn: {error}") from error
+
+    def folder(self, benchmark: str) -> Path | None:
+        """Where the files of a benchmark lie; None for what ships with the package."""
+        return folder_of(benchmark, self.data)
+
+    def defence(self, name: str) -> Defence:
+        """The defence called ``name``, with its guard or its text."""
+        guard = self.guard if name in BY_GUARD else None
+        return make_defence(name, guard, dict(self.defence_texts).get(name))
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings; what was added to plans later, only where it is given."""
+        later = ("defence_texts", "attack")
+        return {key: value for key, value in vars(self).items() if value or key not in later}
+
+
+def run(plan: Plan, output: Path, display: str = "plain") -> list[EvalLog]:
+    """Run, or go on with, a plan; its logs in ``output/logs``. Raises: see ``running``."""
+    with running(plan, output, display) as logs:
+        return logs
+
+
+@contextmanager
+def running(plan: Plan, output: Path, display: str = "plain") -> Iterator[list[EvalLog]]:
+    """Run, or go on with, a plan, and hold its folder for this process until the block ends.
+
+    Raises:
+        DataError: see ``Plan.check``.
+        SafeguardError: another run is at work in the folder, it belongs to another plan or other
+            models or data, or a task failed; ``Interrupted`` where it was stopped.
+    """
+    pairs = plan.check()
+    models = list(_models(plan))  # a model or guard that cannot be read leaves no folder behind
+    busy = f"another run is at work in {output}: wait for it or name another folder"
+    with held(output / LOCK, busy):
+        asked = plan.as_dict() | {"guard_sha256": _guard_digest(plan)}
+        claim(output, asked, _digests(plan, models))
+        tasks = []
+        for name, setting in pairs:
+            folder = plan.folder(name)
+            options = {"setting": setting, "judge": plan.judge, "limit": plan.limit}
+            tasks.append(TASKS[name](**options, data=str(folder) if folder else None))
+        if plan.vqa:
+            tasks.append(easy_vqa(limit=plan.vqa))
+        with redirect_stdout(sys.stderr):  # inspect's progress; what we print there is data
+            done, logs = eval_set(
+                tasks,
+                log_dir=str(output / "logs"),
+                model=models,
+                max_tokens=plan.max_tokens,
+                max_connections=8 * plan.batch,
+                max_samples=8 * plan.batch,
+                max_tasks=4,
+                display=display,  # type: ignore[arg-type]
+                retry_attempts=1,
+                continue_on_fail=True,
+                log_realtime=False,
+                log_model_api=False,
+                score_display=False,
+            )
+        wanted = len(tasks) * len(models)
+        finished = sum(log.status == "success" for log in logs)
+        if not done or finished < wanted:  # an interrupted run may count as done, without its logs
+            failed = [log for log in logs if log.status != "success"]
+            why = _reason(failed)
+            kind = SafeguardError if why else Interrupted
+            raise kind(
+                f"{wanted - finished} of {wanted} evaluations did not finish "
+                f"({why or 'interrupted'}). The same command goes on with what is missing"
+            )
+        # What eval_set returns are headers; the samples are in the files.
+        yield [read_eval_log(log.location) for log in logs]
+
+
+def _reason(failed: Sequence[EvalLog]) -> str:
+    """What went wrong first, with a whole evaluation or with one of its samples; "" for nothing:
+    it was interrupted."""
+    for log in failed:
+        if log.error:
+            return log.error.message
+        for sample in read_eval_log(log.location).samples or []:
+            if sample.error:
+                return f"{log.eval.task}, sample {sample.id}: {sample.error.message}"
+    return ""
+
+
+def _models(plan: Plan) -> Iterator[Model]:
+    texts = dict(plan.defence_texts)
+    for name in plan.models:
+        for defence in plan.defences:
+            arguments: dict[str, Any] = {"defence": defence, "batch": plan.batch}
+            arguments |= {"dtype": plan.dtype, "device": plan.device}
+            if defence in BY_GUARD:
+                arguments["guard"] = plan.guard
+            if defence in texts:
+                arguments["defence_text"] = texts[defence]
+            if plan.attack:
+                arguments["attack"] = plan.attack
+            yield get_model(f"vlm-safeguard/{name}", memoize=False, **arguments)
+
+
+def _digests(plan: Plan, models: Sequence[Model]) -> dict[str, str]:
+    """SHA-256 of models, prompts and texts, by what they are of."""
+    found = {}
+    for api in (cast(VlmSafeguardAPI, model.api) for model in models):
+        found[f"weights of {api.model_name}"] = api.provenance["model_sha256"]
+        found[f"chat template of {api.model_name}"] = api.provenance["template_sha256"]
+    for name in plan.benchmarks:
+        prompts = load_benchmark(name, plan.folder(name), plan.limit)
+        found[f"prompts of {name}"] = prompts_digest(prompts)
+    for name, file in plan.defence_texts:
+        found[f"text of {name}"] = file_digest(Path(file), "the defence's text")
+    wording = attack_file(plan.attack) if plan.attack else None
+    if wording is not None:
+        found["text of the attack"] = file_digest(wording, "the attack's text")
+    of_judge = judge_file(plan.judge)
+    if of_judge is not None:
+        found["file of the judge"] = file_digest(of_judge, "the judge's file")
+    return found
+
+
+def _guard_digest(plan: Plan) -> str:
+    return file_digest(Path(plan.guard) / "guard.json", "the guard") if plan.guard else ""
+
+
+def names(given: Sequence[str], all_of: Sequence[str]) -> tuple[str, ...]:
+    """``given``, or all where nothing was; ``all`` among them stands for all; repeats dropped."""
+    chosen = [one for name in given or ["all"] for one in (all_of if name == "all" else [name])]
+    return tuple(dict.fromkeys(chosen))

@@ -1,0 +1,261 @@
+"""The results of an evaluation as a page in Markdown, for the terminal and for docs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vlm_safeguard.evaluation.harness.ranking import GARBLED, GUARD, Beaten, beaten
+
+PREFIX = "vlm-safeguard/"
+
+LEVEL = 0.05
+RATES = {"asr": "ASR", "over_refusal": "over-refusal"}
+NAMES = {"guard": "the guard", "none": "no defence"}  # of what the others are tested against
+
+NOTE = (
+    "Rates with 95% Wilson intervals, clustered by question, and their counts. Degenerate and "
+    "unscored are counts; a degenerate response is in no rate's numerator, an unscored one in no "
+    "rate at all: it makes the number of prompts smaller."
+)
+COST_NOTE = (
+    "Extra passes are forward passes over the words alone, one a request. Perplexity is that of "
+    "answers to harmless prompts under the bare language model. Times are relative to no defence: "
+    "medians of paired runs of single requests."
+)
+SPEED_NOTE = (
+    "Prompts per second through the harness's engine, the same prompts at batch 1 and at the batch "
+    "given: medians of rounds that measure both."
+)
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The tables in Markdown, with what they rest on."""
+    errors = facts["judge_errors"]
+    reference = facts["reference"]
+    parts = [
+        f"{_commits(facts['made_with'])} Judge `{facts['plan']['judge']}`.",
+        _success(facts["table"], reference, corrected=bool(errors)),
+        NOTE,
+    ]
+    if errors:
+        parts.append(_errors(errors))
+    if reference:
+        parts += [_marks(reference), f"## Differences from {NAMES[reference]}"]
+        parts += _differences(facts["table"], reference)
+    if reference == GUARD:
+        parts += ["## Where the guard is not the best", *_beaten(facts["table"])]
+    for model, defences in facts["costs"].items():
+        parts += ["## Cost and utility" + _of(model, facts["costs"])]
+        parts += [_costs(defences, facts["easy_vqa"].get(PREFIX + model, {})), COST_NOTE]
+    for model, defences in facts["throughput"].items():
+        parts += ["## Prompts per second" + _of(model, facts["throughput"])]
+        parts += [_speeds(defences), SPEED_NOTE]
+    return "\n\n".join(parts) + "\n"
+
+
+def _of(model: str, models: dict[str, Any]) -> str:
+    return f" of {model}" if len(models) > 1 else ""
+
+
+def _commits(made: dict[str, Any]) -> str:
+    """Which code gave the responses, and how that is known."""
+    named, without = made["commits"], made["logs_without_commit"]
+    if not named:
+        now = f"`{made['commit']}`" if made["commit"] else "unknown"
+        return (
+            f"Commit {now}, when the results were written (the logs record none of this project)."
+        )
+    said = ", ".join(f"`{one}`" for one in named)
+    said = f"Commit {said}" if len(named) == 1 else f"Made at {len(named)} commits: {said}"
+    notes = ["as the logs record it"]
+    if without:
+        notes.append(f"{without} of them record none of this project")
+    if any(one.endswith("+") for one in named):
+        notes.append("`+`: with changes that were not committed")
+    return f"{said} ({'; '.join(notes)})."
+
+
+def _success(entries: Sequence[dict[str, Any]], reference: str | None, corrected: bool) -> str:
+    several = len({entry["model"] for entry in entries}) > 1
+    head = [*_place_head(several), "ASR", *(["ASR corrected"] if corrected else [])]
+    head += ["over-refusal", "degenerate", "unscored"]
+    rows = []
+    for entry in entries:
+        row = _place(entry, several)
+        row.append(_counted(entry, "asr") + _mark(_test(entry, reference, "asr")))
+        if corrected:
+            row.append(entry.get("asr_not_correctable") or _interval(entry, "asr_corrected"))
+        row.append(_counted(entry, "over_refusal") + _mark(_test(entry, reference, "over_refusal")))
+        row += [str(entry["degenerate"] + entry["empty"]), _unscored(entry)]
+        rows.append(row)
+    return _table(head, rows)
+
+
+def _marks(reference: str) -> str:
+    return (
+        "`*` marks a defence under which significantly more attacks succeed, or more harmless "
+        f"prompts are refused, than with {NAMES[reference]} on the same prompts, `-` significantly "
+        f"fewer (exact sign-flip test over questions, McNemar's where each is asked once, "
+        f"p < {LEVEL}, per cell, not corrected for many cells)."
+    )
+
+
+def _differences(entries: Sequence[dict[str, Any]], reference: str) -> list[str]:
+    """The paired differences as a table of the rows that have any, and what stands there."""
+    several = len({entry["model"] for entry in entries}) > 1
+    rows, same = [], 0
+    for entry in entries:
+        tests = [_test(entry, reference, name) for name in RATES]
+        if any(test and _differs(test) for test in tests):
+            rows.append([*_place(entry, several), *(_difference(test) for test in tests)])
+        else:
+            same += any(tests)
+    note = (
+        f"In each row the rate less that of {NAMES[reference]}, on the prompts that both have "
+        "scored (in brackets how many), with its 95% bootstrap interval over questions and the p "
+        f"of the sign-flip test. Rows left out because no question differs: {same}."
+    )
+    return [*([_table([*_place_head(several), *RATES.values()], rows)] if rows else []), note]
+
+
+def _beaten(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The cells in which another defence has a lower rate, and what failed there."""
+    found = beaten(entries, tuple(RATES))
+    several = len({entry["model"] for entry in entries}) > 1
+    head = [
+        *_place_head(several)[:-1],
+        "rate",
+        "lower with",
+        "under the guard",
+        "gate open",
+        "gate shut",
+    ]
+    rows = [_beaten_row(one, several) for one in found]
+    note = (
+        "Every cell in which another defence has a lower rate than the guard, be it by one prompt. "
+        f"Who garbles more than {GARBLED:.0%} of a cell's responses is left out: a garbled answer "
+        "is no defence. Of the attacks that succeed under the guard those with the gate shut were "
+        "not recognised; with the gate open the steering failed. Of refused harmless prompts those "
+        "with the gate shut are the model's own doing."
+    )
+    return [*([_table(head, rows)] if rows else ["In no cell."]), note]
+
+
+def _beaten_row(one: Beaten, several: bool) -> list[str]:
+    model = [one.model.removeprefix(PREFIX)] if several else []
+    gates = ["", ""] if one.opened is None else [str(one.opened), str(one.count - one.opened)]
+    place = [*model, one.benchmark, one.setting]
+    return [*place, RATES[one.rate], ", ".join(one.rivals), f"{one.count}/{one.n}", *gates]
+
+
+def _differs(test: dict[str, Any]) -> bool:
+    return any(test[name] for name in ("difference", "low", "high"))
+
+
+def _difference(test: dict[str, Any] | None) -> str:
+    if test is None:
+        return ""
+    if not _differs(test):
+        return f"0 ({test['n']})"
+    interval = f"[{test['low']:+.1%}, {test['high']:+.1%}]"
+    return f"{test['difference']:+.1%} {interval}, p = {test['p']:.2g} ({test['n']})"
+
+
+def _place_head(several: bool) -> list[str]:
+    return [*(["model"] if several else []), "benchmark", "setting", "defence"]
+
+
+def _place(entry: dict[str, Any], several: bool) -> list[str]:
+    model = [entry["model"].removeprefix(PREFIX)] if several else []
+    return [*model, entry["benchmark"], entry["setting"], entry["defence"]]
+
+
+def _unscored(entry: dict[str, Any]) -> str:
+    counts = {label: entry[f"unscored_{label}"] for label in ("harmful", "harmless")}
+    return ", ".join(f"{count} {label}" for label, count in counts.items() if count) or "0"
+
+
+def _errors(errors: dict[str, Any]) -> str:
+    """What the corrected rates rest on."""
+    rates = [
+        f"{name} {errors[name]['value']:.1%} ({errors[name]['count']}/{errors[name]['n']})"
+        for name in ("sensitivity", "specificity")
+    ]
+    unscored = f", {errors['unscored']} unscored" if errors["unscored"] else ""
+    return (
+        f"ASR corrected for the judge's errors (Rogan and Gladen) on {errors['n']} labelled "
+        f"responses to harmful prompts, `{errors['labels']}`: {' and '.join(rates)}{unscored}. Its "
+        "95% interval carries the uncertainty of both. It holds as far as the judge errs in every "
+        "cell as it does on those responses."
+    )
+
+
+def _costs(defences: dict[str, Any], accuracy: dict[str, Any]) -> str:
+    """A row for each defence; columns that nothing was measured for are left out."""
+    shown = {
+        "extra passes": lambda name: _number(defences[name], "extra_passes", "d"),
+        "perplexity": lambda name: _number(defences[name], "perplexity", ".2f"),
+        "time per token": lambda name: _number(defences[name], "time_per_token_ratio", ".3f"),
+        "time to first token": lambda name: _number(defences[name], "first_token_ratio", ".3f"),
+        "easy-vqa accuracy": lambda name: _accuracy(accuracy.get(name)),
+    }
+    columns = {head: [cell(name) for name in defences] for head, cell in shown.items()}
+    columns = {head: cells for head, cells in columns.items() if any(cells)}
+    rows = [list(row) for row in zip(defences, *columns.values(), strict=True)]
+    return _table(["defence", *columns], rows)
+
+
+def _speeds(defences: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{one['single']:.2f}",
+            f"{one['batched']:.2f} (batch {one['batch']})",
+            f"{one['ratio']:.2f} [{one['ratio_low']:.2f}, {one['ratio_high']:.2f}]",
+            f"{one['same']}/{one['prompts']}",
+        ]
+        for name, one in defences.items()
+    ]
+    head = ["defence", "batch 1", "batched", "ratio [least, most]", "same response"]
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _number(facts: dict[str, Any], name: str, form: str) -> str:
+    return format(facts[name], form) if name in facts else ""
+
+
+def _interval(entry: dict[str, Any], name: str) -> str:
+    if entry.get(name) is None:
+        return ""
+    return _rate(entry[name], entry[f"{name}_low"], entry[f"{name}_high"])
+
+
+def _counted(entry: dict[str, Any], name: str) -> str:
+    shown = _interval(entry, name)
+    return shown and f"{shown} {entry[f'{name}_count']}/{entry[f'{name}_n']}"
+
+
+def _accuracy(one: dict[str, Any] | None) -> str:
+    return _rate(one["accuracy"], one["low"], one["high"]) if one else ""
+
+
+def _rate(value: float, low: float, high: float) -> str:
+    return f"{value:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _test(entry: dict[str, Any], reference: str | None, name: str) -> dict[str, Any] | None:
+    """A defence's test of one rate; None for the reference itself, or where nothing is paired."""
+    found: dict[str, Any] | None = (entry.get(f"against_{reference}") or {}).get(name)
+    return found
+
+
+def _mark(test: dict[str, Any] | None) -> str:
+    if test is None or test["p"] >= LEVEL:
+        return ""
+    return " *" if test["difference"] > 0 else " -"

@@ -1,0 +1,173 @@
+"""An inspect_ai provider for vision-language models under a defence, pictures included.
+
+inspect's own Hugging Face provider refuses pictures and knows no guard. This one takes the model
+as its name and the defence as arguments:
+
+    inspect eval vlm_safeguard/own_malicious --model vlm-safeguard/embedded \
+        -M defence=guard -M guard=FOLDER -T setting=blank
+
+An attack, where one is given, is put on before the defence; inspect's sample keeps the original.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Any
+
+from inspect_ai.model import (
+    ChatCompletionChoice,
+    ChatMessage,
+    ChatMessageAssistant,
+    ChatMessageUser,
+    ContentImage,
+    ContentText,
+    GenerateConfig,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+)
+from inspect_ai.tool import ToolChoice, ToolInfo
+
+from vlm_safeguard.calibration.generation import Response
+from vlm_safeguard.data.image_io import open_image
+from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.errors import DataError
+from vlm_safeguard.evaluation.attacks import make_attack
+from vlm_safeguard.evaluation.defenses import make_defence
+from vlm_safeguard.evaluation.harness.engine import engine
+from vlm_safeguard.evaluation.harness.waiting import answer_of
+from vlm_safeguard.model.fingerprint import template_digest
+from vlm_safeguard.model.weights import weights_digest
+
+MAX_TOKENS = 32
+BATCH = 32
+DATA_URI = "data:"
+
+
+class VlmSafeguardAPI(ModelAPI):
+    """Greedy answers of a VLM under one defence.
+
+    Args:
+        model_name: ``embedded``, a folder, or a hub name.
+        defence: one of ``vlm_safeguard.evaluation.defenses.DEFENCES``.
+        guard: folder of the guard, for the defences that need one.
+        defence_text: file with the exact wording of a prompt-based defence.
+        attack: ``template:FILE`` or ``typography`` (see ``vlm_safeguard.evaluation.attacks``).
+        batch: rows generated together. dtype, device: as in ``vlm_safeguard.model.loading.load``.
+
+    Raises:
+        DataError: an unknown argument, defence or attack.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008 (inspect's own signature)
+        defence: str = "none",
+        guard: str | None = None,
+        defence_text: str | None = None,
+        attack: str | None = None,
+        batch: int = BATCH,
+        dtype: str = "float32",
+        device: str = "cpu",
+        **unknown: Any,
+    ) -> None:
+        super().__init__(model_name, base_url, api_key, [], config)
+        if unknown:
+            raise DataError(
+                f"unknown model argument {', '.join(unknown)}: known are defence, guard, "
+                "defence_text, attack, batch, dtype, device"
+            )
+        self.defence = make_defence(defence, guard, defence_text)
+        self.attack = make_attack(attack) if attack else None
+        self.engine = engine(model_name, dtype, device, int(batch))
+        loaded = self.engine.loaded
+        # Every response is kept with what made it.
+        self.provenance = {
+            "defence": self.defence.name,
+            "model_sha256": weights_digest(loaded.model),
+            "template_sha256": template_digest(loaded.processor),
+            "guard_sha256": self.defence.guard.config.tensors_sha256 if self.defence.guard else "",
+        }
+
+    async def generate(
+        self,
+        input: list[ChatMessage],
+        tools: list[ToolInfo],
+        tool_choice: ToolChoice,
+        config: GenerateConfig,
+    ) -> ModelOutput:
+        """One greedy answer to one user turn with at most one picture."""
+        if tools:
+            raise DataError("the vlm-safeguard provider knows no tools")
+        if config.temperature:
+            raise DataError("the vlm-safeguard provider generates greedily: leave temperature out")
+        request = read_request(input)
+        if self.attack is not None:
+            request = self.attack(request)
+        answer = self.engine.submit(
+            Request(self.defence.reword(request.text), request.image),
+            self.defence.guard,
+            config.max_tokens or MAX_TOKENS,
+        )
+        return self._output(await answer_of(answer))
+
+    def _output(self, said: Response) -> ModelOutput:
+        return ModelOutput(
+            model=self.model_name,
+            choices=[
+                ChatCompletionChoice(
+                    message=ChatMessageAssistant(content=said.text, model=self.model_name),
+                    stop_reason="max_tokens" if said.truncated else "stop",
+                )
+            ],
+            usage=ModelUsage(output_tokens=said.tokens, total_tokens=said.tokens),
+            metadata=self.provenance | {"fired": said.fired},
+        )
+
+    def max_tokens(self) -> int | None:
+        """Enough to tell a refusal from an answer."""
+        return MAX_TOKENS
+
+    def max_connections(self) -> int:
+        """Several batches, so that the engine can sort requests by length."""
+        return 8 * self.engine.batch
+
+    def connection_key(self) -> str:
+        """Every defence fills batches of its own."""
+        return f"{self.model_name}/{self.defence.name}"
+
+
+def read_request(messages: Sequence[ChatMessage]) -> Request:
+    """The one user turn of ``messages``: its text, and its picture if it has one.
+
+    Raises:
+        DataError: another number or kind of turns, several pictures, or a picture elsewhere than
+            in the message itself.
+        ImageError: the picture is damaged.
+    """
+    if len(messages) != 1 or not isinstance(messages[0], ChatMessageUser):
+        raise DataError("the vlm-safeguard provider answers single user turns")
+    content = messages[0].content
+    parts = [ContentText(text=content)] if isinstance(content, str) else content
+    words = [part.text for part in parts if isinstance(part, ContentText)]
+    pictures = [part.image for part in parts if isinstance(part, ContentImage)]
+    if len(words) + len(pictures) != len(parts) or len(pictures) > 1:
+        raise DataError("a request is text with at most one picture")
+    return Request("\n".join(words), open_image(_bytes(pictures[0])) if pictures else None)
+
+
+def _bytes(uri: str) -> bytes | str:
+    """What a data URI holds; a path stays as it is, and an address is refused."""
+    if uri.startswith(DATA_URI):
+        try:
+            return base64.b64decode(uri.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise DataError("a picture's data URI is not valid base64") from error
+    if "://" in uri:
+        raise DataError("pictures are never downloaded: give a local file")
+    return uri

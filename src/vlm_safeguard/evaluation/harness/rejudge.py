@@ -1,0 +1,270 @@
+"""``vlm-safeguard judge``: the responses of an evaluation before another judge, or the same again.
+
+Nothing is generated. Every verdict goes into a recording, batch by batch, so that a judging that
+was stopped goes on from there; the recording can be replayed with ``recorded:FILE``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from inspect_ai.log import EvalLog, read_eval_log
+
+from vlm_safeguard.errors import DataError, SafeguardError
+from vlm_safeguard.evaluation.harness import results
+from vlm_safeguard.evaluation.harness.run_identity import PLAN
+from vlm_safeguard.evaluation.harness.scorers import NOT_ASKED, UNUSABLE, not_asked
+from vlm_safeguard.evaluation.judges import Judge, Judgement, make_judge
+from vlm_safeguard.evaluation.judges.base import Verdict, screen
+from vlm_safeguard.evaluation.judges.options import same_judge
+from vlm_safeguard.evaluation.judges.recorded import Recording, read_recording
+from vlm_safeguard.utils.jsonl import read_object
+from vlm_safeguard.utils.locks import held
+from vlm_safeguard.utils.progress import Progress
+
+BATCH = 64  # responses judged between two writings of the recording
+
+
+def rejudge(run: Path, spec: str, output: Path | None, progress: Progress) -> dict[str, Any]:
+    """Judge the responses in the logs of the evaluation in ``run`` with the judge ``spec``.
+
+    What the recording holds is not asked again, nor, if it is the judge of the evaluation, what
+    that has scored; what is unscored in either is. A prompt and response that recur are asked once.
+
+    Args:
+        output: The recording; None names it after the judge, in ``run``.
+
+    Returns:
+        For JSON: ``judge``, ``asks``, ``recording``, ``asked`` (responses asked about now),
+        ``unfinished`` (evaluations of the run left out), ``table`` (see ``_table``) and the
+        ``reasons`` of what is unscored, with their counts.
+
+    Raises:
+        DataError: ``run`` is no folder of an evaluation, or the recording is broken.
+        SafeguardError: nothing in it is finished, the recording belongs to another judge, is being
+            written or cannot be, or the judge cannot be made or used.
+    """
+    plan = _plan(run)
+    judge = make_judge(spec)
+    path = output or run / f"judged-{_slug(judge)}.jsonl"
+    busy = f"another command is writing {path}: wait for it or name another file with -o"
+    with held(path.with_name(f".{path.name}.lock"), busy):
+        return _rejudge(run, plan, spec, judge, path, progress)
+
+
+def _rejudge(
+    run: Path, plan: dict[str, Any], spec: str, judge: Judge, path: Path, progress: Progress
+) -> dict[str, Any]:
+    recording = _recording(path, judge)
+    logs, unfinished = _finished(run, progress)
+    rows = _in_order(results.read(logs)[0], plan)
+    broken = {
+        (str(s.metadata.get("benchmark")), str(s.metadata.get("setting")), str(s.id))
+        for log in logs
+        for s in log.samples or []
+        if UNUSABLE in s.metadata
+    }
+
+    def answered(row: results.Judged) -> bool:  # whether there is a response at all
+        return (row.benchmark, row.setting, row.id) not in broken
+
+    usable = [row for row in rows if answered(row)]
+    if same_judge(spec, str(plan["judge"])):
+        for row in usable:
+            if row.verdict is not None and _open(row, recording):
+                verdict = cast(Verdict, row.verdict)
+                recording.put(_pair(row), Judgement(verdict, "judged in the run"))
+    asked = _ask(judge, usable, recording, path, progress)
+    judged = [_judged(row, judge, recording) if answered(row) else row for row in rows]
+    return {
+        "judge": judge.name,
+        "asks": judge.asks,
+        "recording": str(path) if path.exists() else None,
+        "asked": asked,
+        "unfinished": unfinished,
+        "table": _table(judged, judge),
+        "reasons": dict(
+            Counter(r.reason for r in judged if r.verdict is None and r.reason != NOT_ASKED)
+        ),
+    }
+
+
+def _ask(
+    judge: Judge,
+    rows: Sequence[results.Judged],
+    recording: Recording,
+    path: Path,
+    progress: Progress,
+) -> int:
+    """Ask about what the recording has no verdict on; how many that were."""
+    wanted = [r for r in rows if not _passed_over(r, judge) and _open(r, recording)]
+    pairs = list(dict.fromkeys(map(_pair, wanted)))
+    batches = [pairs[n : n + BATCH] for n in range(0, len(pairs), BATCH)]
+    for batch in progress.track(batches, f"batches of {BATCH} responses before {judge.name}"):
+        for pair, found in zip(batch, judge.judge(batch), strict=True):
+            recording.put(pair, found)
+        _write(recording, path)
+    if not batches and len(recording):
+        _write(recording, path)
+    return len(pairs)
+
+
+def _open(row: results.Judged, recording: Recording) -> bool:
+    """Whether the recording has no verdict on this row."""
+    found = recording.get(_pair(row))
+    return found is None or found.verdict is None
+
+
+def _passed_over(row: results.Judged, judge: Judge) -> bool:
+    """Whether ``judge`` says nothing of this row: garbled answers are told without it."""
+    label = "harmful" if row.harmful else "harmless"
+    return not_asked(judge, label) and screen(row.response) is None
+
+
+def _judged(row: results.Judged, judge: Judge, recording: Recording) -> results.Judged:
+    if _passed_over(row, judge):
+        return replace(row, verdict=None, reason=NOT_ASKED)
+    found = recording.get(_pair(row))
+    if found is None:  # every row that is not passed over was asked about
+        raise RuntimeError(f"{row.id} was not judged")
+    return replace(row, verdict=found.verdict, reason=found.reason if not found.verdict else "")
+
+
+def _pair(row: results.Judged) -> tuple[str, str]:
+    return row.prompt, row.response
+
+
+def _table(rows: Sequence[results.Judged], judge: Judge) -> list[dict[str, Any]]:
+    """Rates of each model, benchmark, setting and defence (see ``results.rates``).
+
+    ``unscored`` counts what could not be judged, ``not_asked`` what the judge does not apply to;
+    of a judge of harm there is no over-refusal."""
+    found = []
+    for key in dict.fromkeys((*r.cell, r.defence) for r in rows):
+        here = [r for r in rows if (*r.cell, r.defence) == key]
+        entry: dict[str, Any] = dict(
+            zip(("model", "benchmark", "setting", "defence"), key, strict=True)
+        )
+        entry |= results.rates(here)
+        entry["not_asked"] = sum(r.reason == NOT_ASKED for r in here)
+        entry["unscored"] -= entry["not_asked"]
+        if judge.asks == "harm":
+            names = ("over_refusal", "over_refusal_low", "over_refusal_high")
+            entry |= dict.fromkeys(names) | {"over_refusal_n": 0}
+        found.append(entry)
+    return found
+
+
+def page(facts: dict[str, Any]) -> str:
+    """The rates as a table in Markdown, what is missing from them, and where the verdicts are."""
+    columns = ["Model", "Benchmark", "Setting", "Defence", "n", "ASR", "Over-refusal"]
+    columns += ["Unscored", "Not asked"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for entry in facts["table"]:
+        cells = [entry[name] for name in ("model", "benchmark", "setting", "defence", "n")]
+        cells += [_rate(entry, "asr"), _rate(entry, "over_refusal")]
+        cells += [entry["unscored"], entry["not_asked"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", f"Judge {facts['judge']}, rates with 95% Wilson intervals clustered by question."]
+    if facts["unfinished"]:
+        lines.append(
+            f"Left out: {facts['unfinished']} evaluations of this run that are not finished."
+        )
+    lines += [f"Unscored, {count} times: {reason}" for reason, count in facts["reasons"].items()]
+    if facts["recording"]:
+        lines.append(f"Verdicts: {facts['recording']} (--judge recorded:FILE replays them)")
+    return "\n".join(lines) + "\n"
+
+
+def _rate(entry: dict[str, Any], name: str) -> str:
+    if entry[name] is None:
+        return "–"
+    low, high = entry[f"{name}_low"], entry[f"{name}_high"]
+    return f"{entry[name]:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _plan(run: Path) -> dict[str, Any]:
+    path = run / PLAN
+    if not path.is_file():
+        raise DataError(
+            f"{run} is no folder of an evaluation: there is no {PLAN} in it. Name the folder that "
+            "was given to evaluate with -o"
+        )
+    plan = read_object(path, "plan of an evaluation")
+    names = ("benchmarks", "settings", "defences")
+    if not isinstance(plan.get("judge"), str) or not all(
+        isinstance(plan.get(name), list) for name in names
+    ):
+        raise DataError(f"{path} is no plan of an evaluation")
+    return plan
+
+
+def _finished(run: Path, progress: Progress) -> tuple[list[EvalLog], int]:
+    """The finished logs of a run, easy-vqa left out, and the number of those not finished.
+
+    Raises:
+        SafeguardError: none is finished.
+    """
+    found: list[EvalLog] = []
+    unfinished = 0
+    for path in progress.track(sorted((run / "logs").glob("*.eval")), "reading the logs"):
+        try:
+            header = read_eval_log(str(path), header_only=True)
+        except Exception:  # a log that was cut short fails in zip, JSON and pydantic's own ways
+            unfinished += 1
+            continue
+        if header.eval.task.endswith("easy_vqa"):
+            continue
+        if header.status == "success":
+            found.append(read_eval_log(str(path)))
+        else:
+            unfinished += 1
+    if not found:
+        raise SafeguardError(
+            f"{run} holds no finished evaluation: run its evaluate command again, which goes on "
+            "where it stopped"
+        )
+    return found, unfinished
+
+
+def _in_order(rows: Sequence[results.Judged], plan: dict[str, Any]) -> list[results.Judged]:
+    """In the order of the plan; logs end in any."""
+    places: list[dict[Any, int]] = [
+        {name: n for n, name in enumerate(plan[key])}
+        for key in ("benchmarks", "settings", "defences")
+    ]
+
+    def place(row: results.Judged) -> list[int]:
+        names = (row.benchmark, row.setting, row.defence)
+        return [at.get(name, len(at)) for at, name in zip(places, names, strict=True)]
+
+    return sorted(rows, key=place)
+
+
+def _recording(path: Path, judge: Judge) -> Recording:
+    """The recording at ``path`` to go on with, or a new one; tried out before long work."""
+    if not path.exists():
+        return Recording(judge.name, judge.asks)
+    found = read_recording(path)
+    if (found.judge, found.asks) != (judge.name, judge.asks):
+        raise SafeguardError(
+            f"{path} holds verdicts of {found.judge} ({found.asks}), not of {judge.name} "
+            f"({judge.asks}): name another file with -o"
+        )
+    return found
+
+
+def _write(recording: Recording, path: Path) -> None:
+    try:
+        recording.write(path)
+    except OSError as error:
+        raise SafeguardError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _slug(judge: Judge) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", f"{judge.name} {judge.asks}").strip("-")[-100:]

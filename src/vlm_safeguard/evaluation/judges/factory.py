@@ -1,0 +1,74 @@
+"""Judges by their spec, as a command line names them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlm_safeguard.evaluation.judges.base import Judge, JudgeError
+from vlm_safeguard.evaluation.judges.endpoint import EndpointJudge
+from vlm_safeguard.evaluation.judges.guard_models import llama_guard, prompt_file, qwen3guard
+from vlm_safeguard.evaluation.judges.options import split
+from vlm_safeguard.evaluation.judges.phrases import PhraseJudge
+from vlm_safeguard.evaluation.judges.recorded import RecordedJudge
+
+SPECS = {
+    "phrases": "phrases",
+    "recorded": "recorded:FILE",
+    "endpoint": "endpoint:URL#MODEL",
+    "llama-guard": "llama-guard:NAME",
+    "qwen3guard": "qwen3guard:NAME",
+    "prompt-file": "prompt-file:NAME#FILE",
+}
+
+
+def make_judge(spec: str, **options: Any) -> Judge:
+    """The judge that ``spec`` names, for example ``endpoint:http://localhost:8000/v1#my-model``.
+
+    Args:
+        spec: One of the forms in ``SPECS``, with options at its end or none:
+            ``...#my-model?timeout=120&key_variable=OPENAI_API_KEY`` (see ``options``).
+        options: Keyword arguments of that judge; they go before those in the spec.
+
+    Raises:
+        JudgeError: the spec is of no known form, an option is not the judge's, or the judge
+            cannot be made.
+        DataError: its file cannot be read.
+    """
+    spec, given = split(spec)
+    options = given | options
+    kind, _, rest = spec.partition(":")
+    if kind not in SPECS:
+        raise JudgeError(f"unknown judge {spec!r}: use one of {', '.join(SPECS.values())}")
+    arguments: list[Any] = []
+    make: Callable[..., Judge]
+    if kind == "phrases":
+        make, complete = PhraseJudge, spec == "phrases"
+    elif kind == "recorded":
+        make, arguments, complete = RecordedJudge, [Path(rest)], bool(rest)
+    elif kind in ("llama-guard", "qwen3guard"):
+        make = llama_guard if kind == "llama-guard" else qwen3guard
+        arguments, complete = [rest], bool(rest)
+    else:
+        left, _, right = rest.partition("#")
+        make = EndpointJudge if kind == "endpoint" else prompt_file
+        arguments = [left, right if kind == "endpoint" else Path(right)]
+        complete = bool(left and right)
+    if not complete:
+        raise JudgeError(f"the judge {spec!r} is not of the form {SPECS[kind]}")
+    known = inspect.signature(make).parameters
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        own = ", ".join(n for n, p in known.items() if p.kind is p.KEYWORD_ONLY) or "none"
+        raise JudgeError(f"the judge {kind} has no option {unknown[0]!r}: its options are {own}")
+    return make(*arguments, **options)
+
+
+def judge_file(spec: str) -> Path | None:
+    """The file that a judge's spec names, its recording or its prompt; None where it names none."""
+    kind, _, rest = split(spec)[0].partition(":")
+    if kind == "recorded":
+        return Path(rest)
+    return Path(rest.partition("#")[2]) if kind == "prompt-file" else None

@@ -1,0 +1,387 @@
+"""Guard models as judges, run here through transformers: Llama Guard, Qwen3Guard, and others.
+
+The conversation [user: prompt, assistant: response] goes through the guard model's own chat
+template; a model whose prompt stands only in its model card (HarmBench's classifiers, WildGuard)
+takes that prompt from a file. Formats follow the model cards; see ``parse`` for the answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from vlm_safeguard.errors import DataError
+from vlm_safeguard.evaluation.judges import parse
+from vlm_safeguard.evaluation.judges.base import (
+    Asks,
+    JudgeError,
+    Judgement,
+    Pair,
+    screened,
+    unscored,
+)
+from vlm_safeguard.evaluation.judges.injection import disarm, marks_of
+
+if TYPE_CHECKING:
+    from vlm_safeguard.utils.progress import Progress
+
+# Stand-ins for prompt and response: what a template does to them, it does to any text.
+PROBES = ("qzprobeprompt", "qzproberesponse")
+PLACEHOLDERS = ("{prompt}", "{response}")
+
+Answer = Literal["yes-no", "wildguard"]
+
+
+class Frame(Protocol):
+    """Writes the judge prompt round a prompt and a response."""
+
+    adds_special: bool  # whether the tokenizer must add its own first token
+
+    def __call__(self, prompt: str, response: str) -> str: ...
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, tried out once.
+
+    Templates take the content of a turn as a string or as a list of parts, and one given the
+    other kind may silently leave the text out. So both are tried on probes, and the first that
+    shows both probes exactly once is used.
+
+    Raises:
+        JudgeError: there is no chat template, or neither form shows the conversation.
+    """
+
+    adds_special = False  # the template writes them
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        if tokenizer.chat_template is None:
+            raise JudgeError(
+                f"{name} has no chat template: give its prompt from the model card in a file "
+                "(prompt-file:NAME#FILE)"
+            )
+        self._tokenizer = tokenizer
+        problem: Exception | None = None
+        for self._parts in (False, True):
+            try:
+                shown = self(*PROBES)
+            except Exception as error:  # templates raise errors of their own kinds
+                problem = error
+                continue
+            if all(shown.count(probe) == 1 for probe in PROBES) and "'type'" not in shown:
+                return
+        raise JudgeError(
+            f"the chat template of {name} does not show a prompt and its response"
+        ) from problem
+
+    def __call__(self, prompt: str, response: str) -> str:
+        turns = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self._parts else text}
+            for role, text in (("user", prompt), ("assistant", response))
+        ]
+        shown: str = self._tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        return shown
+
+
+class PromptFile:
+    """A judge prompt from a file with the placeholders ``{prompt}`` and ``{response}``.
+
+    Raises:
+        DataError: the file cannot be read, or lacks a placeholder.
+    """
+
+    adds_special = True
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.text = path.read_text("utf-8")
+        except OSError as error:
+            raise DataError(f"cannot read the judge prompt {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"the judge prompt {path} is not UTF-8 text") from error
+        for slot in PLACEHOLDERS:
+            if slot not in self.text:
+                raise DataError(f"the judge prompt {path} has no placeholder {slot}")
+
+    def __call__(self, prompt: str, response: str) -> str:
+        # In one pass, so that a placeholder inside a text is not filled in its turn.
+        texts = dict(zip(PLACEHOLDERS, (prompt, response), strict=True))
+        slots = "|".join(map(re.escape, PLACEHOLDERS))
+        return re.sub(slots, lambda slot: texts[slot[0]], self.text)
+
+
+@dataclass(frozen=True)
+class GuardParts:
+    """A causal language model and its tokenizer, and where they came from."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+
+def load_guard(name: str, dtype: str = "float32", device: str = "cpu") -> GuardParts:
+    """Load a guard model from a folder or a hub name (network only if not a folder).
+
+    Raises:
+        JudgeError: it cannot be loaded, weights are missing (they would be random), or there is no
+            such device.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from vlm_safeguard.model.loading import DTYPES
+
+    if dtype not in DTYPES:
+        raise JudgeError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    folder = Path(name).expanduser()
+    local = folder.is_dir()
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise JudgeError(f"there is no model folder {name}")
+    source = str(folder) if local else name
+    options = {"local_files_only": local, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], output_loading_info=True, **options
+        )
+    except Exception as error:  # transformers, safetensors and json each raise their own kinds
+        reason = str(error).strip().splitlines()
+        raise JudgeError(
+            f"cannot load the guard model {name}: {reason[0] if reason else type(error).__name__}"
+        ) from error
+    missing = sorted([*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])])
+    if missing:
+        raise JudgeError(
+            f"{name} lacks weights of a causal language model ({missing[0]} and others): "
+            "a judge with random weights is none"
+        )
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say that a device is missing
+        why = str(error).partition("\n")[0]
+        raise JudgeError(f"cannot move the guard model {name} to {device!r}: {why}") from error
+    return GuardParts(model.eval(), tokenizer, name)
+
+
+class GuardModelJudge:
+    """A guard model, its frame and the reading of its answers. Greedy, in left-padded batches.
+
+    Args:
+        parts: Model and tokenizer.
+        frame: Writes the judge prompt.
+        read: Reads the model's answer.
+        asks: What the verdict is about (see ``base.Asks``).
+        max_new_tokens: Tokens of the answer.
+        batch: Responses judged at a time.
+        progress: Told of every batch.
+
+    Raises:
+        JudgeError: the tokenizer has neither a padding nor an end token.
+    """
+
+    def __init__(
+        self,
+        parts: GuardParts,
+        frame: Frame,
+        read: parse.Parser,
+        asks: Asks,
+        *,
+        max_new_tokens: int = 32,
+        batch: int = 8,
+        progress: Progress | None = None,
+    ) -> None:
+        self.name = parts.name
+        self.asks: Asks = asks
+        self._parts, self._frame, self._read = parts, frame, read
+        self._new, self._batch, self._progress = max_new_tokens, batch, progress
+        tokenizer = parts.tokenizer
+        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+            raise JudgeError(f"the tokenizer of {parts.name} has no padding token")
+        self._pad = tokenizer.pad_token_id
+        if self._pad is None:
+            self._pad = tokenizer.eos_token_id
+        stops = parts.model.generation_config.eos_token_id
+        self._ends = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
+        bare = frame(*PROBES)
+        self._marks = marks_of(bare, PROBES)
+        # Tokens made of white space are ordinary text in some tokenizers.
+        added = {id for token, id in tokenizer.get_added_vocab().items() if token.strip()}
+        self._control = added | set(tokenizer.all_special_ids)
+        # Nor does an unknown character control anything, where it has a token of its own.
+        if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            self._control.discard(tokenizer.unk_token_id)
+        self._allowed = self._controls(self._tokens(bare))
+
+    def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
+        """One judgement for each (prompt, response).
+
+        Unscored: an answer out of the model's format, a conversation longer than the model's
+        context, one that its template changes, or one that leaves a control token standing.
+        """
+        return screened(pairs, self._ask)
+
+    def render(self, prompt: str, response: str) -> str:
+        """The judge prompt, with the marks inside ``prompt`` and ``response`` broken."""
+        return self._frame(self._safe(prompt), self._safe(response))
+
+    def _safe(self, text: str) -> str:
+        from vlm_safeguard.model.loading import neutralise
+
+        # Tokenizers cannot encode lone surrogates; templates strip what surrounds a text.
+        text = text.encode("utf-8", "replace").decode("utf-8").strip()
+        return disarm(neutralise(self._parts.tokenizer, text), self._marks)
+
+    def _tokens(self, rendered: str) -> list[int]:
+        tokenizer, special = self._parts.tokenizer, self._frame.adds_special
+        if special and tokenizer.bos_token and rendered.startswith(tokenizer.bos_token):
+            special = False
+        ids: list[int] = tokenizer(rendered, add_special_tokens=special)["input_ids"]
+        return ids
+
+    def _controls(self, ids: Sequence[int]) -> Counter[int]:
+        return Counter(id for id in ids if id in self._control)
+
+    def _prepare(self, prompt: str, response: str) -> list[int] | Judgement:
+        """Token ids of the judge prompt, or why there are none."""
+        rendered = self.render(prompt, response)
+        if any(self._safe(text) not in rendered for text in (prompt, response)):
+            return unscored("the judge's chat template changes this prompt or response")
+        ids = self._tokens(rendered)
+        if self._controls(ids) != self._allowed:
+            return unscored("a control token of the judge survives in this prompt or response")
+        config = self._parts.model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and len(ids) + self._new > limit:
+            return unscored(
+                f"{len(ids)} tokens and {self._new} for the answer exceed the judge's {limit}"
+            )
+        return ids
+
+    def _ask(self, pairs: list[Pair]) -> list[Judgement]:
+        prepared = [self._prepare(*pair) for pair in pairs]
+        found = {i: item for i, item in enumerate(prepared) if isinstance(item, Judgement)}
+        ready = {i: item for i, item in enumerate(prepared) if not isinstance(item, Judgement)}
+        order = sorted(ready, key=lambda i: -len(ready[i]))  # a lack of memory shows at once
+        groups = [order[n : n + self._batch] for n in range(0, len(order), self._batch)]
+        for group in self._progress.track(groups, self.name) if self._progress else groups:
+            answers = self._generate([ready[i] for i in group])
+            found |= {i: self._read(said) for i, said in zip(group, answers, strict=True)}
+        return [found[i] for i in range(len(pairs))]
+
+    def _generate(self, rows: list[list[int]]) -> list[str]:
+        """Greedy answers to token ids of different lengths."""
+        import torch
+
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self._pad)
+        mask = torch.zeros_like(ids)
+        for n, row in enumerate(rows):
+            ids[n, width - len(row) :] = torch.tensor(row)
+            mask[n, width - len(row) :] = 1
+        device = self._parts.model.get_input_embeddings().weight.device
+        with torch.inference_mode():
+            out = self._parts.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=self._new,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=self._pad,
+            )
+        answers = []
+        for row in out[:, width:].tolist():
+            stop = next((n for n, token in enumerate(row) if token in self._ends), len(row))
+            answers.append(self._parts.tokenizer.decode(row[:stop], skip_special_tokens=True))
+        return answers
+
+
+def llama_guard(
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    batch: int = 8,
+    progress: Progress | None = None,
+) -> GuardModelJudge:
+    """Llama Guard 1 to 4. ``LlamaGuard-7b`` finds a third of HarmBench's jailbreaks: validate.
+
+    Raises:
+        JudgeError: the model cannot be loaded or has no chat template.
+    """
+    parts = load_guard(name, dtype, device)
+    frame = ChatTemplate(parts.tokenizer, name)
+    return GuardModelJudge(
+        parts, frame, parse.llama_guard, "harm", max_new_tokens=32, batch=batch, progress=progress
+    )
+
+
+def qwen3guard(
+    name: str,
+    *,
+    asks: Asks = "harm",
+    controversial: parse.Reading = "unsafe",
+    dtype: str = "float32",
+    device: str = "cpu",
+    batch: int = 8,
+    progress: Progress | None = None,
+) -> GuardModelJudge:
+    """Qwen3Guard-Gen. ``asks`` and ``controversial`` as in ``parse.qwen3guard``.
+
+    Raises:
+        JudgeError: the model cannot be loaded or has no chat template.
+    """
+    parts = load_guard(name, dtype, device)
+    frame = ChatTemplate(parts.tokenizer, name)
+    read = partial(parse.qwen3guard, asks=asks, controversial=controversial)
+    judge = GuardModelJudge(
+        parts, frame, read, asks, max_new_tokens=96, batch=batch, progress=progress
+    )
+    if controversial == "safe" and asks == "harm":  # other verdicts, another judge
+        judge.name += ", controversial counted as safe"
+    return judge
+
+
+def prompt_file(
+    name: str,
+    file: Path,
+    *,
+    answer: Answer = "yes-no",
+    asks: Asks = "harm",
+    dtype: str = "float32",
+    device: str = "cpu",
+    batch: int = 8,
+    progress: Progress | None = None,
+) -> GuardModelJudge:
+    """A guard model whose prompt is in ``file``: HarmBench's classifiers, or WildGuard.
+
+    Raises:
+        DataError: the file cannot be read or lacks a placeholder.
+        JudgeError: the model cannot be loaded, ``answer`` is unknown, or a model that only says
+            yes or no is asked for refusals.
+    """
+    if answer not in ("yes-no", "wildguard"):
+        raise JudgeError(f"unknown answer {answer!r}: use 'yes-no' or 'wildguard'")
+    if answer == "yes-no" and asks == "refusal":
+        raise JudgeError("a model that says yes or no judges harm, not refusal")
+    frame = PromptFile(file)
+    parts = load_guard(name, dtype, device)
+    read = parse.yes_no if answer == "yes-no" else partial(parse.wildguard, asks=asks)
+    new = 4 if answer == "yes-no" else 32
+    judge = GuardModelJudge(
+        parts, frame, read, asks, max_new_tokens=new, batch=batch, progress=progress
+    )
+    # Another prompt, or another reading of the answer, gives other verdicts.
+    digest = hashlib.sha256(frame.text.encode()).hexdigest()[:8]
+    judge.name += f" with {file.name} ({digest})"
+    if answer != "yes-no":
+        judge.name += f", read as {answer}"
+    return judge

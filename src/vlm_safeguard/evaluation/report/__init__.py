@@ -1,0 +1,27 @@
+"""The evaluation report: plots, tables, and one HTML page with all of it."""
+
+from vlm_safeguard.evaluation.report.html import Example, ReportData, write_report
+from vlm_safeguard.evaluation.report.labels import cut_words
+from vlm_safeguard.evaluation.report.plots import (
+    PcaCloud,
+    plot_candidates,
+    plot_gap,
+    plot_pca,
+    plot_separability,
+    plot_tradeoff,
+    save_png,
+)
+
+__all__ = [
+    "Example",
+    "PcaCloud",
+    "ReportData",
+    "cut_words",
+    "plot_candidates",
+    "plot_gap",
+    "plot_pca",
+    "plot_separability",
+    "plot_tradeoff",
+    "save_png",
+    "write_report",
+]

@@ -1,0 +1,1 @@
+"""Studies of why and where a guard works."""

@@ -1,0 +1,188 @@
+"""Which form of gate finds most: the paper's, single layers, pooled ones, on held-back prompts.
+
+Every form is fitted on the calibration prompts that choose and judged on those that prove, at the
+threshold that lets one in a hundred of the held-back harmless requests through: so the forms are
+compared at the same cost, whatever their own thresholds are.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard.calibration.attack_trials import within
+from vlm_safeguard.calibration.budget import Budget, Effort
+from vlm_safeguard.calibration.gate_fitting import GateFit, Kind, auc, bounded, fit_gate
+from vlm_safeguard.calibration.hidden_states import (
+    Recorded,
+    States,
+    bound_scores,
+    fit_gates,
+    record_calibration,
+)
+from vlm_safeguard.data import prompts
+from vlm_safeguard.data.inputs import SETTINGS, Setting, requests
+from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.recording import record
+from vlm_safeguard.utils.progress import Progress
+from vlm_safeguard.utils.stats import Rate, wilson
+
+FALSE_POSITIVES = 0.01
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of gate: which candidates it is chosen from."""
+
+    name: str
+    kinds: tuple[Kind, ...]
+    pooled: bool
+
+
+FORMS = (
+    Form("safety direction, one layer", ("first",), False),
+    Form("safety direction, pooled", ("first",), True),
+    Form("discriminant in the safety subspace, one layer", ("discriminant",), False),
+    Form("discriminant in the safety subspace, pooled", ("discriminant",), True),
+    Form("discriminant in principal components, one layer", ("components",), False),
+    Form("discriminant in principal components, pooled", ("components",), True),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A form of gate, read from one source, in one setting, on held-back prompts."""
+
+    form: str
+    source: str
+    setting: str
+    layers: str
+    auc: float
+    found: Rate  # true positives at the common false-positive rate
+
+
+def study(
+    loaded: LoadedModel, budget: Budget, effort: Effort, progress: Progress
+) -> tuple[list[Row], dict[Setting, dict[str, Rate]]]:
+    """Every form of gate in every setting; and the default gates together, as calibrated.
+
+    Returns:
+        Rows, and for each setting what the two default gates find and let through by their own,
+        guaranteed thresholds.
+    """
+    with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
+        folder = Path(temporary)
+        recorded = record_calibration(loaded, effort, False, folder, progress)
+        held = {s: _held(loaded, s, folder, progress) for s in SETTINGS}
+        rows: list[Row] = []
+        for form in progress.track(FORMS, "forms of gate"):
+            for source in ("text", "vlm"):
+                gate = _fit(recorded, source, form, budget)
+                for setting in SETTINGS:
+                    states = held["text" if source == "text" else setting]
+                    rows.append(_judge(form.name, source, setting, gate, states))
+        witness, in_vlm = fit_gates(recorded, budget)
+        scores = bound_scores(loaded, witness, in_vlm, effort, folder, progress)
+        gates = bounded((witness, in_vlm), scores, budget.false_positives)
+        together = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
+    return _without_repeats(rows), together
+
+
+def _held(loaded: LoadedModel, setting: Setting, folder: Path, progress: Progress) -> States:
+    """States of the held-back prompts that mean the same in every setting, in one order."""
+    items = [p for p in prompts.calibration("held") if p in within([p], "text")]
+    what = f"held-back prompts, {setting}"
+    states = record(loaded, requests(items, setting), folder, what=what, progress=progress)
+    labels = torch.tensor([p.harmful for p in items])
+    return States(states, labels, torch.zeros(len(items), dtype=torch.long))
+
+
+def _fit(recorded: Recorded, source: str, form: Form, budget: Budget) -> GateFit:
+    states = recorded.witness_states() if source == "text" else recorded.vlm_states()
+    return fit_gate(
+        *states.split(),
+        *states.folds(),
+        recorded.directions,
+        budget.false_positives,
+        kinds=form.kinds,
+        pooled=form.pooled,
+    )
+
+
+def _judge(form: str, source: str, setting: str, gate: GateFit, states: States) -> Row:
+    harmful, harmless = (gate.scores(part) for part in states.split())
+    layers = f"{gate.layers[0]}-{gate.layers[-1]}" if len(gate.layers) > 1 else str(gate.layers[0])
+    found = at_false_positives(harmful, harmless, FALSE_POSITIVES)
+    return Row(form, source, setting, layers, auc(harmful, harmless), found)
+
+
+def at_false_positives(harmful: Tensor, harmless: Tensor, share: float) -> Rate:
+    """How many harmful scores lie above the threshold that at most ``share`` of the harmless ones
+    exceed."""
+    cut = harmless.sort(descending=True).values[int(share * len(harmless))]
+    return wilson(int((harmful > cut).sum()), len(harmful))
+
+
+def _together(gates: tuple[GateFit, ...], text: States, states: States) -> dict[str, Rate]:
+    """Found and wrongly stopped requests, by the witness or by the gate in the VLM."""
+    witness, in_vlm = gates
+    opened = (witness.scores(text.states) > 0) | (in_vlm.scores(states.states) > 0)
+    return {
+        name: wilson(int(opened[chosen].sum()), int(chosen.sum()))
+        for name, chosen in (("found", states.harmful), ("stopped", ~states.harmful))
+    }
+
+
+def _without_repeats(rows: list[Row]) -> list[Row]:
+    """The text-only witness reads the same in every setting: one row of it is enough."""
+    return [row for row in rows if row.source == "vlm" or row.setting == "text"]
+
+
+def facts(rows: list[Row], together: Mapping[Any, dict[str, Rate]]) -> dict[str, Any]:
+    """The study as plain data."""
+    return {
+        "forms": [asdict(row) for row in rows],
+        "calibrated": {
+            s: {k: asdict(r) for k, r in found.items()} for s, found in together.items()
+        },
+    }
+
+
+def page(
+    model: str, rows: list[Row], together: Mapping[Any, dict[str, Rate]], budget: Budget
+) -> str:
+    """The study as Markdown."""
+    lines = [
+        "# Forms of gate",
+        "",
+        f"`vlm-safeguard gates {model}`: linear gates in closed form, fitted on the calibration",
+        "prompts that choose, judged on those held back. The share of harmful requests found where",
+        f"{FALSE_POSITIVES:.0%} of harmless ones are stopped, with 95% Wilson intervals, and the",
+        "area under the ROC curve. `text` reads the text-only pass, `vlm` the request's own.",
+        "",
+        "| Gate | Read from | Setting | Layers | AUC | Found |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        setting = "any" if row.source == "text" else row.setting
+        place = f"{row.source} | {setting} | {row.layers}"
+        lines.append(f"| {row.form} | {place} | {row.auc:.3f} | {row.found} |")
+    lines += [
+        "",
+        "The gates that calibration chooses, either of them, at their own thresholds: set on",
+        f"harmless prompts of their own so that at most {budget.false_positives:.0%} of harmless",
+        "requests are stopped that the model would answer as text, with 95% confidence. Here all",
+        "harmless requests count on which a gate opens, also those that the model refuses itself.",
+        "",
+        "| Setting | Found | Gate open on harmless ones |",
+        "|---|---|---|",
+    ]
+    for setting, rates in together.items():
+        lines.append(f"| {setting} | {rates['found']} | {rates['stopped']} |")
+    return "\n".join(lines) + "\n"

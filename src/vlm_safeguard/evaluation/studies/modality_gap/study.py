@@ -1,0 +1,340 @@
+"""Measure the modality gap: refusals and separability in every condition, against text only."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard import method
+from vlm_safeguard.calibration.gate_fitting import auc
+from vlm_safeguard.calibration.refusals import Verdict, judge
+from vlm_safeguard.data import prompts
+from vlm_safeguard.data.inputs import Request, batches
+from vlm_safeguard.data.ocr import reader
+from vlm_safeguard.data.prompts import Prompt
+from vlm_safeguard.data.sampling import thin
+from vlm_safeguard.errors import DataError, ModelError
+from vlm_safeguard.evaluation.report import cut_words
+from vlm_safeguard.evaluation.studies.modality_gap.conditions import (
+    CONDITIONS,
+    Talk,
+    without_pictures,
+)
+from vlm_safeguard.guard import Guard, reads_pictures
+from vlm_safeguard.model.fingerprint import template_digest
+from vlm_safeguard.model.loading import (
+    LoadedModel,
+    conversation,
+    find_decoder,
+    hidden_of,
+    neutralise,
+    process,
+    watch_layer,
+)
+from vlm_safeguard.model.recording import anchor_states
+from vlm_safeguard.model.weights import weights_digest
+from vlm_safeguard.utils.progress import Progress
+from vlm_safeguard.utils.stats import Rate, mcnemar, wilson
+
+NOTE = "Refusals are found by their phrases: a smoke test, not a safety claim."
+ABOUT = ("title", "group", "description", "needs_reading")
+PromptSet = Literal["malicious", "held"]
+FILES: dict[str, str] = {"malicious": "eval_malicious.jsonl", "held": "calibration.jsonl"}
+KEPT_WORDS = 12  # of each response: no answer to a harmful question is passed on
+
+
+def study(
+    loaded: LoadedModel,
+    *,
+    prompt_set: PromptSet = "malicious",
+    per_set: int | None = None,
+    guard: Guard | None = None,
+    max_new_tokens: int = 32,
+    batch: int = 16,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The gap of ``loaded``, without a guard, on one of the package's sets of prompts.
+
+    Greedy responses and, from the same pass, the states at the last prompt token. With ``guard``
+    also how often its gates would open; it does not steer here.
+
+    Args:
+        prompt_set: the malicious evaluation set, or the plain ones of the harder calibration
+            prompts that are held back for proofs.
+        per_set: that many prompts of each label, evenly taken; None for all.
+
+    Returns:
+        What the study's JSON file holds. ``conditions`` has an entry for each of ``CONDITIONS``;
+        one that the model cannot take has ``applicable`` False and the ``reason``. Layer lists are
+        in the order of the decoder's layers.
+
+    Raises:
+        DataError: ``per_set`` is below 1, or there is no such set.
+        GuardError: the guard belongs to another model.
+        SafeguardError: the guard reads pictures and the OCR library is missing.
+        ModelError: the states are not finite, or the request alone cannot be run.
+    """
+    if per_set is not None and per_set < 1:
+        raise DataError(f"per_set is {per_set}: take at least one prompt of each label")
+    if prompt_set not in FILES:
+        raise DataError(f"no set of prompts {prompt_set!r}: use one of {', '.join(FILES)}")
+    if guard:
+        guard.check_model(loaded.model)
+    read = reader().words if reads_pictures(guard) else None
+    progress = progress or Progress(quiet=True)
+
+    def run(talks: Sequence[Talk], tokens: int, what: str) -> tuple[Tensor, list[str]]:
+        return observe(
+            loaded, talks, max_new_tokens=tokens, batch=batch, what=what, progress=progress
+        )
+
+    began = time.monotonic()
+    every = _every(prompt_set)
+    items = every if per_set is None else thin(every, per_set)
+    directions = _directions(loaded, progress)
+    spoken: dict[tuple[Talk, ...], Tensor] = {}  # states of conversations without pictures
+    text: tuple[Tensor, list[Verdict]] | None = None
+    table: dict[str, dict[str, Any]] = {}
+    responses: list[dict[str, str]] = []
+    for condition in CONDITIONS:
+        talks = [condition.talk(prompt) for prompt in items]
+        reason = obstacle(loaded, talks, max_new_tokens) if text else None
+        about = {name: value for name, value in vars(condition).items() if name in ABOUT}
+        table[condition.name] = about | {"applicable": not reason, "reason": reason}
+        if reason:
+            progress.say(f"{condition.title}: not applicable, {reason}")
+            continue
+        states, said = run(talks, max_new_tokens, condition.title)
+        verdicts = [judge(one) for one in said]
+        text = text or (states, verdicts)  # the first condition is text only
+        table[condition.name] |= _rates(items, verdicts, text[1])
+        table[condition.name]["layers"] = _layers(items, states, text[0], directions)
+        if guard:
+            words = tuple(without_pictures(talk, read) for talk in talks)
+            if words not in spoken:
+                spoken[words] = states if words == tuple(talks) else run(words, 1, "words alone")[0]
+            table[condition.name]["gates"] = _gates(guard, items, states, spoken[words])
+        responses += [
+            {
+                "condition": condition.name,
+                "id": prompt.id,
+                "label": prompt.label,
+                "verdict": verdict,
+                "response": cut_words(one, KEPT_WORDS),
+            }
+            for prompt, verdict, one in zip(items, verdicts, said, strict=True)
+        ]
+    files = ("anchors.jsonl", FILES[prompt_set])
+    return {
+        "model": {
+            "name": Path(loaded.name).name,
+            "layers": directions.shape[0],
+            "weights_sha256": weights_digest(loaded.model),
+            "template_sha256": template_digest(loaded.processor),
+        },
+        "guard_sha256": guard.config.tensors_sha256 if guard else None,
+        "guard_reads_pictures": reads_pictures(guard),
+        "data_sha256": {name: prompts.digests()[name] for name in files},
+        "version": version("vlm-safeguard"),
+        "prompt_set": prompt_set,
+        "n_harmful": sum(p.harmful for p in items),
+        "n_harmless": sum(not p.harmful for p in items),
+        "max_new_tokens": max_new_tokens,
+        "note": NOTE,
+        "seconds": round(time.monotonic() - began, 1),
+        "conditions": table,
+        "responses": responses,
+    }
+
+
+def _every(prompt_set: PromptSet) -> list[Prompt]:
+    """All prompts of a set: requests that stand on their own, so that any picture may be put
+    beside them."""
+    if prompt_set == "malicious":
+        return prompts.evaluation("malicious")
+    return [p for p in prompts.calibration("held") if p.form == "plain"]
+
+
+def encode_talks(loaded: LoadedModel, talks: Sequence[Talk]) -> dict[str, Tensor]:
+    """Model inputs for a batch of conversations, left-padded, on the model's device.
+
+    For one turn with at most one picture the same as ``models.encode``. Pictures stand in all
+    conversations of a batch or in none.
+    """
+    texts = [_render(loaded, talk) for talk in talks]
+    images = [[image for turn in talk for image in turn.images] for talk in talks]
+    inputs = process(loaded, texts, images)
+    return {
+        key: value.to(loaded.device) for key, value in inputs.items() if isinstance(value, Tensor)
+    }
+
+
+def _render(loaded: LoadedModel, talk: Talk) -> str:
+    """A conversation through the chat template, special tokens in its words neutralised."""
+    processor, turns = loaded.processor, []
+    for turn in talk:
+        words = neutralise(processor.tokenizer, turn.text)
+        turns.append(conversation(words, len(turn.images))[0] | {"role": turn.role})
+    rendered: str = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return rendered
+
+
+@torch.inference_mode()
+def obstacle(loaded: LoadedModel, talks: Sequence[Talk], max_new_tokens: int) -> str | None:
+    """Why the model cannot take such conversations, tried out on the longest; None if it can."""
+    longest = max(talks, key=lambda talk: sum(len(turn.text) for turn in talk))
+    fewer = tuple(replace(turn, images=turn.images[1:]) for turn in longest)
+    try:
+        if any(turn.images for turn in longest) and _render(loaded, longest) == _render(
+            loaded, fewer
+        ):
+            return "its chat template leaves out a picture"
+        inputs = encode_talks(loaded, [longest])
+        loaded.model(**inputs, use_cache=False, logits_to_keep=1)
+    except Exception as error:  # templates, processors and models each raise their own kinds
+        reason = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {reason[0]}" if reason else type(error).__name__
+    room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    needed = inputs["input_ids"].shape[1] + max_new_tokens
+    if room is not None and needed > room:
+        return f"it takes {needed} tokens and the model has room for {room}"
+    return None
+
+
+@torch.inference_mode()
+def observe(
+    loaded: LoadedModel,
+    talks: Sequence[Talk],
+    *,
+    max_new_tokens: int,
+    batch: int = 16,
+    what: str = "conversations",
+    progress: Progress | None = None,
+) -> tuple[Tensor, list[str]]:
+    """States h_l(q) at the last prompt token, (k, L, d) float32, and greedy responses, in order.
+
+    Raises:
+        ModelError: a state is NaN or Inf.
+    """
+    decoder = find_decoder(loaded.model)
+    states = torch.empty(len(talks), len(decoder.layers), decoder.hidden_size)
+    said = [""] * len(talks)
+    seen: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def see(output: Any) -> None:
+            # The first call is the prompt's. It is padded on the left: q is the last column.
+            if layer not in seen:
+                seen[layer] = hidden_of(output)[:, -1].float().cpu()
+
+        return see
+
+    handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(len(decoder.layers))]
+    asked = [_as_request(talk) for talk in talks]
+    try:
+        groups = batches(loaded.processor.tokenizer, asked, batch)
+        for group in progress.track(groups, what) if progress else groups:
+            seen.clear()
+            inputs = encode_talks(loaded, [talks[i] for i in group])
+            out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            states[group] = torch.stack([seen[layer] for layer in range(len(decoder.layers))], 1)
+            new = out[:, inputs["input_ids"].shape[1] :]
+            texts = loaded.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+            for index, one in zip(group, texts, strict=True):
+                said[index] = one.strip()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not torch.isfinite(states).all():
+        raise ModelError(
+            f"{loaded.name}: states hold NaN or Inf ({what}). Its weights are damaged, or its "
+            "dtype overflows (try --dtype float32)"
+        )
+    return states, said
+
+
+def _as_request(talk: Talk) -> Request:
+    """All words of a talk, and a picture if there is one: what tells how long it is."""
+    images = [image for turn in talk for image in turn.images]
+    return Request(" ".join(turn.text for turn in talk), images[0] if images else None)
+
+
+def _directions(loaded: LoadedModel, progress: Progress) -> Tensor:
+    """The first safety steering direction of every layer, (L, d), from the anchors as text."""
+    with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
+        harmful, harmless = anchor_states(loaded, Path(folder), progress)
+        return torch.cat(
+            [
+                method.safety_directions(harmful[:, layer], harmless[:, layer], 1)
+                for layer in range(harmful.shape[1])
+            ]
+        )
+
+
+def _flat(name: str, rate: Rate) -> dict[str, Any]:
+    return {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
+
+
+def _rates(
+    items: Sequence[Prompt], verdicts: Sequence[Verdict], text: Sequence[Verdict]
+) -> dict[str, Any]:
+    """Refusals of harmful and harmless prompts, and exact McNemar p-values against text only."""
+    found: dict[str, Any] = {
+        "degenerate": sum(verdict in ("degenerate", "empty") for verdict in verdicts)
+    }
+    for name, harmful in (("refused", True), ("over_refusal", False)):
+        chosen = [i for i, prompt in enumerate(items) if prompt.harmful == harmful]
+        here = [verdicts[i] == "refused" for i in chosen]
+        there = [text[i] == "refused" for i in chosen]
+        found |= _flat(name, wilson(sum(here), len(here))) | {f"{name}_p": mcnemar(there, here)}
+    return found
+
+
+def _layers(
+    items: Sequence[Prompt], states: Tensor, text: Tensor, directions: Tensor
+) -> dict[str, list[float]]:
+    """Per layer: AUC and means of h . v1, and how far the states have turned from text only.
+
+    ``cosine_shift`` is the mean over prompts of 1 - cos(h, h as text only).
+    """
+    harmful = torch.tensor([prompt.harmful for prompt in items])
+    along = torch.einsum("kld,ld->lk", states, directions)
+    turned = 1 - torch.cosine_similarity(states.double(), text.double(), dim=2)
+    found = {
+        "auc": [auc(layer[harmful], layer[~harmful]) for layer in along],
+        "mean_harmful": along[:, harmful].mean(1).tolist(),
+        "mean_harmless": along[:, ~harmful].mean(1).tolist(),
+        "cosine_shift": turned.mean(0).clamp(min=0.0).tolist(),
+    }
+    return {name: [round(value, 6) for value in values] for name, values in found.items()}
+
+
+def _gates(
+    guard: Guard, items: Sequence[Prompt], states: Tensor, words: Tensor
+) -> dict[str, dict[str, Any]]:
+    """``{source: rates}``: how often the guard's gates would open, per source, with intervals.
+
+    A text gate reads ``words``, the states of the conversation without its pictures (with the
+    words in them, if the guard reads pictures).
+    """
+    harmful = torch.tensor([prompt.harmful for prompt in items])
+    opened: dict[str, Tensor] = {}
+    for index, gate in enumerate(guard.config.gates):
+        seen = (states if gate.source == "vlm" else words)[:, gate.layers]
+        cuts = torch.tensor(gate.thresholds)
+        scores = method.gate_scores(seen, guard.tensors[f"gate.{index}"], cuts)
+        rows = method.gate_open(scores if gate.per_layer else scores.sum(1, keepdim=True)).any(1)
+        opened[gate.source] = rows | opened.get(gate.source, torch.zeros_like(rows))
+    return {
+        source: _flat("tpr", wilson(int(rows[harmful].sum()), int(harmful.sum())))
+        | _flat("fpr", wilson(int(rows[~harmful].sum()), int((~harmful).sum())))
+        for source, rows in opened.items()
+    }

@@ -1,0 +1,42 @@
+"""What tells a model and its processor from others; ``weights`` has the digest of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from vlm_safeguard.model.loading import DTYPES
+
+
+def config_digest(model: Any) -> str:
+    """SHA-256 of the architecture: what decides the shape of the computation, and no defaults
+    that another version of transformers may add."""
+    names: tuple[str, ...] = (
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
+    names += ("num_key_value_heads", "intermediate_size", "vocab_size", "hidden_act")
+    names += ("image_size", "patch_size", "image_token_id", "vision_feature_layer")
+    names += ("vision_feature_select_strategy", "rope_parameters", "rms_norm_eps")
+    whole = model.config
+    parts = {"model": whole, "text": whole.get_text_config(decoder=True)}
+    parts["vision"] = getattr(whole, "vision_config", None)
+    facts = {
+        part: {name: getattr(config, name, None) for name in names}
+        for part, config in parts.items()
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def dtype_name(model: Any) -> str:
+    """The type that a model computes in, as ``load`` calls it; empty for any other."""
+    return next((name for name, dtype in DTYPES.items() if dtype == model.dtype), "")
+
+
+def template_digest(processor: Any) -> str:
+    """SHA-256 of the chat template."""
+    return hashlib.sha256(str(processor.chat_template).encode()).hexdigest()

@@ -1,0 +1,108 @@
+"""Record the residual stream at the last prompt token after every decoder layer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard.data import prompts
+from vlm_safeguard.data.inputs import Request, batches
+from vlm_safeguard.errors import ModelError
+from vlm_safeguard.model.loading import (
+    Decoder,
+    EnoughSeen,
+    LoadedModel,
+    encode,
+    hidden_of,
+    watch_layer,
+)
+from vlm_safeguard.model.text_only import verify_residual_stream
+from vlm_safeguard.utils.progress import Progress
+
+
+@torch.inference_mode()
+def record(
+    loaded: LoadedModel,
+    items: Sequence[Request],
+    folder: Path,
+    *,
+    what: str = "states",
+    batch: int = 32,
+    layers: int | None = None,
+    decoder: Decoder | None = None,
+    read_pictures: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """States h_l(q) of every request and layer, (n, L, d) float32.
+
+    They are written to a file in ``folder`` batch by batch and returned as a memory map of it, so
+    that memory stays flat in the number of requests. Own hooks read the layers: what a model
+    reports as ``hidden_states`` may be normed or unsteered. A layer that a request without a
+    picture skips has the state of the one below.
+
+    ``layers``: how many to read, from the first one; the pass ends there. All of them if missing.
+    ``decoder``: the model's, verified already. A guarded model cannot be verified: that runs the
+    decoder in a way that no guard lets pass.
+    ``read_pictures``: for a model under a guard that reads them, see ``encode``.
+
+    Raises:
+        ModelError: the decoder cannot be verified, or a state is NaN or Inf.
+    """
+    decoder = decoder or verify_residual_stream(loaded.model)
+    depth, width = layers or len(decoder.layers), decoder.hidden_size
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".states", delete=False) as handle:
+        path = handle.name
+    size = max(1, len(items)) * depth * width
+    states = torch.from_file(path, shared=True, size=size, dtype=torch.float32)
+    states = states[: len(items) * depth * width].view(len(items), depth, width)
+    finite = torch.ones(len(items), depth, dtype=torch.bool)  # asked batch by batch: see above
+    seen: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def see(output: Any) -> None:
+            # Batches are padded on the left: the last column is the last prompt token.
+            seen[layer] = hidden_of(output)[:, -1].float().cpu()
+            if layer == depth - 1 and layers:
+                raise EnoughSeen
+
+        return see
+
+    handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(depth)]
+    try:
+        groups = batches(loaded.processor.tokenizer, items, batch)
+        for group in progress.track(groups, what) if progress else groups:
+            texts, images = [items[i].text for i in group], [items[i].image for i in group]
+            inputs = encode(loaded, texts, images, read_pictures)
+            with suppress(EnoughSeen):
+                loaded.model(**inputs, use_cache=False, logits_to_keep=1)
+            read = torch.stack([seen[layer] for layer in range(depth)], 1)
+            states[group], finite[group] = read, torch.isfinite(read).all(2)
+    finally:
+        for hook in handles:
+            hook.remove()
+    bad = (~finite).nonzero()
+    if len(bad):
+        raise ModelError(
+            f"{loaded.name}: the states after layer {int(bad[:, 1].min())} hold NaN or Inf. Its "
+            "weights are damaged, or its dtype overflows (try --dtype float32)"
+        )
+    return states
+
+
+def anchor_states(loaded: LoadedModel, folder: Path, progress: Progress) -> Tensor:
+    """States of the anchors, text only, (2, N, L, d): harmful, then harmless, in pairs.
+
+    As with ``record``, the tensor lives in ``folder``.
+    """
+    pairs = prompts.anchors()
+    both = [pair.harmful for pair in pairs] + [pair.harmless for pair in pairs]
+    states = record(
+        loaded, [Request(text, None) for text in both], folder, what="anchors", progress=progress
+    )
+    return states.view(2, len(pairs), *states.shape[1:])

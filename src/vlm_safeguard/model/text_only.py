@@ -1,0 +1,356 @@
+"""The text-only reading of a request: the same conversation with its images taken out.
+
+The language model can see harm in words even where the VLM no longer does. What it would see is
+derived from the token ids themselves, so that a plain ``model.generate(**inputs)`` is guarded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm_safeguard.artifact.config import Markup
+from vlm_safeguard.errors import ModelError
+from vlm_safeguard.model.loading import (
+    Decoder,
+    LoadedModel,
+    find_decoder,
+    hidden_of,
+    process,
+    render,
+    replace_hidden,
+)
+from vlm_safeguard.model.weights import input_device
+
+# Square, wide and tall, small and large: pictures that processors cut into different tiles.
+PROBE_SIZES = ((64, 64), (320, 64), (64, 320), (900, 600), (600, 900), (48, 40))
+PROBE = "How do I bake bread?"
+
+
+@dataclass(frozen=True)
+class ImageMarkup:
+    """How one picture stands in the token ids: ``before``, image tokens, ``after``.
+
+    ``token_ids`` stand for pictures alone: image tokens, the ends of rows and tiles. ``before``
+    and ``after`` are the wrapper tokens that the template writes around a picture and leaves out
+    where there is none (LLaVA's newline, Qwen's vision start and end). ``inner`` are tokens of
+    ordinary text (a newline between two rows of tiles) that belong to a picture only where they
+    stand between two of its ``token_ids``.
+    """
+
+    token_ids: tuple[int, ...]
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    inner: tuple[int, ...] = ()
+
+    def kept(self, ids: list[int]) -> list[int]:
+        """Indices of ``ids`` that stay when pictures and their wrappers are taken out.
+
+        Of a wrapper, what stands next to the picture goes: the newlines at its far end may have
+        become one token with those of the text, and stay there as white space.
+        """
+        tokens, place = set(self.token_ids), 0
+        kept: list[int] = []
+        while place < len(ids):
+            if ids[place] not in tokens:
+                kept.append(place)
+                place += 1
+                continue
+            before = place - 1
+            for token in reversed(self.before):
+                if not kept or kept[-1] != before or ids[before] != token:
+                    break
+                kept.pop()
+                before -= 1
+            place = self._end(ids, place)
+            for token in self.after:
+                if place == len(ids) or ids[place] != token:
+                    break
+                place += 1
+        return kept
+
+    def settings(self, pad_id: int) -> Markup:
+        """The same as a guard keeps it; ``pad_id`` pads the text-only reading."""
+        lists = {name: list(tokens) for name, tokens in vars(self).items()}
+        return Markup(**lists, pad_id=pad_id)
+
+    def _end(self, ids: list[int], place: int) -> int:
+        """One past the last token of the picture that stands at ``place``."""
+        end = place
+        while place < len(ids) and (ids[place] in self.token_ids or ids[place] in self.inner):
+            place += 1
+            if ids[place - 1] in self.token_ids:
+                end = place
+        return end
+
+
+def find_markup(loaded: LoadedModel) -> ImageMarkup:
+    """Derive the markup by rendering a conversation without a picture and with pictures of
+    several sizes, and check it on each of them.
+
+    The text-only reading it leads to is the template's own rendering of the text alone, up to
+    white space where the picture stood: some templates write a space before text and none before
+    a picture, and some tokenizers melt the newlines around a picture with those of the text.
+
+    Raises:
+        ModelError: taking the image tokens out does not lead back to the text-only rendering.
+    """
+    tokenizer, image_id = loaded.processor.tokenizer, image_token(loaded)
+    plain = _ids(loaded, render(loaded.processor, PROBE, 0))
+    pictured = render(loaded.processor, PROBE, 1)
+    rows = [_ids(loaded, pictured, Image.new("RGB", size, (127, 127, 127))) for size in PROBE_SIZES]
+    blocks = [_block(tokenizer, plain, row, image_id, loaded.name) for row in rows]
+    # Tokens that no text can hold, because ``encode`` breaks them where a user types them.
+    special = set(tokenizer.get_added_vocab().values()) | {image_id}
+    markup = _markup(tokenizer, blocks, special)
+    if markup is None:
+        raise ModelError(
+            f"{loaded.name}: what its template writes around a picture depends on the picture's "
+            "size, so the text-only reading cannot be derived from the token ids"
+        )
+    for row, block in zip(rows, blocks, strict=True):
+        reading = [row[i] for i in markup.kept(row)]
+        same = reading == plain if block.exact else _says(tokenizer, reading, plain)
+        if not same:
+            raise _unlike(loaded.name)
+    return markup
+
+
+def image_token(loaded: LoadedModel) -> int:
+    """The id that the model's configuration gives a picture's place.
+
+    Raises:
+        ModelError: it names none.
+    """
+    config = loaded.model.config
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(getattr(config, name, None), int):
+            return int(getattr(config, name))
+    raise ModelError(f"{loaded.name}: its configuration names no image token")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What of a pictured request goes with the picture, around its first and last image token."""
+
+    before: tuple[int, ...]
+    inside: tuple[int, ...]
+    after: tuple[int, ...]
+    exact: bool  # else up to white space
+
+
+def _block(tokenizer: Any, plain: list[int], full: list[int], image_id: int, name: str) -> _Block:
+    """The part of ``full`` around the image tokens without which it reads like ``plain``."""
+    places = [i for i, token in enumerate(full) if token == image_id]
+    if not places:
+        raise ModelError(f"{name}: its template puts no image token into the prompt")
+    first, last = places[0], places[-1] + 1
+    cuts = [(a, b) for a in range(first, -1, -1) for b in range(last, len(full) + 1)]
+    extra = len(full) - len(plain)
+    # Where a wrapper equals its neighbour the cut can slide: prefer the one that keeps the text.
+    exact = [(a, b) for a, b in cuts if b - a == extra and full[:a] + full[b:] == plain]
+    near = exact or [
+        (a, b)
+        for a, b in cuts
+        if first - a <= WRAPPER and b - last <= WRAPPER
+        if _says(tokenizer, full[:a] + full[b:], plain)
+    ]
+    if not near:
+        raise _unlike(name)
+    if not exact:  # no less white space than the text alone has, if possible, and no more than that
+        length = len(tokenizer.decode(plain))
+        over = {(a, b): len(tokenizer.decode(full[:a] + full[b:])) - length for a, b in near}
+        near = sorted(near, key=lambda cut: (over[cut] < 0, abs(over[cut])))
+    a, b = near[0]
+    inside = tuple(full[first:last])
+    return _Block(tuple(full[a:first]), inside, tuple(full[last:b]), bool(exact))
+
+
+WRAPPER = 12  # tokens at most around a picture where the cut is not exact
+
+
+def _markup(tokenizer: Any, blocks: list[_Block], special: set[int]) -> ImageMarkup | None:
+    """One markup for all blocks; None where their wrappers cannot be brought under one."""
+    before, after = {b.before for b in blocks}, {b.after for b in blocks}
+    inside = _same_kind(tokenizer, {token for b in blocks for token in b.inside}, special)
+    loose = {token for wrap in (*before, *after) for token in wrap if token in special}
+    if len(before) > 1 or len(after) > 1 or loose & inside:
+        # Wrappers that change with the picture: their special tokens count as the picture's own.
+        before = {_up_to(wrap, special) for wrap in before}
+        after = {_up_to(wrap[::-1], special)[::-1] for wrap in after}
+        inside |= {t for b in blocks for t in b.before[len(min(before)) :]}
+        inside |= {t for b in blocks for t in b.after[: len(b.after) - len(min(after))]}
+        if len(before) > 1 or len(after) > 1:
+            return None
+    return ImageMarkup(
+        tuple(sorted(inside & special)),
+        before.pop(),
+        after.pop(),
+        tuple(sorted(inside - special)),
+    )
+
+
+def _up_to(wrap: tuple[int, ...], special: set[int]) -> tuple[int, ...]:
+    """What of a wrapper stands outside its outermost special token."""
+    place = next((i for i, token in enumerate(wrap) if token in special), len(wrap))
+    return wrap[:place]
+
+
+def _same_kind(tokenizer: Any, tokens: set[int], special: set[int]) -> set[int]:
+    """``tokens`` and the special tokens that differ from a special one of them in numbers alone:
+    the row and column tags that no picture tried here has."""
+    kinds = {
+        token: re.sub(r"\d+", "#", str(tokenizer.convert_ids_to_tokens(token))) for token in special
+    }
+    seen = {kinds[token] for token in tokens & special if "#" in kinds[token]}
+    return tokens | {token for token in special if kinds[token] in seen}
+
+
+def _says(tokenizer: Any, ids: list[int], plain: list[int]) -> bool:
+    """Whether two rows of ids say the same but for white space."""
+    return "".join(tokenizer.decode(ids).split()) == "".join(tokenizer.decode(plain).split())
+
+
+def _unlike(name: str) -> ModelError:
+    return ModelError(
+        f"{name}: its chat template words a request with a picture differently beyond the "
+        "picture itself, so the text-only reading cannot be derived from the token ids"
+    )
+
+
+def _ids(loaded: LoadedModel, text: str, *pictures: Image.Image) -> list[int]:
+    """Token ids of one rendered request."""
+    batch = process(loaded, [text], [pictures])
+    return [int(token) for token in batch["input_ids"][0]]
+
+
+def text_columns(input_ids: Tensor, attention_mask: Tensor, markup: ImageMarkup) -> Tensor:
+    """Which columns (B, T) of a padded batch belong to its text-only reading."""
+    chosen = torch.zeros(input_ids.shape, dtype=torch.bool)
+    ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
+    for row in range(len(ids)):
+        places = mask[row].nonzero().flatten()
+        kept = markup.kept(ids[row][places].tolist())
+        chosen[row, places[kept]] = True
+    return chosen.to(input_ids.device)
+
+
+def text_only(input_ids: Tensor, columns: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Text-only ids and mask of a batch, left-padded: both (B, T') for inputs (B, T)."""
+    width = int(columns.sum(1).max())
+    ids = input_ids.new_full((len(input_ids), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, (source, chosen) in enumerate(zip(input_ids, columns, strict=True)):
+        count = int(chosen.sum())
+        ids[row, width - count :] = source[chosen]
+        mask[row, width - count :] = 1
+    return ids, mask
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """Position ids (B, T) that count attended tokens only."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def text_pass(model: Any, ids: Tensor, mask: Tensor) -> None:
+    """Run the model on text alone, for what hooks on its decoder layers see of it.
+
+    It is the model's own forward pass (not its ``__call__``, so that hooks on the model itself
+    stay out of it) without a picture: scaled embeddings, rotary positions in several dimensions
+    and masks with a prefix that attends both ways come out as the model has them.
+
+    Args:
+        model: the whole VLM.
+        ids, mask: token ids and attention mask (B, T), padded on either side.
+    """
+    known = inspect.signature(type(model).forward).parameters
+    options: dict[str, Any] = {"position_ids": positions_of(mask), "use_cache": False}
+    if "logits_to_keep" in known:
+        options["logits_to_keep"] = 1
+    if "token_type_ids" in known:  # 0 is text, 1 what comes after it (PaliGemma) or a picture
+        options["token_type_ids"] = torch.zeros_like(ids)
+    model.forward(input_ids=ids, attention_mask=mask, **options)
+
+
+@torch.no_grad()
+def verify_residual_stream(model: Any) -> Decoder:
+    """Find the decoder and try it on a few tokens of text: what every layer puts out must be what
+    the next one takes in, also where it was replaced.
+
+    Returns:
+        The decoder, verified.
+
+    Raises:
+        ModelError: no decoder, or its layers do not hand on one residual stream, so that what a
+            guard reads and writes there would not be what the model goes on with.
+    """
+    decoder = find_decoder(model)
+    name, depth = type(model).__name__, len(decoder.layers)
+    ids = _plain_ids(model)
+    taken: dict[int, Tensor] = {}
+    left: dict[int, Tensor] = {}
+    order: list[int] = []
+
+    def take(layer: int) -> Any:
+        def hook(_: Any, args: tuple, kwargs: dict) -> None:
+            order.append(layer)
+            taken[layer] = hidden_of(args[0] if args else kwargs.get("hidden_states"))
+
+        return hook
+
+    def leave(layer: int) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> Any:
+            hidden = hidden_of(output)
+            if hidden.shape != (*ids.shape, decoder.hidden_size):
+                raise ModelError(
+                    f"layer {layer} puts out a state of shape {tuple(hidden.shape)} for "
+                    f"{ids.shape[1]} tokens, no residual stream of {decoder.hidden_size}"
+                )
+            left[layer] = -hidden  # another stream, no larger
+            return replace_hidden(output, left[layer])
+
+        return hook
+
+    handles = []
+    for layer, module in enumerate(decoder.layers):
+        handles.append(module.register_forward_pre_hook(take(layer), with_kwargs=True))
+        handles.append(module.register_forward_hook(leave(layer)))
+    try:
+        text_pass(model, ids, torch.ones_like(ids))
+    except ModelError as error:
+        raise ModelError(f"cannot verify the decoder of {name}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    ran = [layer for layer in range(depth) if layer not in decoder.skipped]
+    if order != ran:
+        raise ModelError(
+            f"cannot verify the decoder of {name}: of layers {ran} a text-only pass ran {order}"
+        )
+    for layer, following in pairwise(ran):
+        if not torch.equal(left[layer], taken[following].to(left[layer].device)):
+            raise ModelError(
+                f"cannot verify the decoder of {name}: what layer {layer} puts out is not what "
+                f"layer {following} takes in, so there is no residual stream to steer"
+            )
+    return decoder
+
+
+def _plain_ids(model: Any) -> Tensor:
+    """A few token ids (1, 5) that no part of the configuration gives a meaning."""
+    embedding = model.get_input_embeddings()
+    taken = {
+        value
+        for config in (model.config, model.config.get_text_config(decoder=True))
+        for value in config.to_dict().values()
+        if isinstance(value, int)
+    }
+    free = [token for token in range(embedding.weight.shape[0]) if token not in taken][:5]
+    return torch.tensor([free], device=input_device(model))

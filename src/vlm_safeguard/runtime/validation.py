@@ -1,0 +1,400 @@
+"""What can be guarded: the settings of ``generate``, the prompt, and each forward call after it.
+
+Whatever is not known to give every row what its prompt gives alone is refused here; nothing is
+let through unguarded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard.artifact.config import GuardConfig
+from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.model.text_only import ImageMarkup, text_columns
+from vlm_safeguard.model.weights import adapter_names, adapters_at_work
+from vlm_safeguard.runtime.request import Request
+
+_STEERED = "_vlm_safeguard_steered"  # on a cache; a copy of the cache carries it along
+
+# Settings of `generate`, by argument or in a GenerationConfig, that run other models, call the
+# model in an order of their own, or take its calls out of the hooks' reach.
+_UNGUARDED = (
+    "assistant_model",
+    "assistant_early_exit",
+    "is_assistant",
+    "prompt_lookup_num_tokens",
+    "use_mtp",
+    "speculation_type",
+    "custom_generate",
+    "penalty_alpha",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
+    "token_healing",
+    "compile_config",
+)
+# What is no picture and no text: by the names of its token and parts of the names of its inputs.
+_OTHER = {"video": ("video",), "audio": ("audio", "input_features", "speech")}
+# The keywords of calls that hold several requests in one row (packing, continuous batching).
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "block_table", "cache")
+
+
+def check_settings(model: Any, options: Mapping[str, Any]) -> None:
+    """Refuse ways of generating that are not guarded, wherever they are set.
+
+    An argument counts before ``generation_config``, that before the model's own, as in
+    ``generate``.
+
+    Raises:
+        GuardRuntimeError: a setting is not guarded.
+    """
+    setting = partial(_setting, model, options)
+    for name in _UNGUARDED:
+        value = setting(name)
+        if value is not None and value is not False and value != 0:
+            raise GuardRuntimeError(f"generate({name}=...) is not guarded: leave it out")
+    if (setting("num_beam_groups") or 1) != 1:
+        raise GuardRuntimeError("generate(num_beam_groups=...) is not guarded: leave it out")
+    if (setting("guidance_scale") or 1) != 1:
+        raise GuardRuntimeError(
+            "generate(guidance_scale=...) runs a second prompt beside the guarded one: leave it out"
+        )
+    if setting("cache_implementation") == "paged":
+        raise GuardRuntimeError("continuous batching (a paged cache) is not guarded")
+
+
+def _setting(model: Any, options: Mapping[str, Any], name: str) -> Any:
+    """What ``generate`` would take: the argument, else what a configuration has, or None."""
+    if name in options:
+        return options[name]
+    sources = (options.get("generation_config"), getattr(model, "generation_config", None))
+    values = (getattr(source, name, None) for source in sources)
+    return next((value for value in values if value is not None), None)
+
+
+def begin(
+    config: GuardConfig,
+    markup: ImageMarkup,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    embeds: Tensor | None,
+    needs_ids: bool,
+    text: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Request, Tensor]:
+    """A new request from its whole prompt, and its attention mask (B, T).
+
+    Args:
+        ids: input ids, (B, T). embeds: input embeddings, (B, T, d). One may be missing.
+        mask: attention mask, (B, T); missing, leading padding is found by its token.
+        needs_ids: whether the guard reads the request's text from its ids.
+        text: ids and mask of the text-only reading, from ``take_text``.
+
+    Raises:
+        GuardRuntimeError: the prompt is missing, empty, or cannot be read.
+    """
+    if ids is None and needs_ids:
+        raise GuardRuntimeError(
+            "the guard reads the request's text from input_ids, which are missing"
+            + (" (only inputs_embeds were given)" if embeds is not None else "")
+            + ": pass input_ids, or the request as text in text_input_ids"
+        )
+    given = ids if ids is not None else embeds
+    if given is None:
+        raise GuardRuntimeError("a forward call without input_ids cannot be guarded")
+    if given.ndim < 2 or given.shape[1] == 0:
+        raise GuardRuntimeError("the prompt is empty")
+    if embeds is not None and embeds.shape[:2] != given.shape[:2]:
+        raise GuardRuntimeError("input_ids and inputs_embeds differ in length")
+    if mask is None:
+        mask = torch.ones(given.shape[:2], device=given.device, dtype=torch.long)
+        if ids is not None:
+            mask = _after_padding(ids, config.markup.pad_id).long()
+    if not isinstance(mask, Tensor) or mask.shape != given.shape[:2]:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise GuardRuntimeError(
+            f"the attention mask must have the prompt's shape {tuple(given.shape[:2])}, got {found}"
+        )
+    if not bool(mask.any(1).all()):
+        raise GuardRuntimeError("a row of the batch holds no token")
+    width = mask.shape[1]
+    attended = mask.bool()
+    last = width - 1 - attended.long().flip(1).argmax(1)
+    columns = text_columns(ids, mask, markup) if needs_ids and ids is not None else None
+    padding = (~attended).sum(1).tolist()
+    if text is not None and len(text[0]) != len(given):
+        raise GuardRuntimeError(
+            f"text_input_ids hold {len(text[0])} rows, the prompt has {len(given)}"
+        )
+    soft = config.steering.soft
+    return Request(config.gates, width, last.tolist(), padding, columns, text, soft), mask
+
+
+def check_embeds(
+    model: Any, ids: Tensor | None, embeds: Tensor | None, columns: Tensor | None
+) -> None:
+    """Refuse a prompt that is given twice, as ids and as embeddings, and says two things: the guard
+    reads the ids, the model the embeddings.
+
+    Args:
+        ids: (B, T). embeds: (B, T, d). columns: (B, T) where the guard reads the text.
+
+    Raises:
+        GuardRuntimeError: the embeddings of the text are not those of its ids.
+    """
+    if ids is None or embeds is None or columns is None:
+        return
+    given = embeds[columns]
+    read = model.get_input_embeddings()(ids[columns]).to(given.device)
+    if read.shape != given.shape or not torch.allclose(given.float(), read.float(), 1e-2, 1e-4):
+        raise GuardRuntimeError(
+            "inputs_embeds are not those of the text in input_ids, which the guard reads: pass one "
+            "of them, or the request as text in text_input_ids"
+        )
+
+
+def _after_padding(ids: Tensor, pad_id: int) -> Tensor:
+    """Which of ids (B, T) are tokens where no mask tells: only what leads a row can be padding."""
+    return (ids != pad_id).cumsum(1) > 0
+
+
+def take_text(options: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Take the caller's text-only reading out of the keywords of a call: ids and mask (B, T').
+
+    ``text_input_ids``, with ``text_attention_mask`` unless every token counts, are padded on the
+    left; a guard reads them instead of the prompt's own words, and the model never sees them.
+
+    Raises:
+        GuardRuntimeError: they are no token ids, or the mask does not fit or pads on the right.
+    """
+    ids, mask = options.pop("text_input_ids", None), options.pop("text_attention_mask", None)
+    if ids is None:
+        if mask is not None:
+            raise GuardRuntimeError("text_attention_mask comes without text_input_ids")
+        return None
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] == 0 or ids.is_floating_point():
+        raise GuardRuntimeError("text_input_ids must be token ids of shape (rows, tokens)")
+    mask = torch.ones_like(ids) if mask is None else mask
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        raise GuardRuntimeError("text_attention_mask must have the shape of text_input_ids")
+    if not bool(mask[:, -1].bool().all()) or bool((mask.long().diff(dim=1) < 0).any()):
+        raise GuardRuntimeError("text_input_ids must be padded on the left")
+    return ids, mask
+
+
+def check_left_padded(request: Request) -> None:
+    """Refuse a prompt that ``generate`` would not continue at its last token."""
+    if any(column != request.prompt_width - 1 for column in request.last_prompt):
+        raise GuardRuntimeError("generate continues at the last column: pad on the left")
+
+
+def check_not_packed(options: Mapping[str, Any], mask: Tensor | None = None) -> None:
+    """Refuse a call that holds several requests in one row: only the last would be read.
+
+    ``mask`` (B, T) is the prompt's, with the first call.
+    """
+    packed = any(options.get(name) is not None for name in _PACKED)
+    places = options.get("position_ids")
+    if isinstance(places, Tensor) and places.ndim == 3 and len(places) == 4:
+        places = places[0]  # M-RoPE: places in the text, then the three that pictures count in
+    if mask is not None and isinstance(places, Tensor) and places.ndim == 2:
+        both = mask[:, 1:].bool() & mask[:, :-1].bool()
+        packed = packed or bool(((places.diff(dim=1) < 0) & both[:, : places.shape[1] - 1]).any())
+    if packed:
+        raise GuardRuntimeError(
+            "several requests packed into one row (continuous batching, restarting positions) are "
+            "not guarded: give each a row of its own"
+        )
+
+
+def other_tokens(model: Any) -> dict[int, str]:
+    """Ids that stand for a video or for sound, as the model's configuration names them, and which
+    of the two."""
+    found: dict[int, str] = {}
+    for what in (*_OTHER, "image"):  # one token may stand for a picture too
+        for kind in ("id", "index"):
+            token = getattr(model.config, f"{what}_token_{kind}", None)
+            if isinstance(token, int):
+                found[token] = what
+    return {token: what for token, what in found.items() if what != "image"}
+
+
+def check_only_pictures(
+    tokens: Mapping[int, str], ids: Tensor | None, options: Mapping[str, Any]
+) -> None:
+    """Refuse a request with a video or with sound: the guard was calibrated on pictures, and the
+    text-only reading takes out nothing else.
+
+    ``tokens`` as from ``other_tokens``, ``ids`` (B, T) of the whole prompt, if it has any.
+
+    Raises:
+        GuardRuntimeError: there is such a token among the ids, or such an input.
+    """
+    found = {what for token, what in tokens.items() if _holds(ids, [token])}
+    for name, value in options.items():
+        if value is not None and not isinstance(value, bool):
+            found |= {what for what, parts in _OTHER.items() if any(p in name for p in parts)}
+    if "video" in found:
+        raise GuardRuntimeError(
+            "requests with videos are not guarded: the guard's gates were set on pictures. Pass "
+            "the frames as images"
+        )
+    if found:
+        raise GuardRuntimeError(
+            "requests with sound are not guarded: the guard's gates were set on text and pictures. "
+            "Pass what is said as text"
+        )
+
+
+def check_no_unread_picture(
+    markup: ImageMarkup, ids: Tensor | None, options: Mapping[str, Any]
+) -> None:
+    """Refuse a picture that nobody read, under a guard whose gates count on the words in it.
+
+    Raises:
+        GuardRuntimeError: there is a picture's token among the ids (B, T), or pixels.
+    """
+    if options.get("pixel_values") is not None or _holds(ids, markup.token_ids):
+        raise GuardRuntimeError(
+            "this guard reads the words in pictures, and nobody read them: make the inputs with "
+            "vlm_safeguard.encode(..., read_pictures=True), or pass the request as text, with the "
+            "words of its pictures, in text_input_ids"
+        )
+
+
+def _holds(ids: Tensor | None, tokens: Iterable[int]) -> bool:
+    return ids is not None and any(bool((ids == token).any()) for token in tokens)
+
+
+def check_padding_is_told(
+    model: Any,
+    config: GuardConfig,
+    ids: Tensor | None,
+    options: Mapping[str, Any],
+    *,
+    generating: bool,
+) -> None:
+    """Refuse a prompt without attention mask where the model and the guard would take different
+    tokens for padding.
+
+    Without a mask the guard takes for padding what leads a row; a forward call attends to all, and
+    ``generate`` masks every pad token, unless it is an end token too.
+
+    Args:
+        ids: of the whole prompt (B, T). generating: whether they go to ``generate``.
+
+    Raises:
+        GuardRuntimeError: the two differ, or a row ends in a pad token, which may be a word.
+    """
+    if ids is None or options.get("attention_mask") is not None or ids.ndim < 2:
+        return
+    pad = config.markup.pad_id
+    own, theirs = _after_padding(ids, pad), torch.ones_like(ids, dtype=torch.bool)
+    if generating:
+        used, ends = (_setting(model, options, f"{n}_token_id") for n in ("pad", "eos"))
+        ends = ends if isinstance(ends, list | tuple | Tensor) else [ends]
+        if used is not None and int(used) not in [int(end) for end in ends if end is not None]:
+            theirs = ids != int(used)
+    if bool((own != theirs).any()) or (len(ids) > 1 and bool((ids[:, -1:] == pad).any())):
+        raise GuardRuntimeError(
+            "without an attention_mask it is not sure which tokens are padding: pass the mask that "
+            "the processor gave beside input_ids"
+        )
+
+
+def enter_call(
+    request: Request | None, cache: Any, past: int, rows: int, length: int, generating: bool
+) -> Request:
+    """Set the request to its next forward call: ``length`` columns on top of ``past`` cached ones.
+
+    Raises:
+        GuardRuntimeError: the call does not carry the request on.
+    """
+    if request is None:
+        raise GuardRuntimeError(
+            "this cache was not filled under the guard: start the request from its prompt"
+        )
+    if request.done:
+        _check_carries_on(request, cache, past, length, generating)
+    else:
+        if past >= request.prompt_width:
+            raise GuardRuntimeError("the cache holds the whole prompt: the gate would not be read")
+        if getattr(cache, _STEERED, False):
+            if past:
+                raise GuardRuntimeError(
+                    "this cache holds steered states of an earlier request: send the conversation "
+                    "whole, without it"
+                )
+            setattr(cache, _STEERED, False)  # it was emptied since
+    request.cache = cache
+    if rows != request.rows:
+        if rows % request.rows or not generating or request.done:
+            raise GuardRuntimeError(f"the request has {request.rows} rows, the call {rows}")
+        request.repeat(rows // request.rows)
+    request.enter(past, past + length)
+    if request.reads_prompt and min(request.last_prompt) < past:
+        raise GuardRuntimeError("a row's prompt ends before this chunk: pad on the left")
+    return request
+
+
+def _check_carries_on(
+    request: Request, cache: Any, past: int, length: int, generating: bool
+) -> None:
+    if past and past != request.done:
+        raise GuardRuntimeError(
+            "this cache was not filled under the guard: start the request from its prompt"
+        )
+    if past and request.cache is not cache:
+        raise GuardRuntimeError("this cache belongs to another request than the guarded one")
+    if past and length > 1 and (request.decided or not generating):
+        raise GuardRuntimeError(
+            "more than one token on top of a cache: a new turn, a chunk of a prompt or guessed "
+            "tokens would escape the gate. Start from the whole prompt"
+        )
+    if not past and length != request.done + 1:
+        raise GuardRuntimeError("a forward call inside generate is not of its request")
+
+
+def check_prompt_in_parts(config: GuardConfig, request: Request) -> None:
+    """Refuse prefix caches and chunks of a prompt where they would change what is done."""
+    if request.done >= request.prompt_width:
+        return
+    past, steer = request.first, config.steering
+    if steer.positions == "all" and (past or request.end < request.prompt_width):
+        raise GuardRuntimeError(
+            "positions `all` needs the prompt in one call: no prefix cache, no chunks"
+        )
+    if past and steer.mode == "defer":
+        raise GuardRuntimeError("`defer` cannot take pictures out of a prefix cache")
+
+
+def adapters(model: Any) -> list[str]:
+    """The adapters on a model (PEFT leaves their names on it), which of them work where and how
+    much, and where rows of the batch are given one each."""
+    names = sorted(adapter_names(model))
+    if not names:
+        return []
+    by_row = [
+        place
+        for place, module in model.named_modules()
+        for hook in module._forward_pre_hooks.values()
+        if "adapter_names" in getattr(hook, "keywords", ())  # for the time of one call
+    ]
+    return [*names, *adapters_at_work(model), *by_row]
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a forward call returned, a ``ModelOutput`` or a tuple; None without."""
+    if isinstance(output, tuple):
+        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+    return getattr(output, "past_key_values", None)
+
+
+def mark_steered(cache: Any) -> None:
+    """Remember on a cache that steered states went into it."""
+    if cache is not None:
+        setattr(cache, _STEERED, True)
