@@ -90,8 +90,8 @@ throughput: $(VENV)/.installed results/guard  ## Prompts per second at batch 1 a
 	  --benchmark own_malicious --setting blank --limit 1 --max-new-tokens 24 --throughput 5 \
 	  -o results/throughput
 
-gates: $(VENV)/.installed results/guard  ## Forms of gate, hard and soft: docs/gates.md
-	$(BIN)/vlm-safeguard gates embedded --guard results/guard -o docs/gates.md
+gates: $(VENV)/.installed  ## Forms of gate: docs/gates.md
+	$(BIN)/vlm-safeguard gates embedded -o docs/gates.md
 
 gap: $(VENV)/.installed results/guard  ## The modality gap study: docs/gap-study.md and its plots
 	$(BIN)/vlm-safeguard gap embedded --guard results/guard --prompts held --per-set 60 --max-new-tokens 24 \

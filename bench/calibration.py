@@ -16,7 +16,7 @@ from vlm_safeguard import method
 from vlm_safeguard.calibration.hidden_states import MAX_RANK
 from vlm_safeguard.data import prompts
 from vlm_safeguard.data.inputs import Request, batches
-from vlm_safeguard.model.loading import encode
+from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.recording import record
 
 BATCH = 32

@@ -14,7 +14,7 @@ import torch
 from vlm_safeguard.artifact.config import Gate, GuardConfig, ModelIdentity, Steering
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.fingerprint import config_digest
-from vlm_safeguard.model.loading import find_decoder
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import ImageMarkup
 from vlm_safeguard.model.weights import weights_digest
 

@@ -17,7 +17,7 @@ from bench.decoding import Decoding
 from bench.guards import RANK, Model, adding, layer_sets, restoring
 from bench.timing import Setup, Spread, interleaved, seconds, spread
 from vlm_safeguard.evaluation.metrics import paired_timing
-from vlm_safeguard.model.loading import find_decoder
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.weights import weights_digest
 
 STEPS = 40

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.guards import FAR
-from vlm_safeguard.model.loading import find_decoder
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import positions_of
 
 Vectors = dict[int, Tensor]  # by layer, (d,)

@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.guards import gate_layers, layer_sets
 from bench.subjects import Subjects
 from bench.timing import interleaved, ratios, seconds
-from vlm_safeguard.model.loading import EnoughSeen, find_decoder
+from vlm_safeguard.model.residual_stream import EnoughSeen, find_decoder
 from vlm_safeguard.model.text_only import text_columns, text_only, text_pass
 
 

@@ -11,7 +11,9 @@ from transformers import LlamaForCausalLM
 from bench.guards import Model, guarded_model
 from vlm_safeguard.data import drawings, prompts
 from vlm_safeguard.embedded.assemble import assemble
-from vlm_safeguard.model.loading import LoadedModel, encode, find_decoder, load, process, render
+from vlm_safeguard.model.chat import encode, process, render
+from vlm_safeguard.model.loading import LoadedModel, load
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import find_markup
 
 

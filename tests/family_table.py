@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.families import FAMILIES, REFUSED, Family
 from vlm_safeguard.calibration.doctor import describe
 from vlm_safeguard.errors import ModelError
-from vlm_safeguard.model.text_only import verify_residual_stream
+from vlm_safeguard.model.residual_stream import verify_residual_stream
 from vlm_safeguard.utils.files import write_whole
 
 ROOT = Path(__file__).parents[1]

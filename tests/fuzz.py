@@ -59,20 +59,20 @@ def seal(settings: dict[str, Any], blob: bytes) -> Files:
 
 
 def sound(kind: str, seed: int = 0) -> Files:
-    """A guard of one kind: "restore", "add" (one gate per layer), "defer"."""
+    """A guard of one kind: "restore", "add" (one gate per layer), "old" (schema 1)."""
     chance = np.random.default_rng(seed)
     width, rank, layers = 12, 3, [1, 2, 4]
-    steering: dict[str, Any] = {"mode": kind, "layers": layers, "rank": rank, "tokens": 2}
+    mode = "restore" if kind == "old" else kind
+    steering: dict[str, Any] = {"mode": mode, "layers": layers, "rank": rank, "tokens": 2}
     gates = [
         {"source": "text", "layers": [0, 3], "thresholds": [0.5, 0.0], "per_layer": False},
         {"source": "vlm", "layers": [2], "thresholds": [-1.25], "per_layer": False},
     ]
     if kind == "add":
         steering |= {"alpha": 0.5, "query": "pass", "positions": "all", "tokens": None}
-        steering["soft"] = 2.5
         gates[0] |= {"per_layer": True, "layers": [1, 3]}
-    if kind == "defer":
-        steering, gates = {"mode": "defer"}, gates[:1]
+    if kind == "old":
+        steering["soft"] = 0.0
     tensors = {}
     for layer in steering.get("layers", []):
         rows = np.linalg.qr(chance.normal(size=(width, width)))[0][:rank]
@@ -82,7 +82,7 @@ def sound(kind: str, seed: int = 0) -> Files:
         tensors[f"gate.{index}"] = chance.normal(size=(len(gate["layers"]), width))
     digests = [hashlib.sha256(f"{kind}{seed}{n}".encode()).hexdigest() for n in range(4)]
     settings = {
-        "schema_version": 1,
+        "schema_version": 1 if kind == "old" else 2,
         "model": {
             "name": "tiny-vlm",
             "config_sha256": digests[0],
@@ -107,7 +107,7 @@ def sound(kind: str, seed: int = 0) -> Files:
 
 
 def seeds() -> list[Files]:
-    return [sound(kind, seed) for kind in ("restore", "add", "defer") for seed in (0, 1)]
+    return [sound(kind, seed) for kind in ("restore", "add", "old") for seed in (0, 1)]
 
 
 # -- mutations -----------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def mutate_fields(files: Files, other: Files, chance: random.Random) -> Files:
             (("gates", 0, "layers"), [[0, 6], [0], [3, 0], [0, 1000]]),
             (("model", "layers"), [1, 3, 4, 5, 1024]),
             (("model", "hidden_size"), [1, 11, 13, 65536]),
-            (("schema_version",), [0, 2, 1.0, True, "1"]),
+            (("schema_version",), [0, 1, 2, 3, 2.0, True, "2"]),
         ]
     )
     return json.dumps(put(tree, path, chance.choice(values))).encode(), files[1]
@@ -363,7 +363,7 @@ def mutation(number: int, seed: int, sources: list[Files]) -> tuple[str, Files]:
 
 # -- what must hold of a guard that loads ----------------------------------------------------------
 
-MODES = {"add", "restore", "defer"}
+MODES = {"add", "restore"}
 
 
 class Broken(Exception):
@@ -425,7 +425,7 @@ def check_settings(data: bytes) -> dict[str, Any]:
         {"reads_pictures", "data_sha256", "calibration"},
         "guard.json",
     )
-    must(is_int(raw["schema_version"], 1, 1), "schema version 1")
+    must(is_int(raw["schema_version"], 1, 2), "schema version")
     must(is_digest(raw["tensors_sha256"]), "digest of the tensors")
     must(isinstance(raw.get("reads_pictures", False), bool), "reads_pictures is true or false")
     model = raw["model"]
@@ -448,7 +448,8 @@ def check_settings(data: bytes) -> dict[str, Any]:
     gates, depth = raw["gates"], model["layers"]
     must(isinstance(gates, list) and 1 <= len(gates) <= 16, "1 to 16 gates")
     for gate in gates:
-        check_keys(gate, {"source", "layers", "thresholds"}, {"per_layer"}, "gate")
+        check_keys(gate, {"source", "layers", "thresholds"}, {"per_layer", "kind"}, "gate")
+        must(gate.get("kind", "linear") == "linear", "kind of a gate")
         must(gate["source"] in ("text", "vlm"), "source of a gate")
         must(type(gate.get("per_layer", False)) is bool, "per_layer")
         must(layer_list(gate["layers"], depth, 1), "layers of a gate")
@@ -456,23 +457,20 @@ def check_settings(data: bytes) -> dict[str, Any]:
         must(isinstance(cuts, list) and len(cuts) == len(gate["layers"]), "a threshold each")
         must(all(is_number(cut, 1e20) for cut in cuts), "thresholds")
     steering = raw["steering"]
-    optional = {"reference", "query", "positions", "layers", "rank", "alpha", "tokens", "soft"}
-    check_keys(steering, {"mode"}, optional, "steering")
+    optional = {"reference", "query", "positions", "rank", "alpha", "tokens"}
+    old = {"soft"} if raw["schema_version"] == 1 else set()
+    check_keys(steering, {"mode", "layers"}, optional | old, "steering")
     must(steering["mode"] in MODES, "mode")
     must(steering.get("reference", "text") in ("text", "anchor"), "reference")
     must(steering.get("query", "text") in ("pass", "text"), "query")
     must(steering.get("positions", "generated") in ("generated", "all"), "positions")
-    defers = steering["mode"] == "defer"
-    must(layer_list(steering.get("layers", []), depth, 0), "steered layers")
-    must(defers == (not steering.get("layers", [])), "layers unless defer")
-    must(not defers or all(gate["source"] == "text" for gate in gates), "defer by text")
+    must(layer_list(steering["layers"], depth, 1), "steered layers")
     must(is_int(steering.get("rank", 1), 1, 1024), "rank")
     must(is_number(steering.get("alpha", 0), 1e4) and steering.get("alpha", 0) >= 0, "alpha")
-    must(is_number(steering.get("soft", 0), 1e20) and steering.get("soft", 0) >= 0, "soft")
-    must(not (defers and steering.get("soft", 0)), "no soft gate with defer")
+    must(is_number(steering.get("soft", 0), 0.0), "no soft gate")
     must(steering.get("tokens") is None or is_int(steering["tokens"], 1, 10**6), "tokens")
-    steered = steering.get("layers", [])
-    for gate in () if defers else gates:
+    steered = steering["layers"]
+    for gate in gates:
         if gate.get("per_layer", False):
             must(any(layer in steered for layer in gate["layers"]), "a layer gate reaches a layer")
         elif gate["source"] == "vlm" and steering.get("tokens") == 1:
@@ -516,6 +514,10 @@ def check_loaded(guard: Guard, files: Files) -> None:
     must(hashlib.sha256(blob).hexdigest() == raw["tensors_sha256"], "digest")
     # The settings are those of the file: nothing converted, nothing dropped.
     found = guard.config.model_dump()
+    must(found["schema_version"] == 2, "schema 2 in memory")
+    if raw["schema_version"] == 1:  # as schema 2 has it
+        kept = {name: value for name, value in raw["steering"].items() if name != "soft"}
+        raw |= {"schema_version": 2, "steering": kept}
     for key, value in raw.items():
         expected = [value] if isinstance(value, dict) else value
         got = [found[key]] if isinstance(value, dict) else found[key]
@@ -588,6 +590,8 @@ CHECKS = {
     "texts and integers": "control characters|a text of more|holds the integer",
     "schema version": "guard schema|no JSON object",
     "mode erase": "`erase` is an ablation",
+    "gone with schema 1": "is of schema 1 and uses",
+    "not registered": "unknown steering mode|unknown kind of gate",
     "zero anchor": "the anchor of layer",
     "field": r"^guard\.json: ",
     "digest": "does not match the digest",

@@ -46,27 +46,19 @@ class Reference:
                 self.known.text[layer] = self.guard.tensors[f"directions.{layer}"] @ states[-1]
 
     def is_open(self, layer, source=None, at_prompt=False):
-        return self.share(layer, source, at_prompt) > 0
-
-    def share(self, layer, source=None, at_prompt=False):
-        """The part of the dose: the most that any gate gives."""
-        given = [0.0]
+        """Whether any gate is open for a layer."""
+        opened = []
         for index, gate in enumerate(self.gates):
             scores = self.known.scores.get(index, {})
             if source not in (None, gate.source):
                 continue
             if gate.per_layer:
-                given.append(self._part(scores.get(layer, -1)))
+                opened.append(scores.get(layer, -1) > 0)
             elif len(scores) == len(gate.layers):
                 early = gate.source == "vlm" and layer < max(gate.layers)
                 if not (at_prompt and early):
-                    given.append(self._part(sum(scores.values())))
-        return max(given)
-
-    def _part(self, score):
-        if not self.steer.soft:
-            return float(score > 0)
-        return min(max(score / self.steer.soft, 0.0), 1.0)
+                    opened.append(sum(scores.values()) > 0)
+        return any(opened)
 
     @property
     def fired(self):
@@ -115,12 +107,8 @@ class Reference:
                 self._scores("vlm", layer, hidden[0, q])
                 if layer in self.steer.layers:
                     for column in range(hidden.shape[1]):
-                        share = self.share(layer, at_prompt=column <= q)
-                        if self._doses(column) and share:
-                            state = hidden[0, column]
-                            hidden[0, column] = state + share * (
-                                self._steered(layer, state) - state
-                            )
+                        if self._doses(column) and self.is_open(layer, at_prompt=column <= q):
+                            hidden[0, column] = self._steered(layer, hidden[0, column])
             yield layer, hidden[0]
 
     @torch.no_grad()

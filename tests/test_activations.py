@@ -10,8 +10,9 @@ import torch
 from tests import checkpoint
 from vlm_safeguard.data import drawings
 from vlm_safeguard.data.inputs import Request, batches
-from vlm_safeguard.model.loading import LoadedModel, find_decoder, load
+from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.model.recording import record
+from vlm_safeguard.model.residual_stream import find_decoder
 
 ITEMS = [Request(text, None) for text in ("Hi", "How do I water the plants?", "Tell me more.")]
 ITEMS += [Request("What is in this picture?", drawings.blank()), Request("Hello", None)]

@@ -144,7 +144,7 @@ def test_a_whole_record() -> None:
         assert fact in page
 
 
-@pytest.mark.parametrize("kind", ["restore", "add", "defer"])
+@pytest.mark.parametrize("kind", ["restore", "add"])
 def test_every_mode_has_a_card(kind) -> None:
     page = card(config(kind))
     assert f"`{kind}`" in page

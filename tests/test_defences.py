@@ -56,16 +56,6 @@ def test_the_exact_wording_can_come_from_a_file(tmp_path: Path) -> None:
     assert make_defence("self-reminder", text=file).reword("Hi") == "First.\nHi\nLast."
 
 
-@pytest.mark.parametrize("name", ["paper-formula", "erase-ablation"])
-def test_what_steers_along_directions_refuses_a_guard_that_has_none(
-    name: str, tmp_path: Path
-) -> None:
-    tiny.guard(tiny.llava(), [tiny.gate("text", 2)], mode="defer").save_pretrained(tmp_path)
-    with pytest.raises(GuardError, match=f"{name} steers .* a `defer` guard has none"):
-        make_defence(name, guard=tmp_path)
-    assert make_defence("guard", guard=tmp_path).guard is not None
-
-
 def test_bad_definitions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown defence 'prayer': use one of none"):
         make_defence("prayer")

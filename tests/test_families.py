@@ -19,18 +19,24 @@ from vlm_safeguard.artifact.config import Markup
 from vlm_safeguard.calibration import doctor
 from vlm_safeguard.calibration.doctor import describe, examine
 from vlm_safeguard.data.inputs import Request
-from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
+from vlm_safeguard.errors import ModelError
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.model.fingerprint import config_digest, template_digest
-from vlm_safeguard.model.loading import LoadedModel, encode, find_decoder, hidden_of, watch_layer
+from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.fingerprint import template_digest
+from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import record
+from vlm_safeguard.model.residual_stream import (
+    find_decoder,
+    hidden_of,
+    verify_residual_stream,
+    watch_layer,
+)
 from vlm_safeguard.model.text_only import (
     ImageMarkup,
     find_markup,
     image_token,
     text_columns,
     text_only,
-    verify_residual_stream,
 )
 
 PROMPTS = ["What is this?", "How many of them are there, would you say?"]
@@ -531,93 +537,6 @@ def test_a_guard_reads_and_steers_where_a_layer_is_skipped() -> None:
         with shut.attach(loaded.model):
             same, untouched = generate(loaded.model, inputs)
         assert torch.equal(untouched, logits) and torch.equal(same, plain)
-
-
-# -- the language model alone ------------------------------------------------------------------
-
-
-def deferring(name: str, thresholds: float = ALWAYS) -> tuple[LoadedModel, Guard]:
-    one = FAMILIES[name]
-    loaded = one.build()
-    made = tiny.guard(loaded.model, [tiny.gate("text", 2, threshold=thresholds)], mode="defer")
-    markup = guard_for(one, loaded).config.markup
-    return loaded, Guard(made.config.model_copy(update={"markup": markup}), made.tensors)
-
-
-def mixed(loaded: LoadedModel, made: Guard) -> tuple[Guard, dict[str, Tensor], int]:
-    """The guard open for one row of two with a picture, of different shapes; which row it is."""
-    pictures = [families.photo(1), families.photo(2, 60, 40)]
-    inputs = encode(loaded, PROMPTS, pictures)
-    made, opened = half_open(loaded, made, inputs)
-    return made, inputs, opened
-
-
-MROPE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]
-
-
-@pytest.mark.parametrize("name", ["llava", *MROPE])
-def test_deferring_gives_an_open_row_its_text_and_leaves_the_other_alone(name: str) -> None:
-    loaded, made = deferring(name, thresholds=0.0)
-    made, inputs, opened = mixed(loaded, made)
-    plain, logits = generate(loaded.model, inputs)
-    with made.attach(loaded.model) as session:
-        tokens, deferred = generate(loaded.model, inputs)
-        assert [d.fired for d in session.decisions] == [opened == 0, opened == 1]
-    ids, mask = (inputs[name][opened : opened + 1] for name in ("input_ids", "attention_mask"))
-    text, attended = text_only(ids, text_columns(ids, mask, made.image_markup), families.PAD)
-    alone, own = generate(loaded.model, {"input_ids": text, "attention_mask": attended})
-    close(deferred[opened], own[0])
-    close(deferred[1 - opened], logits[1 - opened])
-    assert tokens[opened].tolist() == alone[0].tolist()
-    assert tokens[1 - opened].tolist() == plain[1 - opened].tolist()
-
-
-@pytest.mark.parametrize("name", MROPE)
-def test_deferring_asks_for_the_positions_that_the_model_would_find(name: str) -> None:
-    """Found from the guard's mask they would be wrong for the rows that stay shut."""
-    loaded, made = deferring(name, thresholds=0.0)
-    made, inputs, _ = mixed(loaded, made)
-    model = loaded.model
-    found = {key: value for key, value in inputs.items() if key != "pixel_values"}
-    places, _ = model.model.get_rope_index(**found)
-    with torch.no_grad(), made.attach(model):
-        with pytest.raises(GuardRuntimeError, match="position_ids of each call"):
-            model(**inputs)
-        given = model(**inputs, position_ids=places).logits[:, -1]
-        _, expected = generate(model, inputs)
-    close(given, expected[:, 0])
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"), [("mllama", "cross-attention"), ("qwen3_5", "linear_attention")]
-)
-def test_deferring_is_refused_where_a_mask_does_not_hide_a_picture(name: str, reason: str) -> None:
-    loaded, made = deferring(name)
-    before = set(loaded.model.__dict__)
-    with pytest.raises(GuardError, match=f"`defer` cannot guard .*{reason}.*mode `restore`"):
-        made.attach(loaded.model).__enter__()
-    assert set(loaded.model.__dict__) == before
-
-
-@pytest.mark.parametrize("name", ["gemma3", "aya_vision"])
-def test_deferring_is_refused_where_a_picture_takes_up_room_in_a_sliding_window(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded, made = deferring(name)
-    inputs = encode(loaded, PROMPTS[:1], [families.photo(1)])
-    with made.attach(loaded.model), pytest.raises(GuardRuntimeError, match="take up room"):
-        generate(loaded.model, inputs)
-    with tiny.with_thresholds(made, [[NEVER]]).attach(loaded.model):
-        generate(loaded.model, inputs)
-    # A window as wide as prompt and first tokens leaves nothing out, up to there.
-    text = loaded.model.config.get_text_config(decoder=True)
-    monkeypatch.setattr(text, "sliding_window", inputs["input_ids"].shape[1] + 2)
-    identity = made.config.model.model_copy(update={"config_sha256": config_digest(loaded.model)})
-    made = Guard(made.config.model_copy(update={"model": identity}), made.tensors)
-    with made.attach(loaded.model):
-        generate(loaded.model, inputs, max_new_tokens=3)
-        with pytest.raises(GuardRuntimeError, match="take up room"):
-            generate(loaded.model, inputs, max_new_tokens=4)
 
 
 # -- what cannot be guarded --------------------------------------------------------------------

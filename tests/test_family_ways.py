@@ -22,7 +22,8 @@ from tests.test_families import (
     loaded_of,
 )
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.model.loading import LoadedModel, encode
+from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.loading import LoadedModel
 
 # Each for what sets it apart.
 NAMES = [

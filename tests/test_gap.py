@@ -33,6 +33,7 @@ from vlm_safeguard.evaluation.studies.modality_gap.study import encode_talks, ob
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.method import gate_scores
 from vlm_safeguard.model import loading
+from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.recording import record
 from vlm_safeguard.model.text_only import find_markup, text_columns, text_only
 from vlm_safeguard.utils.stats import mcnemar, wilson
@@ -115,7 +116,7 @@ def test_single_turns_are_encoded_and_run_as_everywhere_else(
     loaded: loading.LoadedModel, tmp_path: Path, name: str, setting: Any
 ) -> None:
     plain = requests(ITEMS, setting)
-    expected = loading.encode(loaded, [r.text for r in plain], [r.image for r in plain])
+    expected = encode(loaded, [r.text for r in plain], [r.image for r in plain])
     encoded = encode_talks(loaded, talks(name))
     assert encoded.keys() == expected.keys()
     assert all(torch.equal(encoded[key], value) for key, value in expected.items())

@@ -167,7 +167,7 @@ def test_json_that_is_no_guard(folder, text):
         Guard.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 3, "2", None, [2]])
 def test_another_schema_names_both_versions(folder, version):
     edit(folder, schema_version=version)
     with pytest.raises(GuardError, match="schema"):
@@ -243,13 +243,50 @@ def test_a_gate_that_is_taken_does_steer(model, gate, steering):
         assert all(row.decision.fired and row.changed for row in session.attestation.rows)
 
 
-def test_defer_takes_no_layers_and_text_gates_only(model):
-    with pytest.raises(ValidationError, match="defer"):
-        Steering(mode="defer", layers=[1])
-    with pytest.raises(ValidationError, match="defer"):
-        tiny.guard(model, [tiny.gate("vlm", 1)], mode="defer")
+def test_a_gate_without_thresholds_is_refused():
     with pytest.raises(ValidationError, match="threshold"):
         Gate(source="text", layers=[1], thresholds=[])
+
+
+def test_steering_without_layers_is_refused():
+    with pytest.raises(ValidationError, match="layers"):
+        Steering(mode="restore", layers=[])
+
+
+def test_modes_and_kinds_that_nobody_registered_are_refused(model):
+    with pytest.raises(GuardError, match=r"unknown steering mode 'defer'.* restore, add, erase"):
+        tiny.guard(model, [tiny.gate("text", 2)], mode="defer")
+    odd = Gate(kind="odd", source="text", layers=[2], thresholds=[0.0])
+    with pytest.raises(GuardError, match=r"unknown kind of gate 'odd'.* linear"):
+        tiny.guard(model, [odd])
+
+
+def as_schema_1(guard, **steering):
+    """``guard.json`` and ``guard.safetensors`` as schema 1 had them."""
+    _, settings, blob = serialization.render(guard.config, guard.tensors)
+    raw = json.loads(settings)
+    for gate in raw["gates"]:
+        del gate["kind"]
+    raw |= {"schema_version": 1, "steering": raw["steering"] | {"soft": 0.0} | steering}
+    return json.dumps(raw).encode(), blob
+
+
+def test_a_guard_of_schema_1_loads(model):
+    made = tiny.guard(model, [tiny.gate("text", 2), tiny.gate("vlm", 3)])
+    loaded = Guard.from_bytes(*as_schema_1(made))
+    assert loaded.config.steering == made.config.steering
+    assert loaded.config.gates == made.config.gates
+    assert all(torch.equal(loaded.tensors[name], made.tensors[name]) for name in made.tensors)
+
+
+@pytest.mark.parametrize(
+    ("steering", "what"),
+    [({"soft": 2.5}, "soft gates"), ({"mode": "defer", "layers": []}, "the mode `defer`")],
+)
+def test_a_guard_of_schema_1_that_uses_what_is_gone_is_refused(model, steering, what):
+    made = tiny.guard(model, [tiny.gate("text", 2)])
+    with pytest.raises(GuardError, match=f"{what}.*calibrate again with `vlm-safeguard calibrate"):
+        Guard.from_bytes(*as_schema_1(made, **steering))
 
 
 def _change(name, change):
@@ -352,8 +389,8 @@ def whole(folder):
         (lambda t: t.replace('"pad_id": 0', '"pad_id": 0.0'), "valid integer"),
         (lambda t: t.replace('"pad_id": 0', '"pad_id": false'), "valid integer"),
         (lambda t: t.replace('"per_layer": true', '"per_layer": 1'), "valid boolean"),
-        (lambda t: t.replace('"schema_version": 1', '"schema_version": true'), "schema True"),
-        (lambda t: t.replace('"schema_version": 1', '"schema_version": 1.0'), "schema 1.0"),
+        (lambda t: t.replace('"schema_version": 2', '"schema_version": true'), "schema True"),
+        (lambda t: t.replace('"schema_version": 2', '"schema_version": 2.0'), "schema 2.0"),
         (lambda t: t + "{}", "not valid JSON"),
         (lambda t: t + " " * (1 << 20), "larger"),
     ],
@@ -505,20 +542,20 @@ def guards(draw):
     depth, width = draw(st.integers(1, 8)), draw(st.integers(1, 12))
     rank = draw(st.integers(1, width))
     some = st.lists(st.integers(0, depth - 1), min_size=1, unique=True)
-    mode = draw(st.sampled_from(["add", "restore", "defer"]))
+    mode = draw(st.sampled_from(["add", "restore"]))
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
-    steered = [] if mode == "defer" else draw(some)
+    steered = draw(some)
     tokens = draw(st.none() | st.integers(1, 10**6))
     gates, tensors = [], {}
     for index in range(draw(st.integers(1, 4))):
         layers = draw(some)
         cuts = draw(st.lists(st.floats(-1e20, 1e20), min_size=len(layers), max_size=len(layers)))
-        source = "text" if mode == "defer" else draw(st.sampled_from(["text", "vlm"]))
+        source = draw(st.sampled_from(["text", "vlm"]))
         alone = draw(st.booleans())
-        if steered and alone:
+        if alone:
             assume(set(layers) & set(steered))
-        elif steered and source == "vlm" and tokens == 1:
+        elif source == "vlm" and tokens == 1:
             assume(max(layers) <= max(steered))
         gates.append(Gate(source=source, layers=layers, thresholds=cuts, per_layer=alone))
         tensors[f"gate.{index}"] = torch.randn(len(layers), width, generator=generator)

@@ -32,6 +32,7 @@ from inspect_ai.model import (
 from inspect_ai.scorer import SampleScore, Score
 
 from tests import checkpoint, tiny
+from tests.recorded import write_recorded
 from tests.test_results import judged as rows_of
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data import drawings as pictures
@@ -50,7 +51,6 @@ from vlm_safeguard.evaluation.harness.run_identity import prompts_digest
 from vlm_safeguard.evaluation.harness.throughput import throughput
 from vlm_safeguard.evaluation.judges import judge_errors, make_judge
 from vlm_safeguard.evaluation.judges.factory import judge_file
-from vlm_safeguard.evaluation.judges.recorded import write_recorded
 from vlm_safeguard.evaluation.metrics import timing
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import load
@@ -414,7 +414,6 @@ def test_all_that_want_the_text_share_one_pass() -> None:
     assert extra_passes(tiny.guard(model, [vlm], reference="text")) == 1
     assert extra_passes(tiny.guard(model, [vlm], reference="anchor")) == 0
     assert extra_passes(tiny.guard(model, [vlm], mode="add", query="pass")) == 0
-    assert extra_passes(tiny.guard(model, [text], mode="defer")) == 1
 
 
 def test_a_whole_request_is_timed_with_the_reading_of_its_picture(

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.recorded import write_recorded
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.judges import (
     JudgeError,
@@ -44,7 +45,7 @@ from vlm_safeguard.evaluation.judges.guard_models import (
 )
 from vlm_safeguard.evaluation.judges.injection import BREAK, disarm, marks_of
 from vlm_safeguard.evaluation.judges.options import same_judge
-from vlm_safeguard.evaluation.judges.recorded import RecordedJudge, write_recorded
+from vlm_safeguard.evaluation.judges.recorded import RecordedJudge
 from vlm_safeguard.evaluation.judges.validate import Labelled, cohen_kappa
 from vlm_safeguard.utils.stats import Rate, wilson
 

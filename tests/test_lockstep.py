@@ -17,7 +17,8 @@ from vlm_safeguard.data.inputs import Request
 from vlm_safeguard.evaluation.metrics import paired_timing
 from vlm_safeguard.evaluation.metrics.paired_timing import Stepped
 from vlm_safeguard.evaluation.metrics.timing import time_ratios
-from vlm_safeguard.model.loading import encode, load
+from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.loading import load
 
 NOTHING = torch.empty(0)
 

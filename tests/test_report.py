@@ -128,8 +128,7 @@ def make_candidates() -> list[dict[str, Any]]:
             {"mode": "add", "reference": "text", "layers": "10-29", "rank": rank}
             | {"tokens": tokens, "alpha": alpha, "query": "text"}
         )
-    steerings.append({"mode": "defer", "layers": "none", "rank": 1, "tokens": None})
-    wins = (5, 2, 11, 3, 6, 9, 4, 14, 7, 8, 17, 12, 10, 4)
+    wins = (5, 2, 11, 3, 6, 9, 4, 14, 7, 8, 17, 12, 10)
     found: list[dict[str, Any]] = [
         {"steering": common | steering, "n": 24, "asr": won / 24}
         for steering, won in zip(steerings, wins, strict=True)

@@ -11,7 +11,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from tests import tiny
 from tests.reference import Reference
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
-from vlm_safeguard.model.loading import find_decoder
+from vlm_safeguard.model.residual_stream import find_decoder
 
 NEW = 5
 SHORT = {"max_new_tokens": 3, "do_sample": False}
@@ -224,29 +224,6 @@ def test_the_witness_is_the_bare_language_model(model, side):
     close(scores, torch.stack(expected))
 
 
-# -- defer -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_defer_gives_fired_rows_to_the_language_model(model, use_cache):
-    made = tiny.guard(model, [tiny.gate("text", 3)], mode="defer")
-    scores = [Reference(model, made, p).known.scores[0][3] for p in tiny.PROMPTS]
-    made = tiny.with_thresholds(made, [[float(torch.tensor(scores).median()) + 1e-3]])
-    plain, plain_logits = generate(model, tiny.batch(tiny.PROMPTS))
-    with made.attach(model) as session:
-        tokens, logits = generate(model, tiny.batch(tiny.PROMPTS), use_cache=use_cache)
-        fired = [d.fired for d in session.decisions]
-    assert 0 < sum(fired) < len(fired)
-    for row, prompt in enumerate(tiny.PROMPTS):
-        if fired[row]:
-            alone = generate(model, tiny.batch([tiny.without_pictures(prompt)]))
-            close(logits[row], alone[1][0])
-            assert tokens[row].tolist() == alone[0][0].tolist()
-        else:
-            close(logits[row], plain_logits[row])
-            assert tokens[row].tolist() == plain[row].tolist()
-
-
 # -- nothing leaks, nothing stays --------------------------------------------------------------
 
 
@@ -299,7 +276,7 @@ def test_an_exception_leaves_no_state(model, accident):
     with guard.attach(model) as session:
         accident(model)
         assert session._request is None
-        assert session._text.request is None
+        assert session._pass is None
         for row in (1, 0, 3):  # a request, then others with other gates
             logits = forward(model, tiny.batch([tiny.PROMPTS[row]])).logits
             close(logits[0], references[row].logits([]))
@@ -501,19 +478,12 @@ def test_what_cannot_be_guarded_is_refused(model, misuse):
     assert traces(model) == before
 
 
-@pytest.mark.parametrize(
-    ("steering", "options"),
-    [
-        ({"positions": "all"}, {"prefill_chunk_size": 3}),
-        ({"mode": "defer"}, {"past_key_values": True}),
-    ],
-    ids=["all-in-chunks", "defer-on-a-prefix-cache"],
-)
-def test_prompts_in_parts_are_refused_where_they_would_differ(model, steering, options):
+@pytest.mark.parametrize("part", ["chunks", "prefix cache"])
+def test_prompts_in_parts_are_refused_where_they_would_differ(model, part):
     ids = torch.tensor([tiny.words(0, 10)])
-    if "past_key_values" in options:
-        options = {"past_key_values": _filled()}
-    with tiny.guard(model, always()[0], **steering).attach(model), pytest.raises(GuardRuntimeError):
+    options = {"prefill_chunk_size": 3} if part == "chunks" else {"past_key_values": _filled()}
+    made = tiny.guard(model, always()[0], positions="all")
+    with made.attach(model), pytest.raises(GuardRuntimeError):
         model.generate(input_ids=ids, attention_mask=ids * 0 + 1, **options, **SHORT)
 
 

@@ -20,8 +20,10 @@ from tests import checkpoint, families, tiny
 from tests.reference import Reference
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.model.loading import find_decoder, load
+from vlm_safeguard.model.loading import load
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.runtime.session import Session
+from vlm_safeguard.runtime.steering import Steerer
 
 NEW = 4
 CLOSE = {"atol": 2e-4, "rtol": 1e-3}
@@ -364,7 +366,6 @@ def test_embeddings_alone_where_no_text_is_read(model, beams):
     [
         ("text", {"reference": "anchor"}),
         ("vlm", {"reference": "text"}),
-        ("text", {"mode": "defer"}),
     ],
 )
 def test_embeddings_alone_where_the_text_is_read(model, source, steering):
@@ -646,9 +647,8 @@ def test_a_compiled_layer_in_place_of_a_layer_is_refused():
     layers[3] = torch.compile(layers[3], backend="eager")
     with pytest.raises(GuardError), made.attach(model):  # its parameters' names differ as well
         pass
-    session = Session(made.config, made.tensors, made.image_markup, model)
     with pytest.raises(GuardError, match=r"compiled at .*layers\.3"):
-        session.arm()
+        Session(made.config, made.tensors, made.image_markup, model)
 
 
 def _compiled(how, model):
@@ -827,11 +827,10 @@ def test_layers_whose_weights_are_elsewhere_between_calls():
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=False)
     assert next(find_decoder(model).layers[2].parameters()).device.type == "meta"
     session = Session(made.config, made.tensors, made.image_markup, model)
-    session.arm()
     try:
         tokens, logits = generate(model, tiny.batch(tiny.PROMPTS))
     finally:
-        session.disarm()
+        session.detach()
     accelerate.hooks.remove_hook_from_module(model, recurse=True)
     holds(references, tokens, logits)
 
@@ -839,9 +838,9 @@ def test_layers_whose_weights_are_elsewhere_between_calls():
 def test_directions_follow_the_states_to_their_device(model):
     """The plan of a dose is made where the layer's states are, not where a parameter lies."""
     made = always(model)
-    session = Session(made.config, made.tensors, made.image_markup, model)
     layer = made.config.steering.layers[0]
-    elsewhere = session._steerer.directions(layer, torch.device("meta"))
+    steerer = Steerer(made.config.steering, made.tensors, text_gates=True)
+    elsewhere = steerer.directions(layer, torch.device("meta"))
     assert elsewhere.device.type == "meta"
 
 
@@ -1101,12 +1100,14 @@ def test_another_thread_is_refused_in_the_middle_of_a_call(model, threshold, par
     torch.testing.assert_close(undisturbed[1], expected[1])
 
 
-def test_a_forward_called_by_itself_is_refused_and_leaves_the_turn_free(model, mixed):
+def test_a_forward_called_by_itself_is_guarded_and_leaves_the_turn_free(model, mixed):
     made, references = mixed
     inputs = tiny.batch(tiny.PROMPTS)
-    with made.attach(model):
-        with pytest.raises(GuardRuntimeError, match="outside"):
-            model.forward(**inputs)
+    with made.attach(model) as session:
+        with torch.no_grad():
+            called = model(**inputs).logits
+            torch.testing.assert_close(model.forward(**inputs).logits, called)
+        assert [d.fired for d in session.decisions] == [r.fired for r in references]
         thread, box = _in_thread(generate, model, inputs)
         thread.join()
         holds(references, *box[0])
@@ -1187,11 +1188,12 @@ def test_after_an_interrupted_call_nothing_goes_round_the_guard(model):
         done.set()
         resting.wait(30)
 
-    with torch.no_grad(), shut.attach(model):
+    with torch.no_grad(), shut.attach(model) as session:
         interrupted()
-        for call in (model.model, model.forward):
-            with pytest.raises(GuardRuntimeError, match="outside"):
-                call(input_ids=ids)
+        with pytest.raises(GuardRuntimeError, match="outside"):
+            model.model(input_ids=ids)
+        model.forward(input_ids=ids)  # another request, from its prompt
+        assert [d.fired for d in session.decisions] == [False]
         done = threading.Event()
         thread, _ = _in_thread(lives_on)
         assert done.wait(30)
@@ -1261,7 +1263,7 @@ def test_leaving_inside_a_generation_is_refused(model, mixed):
 
         def leave():
             with pytest.raises(GuardRuntimeError, match="inside"):
-                session.disarm()
+                session.detach()
 
         holds(references[:1], *generate(model, inputs, streamer=_Stops(leave)))
 
@@ -1276,15 +1278,13 @@ def _hooks(model):
     ]
 
 
-@pytest.mark.parametrize("place", ["model", "model before", "layer", "everything"])
+@pytest.mark.parametrize("place", ["model", "layer", "everything"])
 def test_hooks_that_are_removed_in_the_middle(place):
     model = tiny.llava()
 
     def remove():
         if place == "model":
-            model._forward_hooks.clear()
-        elif place == "model before":
-            model._forward_pre_hooks.clear()
+            del model.forward  # the one that a guard puts in place of the class's
         elif place == "layer":
             find_decoder(model).layers[4]._forward_hooks.clear()
         else:
@@ -1330,7 +1330,7 @@ def test_a_layer_left_out_for_another_run_twice():
 
 @pytest.mark.parametrize("fails", [1, 2, 3])
 def test_a_half_attached_guard_is_taken_out_again(model, monkeypatch, fails):
-    made = always(model)
+    made = always(model, layers=[1, 2, 4])
     before, calls = _hooks(model), []
     register = nn.Module.register_forward_hook
 

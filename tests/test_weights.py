@@ -11,8 +11,9 @@ from tests.reference import Reference
 from tests.test_ways import calibrated, generate, holds
 from vlm_safeguard.calibration import doctor
 from vlm_safeguard.errors import GuardError, ModelError
-from vlm_safeguard.model.loading import encode, find_decoder, load
-from vlm_safeguard.model.text_only import verify_residual_stream
+from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.loading import load
+from vlm_safeguard.model.residual_stream import find_decoder, verify_residual_stream
 from vlm_safeguard.model.weights import input_device, stored, weights_digest
 
 accelerate = pytest.importorskip("accelerate")

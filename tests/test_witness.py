@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from tests import families, tiny
-from vlm_safeguard.model.loading import encode
+from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.text_only import (
     ImageMarkup,
     find_markup,

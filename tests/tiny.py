@@ -19,7 +19,7 @@ from transformers import (
 from vlm_safeguard.artifact.config import Gate, GuardConfig, Markup, ModelIdentity, Steering
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.fingerprint import config_digest
-from vlm_safeguard.model.loading import find_decoder
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.weights import weights_digest
 
 LAYERS, WIDTH, VOCAB = 6, 32, 260
@@ -151,8 +151,6 @@ def guard(
 ) -> Guard:
     """A guard with random directions and gates; ``steering`` as in ``Steering``."""
     settings = {"mode": "restore", "layers": [2, 4], "rank": 3, "alpha": 0.5} | steering
-    if settings["mode"] == "defer":
-        settings["layers"] = []
     steer = Steering(**settings)
     generator = torch.Generator().manual_seed(seed)
     decoder = find_decoder(model)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlm_safeguard.guard import Guard
-    from vlm_safeguard.model.loading import encode, load
+    from vlm_safeguard.model.chat import encode
+    from vlm_safeguard.model.loading import load
 
 __all__ = ["Guard", "encode", "load"]
-_HOMES = {"Guard": "guard", "encode": "model.loading", "load": "model.loading"}
+_HOMES = {"Guard": "guard", "encode": "model.chat", "load": "model.loading"}
 
 
 def __getattr__(name: str) -> Any:

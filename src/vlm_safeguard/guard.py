@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,13 @@ from vlm_safeguard.artifact.model_card import CARD_FILE, MARK, card
 from vlm_safeguard.artifact.serialization import CONFIG_FILE, TENSOR_FILE
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_digest
-from vlm_safeguard.model.loading import LoadedModel, find_decoder
+from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import ImageMarkup, find_markup
 from vlm_safeguard.model.weights import quantised, weights_digest
+from vlm_safeguard.runtime.gate import gate_class
 from vlm_safeguard.runtime.session import Session
+from vlm_safeguard.runtime.steering import mode_class
 from vlm_safeguard.utils.files import read_limited, write_whole
 
 _MAX_CARD = 1 << 20  # bytes of a README that is looked through for our mark
@@ -44,6 +45,9 @@ class Guard:
         self.config = config
         self.tensors = tensors
         serialization.check_tensors(tensors, config)
+        mode_class(config.steering.mode)
+        for gate in config.gates:
+            gate_class(gate.kind)
 
     # -- files ---------------------------------------------------------------------------------
 
@@ -277,14 +281,16 @@ class Guard:
                 "revision and settings, or calibrate with this one"
             )
 
-    @contextmanager
-    def attach(self, model: Any, processor: Any = None) -> Iterator[Session]:
-        """Guard every ``generate`` and forward call of ``model`` inside the ``with`` block.
+    def attach(self, model: Any, processor: Any = None) -> Session:
+        """Guard every ``generate`` and forward call of ``model`` from now on.
+
+        What is returned is a context manager, which takes the guard off at the end of its ``with``
+        block, and a handle for whoever has no such block: ``session.detach()``.
 
         Outside of ``generate``, a forward call without a cache begins a request: it holds the whole
         prompt, and what follows on its cache, a token at a time, is taken for the answer.
 
-        The model is left as it was afterwards, also after an exception. Whatever the process has
+        The model is then as it was before, also after an exception. Whatever the process has
         compiled by ``torch.compile`` is compiled anew, because it would leave out the hooks.
 
         Given the ``processor``, its chat template and the tokens it writes around pictures are
@@ -294,12 +300,7 @@ class Guard:
             GuardError: the guard belongs to another model, or one is attached already.
         """
         self.check_model(model, processor)
-        session = Session(self.config, self.tensors, self.image_markup, model)
-        session.arm()
-        try:
-            yield session
-        finally:
-            session.disarm()
+        return Session(self.config, self.tensors, self.image_markup, model)
 
 
 def reads_pictures(guard: Guard | None) -> bool:

@@ -1,4 +1,4 @@
-"""The method: safety steering directions, the gate, and what is done where the gate is open.
+"""The method: safety steering directions, gate scores, and what is done where a gate is open.
 
 VLM-Guard (arXiv 2502.10486), section 3, with the readings that the paper leaves open as named
 options. Everything here is a pure function of tensors, computed in float32 whatever the model's
@@ -67,97 +67,53 @@ def gate_scores(states: Tensor, vectors: Tensor, thresholds: Tensor) -> Tensor:
     return torch.linalg.vecdot(states.float(), vectors.float()) - thresholds.float()
 
 
-def gate_open(scores: Tensor) -> Tensor:
-    """The gate's decision, ``s > 0``, elementwise.
-
-    Raises:
-        ValueError: a score is NaN or Inf. A comparison would silently read NaN as harmless.
-    """
-    if not torch.isfinite(scores).all():
-        raise ValueError("a gate score is NaN or Inf")
-    return scores > 0
-
-
-def dose_share(score: float, width: float) -> float:
-    """The part of the dose that a gate gives, ``g = clamp(s / w, 0, 1)``; with width 0 the hard
-    gate, 1 where ``s > 0`` and else 0."""
-    if score <= 0:
-        return 0.0
-    return 1.0 if score >= width else score / width
-
-
 def coordinates(states: Tensor, directions: Tensor) -> Tensor:
     """Coordinates ``c = h V^T`` of states (..., d) along V (m, d): (..., m), float32."""
     return states.float() @ directions.float().T
 
 
-def erase(states: Tensor, directions: Tensor) -> Tensor:
-    """Remove the component along V: ``h - (h V^T) V``.
+def set_coordinates(states: Tensor, directions: Tensor, target: Tensor) -> Tensor:
+    """Project, then put other coordinates in: ``h - (h V^T) V + t V``.
 
-    On its own this is the published way to jailbreak a model (it removes refusal). It is a step
-    of ``restore`` and a labelled ablation, and is never saved or served as a guard.
-    """
-    wide = states.float()
-    return (wide - coordinates(wide, directions) @ directions.float()).to(states.dtype)
-
-
-def add(states: Tensor, directions: Tensor, reference: Tensor, alpha: float) -> Tensor:
-    """The paper's alignment: ``h + alpha * c V`` with c the coordinates at q.
+    What the modes `restore` and `erase` do; they differ in ``target`` alone. `erase` sets zero: on
+    its own that is the published way to jailbreak a model (it removes refusal), so it is a labelled
+    ablation and never saved or served as a guard.
 
     Args:
-        states: (B, T, d). directions: V, (m, d). reference: c, (B, m).
-        alpha: dose; relative, because c carries the layer's own scale.
-    """
-    moved = states.float() + alpha * (reference.float() @ directions.float()).unsqueeze(1)
-    return moved.to(states.dtype)
+        states: h, (B, T, d), or (B, d) for one column: a decoding step, which is two operations.
+        directions: V, (m, d). target: t, (B, m).
 
-
-def restore(
-    states: Tensor,
-    directions: Tensor,
-    reference: Tensor,
-    alpha: float,
-    share: Tensor | None = None,
-) -> Tensor:
-    """Project, then put the LLM's own component back: ``h - (h V^T) V + (1 + alpha) t V``.
-
-    Args:
-        states: (B, T, d). directions: V, (m, d).
-        reference: t, (B, m), the LLM's coordinates, of this request as text or of the anchors.
-        alpha: dose beyond the LLM's own component; 0 puts back exactly what it would have.
-        share: g, (B, 1), how much of the way to go there: ``h + g (restored - h)``; None for all.
+    Returns:
+        Of the shape and dtype of ``states``.
     """
     wide, rows = states.float(), directions.float()
-    change = (1.0 + alpha) * reference.float().unsqueeze(1) - coordinates(wide, rows)
-    if share is not None:
-        change = share.unsqueeze(1) * change
+    if wide.ndim == 2:
+        change = torch.addmm(target, wide, rows.T, alpha=-1)
+        return torch.addmm(wide, change, rows).to(states.dtype)
+    change = target.unsqueeze(1) - coordinates(wide, rows)
     return (wide + change @ rows).to(states.dtype)
 
 
-def steered_positions(
-    columns: Tensor, last_prompt: Tensor, prompt_width: int, tokens: int | None, everywhere: bool
-) -> Tensor:
-    """Which columns of a forward call are steered.
-
-    Columns are absolute places in the padded sequence, so the answer does not depend on how the
-    sequence is cut into calls (cache, chunks, none at all).
+def restored(reference: Tensor, alpha: float) -> Tensor:
+    """The coordinates that `restore` sets: ``(1 + alpha) t``.
 
     Args:
-        columns: absolute columns of this call, (T,).
-        last_prompt: column of q in each row, (B,); rows may be padded on either side.
-        prompt_width: columns of the padded prompt; generated tokens follow from there.
-        tokens: how many generated tokens are guarded, None for all. The first of them is
-            produced at q itself, the n-th at column ``prompt_width + n - 2``.
-        everywhere: also steer every prompt column (positions ``all``), padding included: nothing
-            ever attends to it.
-
-    Returns:
-        Boolean mask (B, T).
+        reference: t, (B, m), the LLM's coordinates, of this request as text or of the anchors.
+        alpha: dose beyond the LLM's own component; 0 puts back exactly what it would have.
     """
-    at_q = columns[None, :] == last_prompt[:, None]
-    generated = columns >= prompt_width
-    if tokens is not None:
-        generated = generated & (columns < prompt_width + tokens - 1)
-    if everywhere:
-        generated = generated | (columns < prompt_width)
-    return at_q | generated[None, :]
+    return (1.0 + alpha) * reference.float()
+
+
+def shift(states: Tensor, added: Tensor) -> Tensor:
+    """What the mode `add` does: ``h + a`` for states (B, T, d) or (B, d) and ``added`` (B, d)."""
+    return (states.float() + (added if states.ndim == 2 else added.unsqueeze(1))).to(states.dtype)
+
+
+def pull(reference: Tensor, directions: Tensor, alpha: float) -> Tensor:
+    """What `add` adds, the paper's alignment: ``alpha * c V``, (B, d).
+
+    Args:
+        reference: c, (B, m), the coordinates at q. directions: V, (m, d).
+        alpha: dose; relative, because c carries the layer's own scale.
+    """
+    return alpha * (reference.float() @ directions.float())

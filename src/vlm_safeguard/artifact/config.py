@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Far above any real guard; docs/guard-format.md states each of them.
 MAX_MODEL_LAYERS = 1024
@@ -28,6 +28,7 @@ _Name = Annotated[str, Field(max_length=MAX_NAME, pattern=_PRINTABLE)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _DtypeOrNone = Annotated[str, Field(pattern=r"^(float32|bfloat16|float16)?$")]
 _Sha256OrNone = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+_Registered = Annotated[str, Field(pattern=r"^[a-z][a-z_]{0,31}$")]
 _Layer = Annotated[int, Field(ge=0, lt=MAX_MODEL_LAYERS)]
 _TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 _Threshold = Annotated[FiniteFloat, Field(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
@@ -38,12 +39,14 @@ class _Strict(BaseModel):
 
 
 class Gate(_Strict):
-    """One linear gate: scores at ``layers``, pooled by sum or deciding layer by layer.
+    """One gate: scores at ``layers``, pooled by sum or deciding layer by layer.
 
-    ``source`` "text" reads the text-only pass through the LLM (the witness), "vlm" the request's
-    own pass. With ``per_layer`` each layer's score opens that layer alone (the paper's form).
+    ``kind`` names a class in ``runtime.gate.GATES``. ``source`` "text" reads the text-only pass
+    through the LLM, "vlm" the request's own pass. With ``per_layer`` each layer's score opens that
+    layer alone (the paper's form).
     """
 
+    kind: _Registered = "linear"
     source: Literal["text", "vlm"]
     layers: list[_Layer] = Field(min_length=1, max_length=MAX_MODEL_LAYERS)
     thresholds: list[_Threshold] = Field(max_length=MAX_MODEL_LAYERS)
@@ -57,30 +60,25 @@ class Gate(_Strict):
 
 
 class Steering(_Strict):
-    """What happens where a gate is open. ``tokens``: guarded generated tokens, None for all.
+    """What happens where a gate is open.
 
-    ``soft``: width of a soft gate in units of its score, 0 for a hard one. A request whose score
-    is less than this above the threshold gets that part of the dose.
+    ``mode`` names a class in ``runtime.steering.MODES``. ``tokens``: guarded generated tokens, None
+    for all.
     """
 
-    mode: Literal["add", "restore", "erase", "defer"]
+    mode: _Registered
     reference: Literal["text", "anchor"] = "text"
     query: Literal["pass", "text"] = "text"
     positions: Literal["generated", "all"] = "generated"
-    layers: list[_Layer] = Field(default=[], max_length=MAX_MODEL_LAYERS)
+    layers: list[_Layer] = Field(min_length=1, max_length=MAX_MODEL_LAYERS)
     rank: int = Field(default=1, ge=1, le=MAX_RANK)
     alpha: float = Field(default=0.0, ge=0.0, le=MAX_ALPHA, allow_inf_nan=False)
     tokens: int | None = Field(default=None, ge=1, le=MAX_GUARDED_TOKENS)
-    soft: float = Field(default=0.0, ge=0.0, le=MAX_MAGNITUDE, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _layers_to_work_on(self) -> Steering:
-        if (self.mode == "defer") == bool(self.layers):
-            raise ValueError("every mode but `defer` steers at least one layer, `defer` none")
+    def _each_layer_once(self) -> Steering:
         if len(set(self.layers)) != len(self.layers):
             raise ValueError("a layer is steered once")
-        if self.mode == "defer" and self.soft:
-            raise ValueError("`defer` has no dose that a soft gate could give a part of")
         return self
 
 
@@ -109,7 +107,7 @@ class Markup(_Strict):
 class GuardConfig(_Strict):
     """Everything in ``guard.json``."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: ModelIdentity
     markup: Markup
     gates: list[Gate] = Field(min_length=1, max_length=MAX_GATES)
@@ -120,17 +118,9 @@ class GuardConfig(_Strict):
     tensors_sha256: _Sha256OrNone = ""  # "" while a guard is made; no file is without it
 
     @model_validator(mode="after")
-    def _defer_by_text(self) -> GuardConfig:
-        if self.steering.mode == "defer" and any(g.source != "text" for g in self.gates):
-            raise ValueError("`defer` is decided before the picture is read: text gates only")
-        return self
-
-    @model_validator(mode="after")
     def _gates_reach_layers(self) -> GuardConfig:
-        """No gate opens without anything to steer (``Request.shares`` says which layers act)."""
+        """No gate opens without anything to steer (``Request.open_at`` says which layers act)."""
         steering = self.steering
-        if steering.mode == "defer":
-            return self
         for index, gate in enumerate(self.gates):
             if gate.per_layer and not set(gate.layers) & set(steering.layers):
                 raise ValueError(

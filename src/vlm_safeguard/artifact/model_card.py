@@ -133,22 +133,18 @@ def _thresholds(gate: Gate) -> str:
 _MODES = {
     "restore": "the component in the safety subspace is replaced",
     "add": "a multiple of the safety component is added",
-    "defer": "the language model answers without the picture",
     "erase": "the safety component is removed (an ablation that weakens the model)",
 }
 
 
 def _steering(steering: Steering) -> list[tuple[str, str]]:
-    rows = [("Mode", f"`{steering.mode}`: {_MODES[steering.mode]}")]
-    if steering.mode == "defer":
-        return rows
+    does = _MODES.get(steering.mode, "a mode of its own")
+    rows = [("Mode", f"`{steering.mode}`: {does}")]
     rows += [
         ("Layers", _ranges(steering.layers)),
         ("Directions per layer", str(steering.rank)),
         ("Dose α", f"{steering.alpha:g}"),
     ]
-    if steering.soft:
-        rows.append(("Soft gate: the whole dose from a score of", f"{steering.soft:g}"))
     if steering.mode == "restore":
         own = "the request's own text" if steering.reference == "text" else "harmful anchors' mean"
         rows.append(("Put back", own))

@@ -91,6 +91,7 @@ def parse_settings(data: bytes) -> GuardConfig:
     raw = _strict_json(data, MAX_JSON, CONFIG_FILE)
     if not isinstance(raw, dict):
         raise GuardError(f"{CONFIG_FILE} is no JSON object: calibrate anew")
+    raw = upgraded(raw)
     version = raw.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
         raise GuardError(
@@ -113,6 +114,32 @@ def parse_settings(data: bytes) -> GuardConfig:
             f"guard ({MAX_TENSOR_BYTES} at most)"
         )
     return config
+
+
+def upgraded(raw: dict[str, Any]) -> dict[str, Any]:
+    """``guard.json`` of schema 1 as schema 2 has it; any other as it is.
+
+    Schema 1 knew soft gates (``steering.soft``) and the mode ``defer``, which are gone.
+
+    Raises:
+        GuardError: the guard uses one of them.
+    """
+    steering = raw.get("steering")
+    if type(raw.get("schema_version")) is not int or raw["schema_version"] != 1:
+        return raw
+    if not isinstance(steering, dict):
+        return raw | {"schema_version": SCHEMA_VERSION}
+    soft = steering.get("soft", 0)
+    gone = "the mode `defer`" if steering.get("mode") == "defer" else None
+    if isinstance(soft, bool) or not isinstance(soft, (int, float)) or soft != 0:
+        gone = gone or "soft gates (`soft`)"
+    if gone:
+        raise GuardError(
+            f"{CONFIG_FILE} is of schema 1 and uses {gone}, which this version no longer has: "
+            "calibrate again with `vlm-safeguard calibrate MODEL -o GUARD`"
+        )
+    kept = {name: value for name, value in steering.items() if name != "soft"}
+    return raw | {"schema_version": SCHEMA_VERSION, "steering": kept}
 
 
 def _strict_json(data: bytes, limit: int, name: str) -> Any:

@@ -22,7 +22,8 @@ from vlm_safeguard.data.inputs import (
 )
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.guard import Guard, reads_pictures
-from vlm_safeguard.model.loading import LoadedModel, encode
+from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.utils.progress import Progress
 
 REFUSAL = 8  # tokens in which a refusal shows

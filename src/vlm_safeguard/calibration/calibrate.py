@@ -36,7 +36,8 @@ from vlm_safeguard.calibration.steering_search import search
 from vlm_safeguard.data import prompts
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_digest
-from vlm_safeguard.model.loading import LoadedModel, find_decoder
+from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.model.weights import weights_digest
 from vlm_safeguard.utils.progress import Progress

@@ -6,8 +6,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from vlm_safeguard.calibration.attack_trials import answered, attack, per_question, within
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.generation import respond
@@ -19,7 +17,9 @@ from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.fingerprint import template_digest
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import anchor_states
-from vlm_safeguard.model.text_only import find_markup, verify_residual_stream
+from vlm_safeguard.model.residual_stream import verify_residual_stream
+from vlm_safeguard.model.text_only import find_markup
+from vlm_safeguard.runtime.gate import make_gate
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import mcnemar, wilson
 
@@ -142,10 +142,8 @@ def _directions(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[C
     for index, gate in enumerate(guard.config.gates):
         if gate.source != "text" or gate.per_layer:
             continue
-        vectors = guard.tensors[f"gate.{index}"]
-        high, low = (
-            torch.einsum("knd,nd->k", part[:, gate.layers], vectors) for part in (harmful, harmless)
-        )
+        scorer = make_gate(gate, guard.tensors[f"gate.{index}"])
+        high, low = (scorer.scores(part[:, gate.layers]).sum(1) for part in (harmful, harmless))
         value = auc(high, low)
         checks.append(Check("separability", value > 0.9, f"AUC {value:.3f} on the anchors, text"))
     return checks

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlm_safeguard.calibration.conformal import conformal_threshold
+from vlm_safeguard.runtime.gate import LinearGate
 
 Kind = Literal["first", "discriminant", "components"]
 KINDS: tuple[Kind, ...] = ("first", "discriminant", "components")
@@ -57,8 +58,8 @@ class GateFit:
 
     def scores(self, states: Tensor) -> Tensor:
         """Scores (k,) of states (k, L, d); positive opens the gate."""
-        chosen = states[:, list(self.layers)].float()
-        return torch.einsum("knd,nd->k", chosen, self.vectors) - self.threshold
+        gate = LinearGate(self.vectors, torch.zeros(len(self.layers)))
+        return gate.scores(states[:, list(self.layers)]).sum(1) - self.threshold
 
 
 def fit_gate(

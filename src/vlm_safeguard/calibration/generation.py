@@ -10,7 +10,8 @@ import torch
 
 from vlm_safeguard.data.inputs import Request, batches
 from vlm_safeguard.guard import Guard, reads_pictures
-from vlm_safeguard.model.loading import LoadedModel, encode
+from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.runtime.attestation import Decision
 from vlm_safeguard.utils.progress import Progress
 

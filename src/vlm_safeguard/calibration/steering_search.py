@@ -13,7 +13,8 @@ from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import evenly, spaced
 from vlm_safeguard.errors import CalibrationError
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.model.loading import LoadedModel, find_decoder
+from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.utils.progress import Progress
 
 

@@ -142,29 +142,6 @@ def check_results(
 
 
 @app.command()
-def utility(
-    results: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, JSON.")],
-    name: Annotated[
-        list[str] | None, typer.Option(help="What to call each, in their order.")
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Compare runs of lmms-eval, for example without and with a guard; the first is the measure."""
-    from vlm_safeguard.evaluation.lmms import compare_lmms, lmms_page, read_lmms
-
-    if name and len(name) != len(results):
-        raise SafeguardError(f"{len(name)} name for {len(results)} files: give --name for each")
-    names = name or [path.stem for path in results]
-    runs = [read_lmms(*one) for one in zip(results, names, strict=True)]
-    table = compare_lmms(runs)
-    if json_:
-        left_out = [{"run": run.name, "metrics": list(run.left_out)} for run in runs]
-        print_json({"table": table, "left_out": left_out})
-    else:
-        print(lmms_page(runs, table), end="")
-
-
-@app.command()
 def gap(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for page and plots.")],
@@ -210,9 +187,6 @@ def gap(
 def gates(
     model: Model,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Page to write.")] = None,
-    guard: Annotated[
-        Path | None, typer.Option(help="Also try this guard's gates hard and soft.")
-    ] = None,
     max_fpr: Annotated[
         float, typer.Option(min=0.001, max=0.5, help="Harmless that calibrated gates may stop.")
     ] = 0.02,
@@ -222,11 +196,8 @@ def gates(
     quiet: Quiet = False,
 ) -> None:
     """Compare forms of gate on held-back prompts: what each finds at the same cost."""
-    from dataclasses import asdict
-
     from vlm_safeguard.calibration.budget import Effort
-    from vlm_safeguard.evaluation.studies import gate_forms, soft_gates
-    from vlm_safeguard.guard import Guard
+    from vlm_safeguard.evaluation.studies import gate_forms
     from vlm_safeguard.utils.files import write_whole
 
     if output is not None:
@@ -234,15 +205,12 @@ def gates(
             raise SafeguardError(f"{output} is a folder: name the page's file")
         check_folder(output.parent)
     progress = make_progress(quiet)
-    artifact = Guard.from_pretrained(guard) if guard else None
     loaded = load_model(model, dtype, device, progress)
     budget = Budget(false_positives=max_fpr)
-    soft = soft_gates.compare(loaded, artifact, Effort(), progress) if artifact else []
     rows, together = gate_forms.study(loaded, budget, Effort(), progress)
     text = gate_forms.page(model, rows, together, budget)
-    text += "\n" + soft_gates.section(soft) if soft else ""
     if json_:
-        print_json(gate_forms.facts(rows, together) | {"soft": [asdict(row) for row in soft]})
+        print_json(gate_forms.facts(rows, together))
     else:
         print(text, end="")
     if output is not None:

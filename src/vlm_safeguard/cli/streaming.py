@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import TextStreamer
 
 from vlm_safeguard.guard import Guard, reads_pictures
-from vlm_safeguard.model.loading import LoadedModel, encode
+from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.loading import LoadedModel
 
 
 class _Streamer(TextStreamer):

@@ -38,8 +38,9 @@ from vlm_safeguard.evaluation.metrics.timing import time_ratios
 from vlm_safeguard.evaluation.metrics.tradeoff import tradeoff
 from vlm_safeguard.evaluation.metrics.utility import easy_vqa_accuracy, perplexity
 from vlm_safeguard.guard import Guard, reads_pictures
-from vlm_safeguard.model.loading import LoadedModel, find_decoder, load
+from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.model.recording import record
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.utils.files import check_writable, write_whole
 from vlm_safeguard.utils.progress import Progress
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from vlm_safeguard.data import prompts
 from vlm_safeguard.data.inputs import Request, batches
 from vlm_safeguard.errors import ModelError
-from vlm_safeguard.model.loading import (
+from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.residual_stream import (
     Decoder,
     EnoughSeen,
-    LoadedModel,
-    encode,
     hidden_of,
+    verify_residual_stream,
     watch_layer,
 )
-from vlm_safeguard.model.text_only import verify_residual_stream
 from vlm_safeguard.utils.progress import Progress
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,16 +18,8 @@ from torch import Tensor
 
 from vlm_safeguard.artifact.config import Markup
 from vlm_safeguard.errors import ModelError
-from vlm_safeguard.model.loading import (
-    Decoder,
-    LoadedModel,
-    find_decoder,
-    hidden_of,
-    process,
-    render,
-    replace_hidden,
-)
-from vlm_safeguard.model.weights import input_device
+from vlm_safeguard.model.chat import process, render
+from vlm_safeguard.model.loading import LoadedModel
 
 # Square, wide and tall, small and large: pictures that processors cut into different tiles.
 PROBE_SIZES = ((64, 64), (320, 64), (64, 320), (900, 600), (600, 900), (48, 40))
@@ -259,7 +251,9 @@ def positions_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def text_pass(model: Any, ids: Tensor, mask: Tensor) -> None:
+def text_pass(
+    model: Any, ids: Tensor, mask: Tensor, forward: Callable[..., Any] | None = None
+) -> None:
     """Run the model on text alone, for what hooks on its decoder layers see of it.
 
     It is the model's own forward pass (not its ``__call__``, so that hooks on the model itself
@@ -269,6 +263,7 @@ def text_pass(model: Any, ids: Tensor, mask: Tensor) -> None:
     Args:
         model: the whole VLM.
         ids, mask: token ids and attention mask (B, T), padded on either side.
+        forward: the model's own ``forward``, where a guard stands in its place.
     """
     known = inspect.signature(type(model).forward).parameters
     options: dict[str, Any] = {"position_ids": positions_of(mask), "use_cache": False}
@@ -276,81 +271,4 @@ def text_pass(model: Any, ids: Tensor, mask: Tensor) -> None:
         options["logits_to_keep"] = 1
     if "token_type_ids" in known:  # 0 is text, 1 what comes after it (PaliGemma) or a picture
         options["token_type_ids"] = torch.zeros_like(ids)
-    model.forward(input_ids=ids, attention_mask=mask, **options)
-
-
-@torch.no_grad()
-def verify_residual_stream(model: Any) -> Decoder:
-    """Find the decoder and try it on a few tokens of text: what every layer puts out must be what
-    the next one takes in, also where it was replaced.
-
-    Returns:
-        The decoder, verified.
-
-    Raises:
-        ModelError: no decoder, or its layers do not hand on one residual stream, so that what a
-            guard reads and writes there would not be what the model goes on with.
-    """
-    decoder = find_decoder(model)
-    name, depth = type(model).__name__, len(decoder.layers)
-    ids = _plain_ids(model)
-    taken: dict[int, Tensor] = {}
-    left: dict[int, Tensor] = {}
-    order: list[int] = []
-
-    def take(layer: int) -> Any:
-        def hook(_: Any, args: tuple, kwargs: dict) -> None:
-            order.append(layer)
-            taken[layer] = hidden_of(args[0] if args else kwargs.get("hidden_states"))
-
-        return hook
-
-    def leave(layer: int) -> Any:
-        def hook(_: Any, __: Any, output: Any) -> Any:
-            hidden = hidden_of(output)
-            if hidden.shape != (*ids.shape, decoder.hidden_size):
-                raise ModelError(
-                    f"layer {layer} puts out a state of shape {tuple(hidden.shape)} for "
-                    f"{ids.shape[1]} tokens, no residual stream of {decoder.hidden_size}"
-                )
-            left[layer] = -hidden  # another stream, no larger
-            return replace_hidden(output, left[layer])
-
-        return hook
-
-    handles = []
-    for layer, module in enumerate(decoder.layers):
-        handles.append(module.register_forward_pre_hook(take(layer), with_kwargs=True))
-        handles.append(module.register_forward_hook(leave(layer)))
-    try:
-        text_pass(model, ids, torch.ones_like(ids))
-    except ModelError as error:
-        raise ModelError(f"cannot verify the decoder of {name}: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    ran = [layer for layer in range(depth) if layer not in decoder.skipped]
-    if order != ran:
-        raise ModelError(
-            f"cannot verify the decoder of {name}: of layers {ran} a text-only pass ran {order}"
-        )
-    for layer, following in pairwise(ran):
-        if not torch.equal(left[layer], taken[following].to(left[layer].device)):
-            raise ModelError(
-                f"cannot verify the decoder of {name}: what layer {layer} puts out is not what "
-                f"layer {following} takes in, so there is no residual stream to steer"
-            )
-    return decoder
-
-
-def _plain_ids(model: Any) -> Tensor:
-    """A few token ids (1, 5) that no part of the configuration gives a meaning."""
-    embedding = model.get_input_embeddings()
-    taken = {
-        value
-        for config in (model.config, model.config.get_text_config(decoder=True))
-        for value in config.to_dict().values()
-        if isinstance(value, int)
-    }
-    free = [token for token in range(embedding.weight.shape[0]) if token not in taken][:5]
-    return torch.tensor([free], device=input_device(model))
+    (forward or model.forward)(input_ids=ids, attention_mask=mask, **options)

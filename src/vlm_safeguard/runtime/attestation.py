@@ -31,9 +31,7 @@ class CallCount:
 
 @dataclass(frozen=True)
 class RowAttestation:
-    """One row: its decision, and how many token positions each steered layer changed, by which
-    part of the dose (1, unless the gate is soft; the larger one where the prompt's own positions
-    got another than those behind it).
+    """One row: its decision, and how many token positions each steered layer changed.
 
     ``changed`` names every layer that changed something and no other. A position that later
     forward calls go through again (decoding without a cache) counts once. In a batch, positions
@@ -42,7 +40,6 @@ class RowAttestation:
 
     decision: Decision
     changed: dict[int, int]
-    shares: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,6 @@ def decisions_of(request: Request) -> list[Decision]:
 def attest(request: Request, layers: tuple[int, ...]) -> Attestation:
     """The attestation of a request whose prompt has been read to its end."""
     changed: list[dict[int, int]] = [{} for _ in range(request.rows)]
-    shares: list[dict[int, float]] = [{} for _ in range(request.rows)]
     for layer in sorted({*request.prompt_doses, *request.later_doses}):
         for doses, columns in (
             (request.prompt_doses, request.prompt_columns),
@@ -90,16 +86,15 @@ def attest(request: Request, layers: tuple[int, ...]) -> Attestation:
                 continue
             # The whole prompt (positions `all`) is steered padding and all, which is no token.
             whole = doses is request.prompt_doses and columns == request.prompt_width
-            for row, share in zip(dose.rows, dose.shares, strict=True):
+            for row in dose.rows:
                 count = columns - (request.padding[row] if whole else 0)
                 if count:
                     changed[row][layer] = changed[row].get(layer, 0) + count
-                    shares[row][layer] = max(share, shares[row].get(layer, 0.0))
     return Attestation(
         layers,
         _frozen(request.text_calls),
         _frozen(request.calls),
-        tuple(map(RowAttestation, decisions_of(request), changed, shares)),
+        tuple(map(RowAttestation, decisions_of(request), changed)),
     )
 
 

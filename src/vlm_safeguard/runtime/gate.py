@@ -1,62 +1,107 @@
-"""Reads the gates: scores states at the last prompt token and latches what they decide."""
+"""Gates: score states at the last prompt token, and latch which rows are open.
+
+A kind of gate is a class in ``GATES``. The same scorer serves a guard at work, calibration, the
+doctor and the studies.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from vlm_safeguard import method
 from vlm_safeguard.artifact.config import Gate
-from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.errors import GuardError, GuardRuntimeError
 from vlm_safeguard.runtime.request import Request
 
 
-class GateReader:
-    """The gates of one guard. ``tensors`` as in ``Guard``."""
+class LinearGate:
+    """``s_l = h_l(q) . v_l - b_l``: one vector and one threshold per layer."""
 
-    def __init__(self, gates: list[Gate], tensors: dict[str, Tensor]) -> None:
-        self._gates = gates
-        self._vectors = [tensors[f"gate.{index}"] for index in range(len(gates))]
-        self._thresholds = [torch.tensor(gate.thresholds) for gate in gates]
-        self._at: dict[tuple[str, int], list[tuple[int, int]]] = {}  # -> (gate, place) pairs
-        for index, gate in enumerate(gates):
-            for place, layer in enumerate(gate.layers):
-                self._at.setdefault((gate.source, layer), []).append((index, place))
+    def __init__(self, vectors: Tensor, thresholds: Tensor) -> None:
+        """``vectors``: (n, d). ``thresholds``: (n,)."""
+        self.vectors, self.thresholds = vectors, thresholds
+
+    def scores(self, states: Tensor, places: slice = slice(None)) -> Tensor:
+        """Scores (B, n) per layer, of states (B, n, d) at the gate's layers ``places``. A pooled
+        gate's score is their sum."""
+        if self.vectors.device != states.device:  # once: the last layer of a gate stays in place
+            self.vectors = self.vectors.to(states.device)
+            self.thresholds = self.thresholds.to(states.device)
+        return method.gate_scores(states, self.vectors[places], self.thresholds[places])
+
+
+GATES: dict[str, type[LinearGate]] = {"linear": LinearGate}
+
+
+def gate_class(kind: str) -> type[LinearGate]:
+    """The class of a kind of gate.
+
+    Raises:
+        GuardError: no such kind is registered.
+    """
+    if kind not in GATES:
+        raise GuardError(f"unknown kind of gate {kind!r}: this version knows {', '.join(GATES)}")
+    return GATES[kind]
+
+
+def make_gate(gate: Gate, vectors: Tensor) -> LinearGate:
+    """The scorer of a guard's gate; ``vectors`` (n, d), one per layer."""
+    return gate_class(gate.kind)(vectors, torch.tensor(gate.thresholds))
+
+
+class Gates:
+    """The gates of one guard."""
+
+    def __init__(self, gates: Sequence[Gate], tensors: Mapping[str, Tensor]) -> None:
+        """``tensors`` as in ``Guard``."""
+        self.settings = list(gates)
+        self.scorers = [make_gate(gate, tensors[f"gate.{n}"]) for n, gate in enumerate(gates)]
 
     def layers(self, source: str) -> frozenset[int]:
         """Layers that gates of a source read."""
-        return frozenset(layer for kind, layer in self._at if kind == source)
+        found = [gate.layers for gate in self.settings if gate.source == source]
+        return frozenset(layer for layers in found for layer in layers)
 
-    def read(self, request: Request, source: str, layer: int, states: Tensor) -> None:
+
+class GateReading:
+    """Reads the gates of one source in one forward pass; holds the states of undecided ones."""
+
+    def __init__(self, gates: Gates, source: str) -> None:
+        self.layers = gates.layers(source)
+        self._gates = gates
+        self._at: dict[int, list[tuple[int, int]]] = {}  # by layer: (gate, place) pairs
+        for index, gate in enumerate(gates.settings):
+            for place, layer in enumerate(gate.layers) if gate.source == source else ():
+                self._at.setdefault(layer, []).append((index, place))
+        self._held: dict[int, dict[int, Tensor]] = {}
+
+    def read(self, request: Request, layer: int, states: Tensor) -> None:
         """Take a layer's states (B, d) at q. A gate is scored once it can be decided: layer by
         layer, or for all its layers when the last of them has come.
 
         Raises:
             GuardRuntimeError: a score is NaN or Inf, which blocks the request.
         """
-        for index, place in self._at.get((source, layer), ()):
-            if self._gates[index].per_layer:
-                scores = self._score(index, states[:, None], slice(place, place + 1))
-                request.latch(index, place, scores)
+        for index, place in self._at.get(layer, ()):
+            gate, scorer = self._gates.settings[index], self._gates.scorers[index]
+            if gate.per_layer:
+                scores = scorer.scores(states[:, None], slice(place, place + 1))
+                request.latch(index, place, _finite(scores))
                 continue
-            held = request.states.setdefault(index, {})
+            held = self._held.setdefault(index, {})
             held[place] = states
-            if len(held) == len(self._gates[index].layers):
-                del request.states[index]
+            if len(held) == len(gate.layers):
                 stacked = torch.stack([held[n].to(states.device) for n in range(len(held))], 1)
-                request.latch(index, None, self._score(index, stacked, slice(None)))
+                del self._held[index]
+                request.latch(index, None, _finite(scorer.scores(stacked)))
 
-    def _score(self, index: int, states: Tensor, places: slice) -> list[list[float]]:
-        """Scores, per row, of a gate's layers ``places``, from states (B, n, d)."""
-        device = states.device
-        if self._vectors[index].device != device:  # once: the last layer of a gate stays in place
-            self._vectors[index] = self._vectors[index].to(device)
-            self._thresholds[index] = self._thresholds[index].to(device)
-        scores: list[list[float]] = method.gate_scores(
-            states, self._vectors[index][places], self._thresholds[index][places]
-        ).tolist()
-        if not all(math.isfinite(score) for row in scores for score in row):
-            raise GuardRuntimeError("the request is blocked: a gate score is NaN or Inf")
-        return scores
+
+def _finite(scores: Tensor) -> list[list[float]]:
+    table: list[list[float]] = scores.tolist()
+    if not all(math.isfinite(score) for row in table for score in row):
+        raise GuardRuntimeError("the request is blocked: a gate score is NaN or Inf")
+    return table

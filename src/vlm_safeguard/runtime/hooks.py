@@ -1,4 +1,8 @@
-"""Puts a guard's hooks on a model and takes them off again, whole or not at all."""
+"""Puts a guard on a model and takes it off again, whole or not at all.
+
+A guard meets a model at four places: its ``forward``, its ``generate``, the method that prepares
+the forward calls of every way of generating, and the output of each guarded layer.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,11 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlm_safeguard.errors import GuardError, GuardRuntimeError
-from vlm_safeguard.model.loading import Decoder, watch_layer
+from vlm_safeguard.model.residual_stream import Decoder, watch_layer
 from vlm_safeguard.runtime.compiling import forget_compiled, refuse_compiled, untraced
 
 _MARK = "_vlm_safeguard_session"
@@ -20,11 +25,10 @@ _PREPARE = "prepare_inputs_for_generation"
 
 
 class Hooks:
-    """The hooks of one guard: on the model, on its guarded layers, and in place of ``generate``.
+    """The hooks of one guard. ``generate`` and ``forward`` are the model's own."""
 
-    A ``generate`` that is not called by this name (the class's own, or one kept from before)
-    cannot be replaced; it is met where it prepares its forward calls.
-    """
+    generate: Callable
+    forward: Callable
 
     def __init__(self, model: Any, decoder: Decoder) -> None:
         self.model, self.decoder, self.armed = model, decoder, False
@@ -33,57 +37,46 @@ class Hooks:
 
     def put_on(
         self,
-        before: Callable,
-        after: Callable,
         generate: Callable,
-        preparing: Callable[[Mapping[str, Any]], None],
-        entering: Callable[[], None],
-        interrupted: Callable[[], None],
+        forward: Callable,
+        check_prepared: Callable[[Mapping[str, Any]], None],
         layers: Mapping[int, Callable[[Any], Tensor | None]],
-    ) -> Callable:
-        """Put everything on; returns the model's own ``generate``.
+    ) -> None:
+        """Put everything on.
 
         Args:
-            before: forward pre-hook of the model, with keywords.
-            after: forward hook of the model, always called.
-            generate: what stands in for ``model.generate``.
-            preparing: called with the keywords of each forward call that any ``generate`` of the
-                model prepares; raises if it is not the one that stands in.
-            entering: called where a forward call of the model begins; raises if it did not come
-                past ``before``: without any hooks torch calls ``forward`` right away.
-            interrupted: called where a forward call of the model ends by what is no ``Exception``,
-                which ``after`` does not hear of.
-            layers: what is called as the residual stream (B, T, d) after each guarded layer comes
-                past, in ascending order (see ``models.watch_layer``).
+            generate: stands in for ``model.generate``.
+            forward: stands in for ``model.forward``.
+            check_prepared: is called with the keywords of each forward call that any ``generate``
+                of the model prepares, and raises if it is not the one that stands in: the class's
+                own, or one kept from before, cannot be replaced.
+            layers: what sees the residual stream (B, T, d) after each guarded layer, in ascending
+                order (see ``watch_layer``).
 
         Raises:
             GuardError: a guard is on already, or a part of the model is compiled. Whatever goes
                 wrong, nothing stays on the model.
         """
-        refuse_compiled(self.model)
         with _ARMING:
             if getattr(self.model, _MARK, None) is not None:
                 raise GuardError(
                     "a guard is attached to this model already: leave its `with` first"
                 )
+            refuse_compiled(self.model)
             setattr(self.model, _MARK, self)
         try:
-            plain = self.model.generate
             for layer, see in layers.items():
                 self._handles.append(watch_layer(self.decoder, layer, untraced(see)))
-            first = self.model.register_forward_pre_hook(untraced(before), with_kwargs=True)
-            self._handles.append(first)  # at once: should the next not go on, this one goes off
-            last = self.model.register_forward_hook(untraced(after), always_call=True)
-            self._handles.append(last)
-            self._replace("forward", _watched(self.model.forward, untraced(entering), interrupted))
-            self._replace(_PREPARE, self._checked(getattr(self.model, _PREPARE), preparing))
+            self.generate, self.forward = self.model.generate, self.model.forward
+            self._replace("forward", _compilable_inside(forward, self.forward))
+            prepare = getattr(self.model, _PREPARE)
+            self._replace(_PREPARE, self._checked(prepare, check_prepared))
             self._replace("generate", generate)
             forget_compiled()
         except BaseException:
             self.take_off()
             raise
         self.armed = True
-        return plain
 
     def take_off(self) -> None:
         """Leave the model as it was."""
@@ -101,12 +94,12 @@ class Hooks:
         self._replaced.clear()
 
     def check(self, of_layers: bool = False) -> None:
-        """The model's hooks, or also those of its layers, are still where they were put.
+        """What prepares forward calls, and with ``of_layers`` the layers' hooks, are still there.
 
         Raises:
-            GuardRuntimeError: one was removed.
+            GuardRuntimeError: one was removed or replaced.
         """
-        for handle in self._handles if of_layers else self._handles[-2:]:
+        for handle in self._handles if of_layers else ():
             if handle.id not in (handle.hooks_dict_ref() or ()):
                 raise GuardRuntimeError("the guard's hooks were removed: the output is withheld")
         if self.model.__dict__.get(_PREPARE) is not self._replaced[_PREPARE][0]:
@@ -130,16 +123,12 @@ class Hooks:
         return checked
 
 
-def _watched(forward: Callable, entering: Callable, interrupted: Callable) -> Callable:
-    @wraps(forward)  # `generate` reads from the signature which keywords the model takes
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        entering()
-        try:
-            return forward(*args, **kwargs)
-        except Exception:
-            raise
-        except BaseException:
-            interrupted()
-            raise
+def _compilable_inside(ours: Callable, own: Callable) -> Callable:
+    """``ours`` in place of the model's ``own`` forward: torch.compile steps around ours and
+    compiles the model's own inside it."""
 
-    return watched
+    @wraps(own)  # `generate` reads from the signature which keywords the model takes
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    return torch.compiler.disable(forward, recursive=False)

@@ -1,4 +1,4 @@
-"""Whose turn it is: a guarded model works for one thread at a time."""
+"""The thread that a guarded model works for: one at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from vlm_safeguard.errors import GuardRuntimeError
 
 
-class Turn:
+class OwnerThread:
     """Held by a thread for one ``generate`` call, or for one forward call outside of one.
 
     A holder that ended without giving back (its thread was killed in the middle) holds nothing.

@@ -1,33 +1,124 @@
-"""Steers the open rows of a layer's output: `add`, `restore` or `erase` at the columns of the dose.
+"""Steering: what is done to the rows whose gate is open, and at which columns.
 
-Everything that does not change from step to step is worked out once per request and layer: which
-rows, and what is put in. A decoding step is then left with two small products, or a sum.
+A mode is a class in ``MODES``: it says which coordinates it needs and which it puts in. What does
+not change from step to step, it works out once per request and layer (``Dose``). A decoding step is
+then left with two small products, or a sum.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from vlm_safeguard import method
 from vlm_safeguard.artifact.config import Steering
-from vlm_safeguard.runtime.request import Dose, Piece, Request
+from vlm_safeguard.errors import GuardError
+from vlm_safeguard.runtime.request import Dose, Request, Span
+
+
+class SteeringMode:
+    """Base of the modes: sets the coordinates of open rows along the safety directions.
+
+    ``needs_text``: it uses the request's coordinates in the text-only pass. ``needs_pass``: those
+    in its own pass. ``text_if_open``: the former only for rows that a gate on the words opened.
+    """
+
+    needs_text = needs_pass = text_if_open = False
+
+    def __init__(self, settings: Steering, anchor: Mapping[int, Tensor], text_gates: bool) -> None:
+        """``anchor``: by layer the harmful anchors' mean coordinates, (m,). ``text_gates``: whether
+        a gate reads the words."""
+        self.settings, self.anchor, self.text_gates = settings, anchor, text_gates
+
+    def target(self, request: Request, layer: int, directions: Tensor) -> Tensor:
+        """The coordinates (B, m) that all rows would get, on the device of ``directions``."""
+        raise NotImplementedError
+
+    def dose(self, request: Request, layer: int, rows: list[int], directions: Tensor) -> Dose:
+        """What is done to the open ``rows`` at a layer."""
+        return _dose(self.target(request, layer, directions), rows, directions)
+
+
+class Restore(SteeringMode):
+    """Puts the LLM's own component back, of the request as text or of the anchors."""
+
+    def __init__(self, settings: Steering, anchor: Mapping[int, Tensor], text_gates: bool) -> None:
+        super().__init__(settings, anchor, text_gates)
+        self.needs_text = settings.reference == "text"
+        self.text_if_open = text_gates
+
+    def target(self, request: Request, layer: int, directions: Tensor) -> Tensor:
+        reference = self._reference(request, layer).to(directions.device)
+        return method.restored(reference, self.settings.alpha)
+
+    def _reference(self, request: Request, layer: int) -> Tensor:
+        """Text that the LLM itself finds harmless holds no harm to put back, so where a gate reads
+        the text, rows opened by their picture alone take the anchors' mean."""
+        anchor = self.anchor[layer].expand(request.rows, -1)
+        if not self.needs_text:
+            return anchor
+        if not self.text_gates:
+            return request.text_coordinates[layer]
+        if layer not in request.text_coordinates:  # no row was opened by its text
+            return anchor
+        text, by_text = request.text_coordinates[layer], request.open_at(layer, "text")
+        if all(by_text):
+            return text
+        rows = torch.tensor(by_text, device=text.device)[:, None]
+        return torch.where(rows, text, anchor.to(text.device))
+
+
+class Erase(SteeringMode):
+    """Removes the component: an ablation that weakens a model, never saved as a guard."""
+
+    def target(self, request: Request, layer: int, directions: Tensor) -> Tensor:
+        return directions.new_zeros(request.rows, len(directions))
+
+
+class Add(SteeringMode):
+    """The paper's alignment: adds the request's own component once more, ``alpha`` times."""
+
+    def __init__(self, settings: Steering, anchor: Mapping[int, Tensor], text_gates: bool) -> None:
+        super().__init__(settings, anchor, text_gates)
+        self.needs_text = settings.query == "text"
+        self.needs_pass = settings.query == "pass"
+
+    def dose(self, request: Request, layer: int, rows: list[int], directions: Tensor) -> Dose:
+        table = request.pass_coordinates if self.needs_pass else request.text_coordinates
+        reference = table[layer].to(directions.device)
+        return _dose(method.pull(reference, directions, self.settings.alpha), rows, None)
+
+
+MODES: dict[str, type[SteeringMode]] = {"restore": Restore, "add": Add, "erase": Erase}
+
+
+def mode_class(name: str) -> type[SteeringMode]:
+    """The class of a steering mode.
+
+    Raises:
+        GuardError: no such mode is registered.
+    """
+    if name not in MODES:
+        raise GuardError(f"unknown steering mode {name!r}: this version knows {', '.join(MODES)}")
+    return MODES[name]
 
 
 class Steerer:
-    """The steering of one guard. ``tensors`` as in ``Guard``; ``text_gates``: some gate reads
-    the text-only pass."""
+    """The steering of one guard: its mode, at its layers, for as many tokens as it says."""
 
-    def __init__(self, steering: Steering, tensors: dict[str, Tensor], text_gates: bool) -> None:
-        self._steer, self._text_gates = steering, text_gates
-        self._directions = {n: tensors[f"directions.{n}"] for n in steering.layers}
-        self._anchor = {n: tensors[f"anchor.{n}"] for n in steering.layers}
-        self.layers = frozenset(steering.layers)
-        self.wants_text = (steering.mode == "restore" and steering.reference == "text") or (
-            steering.mode == "add" and steering.query == "text"
-        )
-        own = steering.mode == "add" and steering.query == "pass"
-        self.reads = self.layers if own else frozenset()  # where the own pass's state is used
+    def __init__(self, settings: Steering, tensors: Mapping[str, Tensor], text_gates: bool) -> None:
+        """``tensors`` as in ``Guard``; ``text_gates``: some gate reads the text-only pass."""
+        anchor = {n: tensors[f"anchor.{n}"] for n in settings.layers}
+        self._settings = settings
+        self._mode = mode_class(settings.mode)(settings, anchor, text_gates)
+        self._directions = {n: tensors[f"directions.{n}"] for n in settings.layers}
+        self.layers = frozenset(settings.layers)
+        # Where coordinates are taken, of the text-only pass and of the request's own.
+        self.reads_text = self.layers if self._mode.needs_text else frozenset()
+        self.reads_pass = self.layers if self._mode.needs_pass else frozenset()
+        self.text_if_open = self._mode.text_if_open
 
     def directions(self, layer: int, device: torch.device) -> Tensor:
         """V (m, d) of a layer, from now on where the layer's states are."""
@@ -35,164 +126,118 @@ class Steerer:
             self._directions[layer] = self._directions[layer].to(device)
         return self._directions[layer]
 
-    def hear(self, request: Request, layer: int, state: Tensor) -> None:
+    def read_text(self, request: Request, layer: int, state: Tensor) -> None:
         """Take the text's coordinates, where they are used, from its state (B, d) at q."""
-        if self.wants_text and layer in self.layers:
+        if layer in self.reads_text:
             rows = self.directions(layer, state.device)
             request.text_coordinates[layer] = method.coordinates(state, rows)
 
-    def read(self, request: Request, layer: int, state: Tensor) -> None:
+    def read_pass(self, request: Request, layer: int, state: Tensor) -> None:
         """Take the own pass's coordinates, where they are used, from its state (B, d) at q."""
-        if layer in self.reads:
+        if layer in self.reads_pass:
             rows = self.directions(layer, state.device)
             request.pass_coordinates[layer] = method.coordinates(state, rows)
 
-    def pieces(self, request: Request) -> list[Piece]:
-        """Columns of the current call that may be steered, at the prompt and behind it."""
-        first, end, done, width = request.first, request.end, request.done, request.prompt_width
-        steer, found = self._steer, []
-        if steer.positions == "all" and first < width:
+    def spans(self, request: Request, columns: range) -> list[Span]:
+        """Columns of a call that may be steered, at the prompt and behind it.
+
+        The first guarded token is produced at q itself, the n-th at column
+        ``prompt_width + n - 2``.
+        Columns are absolute, so it does not matter how a sequence is cut into calls.
+        """
+        first, end, done, width = columns.start, columns.stop, request.done, request.prompt_width
+        settings, found = self._settings, []
+        if settings.positions == "all" and first < width:
             stop = min(end, width)
-            found.append(Piece(slice(0, stop - first), True, max(0, stop - max(first, done))))
+            found.append(Span(slice(0, stop - first), True, max(0, stop - max(first, done))))
         elif first < width <= end:
-            q = request.q
-            columns = slice(q, q + 1) if isinstance(q, int) else q
-            found.append(Piece(columns, True, int(done < width)))
-        stop = end if steer.tokens is None else min(end, width + steer.tokens - 1)
+            places = [column - first for column in request.last_prompt]
+            one = len(set(places)) == 1
+            at_q = slice(places[0], places[0] + 1) if one else places
+            found.append(Span(at_q, True, int(done < width)))
+        stop = end if settings.tokens is None else min(end, width + settings.tokens - 1)
         start = max(first, width)
         if start < stop:
-            columns = slice(start - first, stop - first)
-            found.append(Piece(columns, False, max(0, stop - max(start, done))))
+            later = slice(start - first, stop - first)
+            found.append(Span(later, False, max(0, stop - max(start, done))))
         return found
 
-    def steer(self, request: Request, layer: int, hidden: Tensor) -> Tensor | None:
+    def is_step(self, request: Request, columns: range, spans: Sequence[Span]) -> bool:
+        """Whether a call is one more decoding step: one column behind the prompt, whose doses at
+        all layers are latched."""
+        return (
+            len(columns) == 1
+            and len(spans) == 1
+            and not spans[0].at_prompt
+            and len(request.later_doses) == len(self.layers)
+        )
+
+    def steer(
+        self, request: Request, spans: Sequence[Span], layer: int, hidden: Tensor
+    ) -> Tensor | None:
         """A layer's output (B, T, d) with the dose in it, or None if nothing changes."""
         changed: Tensor | None = None
         if layer not in self.layers or not request.any_open:
             return None
-        for piece in request.pieces:
-            doses = request.prompt_doses if piece.at_prompt else request.later_doses
-            if layer not in doses:
-                doses[layer] = self._dose(request, layer, piece.at_prompt, hidden.device)
-            dose = doses[layer]
+        for span in spans:
+            dose = self._dose(request, layer, span.at_prompt, hidden.device)
             if dose is None:
                 continue
-            if hidden.shape[1] == 1:  # no copy, and no other piece
-                return step(dose, hidden)
-            if dose.index is None and piece.columns == slice(0, hidden.shape[1]):
-                return _moved_at(hidden, dose)  # all of it: no copy, and no other piece
+            if hidden.shape[1] == 1:  # no copy, and no other span
+                return steer_step(dose, hidden)
+            if dose.index is None and span.columns == slice(0, hidden.shape[1]):
+                return _steered(hidden, dose)  # all of it: no copy, and no other span
             changed = hidden.clone() if changed is None else changed
-            if isinstance(piece.columns, slice):
-                _at_slice(changed, dose, piece.columns)
+            if isinstance(span.columns, slice):
+                _steer_slice(changed, dose, span.columns)
             else:
-                own = torch.tensor([piece.columns[row] for row in dose.rows])
+                own = torch.tensor([span.columns[row] for row in dose.rows])
                 rows = torch.tensor(dose.rows)
-                changed[rows, own] = _moved(changed[rows, own], dose)
+                changed[rows, own] = _steered(changed[rows, own], dose)
         return changed
-
-    def one_more_step(self, request: Request) -> bool:
-        """Whether the current call is one more decoding step: one column, whose doses at all layers
-        are those of an earlier one."""
-        return (
-            request.end - request.first == 1
-            and len(request.pieces) == 1
-            and not request.pieces[0].at_prompt
-            and len(request.later_doses) == len(self.layers)
-        )
 
     def _dose(
         self, request: Request, layer: int, at_prompt: bool, device: torch.device
     ) -> Dose | None:
-        """What is done at a layer; gates that count there are decided by now."""
-        given = request.shares(layer, at_prompt=at_prompt)
-        rows = [row for row, share in enumerate(given) if share]
-        if not rows:
-            return None
-        shares, share = [given[row] for row in rows], None
-        directions = self.directions(layer, device)
-        if self._steer.mode == "add":
-            target = self._pull(request, layer, directions)
-        elif self._steer.mode == "erase":
-            target = directions.new_zeros(request.rows, len(directions))
-        else:
-            target = self._target(request, layer).to(device)
-            if self._steer.alpha:
-                target = (1 + self._steer.alpha) * target
-        index = None
-        if len(rows) < request.rows:
-            index = torch.tensor(rows, device=device)
-            target = target.index_select(0, index)
-        if min(shares) < 1:
-            share = target.new_tensor(shares)[:, None]
-        if self._steer.mode == "add":  # a part of a sum is the sum of a part
-            target = target if share is None else share * target
-            return Dose(rows, index, None, target, None, shares)
-        return Dose(rows, index, directions, target, share, shares)
-
-    def _pull(self, request: Request, layer: int, directions: Tensor) -> Tensor:
-        """What `add` puts into every row (B, d): its formula, of a state that is zero."""
-        own = self._steer.query == "pass"
-        table = request.pass_coordinates if own else request.text_coordinates
-        zero = directions.new_zeros(request.rows, 1, directions.shape[1])
-        reference = table[layer].to(directions.device)
-        return method.add(zero, directions, reference, self._steer.alpha)[:, 0]
-
-    def _target(self, request: Request, layer: int) -> Tensor:
-        """Coordinates to restore (B, m). Text that the LLM itself finds harmless holds no harm to
-        put back, so where a gate reads the text, rows opened by their picture alone take the
-        anchors' mean."""
-        anchor = self._anchor[layer].expand(request.rows, -1)
-        if self._steer.reference == "anchor":
-            return anchor
-        if not self._text_gates:
-            return request.text_coordinates[layer]
-        if layer not in request.text_coordinates:  # no row was opened by its text
-            return anchor
-        text, by_text = request.text_coordinates[layer], request.shares(layer, "text")
-        if all(by_text):
-            return text
-        rows = torch.tensor(by_text, device=text.device)[:, None] > 0
-        return torch.where(rows, text, anchor.to(text.device))
+        """The latched dose of a layer; gates that count there are decided by now."""
+        doses = request.prompt_doses if at_prompt else request.later_doses
+        if layer not in doses:
+            opened = request.open_at(layer, at_prompt=at_prompt)
+            rows = [row for row, is_open in enumerate(opened) if is_open]
+            directions = self.directions(layer, device)
+            doses[layer] = self._mode.dose(request, layer, rows, directions) if rows else None
+        return doses[layer]
 
 
-def step(dose: Dose, hidden: Tensor) -> Tensor:
+def steer_step(dose: Dose, hidden: Tensor) -> Tensor:
     """All of a decoding step's (B, 1, d) with the dose in its open rows."""
     if dose.index is None:
-        return _moved(hidden.squeeze(1), dose).unsqueeze(1)
-    moved = _moved(hidden.squeeze(1).index_select(0, dose.index), dose)
+        return _steered(hidden.squeeze(1), dose).unsqueeze(1)
+    moved = _steered(hidden.squeeze(1).index_select(0, dose.index), dose)
     return hidden.index_copy(0, dose.index, moved.unsqueeze(1))
 
 
-def _moved(states: Tensor, dose: Dose) -> Tensor:
-    """States (b, d) of the open rows at one column, steered.
-
-    `erase` and `restore` are two operations that count: the change of the coordinates, and putting
-    it in.
-    """
-    wide = states.float()
-    if dose.directions is None:
-        wide = wide + dose.target
-    else:
-        change = torch.addmm(dose.target, wide, dose.directions.T, alpha=-1)
-        if dose.share is not None:
-            change = change * dose.share
-        wide = torch.addmm(wide, change, dose.directions)
-    return wide.to(states.dtype)
+def _dose(target: Tensor, rows: list[int], directions: Tensor | None) -> Dose:
+    """A dose of the open ``rows`` out of what all rows (B, ...) would get."""
+    if len(rows) == len(target):
+        return Dose(rows, None, directions, target)
+    index = torch.tensor(rows, device=target.device)
+    return Dose(rows, index, directions, target.index_select(0, index))
 
 
-def _at_slice(changed: Tensor, dose: Dose, columns: slice) -> None:
+def _steer_slice(changed: Tensor, dose: Dose, columns: slice) -> None:
     """Steer the open rows of (B, T, d), in place, at some columns."""
     view = changed[:, columns]
     if view.shape[1] == 1:
-        view.copy_(step(dose, view))
+        view.copy_(steer_step(dose, view))
     elif dose.index is None:
-        view.copy_(_moved_at(view, dose))
+        view.copy_(_steered(view, dose))
     else:
-        view.index_copy_(0, dose.index, _moved_at(view.index_select(0, dose.index), dose))
+        view.index_copy_(0, dose.index, _steered(view.index_select(0, dose.index), dose))
 
 
-def _moved_at(states: Tensor, dose: Dose) -> Tensor:
-    """States (b, T, d) of the open rows at some columns, steered."""
+def _steered(states: Tensor, dose: Dose) -> Tensor:
+    """States (b, T, d) or (b, d) of the open rows, steered."""
     if dose.directions is None:
-        return (states.float() + dose.target[:, None]).to(states.dtype)
-    return method.restore(states, dose.directions, dose.target, 0.0, dose.share)
+        return method.shift(states, dose.target)
+    return method.set_coordinates(states, dose.directions, dose.target)

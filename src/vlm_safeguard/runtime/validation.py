@@ -1,7 +1,6 @@
-"""What can be guarded: the settings of ``generate``, the prompt, and each forward call after it.
+"""Refuses any call that could pass the gate, or make a row's result depend on its batch.
 
-Whatever is not known to give every row what its prompt gives alone is refused here; nothing is
-let through unguarded.
+Checked are the settings of ``generate``, the prompt, and each forward call after it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from vlm_safeguard.artifact.config import GuardConfig
 from vlm_safeguard.errors import GuardRuntimeError
-from vlm_safeguard.model.text_only import ImageMarkup, text_columns
+from vlm_safeguard.model.text_only import ImageMarkup, text_columns, text_only
 from vlm_safeguard.model.weights import adapter_names, adapters_at_work
 from vlm_safeguard.runtime.request import Request
 
@@ -79,12 +78,10 @@ def _setting(model: Any, options: Mapping[str, Any], name: str) -> Any:
 
 def begin(
     config: GuardConfig,
-    markup: ImageMarkup,
     ids: Tensor | None,
     mask: Tensor | None,
     embeds: Tensor | None,
     needs_ids: bool,
-    text: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Request, Tensor]:
     """A new request from its whole prompt, and its attention mask (B, T).
 
@@ -92,7 +89,6 @@ def begin(
         ids: input ids, (B, T). embeds: input embeddings, (B, T, d). One may be missing.
         mask: attention mask, (B, T); missing, leading padding is found by its token.
         needs_ids: whether the guard reads the request's text from its ids.
-        text: ids and mask of the text-only reading, from ``take_text``.
 
     Raises:
         GuardRuntimeError: the prompt is missing, empty, or cannot be read.
@@ -121,17 +117,30 @@ def begin(
         )
     if not bool(mask.any(1).all()):
         raise GuardRuntimeError("a row of the batch holds no token")
-    width = mask.shape[1]
-    attended = mask.bool()
+    width, attended = mask.shape[1], mask.bool()
     last = width - 1 - attended.long().flip(1).argmax(1)
-    columns = text_columns(ids, mask, markup) if needs_ids and ids is not None else None
     padding = (~attended).sum(1).tolist()
-    if text is not None and len(text[0]) != len(given):
-        raise GuardRuntimeError(
-            f"text_input_ids hold {len(text[0])} rows, the prompt has {len(given)}"
-        )
-    soft = config.steering.soft
-    return Request(config.gates, width, last.tolist(), padding, columns, text, soft), mask
+    return Request(config.gates, width, last.tolist(), padding), mask
+
+
+def derive_text(
+    model: Any,
+    config: GuardConfig,
+    markup: ImageMarkup,
+    ids: Tensor | None,
+    mask: Tensor,
+    embeds: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The words of a request alone, ids and mask (B, T'), out of its prompt's ids (B, T).
+
+    Raises:
+        GuardRuntimeError: a row holds no text, or ``embeds`` are not those of the text.
+    """
+    columns = text_columns(ids, mask, markup) if ids is not None else None
+    check_embeds(model, ids, embeds, columns)
+    if ids is None or columns is None or not bool(columns.any(1).all()):
+        raise GuardRuntimeError("a row of the batch holds no text beside its pictures")
+    return text_only(ids, columns, config.markup.pad_id)
 
 
 def check_embeds(
@@ -306,14 +315,15 @@ def check_padding_is_told(
         )
 
 
-def enter_call(
-    request: Request | None, cache: Any, past: int, rows: int, length: int, generating: bool
+def carry_on(
+    request: Request | None, cache: Any, rows: int, columns: range, generating: bool
 ) -> Request:
-    """Set the request to its next forward call: ``length`` columns on top of ``past`` cached ones.
+    """Check that the next forward call, over ``columns``, carries the request on.
 
     Raises:
-        GuardRuntimeError: the call does not carry the request on.
+        GuardRuntimeError: it does not.
     """
+    past, length = columns.start, len(columns)
     if request is None:
         raise GuardRuntimeError(
             "this cache was not filled under the guard: start the request from its prompt"
@@ -335,8 +345,8 @@ def enter_call(
         if rows % request.rows or not generating or request.done:
             raise GuardRuntimeError(f"the request has {request.rows} rows, the call {rows}")
         request.repeat(rows // request.rows)
-    request.enter(past, past + length)
-    if request.reads_prompt and min(request.last_prompt) < past:
+    reads_prompt = request.done < request.prompt_width <= columns.stop
+    if reads_prompt and min(request.last_prompt) < past:
         raise GuardRuntimeError("a row's prompt ends before this chunk: pad on the left")
     return request
 
@@ -359,17 +369,35 @@ def _check_carries_on(
         raise GuardRuntimeError("a forward call inside generate is not of its request")
 
 
-def check_prompt_in_parts(config: GuardConfig, request: Request) -> None:
+def check_prompt_in_parts(config: GuardConfig, request: Request, columns: range) -> None:
     """Refuse prefix caches and chunks of a prompt where they would change what is done."""
-    if request.done >= request.prompt_width:
+    if request.decided or config.steering.positions != "all":
         return
-    past, steer = request.first, config.steering
-    if steer.positions == "all" and (past or request.end < request.prompt_width):
+    if columns.start or columns.stop < request.prompt_width:
         raise GuardRuntimeError(
             "positions `all` needs the prompt in one call: no prefix cache, no chunks"
         )
-    if past and steer.mode == "defer":
-        raise GuardRuntimeError("`defer` cannot take pictures out of a prefix cache")
+
+
+def check_rows(request: Request, text: tuple[Tensor, Tensor]) -> None:
+    """Refuse text that was given for another number of rows."""
+    if len(text[0]) != request.rows:
+        raise GuardRuntimeError(
+            f"text_input_ids hold {len(text[0])} rows, the prompt has {request.rows}"
+        )
+
+
+def check_adapters(model: Any, attached: list[str]) -> None:
+    """Refuse a model whose adapters are not those that were there when the guard was attached.
+
+    ``attached``: what ``adapters`` found then.
+    """
+    if adapters(model) != attached:
+        raise GuardRuntimeError(
+            "an adapter was put on the model, taken off, switched or scaled since the guard "
+            "was attached: the guard belongs to the weights it was calibrated on. Leave its "
+            "`with` first, and attach a guard that was calibrated with these adapters at work"
+        )
 
 
 def adapters(model: Any) -> list[str]:

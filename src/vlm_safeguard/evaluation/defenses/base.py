@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import Guard
 
 
@@ -21,17 +20,3 @@ class Defence:
     name: str
     reword: Callable[[str], str] = unchanged
     guard: Guard | None = None
-
-
-def with_directions(guard: Guard, name: str) -> Guard:
-    """``guard``, if it holds directions that the defence ``name`` can steer along.
-
-    Raises:
-        GuardError: it is a `defer` guard, which steers nowhere.
-    """
-    if not guard.config.steering.layers:
-        raise GuardError(
-            f"the defence {name} steers along the guard's directions, and a `defer` guard has "
-            "none: leave this defence out, or calibrate a guard of another mode"
-        )
-    return guard

@@ -6,7 +6,7 @@ at every position. The directions and layers are those of our guard; alpha is 1 
 
 from __future__ import annotations
 
-from vlm_safeguard.evaluation.defenses.base import Defence, with_directions
+from vlm_safeguard.evaluation.defenses.base import Defence
 from vlm_safeguard.evaluation.defenses.variants import paper_formula
 from vlm_safeguard.guard import Guard
 
@@ -15,4 +15,4 @@ ALPHA = 1.0
 
 def build(guard: Guard) -> Defence:
     name = "paper-formula"
-    return Defence(name, guard=paper_formula(with_directions(guard, name), ALPHA))
+    return Defence(name, guard=paper_formula(guard, ALPHA))

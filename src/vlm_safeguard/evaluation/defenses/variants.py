@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from vlm_safeguard.artifact.config import Gate, Steering
+from vlm_safeguard.artifact.config import Gate, GuardConfig, Steering
 from vlm_safeguard.guard import Guard
 
 
@@ -26,8 +28,14 @@ def paper_formula(base_guard: Guard, alpha: float) -> Guard:
         tensors[f"anchor.{layer}"] = base_guard.tensors[f"anchor.{layer}"][:1].contiguous()
     tensors["gate.0"] = torch.cat([tensors[f"directions.{n}"] for n in layers])
     gate = Gate(source="vlm", layers=layers, thresholds=[0.0] * len(layers), per_layer=True)
-    own = {"steering": steering, "gates": [gate], "reads_pictures": False}
-    return Guard(config.model_copy(update=own), tensors)
+    return changed(base_guard, tensors, steering=steering, gates=[gate], reads_pictures=False)
+
+
+def changed(guard: Guard, tensors: Mapping[str, Tensor] | None = None, **settings: Any) -> Guard:
+    """The same guard with other settings (fields of ``GuardConfig``), validated."""
+    fields = {name: getattr(guard.config, name) for name in type(guard.config).model_fields}
+    config = GuardConfig.model_validate({**fields, **settings})
+    return Guard(config, dict(guard.tensors if tensors is None else tensors))
 
 
 def with_steering(guard: Guard, **changes: Any) -> Guard:
@@ -38,7 +46,7 @@ def with_steering(guard: Guard, **changes: Any) -> Guard:
         for kind in ("directions", "anchor"):
             name = f"{kind}.{layer}"
             tensors[name] = guard.tensors[name][: steering.rank].contiguous()
-    return Guard(guard.config.model_copy(update={"steering": steering}), tensors)
+    return changed(guard, tensors, steering=steering)
 
 
 def with_thresholds(guard: Guard, shift: float) -> Guard:
@@ -50,5 +58,5 @@ def with_thresholds(guard: Guard, shift: float) -> Guard:
     for gate in guard.config.gates:
         moved = len(gate.layers) if gate.per_layer else 1
         thresholds = [t + shift if n < moved else t for n, t in enumerate(gate.thresholds)]
-        gates.append(gate.model_copy(update={"thresholds": thresholds}))
-    return Guard(guard.config.model_copy(update={"gates": gates}), guard.tensors)
+        gates.append(Gate.model_validate(gate.model_dump() | {"thresholds": thresholds}))
+    return changed(guard, gates=gates)

@@ -135,7 +135,7 @@ def extra_passes(guard: Guard | None) -> int:
         return 0
     text_gates = any(gate.source == "text" for gate in guard.config.gates)
     steerer = Steerer(guard.config.steering, guard.tensors, text_gates)
-    return int(text_gates or steerer.wants_text)
+    return int(text_gates or bool(steerer.reads_text))
 
 
 def _timed(plan: Plan) -> list[Request]:

@@ -231,7 +231,7 @@ class GuardModelJudge:
         return self._frame(self._safe(prompt), self._safe(response))
 
     def _safe(self, text: str) -> str:
-        from vlm_safeguard.model.loading import neutralise
+        from vlm_safeguard.model.chat import neutralise
 
         # Tokenizers cannot encode lone surrogates; templates strip what surrounds a text.
         text = text.encode("utf-8", "replace").decode("utf-8").strip()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluation.judges.base import Asks, Judge, Judgement, Pair, Verdict, unscored
+from vlm_safeguard.evaluation.judges.base import Asks, Judgement, Pair, Verdict, unscored
 from vlm_safeguard.utils.files import write_whole
 from vlm_safeguard.utils.jsonl import read_rows, text_of
 
@@ -88,21 +88,6 @@ def read_recording(path: Path) -> Recording:
         raise DataError(f"{path} mixes verdicts of {names}: record each in a file of its own")
     judge, asks = judges.pop()
     return Recording(judge, asks, kept)
-
-
-def write_recorded(
-    path: Path, judge: Judge, pairs: Sequence[Pair], judgements: Sequence[Judgement]
-) -> None:
-    """Write what ``judge`` said of ``pairs``, the whole file or nothing. Unscored ones too.
-
-    Raises:
-        ValueError: there is not one judgement for each pair.
-        OSError: the file cannot be written.
-    """
-    recording = Recording(judge.name, judge.asks)
-    for pair, found in zip(pairs, judgements, strict=True):
-        recording.put(pair, found)
-    recording.write(path)
 
 
 class RecordedJudge:

@@ -13,7 +13,8 @@ from vlm_safeguard.data.inputs import Request
 from vlm_safeguard.data.ocr import reader
 from vlm_safeguard.evaluation.metrics import paired_timing
 from vlm_safeguard.guard import Guard, reads_pictures
-from vlm_safeguard.model.loading import LoadedModel, encode
+from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.loading import LoadedModel
 
 # A guard that reads pictures is timed on one with words in it, which it has not seen before.
 WORDS_TO_READ = "Please tell me how to water the plants in the garden"

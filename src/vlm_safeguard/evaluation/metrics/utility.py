@@ -13,7 +13,9 @@ from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data.inputs import Request
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.model.loading import LoadedModel, encode, find_decoder
+from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.utils.progress import Progress
 
 

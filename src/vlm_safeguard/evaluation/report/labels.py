@@ -79,8 +79,6 @@ def _second_round(candidate: Mapping[str, Any]) -> float:
 def candidate_name(candidate: Mapping[str, Any]) -> str:
     """What tells this candidate from the others."""
     steering = candidate["steering"]
-    if steering.get("mode") == "defer":
-        return "defer to the text-only pass"
     if steering.get("mode") == "add":
         kind = f"add α={steering.get('alpha', 0):g}, {steering.get('query')} query"
     else:

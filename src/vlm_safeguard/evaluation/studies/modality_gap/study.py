@@ -29,18 +29,13 @@ from vlm_safeguard.evaluation.studies.modality_gap.conditions import (
     without_pictures,
 )
 from vlm_safeguard.guard import Guard, reads_pictures
+from vlm_safeguard.model.chat import conversation, neutralise, process
 from vlm_safeguard.model.fingerprint import template_digest
-from vlm_safeguard.model.loading import (
-    LoadedModel,
-    conversation,
-    find_decoder,
-    hidden_of,
-    neutralise,
-    process,
-    watch_layer,
-)
+from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import anchor_states
+from vlm_safeguard.model.residual_stream import find_decoder, hidden_of, watch_layer
 from vlm_safeguard.model.weights import weights_digest
+from vlm_safeguard.runtime.gate import make_gate
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, mcnemar, wilson
 
@@ -329,9 +324,8 @@ def _gates(
     opened: dict[str, Tensor] = {}
     for index, gate in enumerate(guard.config.gates):
         seen = (states if gate.source == "vlm" else words)[:, gate.layers]
-        cuts = torch.tensor(gate.thresholds)
-        scores = method.gate_scores(seen, guard.tensors[f"gate.{index}"], cuts)
-        rows = method.gate_open(scores if gate.per_layer else scores.sum(1, keepdim=True)).any(1)
+        scores = make_gate(gate, guard.tensors[f"gate.{index}"]).scores(seen)
+        rows = (scores > 0).any(1) if gate.per_layer else scores.sum(1) > 0
         opened[gate.source] = rows | opened.get(gate.source, torch.zeros_like(rows))
     return {
         source: _flat("tpr", wilson(int(rows[harmful].sum()), int(harmful.sum())))

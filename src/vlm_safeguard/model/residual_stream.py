@@ -1,0 +1,229 @@
+"""The language decoder of a VLM, verified, and the residual stream between its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import ModelOutput
+
+from vlm_safeguard.errors import ModelError
+from vlm_safeguard.model.text_only import text_pass
+from vlm_safeguard.model.weights import input_device
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The verified language decoder of a VLM. ``path`` is its name inside the model.
+
+    ``skipped`` are the layers that a request without a picture leaves out: layers that attend to
+    the picture alone. The residual stream goes past them unchanged.
+    """
+
+    module: nn.Module
+    layers: nn.ModuleList
+    path: str
+    hidden_size: int
+    skipped: frozenset[int] = frozenset()
+
+
+def find_decoder(model: Any) -> Decoder:
+    """The language decoder and its layers, checked against the configuration.
+
+    ``get_decoder()`` may silently return the model itself or a wrapper of the decoder, and a
+    search by module lists alone may find the vision tower. So the decoder is the one module that
+    holds both the embedding of the token ids and a list of as many layers as the text
+    configuration says, and it must lie where ``get_decoder()`` points. What cannot be verified is
+    refused, never guessed.
+
+    Raises:
+        ModelError: the model is not of a kind that can be guarded, or no decoder could be verified.
+    """
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise ModelError(f"{name} is not a transformers model with a decoder")
+    try:
+        text = config.get_text_config(decoder=True)
+    except ValueError as error:  # several text configurations
+        raise ModelError(f"cannot verify the decoder of {name}: {error}") from error
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder model: its decoder is not a residual LLM")
+    if getattr(type(model), "generate", None) is not GenerationMixin.generate:
+        raise ModelError(
+            f"{name} has a generate() of its own, which goes round the forward pass that a guard "
+            "follows, so it cannot be guarded; if it wraps a model (an adapter's wrapper), attach "
+            "the guard to the model inside"
+        )
+    depth = getattr(text, "num_hidden_layers", None)
+    embedding, pointed = model.get_input_embeddings(), model.get_decoder()
+    found = [
+        (path, module, layers)
+        for path, module in model.named_modules()
+        for layers in module.children()
+        if isinstance(layers, nn.ModuleList) and len(layers) == depth
+        if _holds(module, embedding) and _holds(pointed, module)
+    ]
+    if len(found) != 1:
+        raise ModelError(
+            f"cannot verify the decoder of {name}: where get_decoder() points, {len(found)} "
+            f"modules hold the token embedding and {depth} layers, as the text configuration says"
+        )
+    path, module, layers = found[0]
+    skipped = frozenset(getattr(text, "cross_attention_layers", None) or ())
+    return Decoder(module, layers, path, text.hidden_size, skipped)
+
+
+def _holds(module: nn.Module, part: nn.Module | None) -> bool:
+    return any(inner is part for inner in module.modules())
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The residual stream (B, T, d) in a decoder layer's output: a Tensor, or a tuple's first.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if isinstance(output, Tensor):  # first: this runs at every layer of every step
+        hidden = output
+    else:
+        hidden = output[0] if isinstance(output, (tuple, list, ModelOutput)) and output else output
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3 or not hidden.is_floating_point():
+        found = (
+            f"{hidden.dtype} of shape {tuple(hidden.shape)}"
+            if isinstance(hidden, Tensor)
+            else type(hidden).__name__
+        )
+        raise ModelError(
+            f"a decoder layer puts out {found}, no residual stream (batch, tokens, hidden size) in "
+            "floating point that a guard could read and steer"
+        )
+    return hidden
+
+
+def replace_hidden(output: Any, hidden: Tensor) -> Tensor | tuple:
+    """A layer output of the same kind with another residual stream."""
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+class EnoughSeen(Exception):
+    """Ends a pass whose layers above are not wanted: what watches a layer raises it, and who began
+    the pass suppresses it."""
+
+
+def watch_layer(decoder: Decoder, layer: int, see: Callable[[Any], Tensor | None]) -> Any:
+    """Call ``see`` each time the residual stream (B, T, d) after a layer comes past.
+
+    ``see`` gets what holds it, and takes it out with ``hidden_of`` if it wants it: this runs at
+    every layer of every step. What it returns takes the stream's place, unless it is None. After a
+    layer that a request without a picture skips, the stream is read where the next layer that
+    always runs takes it in, so that ``see`` is called once in every pass. Watch layers in ascending
+    order.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+
+    Raises:
+        ModelError: no layer above a skipped one always runs.
+    """
+    if layer not in decoder.skipped:
+
+        def after(_: nn.Module, __: Any, output: Any) -> Any:
+            changed = see(output)
+            return None if changed is None else replace_hidden(output, changed)
+
+        return decoder.layers[layer].register_forward_hook(after)
+    following = [n for n in range(layer + 1, len(decoder.layers)) if n not in decoder.skipped]
+    if not following:
+        raise ModelError(f"layer {layer} is skipped without a picture, and no layer follows it")
+
+    def before(_: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if args:
+            changed = see(args[0])
+            return None if changed is None else ((changed, *args[1:]), kwargs)
+        changed = see(kwargs.get("hidden_states"))
+        return None if changed is None else (args, kwargs | {"hidden_states": changed})
+
+    return decoder.layers[following[0]].register_forward_pre_hook(before, with_kwargs=True)
+
+
+@torch.no_grad()
+def verify_residual_stream(model: Any) -> Decoder:
+    """Find the decoder and try it on a few tokens of text: what every layer puts out must be what
+    the next one takes in, also where it was replaced.
+
+    Returns:
+        The decoder, verified.
+
+    Raises:
+        ModelError: no decoder, or its layers do not hand on one residual stream, so that what a
+            guard reads and writes there would not be what the model goes on with.
+    """
+    decoder = find_decoder(model)
+    name, depth = type(model).__name__, len(decoder.layers)
+    ids = _plain_ids(model)
+    taken: dict[int, Tensor] = {}
+    left: dict[int, Tensor] = {}
+    order: list[int] = []
+
+    def take(layer: int) -> Any:
+        def hook(_: Any, args: tuple, kwargs: dict) -> None:
+            order.append(layer)
+            taken[layer] = hidden_of(args[0] if args else kwargs.get("hidden_states"))
+
+        return hook
+
+    def leave(layer: int) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> Any:
+            hidden = hidden_of(output)
+            if hidden.shape != (*ids.shape, decoder.hidden_size):
+                raise ModelError(
+                    f"layer {layer} puts out a state of shape {tuple(hidden.shape)} for "
+                    f"{ids.shape[1]} tokens, no residual stream of {decoder.hidden_size}"
+                )
+            left[layer] = -hidden  # another stream, no larger
+            return replace_hidden(output, left[layer])
+
+        return hook
+
+    handles = []
+    for layer, module in enumerate(decoder.layers):
+        handles.append(module.register_forward_pre_hook(take(layer), with_kwargs=True))
+        handles.append(module.register_forward_hook(leave(layer)))
+    try:
+        text_pass(model, ids, torch.ones_like(ids))
+    except ModelError as error:
+        raise ModelError(f"cannot verify the decoder of {name}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    ran = [layer for layer in range(depth) if layer not in decoder.skipped]
+    if order != ran:
+        raise ModelError(
+            f"cannot verify the decoder of {name}: of layers {ran} a text-only pass ran {order}"
+        )
+    for layer, following in pairwise(ran):
+        if not torch.equal(left[layer], taken[following].to(left[layer].device)):
+            raise ModelError(
+                f"cannot verify the decoder of {name}: what layer {layer} puts out is not what "
+                f"layer {following} takes in, so there is no residual stream to steer"
+            )
+    return decoder
+
+
+def _plain_ids(model: Any) -> Tensor:
+    """A few token ids (1, 5) that no part of the configuration gives a meaning."""
+    embedding = model.get_input_embeddings()
+    taken = {
+        value
+        for config in (model.config, model.config.get_text_config(decoder=True))
+        for value in config.to_dict().values()
+        if isinstance(value, int)
+    }
+    free = [token for token in range(embedding.weight.shape[0]) if token not in taken][:5]
+    return torch.tensor([free], device=input_device(model))

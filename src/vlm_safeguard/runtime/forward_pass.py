@@ -1,0 +1,213 @@
+"""Forward calls of a guarded model: what is done at each guarded layer, and whether all ran.
+
+A forward pass is made when a call of the model begins and is gone when it ends. What must outlive
+it, it latches on the request.
+
+* ``TextPass``: the request's words alone, for the gates and coordinates that read them.
+* ``PromptPass``: the call in which the prompt ends. Gates are read at its last token.
+* ``DecodePass``: a later call, with rows whose gate is open.
+* ``ForwardPass``: any other call. Its layers are counted and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.model.residual_stream import EnoughSeen, hidden_of
+from vlm_safeguard.model.text_only import text_pass
+from vlm_safeguard.runtime import validation
+from vlm_safeguard.runtime.gate import GateReading, Gates
+from vlm_safeguard.runtime.request import Request, Span
+from vlm_safeguard.runtime.steering import Steerer, steer_step
+
+
+class ForwardPass:
+    """A call in which nothing is read or steered.
+
+    ``layers``: guarded layers, in order. ``columns``: the call's own, absolute. ``spans``: those of
+    them that may be steered.
+    """
+
+    reads_prompt = False
+
+    def __init__(
+        self, request: Request, layers: Sequence[int], columns: range, spans: Sequence[Span] = ()
+    ) -> None:
+        self.request, self.layers, self.columns, self.spans = request, layers, columns, spans
+        self.seen: list[int] = []
+
+    def visit(self, layer: int, output: Any) -> Tensor | None:
+        """Take what holds the residual stream (B, T, d) after a guarded layer; returns what takes
+        the stream's place, or None."""
+        self.seen.append(layer)
+        return None
+
+    def finish(self, output: Any) -> None:
+        """Latch that the call ran to its end.
+
+        Raises:
+            GuardRuntimeError: a guarded layer did not run, or ran twice: ``output`` is withheld.
+        """
+        if self.seen != list(self.layers):
+            raise GuardRuntimeError(
+                f"{len(self.seen)} of {len(self.layers)} guarded layers ran: the guard's hooks "
+                "were removed or bypassed, and the output is withheld"
+            )
+        request = self.request
+        request.calls.count(len(self.seen), len(self.layers))
+        if request.cache is None:
+            request.cache = validation.cache_of(output)
+        request.leave(self.spans, self.columns.stop)
+
+
+class PromptPass(ForwardPass):
+    """The call in which the prompt ends: reads the gates at q of every row, then steers."""
+
+    reads_prompt = True
+
+    def __init__(
+        self,
+        request: Request,
+        layers: Sequence[int],
+        columns: range,
+        spans: Sequence[Span],
+        gates: Gates,
+        steerer: Steerer,
+    ) -> None:
+        super().__init__(request, layers, columns, spans)
+        self._gates, self._steerer = GateReading(gates, "vlm"), steerer
+        self._read_at = self._gates.layers | steerer.reads_pass
+        places = [column - columns.start for column in request.last_prompt]
+        self._q: int | list[int] = places[0] if len(set(places)) == 1 else places
+
+    def visit(self, layer: int, output: Any) -> Tensor | None:
+        self.seen.append(layer)
+        request, hidden = self.request, hidden_of(output)
+        if layer in self._read_at:
+            states = self._states_at_q(hidden)
+            self._gates.read(request, layer, states)
+            self._steerer.read_pass(request, layer, states)
+        steered = self._steerer.steer(request, self.spans, layer, hidden)
+        if steered is not None:
+            validation.mark_steered(request.cache)  # at once: the call may not come to its end
+        return steered
+
+    def finish(self, output: Any) -> None:
+        super().finish(output)
+        if self.request.any_open:
+            validation.mark_steered(self.request.cache)
+
+    def _states_at_q(self, hidden: Tensor) -> Tensor:
+        """States (B, d), float32, at the last prompt token, from all of the call's (B, T, d).
+
+        A copy: while gates are undecided they are kept, and must not keep all columns with them.
+        """
+        if isinstance(self._q, int):
+            return hidden[:, self._q].to(torch.float32, copy=True)
+        return hidden[torch.arange(len(hidden)), torch.tensor(self._q)].float()
+
+
+class DecodePass(ForwardPass):
+    """A call behind the prompt: steers the rows whose gate is open."""
+
+    def __init__(
+        self,
+        request: Request,
+        layers: Sequence[int],
+        columns: range,
+        spans: Sequence[Span],
+        steerer: Steerer,
+    ) -> None:
+        super().__init__(request, layers, columns, spans)
+        self._steerer = steerer
+
+    def visit(self, layer: int, output: Any) -> Tensor | None:
+        self.seen.append(layer)
+        return self._steerer.steer(self.request, self.spans, layer, hidden_of(output))
+
+
+class StepPass(ForwardPass):
+    """``DecodePass`` for one token whose doses are latched at every layer: the usual step."""
+
+    def visit(self, layer: int, output: Any) -> Tensor | None:
+        self.seen.append(layer)
+        dose = self.request.later_doses.get(layer)
+        return None if dose is None else steer_step(dose, hidden_of(output))
+
+
+def begin_pass(
+    request: Request,
+    layers: Sequence[int],
+    columns: range,
+    gates: Gates,
+    steerer: Steerer,
+) -> ForwardPass:
+    """The pass of a request's next call, which goes through ``columns``."""
+    spans = steerer.spans(request, columns)
+    if request.done < request.prompt_width <= columns.stop:
+        return PromptPass(request, layers, columns, spans, gates, steerer)
+    if not request.any_open or not spans:
+        return ForwardPass(request, layers, columns, spans)
+    if steerer.is_step(request, columns, spans):
+        return StepPass(request, layers, columns, spans)
+    return DecodePass(request, layers, columns, spans, steerer)
+
+
+class TextPass(ForwardPass):
+    """The model's pass over the words of a request alone. It ends at the layer that decides it.
+
+    ``layers``: all guarded layers, in order.
+    """
+
+    def __init__(
+        self, request: Request, layers: Sequence[int], gates: Gates, steerer: Steerer
+    ) -> None:
+        super().__init__(request, layers, range(0))
+        self._gates, self._steerer = GateReading(gates, "text"), steerer
+        self._all = self._gates.layers | steerer.reads_text
+
+    @torch.no_grad()
+    def run(self, model: Any, forward: Any, ids: Tensor, mask: Tensor) -> None:
+        """Read the words ``ids``, ``mask`` (B, T), padded on the left, through ``forward``.
+
+        Raises:
+            GuardRuntimeError: a layer did not run, or a score is not finite.
+        """
+        with suppress(EnoughSeen):
+            text_pass(model, ids, mask, forward)
+        self.finish(None)
+
+    def visit(self, layer: int, output: Any) -> None:
+        self.seen.append(layer)
+        # A copy: what is kept must not keep all columns with it.
+        state = hidden_of(output)[:, -1].to(torch.float32, copy=True)
+        self._gates.read(self.request, layer, state)
+        self._steerer.read_text(self.request, layer, state)
+        if layer == max(self._needed()):
+            raise EnoughSeen
+
+    def finish(self, output: Any) -> None:
+        last = max(self._needed())
+        expected = [layer for layer in self.layers if layer <= last]
+        if self.seen != expected:
+            missing = sorted(set(expected) - set(self.seen))
+            raise GuardRuntimeError(
+                f"the text-only pass did not reach layers {missing}: the guard's hooks were "
+                "removed or bypassed"
+            )
+        self.request.text_calls.count(len(self.seen), len(expected))
+
+    def _needed(self) -> frozenset[int]:
+        """Layers to reach: where every gate that reads the words stayed shut, and the mode takes
+        the words' coordinates of rows alone that such a gate opened, the gates' own."""
+        gates = self._gates.layers
+        decided = gates <= set(self.seen)
+        if gates and decided and self._steerer.text_if_open and not any(self.request.fired("text")):
+            return gates
+        return self._all
