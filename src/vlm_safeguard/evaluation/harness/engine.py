@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data.inputs import Request, batches
-from vlm_safeguard.embedded.assemble import assemble
+from vlm_safeguard.embedded.assemble import resolve
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.utils.worker import Worker
@@ -74,6 +74,6 @@ def engine(name: str, dtype: str, device: str, batch: int) -> Engine:
     Raises:
         ModelError, DemoError: the model cannot be loaded or assembled.
     """
-    made = Engine(load(assemble() if name == "embedded" else name, dtype, device), batch)
+    made = Engine(load(resolve(name), dtype, device), batch)
     atexit.register(made.close)
     return made

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from vlm_safeguard.embedded.assemble import FOLDER
+from vlm_safeguard.embedded.assemble import name_of
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.evaluation.report.labels import rate_and_interval, show
 from vlm_safeguard.evaluation.report.plots import STYLE, png
@@ -218,7 +218,7 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
 def _command(found: Mapping[str, Any]) -> str:
     """What gives these numbers again."""
     name = found["model"]["name"]
-    parts = ["vlm-safeguard gap", "embedded" if name.startswith(FOLDER) else name]
+    parts = ["vlm-safeguard gap", name_of(name)]
     if found["n_harmful"] == found["n_harmless"]:  # all of a set are unlike many
         parts.append(f"--per-set {found['n_harmful']}")
     parts += [f"--prompts {found['prompt_set']}", f"--max-new-tokens {found['max_new_tokens']}"]
