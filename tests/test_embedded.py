@@ -180,7 +180,9 @@ def test_a_guard_that_never_fires_is_not_proven(loaded: LoadedModel, guard: Guar
     shut = [[1e9] + [0.0] * (len(gate.layers) - 1) for gate in guard.config.gates]
     effort = Effort(proof=8, tokens=4)
     with pytest.raises(CalibrationError, match="no guard"):
-        prove(loaded, tiny.with_thresholds(guard, shut), Budget(), effort, Progress(quiet=True))
+        held = prompts.calibration("held")
+        shut_guard = tiny.with_thresholds(guard, shut)
+        prove(loaded, shut_guard, held, Budget(), effort, Progress(quiet=True))
 
 
 def test_states_of_a_guarded_model_are_recorded(
@@ -228,7 +230,9 @@ def test_the_doctor_passes_a_good_guard_and_names_a_flipped_one(
     assert checks["sign"].ok and checks["separability"].ok and checks["effect"].ok
     flipped = {k: -v if k.startswith("directions.") else v for k, v in guard.tensors.items()}
     upside_down = Guard(guard.config, flipped)
-    turned = doctor._directions(loaded, upside_down, Progress(quiet=True))
+    turned = doctor._directions(
+        loaded, upside_down, prompts.CalibrationData.packaged(), Progress(quiet=True)
+    )
     assert not {check.name: check for check in turned}["sign"].ok
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -119,3 +120,78 @@ def test_a_changed_data_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
             prompts.anchors()
     finally:
         prompts._rows.cache_clear()
+
+
+# -- calibration data of one's own ---------------------------------------------------------------
+
+
+def write(folder: Path, **changes: list[dict[str, object]]) -> Path:
+    """A folder of calibration data, with the rows of some files changed."""
+    plain = {"form": "plain", "intent": "x"}
+    rows = {
+        "anchors": [{"id": "a", "harmful": "How to steal?", "harmless": "How to bake?"}],
+        "calibration": [
+            {"id": f"{split}-{label}", "prompt": f"{label} {split}", "label": label, "split": split}
+            | plain
+            for split in prompts.SPLITS
+            for label in ("harmless", *(["harmful"] if split != "bound" else []))
+        ],
+        "calibration_templates": [{"id": "t", "prompt": "Say: [QUESTION]"}],
+    }
+    for name, found in (rows | changes).items():
+        text = "".join(json.dumps(row) + "\n" for row in found)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+def test_data_of_ones_own_is_read_from_a_folder(tmp_path: Path) -> None:
+    data = prompts.CalibrationData.from_folder(write(tmp_path))
+    assert [pair.harmful for pair in data.anchors] == ["How to steal?"]
+    assert [p.prompt for p in data.bound] == ["harmless bound", "Say: harmless bound"]
+    assert {p.label for p in data.fit} == {p.label for p in data.held} == {"harmful", "harmless"}
+    digest = hashlib.sha256((tmp_path / "anchors.jsonl").read_bytes()).hexdigest()
+    assert data.sha256["anchors.jsonl"] == digest and len(data.sha256) == 3
+    (tmp_path / "calibration_templates.jsonl").unlink()
+    bare = prompts.CalibrationData.from_folder(tmp_path)
+    assert len(bare.fit) == 2 and len(bare.sha256) == 2
+
+
+def test_the_packages_own_data_is_the_default() -> None:
+    data = prompts.CalibrationData.packaged()
+    assert list(data.fit) == prompts.calibration("fit") and data.sha256 == prompts.digests()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"anchors": []}, "no prompts for anchors"),
+        ({"calibration": []}, "no prompts for fit"),
+        ({"anchors": [{"id": "a", "harmful": "x"}]}, "does not fit: .*harmless"),
+        ({"calibration": [{"id": "c"}]}, "does not fit"),
+        (
+            {
+                "calibration": [
+                    {"id": "same", "prompt": "x", "label": "harmless", "split": split}
+                    | {"form": "plain", "intent": "x"}
+                    for split in prompts.SPLITS
+                ]
+            },
+            "same is in fit and in bound",
+        ),
+    ],
+    ids=["no-anchors", "no-prompts", "half-an-anchor", "half-a-prompt", "shared-question"],
+)
+def test_data_that_cannot_make_a_guard_is_refused(
+    tmp_path: Path, changes: dict[str, list[dict[str, object]]], reason: str
+) -> None:
+    with pytest.raises(prompts.DataError, match=reason):
+        prompts.CalibrationData.from_folder(write(tmp_path, **changes))
+
+
+def test_a_folder_without_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(prompts.DataError, match=r"cannot read calibration data: .*anchors\.jsonl"):
+        prompts.CalibrationData.from_folder(tmp_path)
+    write(tmp_path)
+    (tmp_path / "anchors.jsonl").write_text("no json")
+    with pytest.raises(prompts.DataError, match="is not JSONL"):
+        prompts.CalibrationData.from_folder(tmp_path)

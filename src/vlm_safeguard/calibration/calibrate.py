@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,13 @@ from vlm_safeguard.calibration.gate_fitting import GateFit, auc, bounded
 from vlm_safeguard.calibration.held_out import prove
 from vlm_safeguard.calibration.hidden_states import (
     States,
-    bound_prompts,
     bound_scores,
     fit_gates,
     record_calibration,
 )
 from vlm_safeguard.calibration.steering_search import search
-from vlm_safeguard.data import prompts
+from vlm_safeguard.data.prompts import CalibrationData
+from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_digest
 from vlm_safeguard.model.loading import LoadedModel
@@ -46,6 +47,7 @@ from vlm_safeguard.utils.progress import Progress
 def calibrate(
     loaded: LoadedModel,
     *,
+    data: CalibrationData | None = None,
     budget: Budget | None = None,
     effort: Effort | None = None,
     reads_pictures: bool = False,
@@ -54,6 +56,7 @@ def calibrate(
     """A guard for ``loaded``, proven on held-back calibration prompts.
 
     Args:
+        data: what the guard is made from; by default the data that ships with the package.
         reads_pictures: the guard reads the words in pictures (OCR) beside the request's own.
 
     Raises:
@@ -61,25 +64,27 @@ def calibrate(
             there are too few prompts to guarantee it.
         ModelError: the model cannot be read or its states are not finite.
     """
+    data = data or CalibrationData.packaged()
     budget, effort = budget or Budget(), effort or Effort()
     progress = progress or Progress(quiet=True)
     began = time.monotonic()
-    check_enough(len({p.cluster for p in bound_prompts(effort)}), budget.false_positives)
+    check_enough(len({p.cluster for p in evenly(data.bound, effort.bound)}), budget.false_positives)
     markup = find_markup(loaded)
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
-        recorded = record_calibration(loaded, effort, reads_pictures, folder, progress)
+        recorded = record_calibration(loaded, data, effort, reads_pictures, folder, progress)
         pairs, directions = recorded.pairs, recorded.directions
         text, pictured = recorded.text, recorded.pictured
         fits = fit_gates(recorded, budget)
-        scores = bound_scores(loaded, *fits, effort, folder, progress)
+        scores = bound_scores(loaded, *fits, evenly(data.bound, effort.bound), folder, progress)
         witness, in_vlm = bounded(fits, scores, budget.false_positives)
         table = _separability(text, pictured, directions)
         gates = _gate_rates(witness, {"text": text}) + _gate_rates(in_vlm, pictured)
-        base = _Foundation(loaded, directions, pairs, markup, witness, in_vlm, reads_pictures)
-        fit = prompts.calibration("fit")
-        guard, tried = search(loaded, base.build, fit, budget, effort, progress)
-    proof = prove(loaded, guard, budget, effort, progress)
+        base = _Foundation(
+            loaded, directions, pairs, markup, witness, in_vlm, reads_pictures, data.sha256
+        )
+        guard, tried = search(loaded, base.build, list(data.fit), budget, effort, progress)
+    proof = prove(loaded, guard, data.held, budget, effort, progress)
     results = {
         "seconds": round(time.monotonic() - began, 1),
         "budget": {"false_positives": budget.false_positives, "kl": budget.kl},
@@ -134,6 +139,7 @@ class _Foundation:
     witness: GateFit
     in_vlm: GateFit
     reads_pictures: bool
+    data_sha256: Mapping[str, str]
 
     def build(self, steering: Steering) -> Guard:
         """A guard with both fitted gates and this steering."""
@@ -165,6 +171,6 @@ class _Foundation:
             gates=gates,
             steering=steering,
             reads_pictures=self.reads_pictures,
-            data_sha256=dict(prompts.digests()),
+            data_sha256=dict(self.data_sha256),
         )
         return Guard(config, tensors)

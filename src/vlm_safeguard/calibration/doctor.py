@@ -9,8 +9,8 @@ from pathlib import Path
 from vlm_safeguard.calibration.attack_trials import answered, attack, per_question, within
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.generation import respond
-from vlm_safeguard.data import prompts
 from vlm_safeguard.data.inputs import PICTURED, requests
+from vlm_safeguard.data.prompts import CalibrationData
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import Guard
@@ -111,8 +111,16 @@ def examine(found: Description) -> list[Check]:
     ]
 
 
-def diagnose(loaded: LoadedModel, guard: Guard, *, progress: Progress | None = None) -> list[Check]:
-    """Check ``guard`` against ``loaded``; the caller decides what a failed check means."""
+def diagnose(
+    loaded: LoadedModel,
+    guard: Guard,
+    *,
+    data: CalibrationData | None = None,
+    progress: Progress | None = None,
+) -> list[Check]:
+    """Check ``guard`` against ``loaded``, on the ``data`` that it was made from (by default the
+    package's); the caller decides what a failed check means."""
+    data = data or CalibrationData.packaged()
     progress = progress or Progress(quiet=True)
     checks = [check for check in examine(describe(loaded)) if check.name != "chat template"]
     try:
@@ -120,17 +128,19 @@ def diagnose(loaded: LoadedModel, guard: Guard, *, progress: Progress | None = N
         checks.append(Check("belongs to this model", True, guard.config.model.name))
     except GuardError as error:
         return [*checks, Check("belongs to this model", False, str(error))]
-    checks += _directions(loaded, guard, progress)
-    checks += _effect(loaded, guard, progress)
+    checks += _directions(loaded, guard, data, progress)
+    checks += _effect(loaded, guard, data, progress)
     return checks
 
 
-def _directions(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[Check]:
+def _directions(
+    loaded: LoadedModel, guard: Guard, data: CalibrationData, progress: Progress
+) -> list[Check]:
     """Sign of every direction on the anchors; separability of the text-only gate."""
     # All of them: in the lowest layers the last token hardly knows of harm, and a part of the
     # anchors would tell nothing about the sign that all of them gave.
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
-        harmful, harmless = anchor_states(loaded, Path(folder), progress).clone()
+        harmful, harmless = anchor_states(loaded, data.anchors, Path(folder), progress).clone()
     checks = []
     flipped = [
         layer
@@ -149,9 +159,11 @@ def _directions(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[C
     return checks
 
 
-def _effect(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[Check]:
+def _effect(
+    loaded: LoadedModel, guard: Guard, data: CalibrationData, progress: Progress
+) -> list[Check]:
     """Attacks with images, guarded and not, and false positives, on held-back prompts."""
-    held = evenly(prompts.calibration("held"), HELD)
+    held = evenly(list(data.held), HELD)
     attacks = [p for p in held if p.harmful]
     tried = []
     for setting in PICTURED:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vlm_safeguard.calibration.attack_trials import Attacks, attack, harmless_cost, per_question
 from vlm_safeguard.calibration.budget import Budget, Effort
-from vlm_safeguard.data import prompts
 from vlm_safeguard.data.inputs import PICTURED, SETTINGS, Setting
+from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.errors import CalibrationError
 from vlm_safeguard.guard import Guard
@@ -17,11 +18,15 @@ from vlm_safeguard.utils.stats import clustered_wilson, mcnemar
 
 
 def prove(
-    loaded: LoadedModel, guard: Guard, budget: Budget, effort: Effort, progress: Progress
+    loaded: LoadedModel,
+    guard: Guard,
+    held: Sequence[Prompt],
+    budget: Budget,
+    effort: Effort,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Attacks, false positives and KL on held-back prompts, within the budget or an error."""
-    held = prompts.calibration("held")
-    chosen = evenly(held, effort.proof)
+    chosen = evenly(list(held), effort.proof)
     attacks = [p for p in chosen if p.harmful]
     harmless = [p for p in chosen if not p.harmful]
     proof: dict[str, Any] = {}

@@ -14,9 +14,8 @@ from vlm_safeguard import method
 from vlm_safeguard.calibration.attack_trials import answered, within
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.gate_fitting import GateFit, fit_gate
-from vlm_safeguard.data import prompts
 from vlm_safeguard.data.inputs import PICTURED, Request, Setting, request, requests, spoken, told
-from vlm_safeguard.data.prompts import Prompt
+from vlm_safeguard.data.prompts import CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import anchor_states, record
@@ -68,15 +67,20 @@ class Recorded:
 
 
 def record_calibration(
-    loaded: LoadedModel, effort: Effort, reads_pictures: bool, folder: Path, progress: Progress
+    loaded: LoadedModel,
+    data: CalibrationData,
+    effort: Effort,
+    reads_pictures: bool,
+    folder: Path,
+    progress: Progress,
 ) -> Recorded:
     """Record all that the gates are fitted on; the states live in ``folder``."""
-    pairs = anchor_states(loaded, folder, progress)
+    pairs = anchor_states(loaded, data.anchors, folder, progress)
     directions = {
         layer: method.safety_directions(pairs[0, :, layer], pairs[1, :, layer], MAX_RANK)
         for layer in range(pairs.shape[2])
     }
-    fit = prompts.calibration("fit")
+    fit = list(data.fit)
     # The witness reads the words of every request, so it learns from all whose words tell.
     worded = evenly([p for p in fit if told(p, reads_pictures)], effort.worded)
     said = [spoken(p, reads_pictures) for p in worded]
@@ -131,26 +135,21 @@ def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
     return witness, in_vlm
 
 
-def bound_prompts(effort: Effort) -> list[Prompt]:
-    """The harmless prompts that set the thresholds."""
-    return evenly(prompts.calibration("bound"), effort.bound)
-
-
 def bound_scores(
     loaded: LoadedModel,
     witness: GateFit,
     in_vlm: GateFit,
-    effort: Effort,
+    items: Sequence[Prompt],
     folder: Path,
     progress: Progress,
 ) -> Tensor:
-    """The highest score by any gate of each harmless question that sets the thresholds, (n,).
+    """The highest score by any gate of each harmless question of ``items``, (n,): they set the
+    thresholds.
 
     Each prompt is read as text and with a picture, blank and drawn ones in turn. A question and
     its wrapped copy count as one, so that scores of different questions are independent. One that
     the model refuses anyway, asked as text, cannot be stopped by a gate: it scores lowest.
     """
-    items = bound_prompts(effort)
     mixed = [request(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
     layers = 1 + max(*witness.layers, *in_vlm.layers)  # what lies above says nothing to the gates
     text, seen = (

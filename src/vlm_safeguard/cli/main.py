@@ -56,6 +56,10 @@ def calibrate(
     max_kl: Annotated[
         float, typer.Option(min=0.0, help="Budget on the KL divergence, nats.")
     ] = Budget.kl,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with calibration data of your own (default: the package's)."),
+    ] = None,
     read_pictures: Annotated[
         bool, typer.Option("--read-pictures", help="Also read the words in pictures (extra: ocr).")
     ] = False,
@@ -66,15 +70,17 @@ def calibrate(
 ) -> None:
     """Calibrate a guard for MODEL and save it, or fail with the reason and save nothing."""
     from vlm_safeguard.calibration.calibrate import calibrate as run
+    from vlm_safeguard.data.prompts import CalibrationData
 
     if output.exists() and not output.is_dir():
         raise SafeguardError(f"{output} is a file: name a folder for the guard")
     for folder in check_folder(output):
         folder.rmdir()  # a calibration that fails leaves nothing
     progress = make_progress(quiet)
+    own = CalibrationData.from_folder(data) if data else None  # before the model is loaded
     loaded = load_model(model, dtype, device, progress)
     budget = Budget(max_false_positives, max_kl)
-    guard = run(loaded, budget=budget, reads_pictures=read_pictures, progress=progress)
+    guard = run(loaded, data=own, budget=budget, reads_pictures=read_pictures, progress=progress)
     guard.save_pretrained(output)
     if json_:
         print_json(guard.config.model_dump())

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from vlm_safeguard.errors import DataError
 
@@ -20,6 +22,9 @@ Label = Literal["harmful", "harmless"]
 Split = Literal["fit", "bound", "held"]
 SPLITS: tuple[Split, ...] = ("fit", "bound", "held")
 SLOT = "[QUESTION]"
+ANCHORS, CALIBRATION = "anchors.jsonl", "calibration.jsonl"
+TEMPLATES = "calibration_templates.jsonl"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,67 @@ class AnchorPair:
     harmless: str
 
 
+@dataclass(frozen=True)
+class CalibrationData:
+    """What a guard is made from. The three sets of prompts share no question.
+
+    ``anchors`` give the directions; ``fit`` chooses gates and steering; ``bound`` (harmless prompts
+    alone) sets the thresholds with a guarantee; ``held`` proves. ``sha256``: digests of the files
+    that they come from, which a guard records.
+    """
+
+    anchors: Sequence[AnchorPair]
+    fit: Sequence[Prompt]
+    bound: Sequence[Prompt]
+    held: Sequence[Prompt]
+    sha256: Mapping[str, str]
+
+    @classmethod
+    def packaged(cls) -> CalibrationData:
+        """The data that ships with the package."""
+        sets = {split: calibration(split) for split in SPLITS}
+        return cls(anchors(), sha256=digests(), **sets)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> CalibrationData:
+        """Data of your own: ``anchors.jsonl`` and ``calibration.jsonl``, and, where jailbreak
+        wrappers are wanted, ``calibration_templates.jsonl``, in the form of the package's files.
+
+        Raises:
+            DataError: a file is missing, a row lacks a field or has one that is not known, a set is
+                empty, or two sets share a question.
+        """
+        files = {name: folder / name for name in (ANCHORS, CALIBRATION, TEMPLATES)}
+        if not files[TEMPLATES].exists():
+            del files[TEMPLATES]
+        try:
+            raw = {name: path.read_bytes() for name, path in files.items()}
+        except OSError as error:
+            raise DataError(f"cannot read calibration data: {error}") from error
+        rows = {name: _parse(data, f"{folder / name}") for name, data in raw.items()}
+        pairs = [_checked(AnchorPair, row, f"{folder / ANCHORS}") for row in rows[ANCHORS]]
+        sets = {
+            split: _calibration(rows[CALIBRATION], rows.get(TEMPLATES, []), split, str(folder))
+            for split in SPLITS
+        }
+        empty: list[str] = [name for name, found in sets.items() if not found]
+        empty += [] if pairs else ["anchors"]
+        if empty:
+            raise DataError(f"{folder}: no prompts for {empty[0]}")
+        owners: dict[str, str] = {}
+        for split, found in sets.items():
+            for prompt in found:
+                if owners.setdefault(prompt.cluster, split) != split:
+                    raise DataError(
+                        f"{folder}: the question {prompt.cluster} is in {owners[prompt.cluster]} "
+                        f"and in {split}: what proves a guard must not have made it"
+                    )
+        if any(prompt.harmful for prompt in sets["bound"]):
+            raise DataError(f"{folder}: the prompts of `bound` must all be harmless")
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in raw.items()}
+        return cls(pairs, sha256=digests, **sets)
+
+
 @lru_cache
 def digests() -> dict[str, str]:
     """SHA-256 of every data file, by name."""
@@ -67,7 +133,7 @@ def digests() -> dict[str, str]:
 
 def anchors() -> list[AnchorPair]:
     """The anchor pairs for the safety steering directions."""
-    return [AnchorPair(**row) for row in _rows("anchors.jsonl")]
+    return [AnchorPair(**row) for row in _rows(ANCHORS)]
 
 
 def calibration(split: Split) -> list[Prompt]:
@@ -77,15 +143,22 @@ def calibration(split: Split) -> list[Prompt]:
     nothing about harm. ``fit`` chooses, ``bound`` (harmless ones alone) is for thresholds with
     a guarantee, and ``held`` proves.
     """
+    return _calibration(_rows(CALIBRATION), _rows(TEMPLATES), split, "the package")
+
+
+def _calibration(
+    rows: Sequence[dict[str, Any]], templates: Sequence[dict[str, Any]], split: str, where: str
+) -> list[Prompt]:
     plain: list[Prompt] = []
     pictured: list[Prompt] = []
-    for row in _rows("calibration.jsonl"):
-        if row["split"] == split:
-            (pictured if row["form"] == "picture" else plain).append(_prompt(row))
+    for row in rows:
+        prompt = _checked(_prompt, row, where)
+        if prompt.split == split:
+            (pictured if prompt.picture else plain).append(prompt)
     wrapped = []
-    templates = _rows("calibration_templates.jsonl")
     for label in ("harmful", "harmless"):
-        for n, prompt in enumerate([p for p in plain if p.label == label][::4]):
+        asked = [p for p in plain if p.label == label][::4] if templates else []
+        for n, prompt in enumerate(asked):
             wrapped.append(_wrap(prompt, templates[n % len(templates)]))
     return plain + wrapped + pictured
 
@@ -137,4 +210,19 @@ def _rows(name: str) -> list[dict[str, Any]]:
     data = _bytes(name)
     if hashlib.sha256(data).hexdigest() != digests().get(name):
         raise DataError(f"the package's data file {name} was changed: reinstall vlm-safeguard")
-    return [json.loads(line) for line in data.decode("utf-8").splitlines() if line.strip()]
+    return _parse(data, name)
+
+
+def _parse(data: bytes, name: str) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in data.decode("utf-8").splitlines() if line.strip()]
+    except ValueError as error:
+        raise DataError(f"{name} is not JSONL in UTF-8: {error}") from error
+
+
+def _checked(make: Callable[..., _T], row: dict[str, Any], where: str) -> _T:
+    """``make`` of a row, or an error that names the row."""
+    try:
+        return make(**row) if isinstance(make, type) else make(row)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where}: the row {str(row)[:80]} does not fit: {error}") from error

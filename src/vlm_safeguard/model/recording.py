@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_safeguard.data import prompts
 from vlm_safeguard.data.inputs import Request, batches
+from vlm_safeguard.data.prompts import AnchorPair
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
@@ -95,12 +95,13 @@ def record(
     return states
 
 
-def anchor_states(loaded: LoadedModel, folder: Path, progress: Progress) -> Tensor:
+def anchor_states(
+    loaded: LoadedModel, pairs: Sequence[AnchorPair], folder: Path, progress: Progress
+) -> Tensor:
     """States of the anchors, text only, (2, N, L, d): harmful, then harmless, in pairs.
 
     As with ``record``, the tensor lives in ``folder``.
     """
-    pairs = prompts.anchors()
     both = [pair.harmful for pair in pairs] + [pair.harmless for pair in pairs]
     states = record(
         loaded, [Request(text, None) for text in both], folder, what="anchors", progress=progress

@@ -8,7 +8,7 @@ compared at the same cost, whatever their own thresholds are.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from vlm_safeguard.calibration.hidden_states import (
     fit_gates,
     record_calibration,
 )
-from vlm_safeguard.data import prompts
 from vlm_safeguard.data.inputs import SETTINGS, Setting, requests
+from vlm_safeguard.data.prompts import CalibrationData, Prompt
+from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import record
 from vlm_safeguard.utils.progress import Progress
@@ -76,10 +77,11 @@ def study(
         Rows, and for each setting what the two default gates find and let through by their own,
         guaranteed thresholds.
     """
+    data = CalibrationData.packaged()
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
-        recorded = record_calibration(loaded, effort, False, folder, progress)
-        held = {s: _held(loaded, s, folder, progress) for s in SETTINGS}
+        recorded = record_calibration(loaded, data, effort, False, folder, progress)
+        held = {s: _held(loaded, data.held, s, folder, progress) for s in SETTINGS}
         rows: list[Row] = []
         for form in progress.track(FORMS, "forms of gate"):
             for source in ("text", "vlm"):
@@ -88,15 +90,23 @@ def study(
                     states = held["text" if source == "text" else setting]
                     rows.append(_judge(form.name, source, setting, gate, states))
         witness, in_vlm = fit_gates(recorded, budget)
-        scores = bound_scores(loaded, witness, in_vlm, effort, folder, progress)
+        scores = bound_scores(
+            loaded, witness, in_vlm, evenly(data.bound, effort.bound), folder, progress
+        )
         gates = bounded((witness, in_vlm), scores, budget.false_positives)
         together = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
     return _without_repeats(rows), together
 
 
-def _held(loaded: LoadedModel, setting: Setting, folder: Path, progress: Progress) -> States:
+def _held(
+    loaded: LoadedModel,
+    held: Sequence[Prompt],
+    setting: Setting,
+    folder: Path,
+    progress: Progress,
+) -> States:
     """States of the held-back prompts that mean the same in every setting, in one order."""
-    items = [p for p in prompts.calibration("held") if p in within([p], "text")]
+    items = [p for p in held if p in within([p], "text")]
     what = f"held-back prompts, {setting}"
     states = record(loaded, requests(items, setting), folder, what=what, progress=progress)
     labels = torch.tensor([p.harmful for p in items])

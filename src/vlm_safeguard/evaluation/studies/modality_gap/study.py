@@ -265,7 +265,7 @@ def _as_request(talk: Talk) -> Request:
 def _directions(loaded: LoadedModel, progress: Progress) -> Tensor:
     """The first safety steering direction of every layer, (L, d), from the anchors as text."""
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
-        harmful, harmless = anchor_states(loaded, Path(folder), progress)
+        harmful, harmless = anchor_states(loaded, prompts.anchors(), Path(folder), progress)
         return torch.cat(
             [
                 method.safety_directions(harmful[:, layer], harmless[:, layer], 1)
