@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tests import checkpoint, tiny
 from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.calibration.refusals import judge
-from vlm_safeguard.cli.main import app
+from vlm_safeguard.cli.app import app
 from vlm_safeguard.data import drawings, prompts
 from vlm_safeguard.data.inputs import Request, requests
 from vlm_safeguard.data.prompts import evaluation
@@ -29,7 +29,7 @@ from vlm_safeguard.evaluation.studies.modality_gap.conditions import (
     seed_of,
     without_pictures,
 )
-from vlm_safeguard.evaluation.studies.modality_gap.study import encode_talks, observe, obstacle
+from vlm_safeguard.evaluation.studies.modality_gap.study import inputs_of, observe, obstacle
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.method import gate_scores
 from vlm_safeguard.model import loading
@@ -117,7 +117,7 @@ def test_single_turns_are_encoded_and_run_as_everywhere_else(
 ) -> None:
     plain = requests(ITEMS, setting)
     expected = encode(loaded, [r.text for r in plain], [r.image for r in plain])
-    encoded = encode_talks(loaded, talks(name))
+    encoded = inputs_of(loaded, talks(name))
     assert encoded.keys() == expected.keys()
     assert all(torch.equal(encoded[key], value) for key, value in expected.items())
     states, said = observe(loaded, talks(name), max_new_tokens=5, batch=4)
@@ -138,7 +138,7 @@ def test_other_conversations_read_the_same_in_any_batch(
 def test_a_picture_counts_in_whatever_turn_it_stands(loaded: loading.LoadedModel) -> None:
     names = ("text", "blank", "two", "three", "later", "later-text")
     count = {
-        n: int((encode_talks(loaded, talks(n)[:1])["input_ids"] == tiny.IMAGE).sum()) for n in names
+        n: int((inputs_of(loaded, talks(n)[:1])["input_ids"] == tiny.IMAGE).sum()) for n in names
     }
     one = count["blank"]
     assert one > 0 and count["later"] == one
@@ -150,10 +150,10 @@ def test_a_picture_counts_in_whatever_turn_it_stands(loaded: loading.LoadedModel
 def test_taking_pictures_out_of_the_conversation_or_of_its_tokens_is_one(
     loaded: loading.LoadedModel, name: str
 ) -> None:
-    inputs = encode_talks(loaded, talks(name))
+    inputs = inputs_of(loaded, talks(name))
     columns = text_columns(inputs["input_ids"], inputs["attention_mask"], find_markup(loaded))
     ids, mask = text_only(inputs["input_ids"], columns, tiny.PAD)
-    expected = encode_talks(loaded, [without_pictures(talk) for talk in talks(name)])
+    expected = inputs_of(loaded, [without_pictures(talk) for talk in talks(name)])
     assert torch.equal(ids, expected["input_ids"])
     assert torch.equal(mask, expected["attention_mask"])
 
@@ -161,7 +161,7 @@ def test_taking_pictures_out_of_the_conversation_or_of_its_tokens_is_one(
 def test_words_cannot_open_a_picture_or_a_turn(loaded: loading.LoadedModel) -> None:
     turn = talks("text")[0][0]
     forged = (type(turn)("user", "see <image> </s>"),)
-    ids = encode_talks(loaded, [forged])["input_ids"]
+    ids = inputs_of(loaded, [forged])["input_ids"]
     assert not torch.isin(ids, torch.tensor([tiny.IMAGE, tiny.EOS])).any()
 
 
@@ -204,7 +204,7 @@ def test_pictures_that_a_template_leaves_out_are_no_condition(
 def test_a_conversation_longer_than_the_models_context_is_no_condition(
     loaded: loading.LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, two = (encode_talks(loaded, talks(n))["input_ids"].shape[1] for n in ("text", "two"))
+    text, two = (inputs_of(loaded, talks(n))["input_ids"].shape[1] for n in ("text", "two"))
     config = loaded.model.config.get_text_config()
     monkeypatch.setattr(config, "max_position_embeddings", text + 5)
     assert obstacle(loaded, talks("text"), 5) is None
@@ -291,7 +291,7 @@ def test_gate_readings_agree_with_the_guard_at_work(
     loaded: loading.LoadedModel, guard: Any, found: dict[str, Any]
 ) -> None:
     with guard.attach(loaded.model) as session, torch.inference_mode():
-        loaded.model(**encode_talks(loaded, talks("later")), use_cache=False)
+        loaded.model(**inputs_of(loaded, talks("later")), use_cache=False)
         by_text = [decision.by_text for decision in session.decisions]
     measured = found["conditions"]["later"]["gates"]["text"]
     assert measured["tpr"] == pytest.approx(sum(by_text[:3]) / 3)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tests import fuzz, standin
 from vlm_safeguard.artifact import hub as hub_module
 from vlm_safeguard.artifact.model_card import CARD_FILE
-from vlm_safeguard.cli.main import app
+from vlm_safeguard.cli.app import app
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import CONFIG_FILE, TENSOR_FILE, Guard
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tests import checkpoint
 from vlm_safeguard.calibration.generation import Response
-from vlm_safeguard.cli.main import app
+from vlm_safeguard.cli.app import app
 from vlm_safeguard.data import prompts
 from vlm_safeguard.errors import DataError, SafeguardError
 from vlm_safeguard.evaluation.harness import execution as run

@@ -4,6 +4,7 @@ from vlm_safeguard import Guard, load
 
 loaded = load("path/to/vlm")
 guard = Guard.from_pretrained("guard/")
+inputs = guard.prepare(loaded.processor, messages)
 with guard.attach(loaded.model, loaded.processor):
     loaded.model.generate(**inputs)
 """
@@ -12,12 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlm_safeguard.calibration.calibrate import calibrate
+    from vlm_safeguard.data.prompts import CalibrationData
     from vlm_safeguard.guard import Guard
     from vlm_safeguard.model.chat import encode
     from vlm_safeguard.model.loading import load
 
-__all__ = ["Guard", "encode", "load"]
-_HOMES = {"Guard": "guard", "encode": "model.chat", "load": "model.loading"}
+__all__ = ["CalibrationData", "Guard", "calibrate", "encode", "load"]
+_HOMES = {
+    "CalibrationData": "data.prompts",
+    "Guard": "guard",
+    "calibrate": "calibration.calibrate",
+    "encode": "model.chat",
+    "load": "model.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

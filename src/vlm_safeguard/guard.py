@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 
 from vlm_safeguard.artifact import hub, serialization
 from vlm_safeguard.artifact.config import GuardConfig
 from vlm_safeguard.artifact.model_card import CARD_FILE, MARK, card
 from vlm_safeguard.artifact.serialization import CONFIG_FILE, TENSOR_FILE
 from vlm_safeguard.errors import GuardError
+from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_digest
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.residual_stream import find_decoder
@@ -280,6 +283,23 @@ class Guard:
                 "its gates would take some of them for words. Load the processor of the same "
                 "revision and settings, or calibrate with this one"
             )
+
+    def prepare(self, processor: Any, messages: Sequence[Any]) -> BatchFeature:
+        """What ``generate`` needs for chat messages, pictures and several turns included.
+
+        Args:
+            messages: one conversation, or a list of them for a batch, in the chat format of
+                transformers; a picture is ``{"type": "image", "image": PIL.Image}``.
+
+        Returns:
+            Tensors, left-padded, with ``to(device)``. For a guard that reads the words in pictures
+            they hold the conversation as text too, which only a guarded model takes.
+
+        Raises:
+            ModelError: a message is of another form, or the processor takes no such batch.
+        """
+        batch = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return BatchFeature(prepare(processor, batch, self.config.reads_pictures))
 
     def attach(self, model: Any, processor: Any = None) -> Session:
         """Guard every ``generate`` and forward call of ``model`` from now on.

@@ -1,1 +1,5 @@
 """The command line."""
+
+from vlm_safeguard.cli.app import main
+
+__all__ = ["main"]

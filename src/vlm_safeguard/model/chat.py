@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,6 +12,9 @@ from torch import Tensor
 from vlm_safeguard.data.ocr import reader, with_words
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.loading import LoadedModel
+
+Conversation = Sequence[Mapping[str, Any]]
+_Turn = tuple[str, list[str | None], list[Image.Image]]
 
 
 def conversation(prompt: str, images: int = 0) -> list[dict[str, Any]]:
@@ -56,7 +59,7 @@ def render(processor: Any, prompt: str, pictures: int = 0) -> str:
 
 
 def process(
-    loaded: LoadedModel, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
+    processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
 ) -> dict[str, Any]:
     """Rendered requests, each with its pictures in order, through the processor; left-padded.
 
@@ -67,9 +70,10 @@ def process(
     Raises:
         ModelError: the processor takes no such batch.
     """
-    first = loaded.processor.tokenizer.bos_token
+    first = processor.tokenizer.bos_token
     options: dict[str, Any] = {
         "padding": True,
+        "padding_side": "left",
         "return_tensors": "pt",
         "add_special_tokens": not (first and texts[0].startswith(first)),
     }
@@ -77,13 +81,113 @@ def process(
         # Row by row: some processors take a flat list for one row's.
         options["images"] = [list(row) for row in pictures]
     try:
-        return dict(loaded.processor(text=list(texts), **options))
+        return dict(processor(text=list(texts), **options))
     except (ValueError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"{loaded.name}: its processor refuses a batch of {len(texts)} with "
+            f"{type(processor).__name__} refuses a batch of {len(texts)} with "
             f"{sum(map(len, pictures))} pictures: {reason}"
         ) from error
+
+
+def prepare(
+    processor: Any, conversations: Sequence[Conversation], read_pictures: bool = False
+) -> dict[str, Tensor]:
+    """Model inputs for conversations in the chat format of transformers, left-padded.
+
+    Control tokens typed by a user are neutralised, so that no text can open a turn of its own.
+
+    Args:
+        conversations: each a list of messages ``{"role": ..., "content": ...}``. The content is a
+            text, or parts ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": ...}``
+            with a ``PIL.Image``.
+        read_pictures: for guards with ``reads_pictures``: also ``text_input_ids`` and
+            ``text_attention_mask``, the conversations as text with the words that stand in their
+            pictures. Only a guarded model takes them.
+
+    Raises:
+        ModelError: a message is of another form, or the processor takes no such batch.
+        SafeguardError: pictures are to be read and the OCR library is missing.
+    """
+    if not conversations or not all(conversations):
+        raise ModelError("a conversation needs at least one message")
+    parsed = [[_parsed(message) for message in messages] for messages in conversations]
+    texts = [_rendered(processor, turns) for turns in parsed]
+    batch = process(processor, texts, [[i for turn in turns for i in turn[2]] for turns in parsed])
+    if read_pictures:
+        spoken = [_rendered(processor, list(map(_spoken, turns))) for turns in parsed]
+        alone = process(processor, spoken, [[]] * len(spoken))
+        batch["text_input_ids"] = alone["input_ids"]
+        batch["text_attention_mask"] = alone["attention_mask"]
+    return {
+        key: value
+        for key, value in batch.items()
+        if isinstance(value, Tensor) and key != "labels"  # those are for training
+    }
+
+
+def render_conversation(processor: Any, conversation: Conversation) -> str:
+    """A conversation through the chat template, ready for an answer; pictures as placeholders."""
+    return _rendered(processor, [_parsed(message) for message in conversation])
+
+
+def _parsed(message: Any) -> _Turn:
+    """Role, parts in order (text, or None for a picture), and the pictures of a message."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ModelError(f"a message needs a role and a content, got {str(message)[:80]!r}")
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise ModelError(f"the content of a message is a text or a list, got {type(content)}")
+    parts: list[str | None] = []
+    pictures: list[Image.Image] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append(part["text"])
+        elif kind == "image" and isinstance(part.get("image"), Image.Image):
+            parts.append(None)
+            pictures.append(part["image"])
+        else:
+            given = type(part.get("image")).__name__ if kind == "image" else repr(kind)
+            raise ModelError(
+                f"a part of a message is a text or a picture with a PIL.Image, got {given}: open "
+                "files and addresses yourself, so that no request can name them"
+            )
+    return message["role"], parts, pictures
+
+
+def _spoken(turn: _Turn) -> _Turn:
+    """A turn as text: its words, then those that stand in its pictures."""
+    role, parts, pictures = turn
+    words = " ".join(filter(None, map(reader().words, pictures))) if pictures else ""
+    said = with_words("".join(part for part in parts if part is not None), words)
+    return role, [said], []
+
+
+def _rendered(processor: Any, turns: Sequence[_Turn]) -> str:
+    """A conversation through the chat template, ready for an answer."""
+    messages = []
+    for role, parts, _ in turns:
+        words = [p if p is None else neutralise(processor.tokenizer, p) for p in parts]
+        messages.append((role, words))
+    if len(messages) == 1 and messages[0][0] == "user":
+        words = messages[0][1]
+        pictures = words.count(None)
+        if words[:pictures] == [None] * pictures and len(words) == pictures + 1:
+            return render(processor, str(words[-1]), pictures)
+    content = [
+        {
+            "role": role,
+            "content": [
+                {"type": "image"} if word is None else {"type": "text", "text": word}
+                for word in words
+            ],
+        }
+        for role, words in messages
+    ]
+    return str(processor.apply_chat_template(content, add_generation_prompt=True, tokenize=False))
 
 
 def encode(
@@ -92,41 +196,22 @@ def encode(
     pictures: Sequence[Image.Image | None],
     read_pictures: bool = False,
 ) -> dict[str, Tensor]:
-    """Model inputs for a batch of single-turn requests, each with one picture or none.
-
-    Left-padded, on the model's device. Prompts pass through the chat template. Control tokens
-    typed by a user are neutralised so that a prompt cannot open a turn of its own.
-
-    Args:
-        read_pictures: for guards with ``reads_pictures``: also ``text_input_ids`` and
-            ``text_attention_mask``, the requests as text with the words that stand in their
-            pictures. Only a guarded model takes them.
-
-    Raises:
-        ModelError: the processor takes no such batch.
-        SafeguardError: pictures are to be read and the OCR library is missing.
-    """
-    processor = loaded.processor
-    prompts = [neutralise(processor.tokenizer, prompt) for prompt in prompts]
-    texts = [
-        render(processor, prompt, 0 if picture is None else 1)
+    """``prepare`` for a batch of single-turn requests, each with one picture or none, on the
+    model's device."""
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    *([] if picture is None else [{"type": "image", "image": picture}]),
+                    {"type": "text", "text": prompt},
+                ],
+            }
+        ]
         for prompt, picture in zip(prompts, pictures, strict=True)
     ]
-    batch = process(loaded, texts, [[] if p is None else [p] for p in pictures])
-    if read_pictures:
-        words = ["" if p is None else reader().words(p) for p in pictures]
-        spoken = [
-            render(processor, with_words(prompt, neutralise(processor.tokenizer, said)))
-            for prompt, said in zip(prompts, words, strict=True)
-        ]
-        alone = process(loaded, spoken, [[]] * len(spoken))
-        batch["text_input_ids"] = alone["input_ids"]
-        batch["text_attention_mask"] = alone["attention_mask"]
-    return {
-        key: value.to(loaded.device)
-        for key, value in batch.items()
-        if isinstance(value, Tensor) and key != "labels"  # those are for training
-    }
+    inputs = prepare(loaded.processor, conversations, read_pictures)
+    return {key: value.to(loaded.device) for key, value in inputs.items()}
 
 
 def neutralise(tokenizer: Any, prompt: str) -> str:

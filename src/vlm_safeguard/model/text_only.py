@@ -219,7 +219,7 @@ def _unlike(name: str) -> ModelError:
 
 def _ids(loaded: LoadedModel, text: str, *pictures: Image.Image) -> list[int]:
     """Token ids of one rendered request."""
-    batch = process(loaded, [text], [pictures])
+    batch = process(loaded.processor, [text], [pictures])
     return [int(token) for token in batch["input_ids"][0]]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,6 +34,20 @@ class Turn:
 
 
 Talk = tuple[Turn, ...]
+
+
+def messages(talk: Talk) -> list[dict[str, Any]]:
+    """A conversation as chat messages."""
+    return [
+        {
+            "role": turn.role,
+            "content": [
+                *({"type": "image", "image": image} for image in turn.images),
+                {"type": "text", "text": turn.text},
+            ],
+        }
+        for turn in talk
+    ]
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ from vlm_safeguard.evaluation.report import cut_words
 from vlm_safeguard.evaluation.studies.modality_gap.conditions import (
     CONDITIONS,
     Talk,
+    messages,
     without_pictures,
 )
 from vlm_safeguard.guard import Guard, reads_pictures
-from vlm_safeguard.model.chat import conversation, neutralise, process
+from vlm_safeguard.model.chat import prepare, render_conversation
 from vlm_safeguard.model.fingerprint import template_digest
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import anchor_states
@@ -158,28 +159,11 @@ def _every(prompt_set: PromptSet) -> list[Prompt]:
     return [p for p in prompts.calibration("held") if p.form == "plain"]
 
 
-def encode_talks(loaded: LoadedModel, talks: Sequence[Talk]) -> dict[str, Tensor]:
-    """Model inputs for a batch of conversations, left-padded, on the model's device.
-
-    For one turn with at most one picture the same as ``models.encode``. Pictures stand in all
-    conversations of a batch or in none.
-    """
-    texts = [_render(loaded, talk) for talk in talks]
-    images = [[image for turn in talk for image in turn.images] for talk in talks]
-    inputs = process(loaded, texts, images)
-    return {
-        key: value.to(loaded.device) for key, value in inputs.items() if isinstance(value, Tensor)
-    }
-
-
-def _render(loaded: LoadedModel, talk: Talk) -> str:
-    """A conversation through the chat template, special tokens in its words neutralised."""
-    processor, turns = loaded.processor, []
-    for turn in talk:
-        words = neutralise(processor.tokenizer, turn.text)
-        turns.append(conversation(words, len(turn.images))[0] | {"role": turn.role})
-    rendered: str = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return rendered
+def inputs_of(loaded: LoadedModel, talks: Sequence[Talk]) -> dict[str, Tensor]:
+    """Model inputs for a batch of conversations, on the model's device. Pictures stand in all of
+    them or in none."""
+    inputs = prepare(loaded.processor, [messages(talk) for talk in talks])
+    return {key: value.to(loaded.device) for key, value in inputs.items()}
 
 
 @torch.inference_mode()
@@ -188,11 +172,10 @@ def obstacle(loaded: LoadedModel, talks: Sequence[Talk], max_new_tokens: int) ->
     longest = max(talks, key=lambda talk: sum(len(turn.text) for turn in talk))
     fewer = tuple(replace(turn, images=turn.images[1:]) for turn in longest)
     try:
-        if any(turn.images for turn in longest) and _render(loaded, longest) == _render(
-            loaded, fewer
-        ):
+        rendered = [render_conversation(loaded.processor, messages(t)) for t in (longest, fewer)]
+        if any(turn.images for turn in longest) and rendered[0] == rendered[1]:
             return "its chat template leaves out a picture"
-        inputs = encode_talks(loaded, [longest])
+        inputs = inputs_of(loaded, [longest])
         loaded.model(**inputs, use_cache=False, logits_to_keep=1)
     except Exception as error:  # templates, processors and models each raise their own kinds
         reason = str(error).strip().splitlines()
@@ -238,7 +221,7 @@ def observe(
         groups = batches(loaded.processor.tokenizer, asked, batch)
         for group in progress.track(groups, what) if progress else groups:
             seen.clear()
-            inputs = encode_talks(loaded, [talks[i] for i in group])
+            inputs = inputs_of(loaded, [talks[i] for i in group])
             out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             states[group] = torch.stack([seen[layer] for layer in range(len(decoder.layers))], 1)
             new = out[:, inputs["input_ids"].shape[1] :]

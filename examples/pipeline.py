@@ -1,0 +1,32 @@
+"""Guard a transformers pipeline: attach the guard to its model, and detach it at the end.
+
+python examples/pipeline.py MODEL GUARD PICTURE
+"""
+
+import sys
+
+from PIL import Image
+from transformers import pipeline
+
+from vlm_safeguard import Guard, load
+
+loaded = load(sys.argv[1])
+guard = Guard.from_pretrained(sys.argv[2])
+pipe = pipeline("image-text-to-text", model=loaded.model, processor=loaded.processor)
+session = guard.attach(loaded.model, loaded.processor)  # no `with`: for as long as you like
+try:
+    picture = Image.open(sys.argv[3]).convert("RGB")
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": picture},
+                {"type": "text", "text": "What is in this picture?"},
+            ],
+        }
+    ]
+    answer = pipe(text=messages, max_new_tokens=32, return_full_text=False)
+    print(answer[0]["generated_text"])
+    print("steered:", session.decisions[0].fired)
+finally:
+    session.detach()
