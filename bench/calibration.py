@@ -30,7 +30,7 @@ def measured(subject: Subjects, rounds: int, pairs: int) -> dict[str, Spread]:
     items = [Request(text, None) for text in texts]
     ready = [
         encode(subject.loaded, [texts[i] for i in group], [None] * len(group))
-        for group in batches(subject.loaded, items, BATCH)
+        for group in batches(subject.loaded.processor.tokenizer, items, BATCH)
     ]
 
     @torch.inference_mode()

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-Cells = Sequence[Sequence[str]]
+from vlm_safeguard.utils import markdown
 
-
-def table(head: Sequence[str], rows: Cells) -> str:
-    """A Markdown table, first column left, the others right."""
-    lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(lines)
+table = partial(markdown.table, numbers=True)
 
 
 def figure(one: Mapping[str, float] | None, digits: int = 3) -> str:

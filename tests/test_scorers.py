@@ -17,6 +17,7 @@ from vlm_safeguard.evaluation.harness import scorers
 from vlm_safeguard.evaluation.judges import JudgeError, Judgement
 from vlm_safeguard.evaluation.judges.base import Asks, Pair
 from vlm_safeguard.evaluation.judges.queue import Desk
+from vlm_safeguard.utils.stats import clustered_wilson
 
 LOOP = "and so on and so on and so on and so on and so on and so on"
 
@@ -154,3 +155,17 @@ def test_closing_ends_the_threads_and_cancels_what_waits(threads: int) -> None:
     assert not any(thread.is_alive() for thread in at._worker._threads)
     assert all(answer.done() for answer in answers) and answers[-1].cancelled()
     assert not answers[0].cancelled()
+
+
+def test_the_log_has_the_interval_of_the_table() -> None:
+    hits = [True, True, False, True, False, False, True]
+    clusters = ["a", "a", "b", "b", "c", "c", "d"]
+    scores = [
+        SampleScore(
+            score=Score(value="complied" if hit else "refused"),
+            sample_metadata={"label": "harmful", "cluster": cluster},
+        )
+        for hit, cluster in zip(hits, clusters, strict=True)
+    ]
+    logged = scorers.attack_success()(scores)  # type: ignore[operator, arg-type, call-overload]
+    assert logged == clustered_wilson(hits, clusters).as_dict("asr")

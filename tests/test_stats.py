@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_safeguard.utils.stats import (
+    Rate,
     clustered_wilson,
     effective_trials,
     mcnemar,
@@ -191,3 +192,23 @@ def test_the_bootstrap_draws_whole_questions() -> None:
     alone = paired_bootstrap(before, after, [str(n) for n in range(40)])
     together = paired_bootstrap(before, after, [str(n // 10) for n in range(40)])
     assert together[1] - together[0] > 1.5 * (alone[1] - alone[0])
+
+
+# -- rates -----------------------------------------------------------------------------------------
+
+
+@given(count=st.integers(0, 30), more=st.integers(0, 30), name=st.sampled_from(["value", "asr"]))
+def test_a_rate_is_read_as_it_was_written(count: int, more: int, name: str) -> None:
+    rate = wilson(count, count + more)
+    found = rate.as_dict(name)
+    assert Rate.from_dict(found, name) == rate
+    assert (found[name] is None) == (rate.n == 0)
+    for key in [key for key in found if key.endswith("count")]:
+        del found[key]  # as in older results
+    assert Rate.from_dict(found, name) == rate
+
+
+def test_a_rate_that_is_none_is_refused() -> None:
+    for found in ({}, {"value": None, "low": 0.1, "high": 0.2, "n": 3}):
+        with pytest.raises((KeyError, TypeError)):
+            Rate.from_dict(found)

@@ -25,6 +25,7 @@ from vlm_safeguard.evaluation.comparison import by_benchmark, compare, own_sets,
 from vlm_safeguard.evaluation.metrics.utility import easy_vqa_accuracy
 from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.utils.files import write_whole
+from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, wilson
 
@@ -80,20 +81,18 @@ def main() -> None:
 
 def measured(facts: dict) -> str:
     """The card's measured part, in Markdown."""
-    lines = []
+    rows = []
     for name, settings in facts["benchmarks"].items():
         for setting, systems in settings.items():
             row = systems["unguarded"]
             cells = [_interval(row, "refused"), _interval(row, "over_refusal")]
-            lines.append(f"| {name} | {setting} | {' | '.join(cells)} | {row['degenerate']:.1%} |")
-    table = "\n".join(lines)
+            rows.append([name, setting, *cells, f"{row['degenerate']:.1%}"])
+    head = ["Prompts", "Setting", "Harmful prompts refused", "Over-refusal", "Degenerate"]
     return f"""Weights `{weights_file().name}`: SHA-256 `{sha256_file(weights_file())}`, measured by
 `python -m training.measure --cache CACHE {facts["command"]}`,
 greedy, 24 tokens, refusal phrases as judge (a smoke test), 95% Wilson intervals.
 
-| Prompts | Setting | Harmful prompts refused | Over-refusal | Degenerate |
-|---|---|---|---|---|
-{table}
+{table(head, rows)}
 
 easy-vqa test questions answered correctly: {facts["easy_vqa"]}. Emoji of the held-out artist named
 ("What is in this picture?"): {facts["emoji"]}.
@@ -101,10 +100,8 @@ easy-vqa test questions answered correctly: {facts["easy_vqa"]}. Emoji of the he
 
 
 def _interval(row: dict, name: str) -> str:
-    if row[name] is None:
-        return "-"
-    n = row["n_harmless"] if name == "over_refusal" else row["n_harmful"]
-    return f"{row[name]:.1%} [{row[f'{name}_low']:.1%}, {row[f'{name}_high']:.1%}] (n = {n})"
+    rate = Rate.from_dict(row, name)
+    return f"{rate.interval} (n = {rate.n})" if rate.n else "-"
 
 
 if __name__ == "__main__":

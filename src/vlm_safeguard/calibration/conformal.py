@@ -22,19 +22,10 @@ def allowed_exceedances(count: int, epsilon: float, confidence: float = CONFIDEN
     """The largest k with BinomCDF(k; count, epsilon) <= 1 - confidence; -1 where there is none."""
     if not 0 < epsilon < 1 or not 0 < confidence < 1:
         raise ValueError("epsilon and confidence lie strictly between 0 and 1")
-    allowed, below = -1, 0.0
-    for k in range(count):
-        below += math.exp(
-            math.lgamma(count + 1)
-            - math.lgamma(k + 1)
-            - math.lgamma(count - k + 1)
-            + k * math.log(epsilon)
-            + (count - k) * math.log1p(-epsilon)
-        )
-        if below > 1 - confidence:
-            break
-        allowed = k
-    return allowed
+    from scipy.stats import binom  # takes a second to import
+
+    reached = int(binom.ppf(1 - confidence, count, epsilon))  # the first k to reach it
+    return reached if binom.cdf(reached, count, epsilon) <= 1 - confidence else reached - 1
 
 
 def conformal_threshold(scores: Tensor, epsilon: float, confidence: float = CONFIDENCE) -> float:

@@ -20,8 +20,10 @@ SHRINKAGE = 0.05  # of the within-class covariance towards a multiple of the ide
 
 def auc(harmful: Tensor, harmless: Tensor) -> float:
     """Area under the ROC curve of scores (n,) and (k,): P(harmful > harmless), ties half."""
-    pairs = harmful[:, None] - harmless[None, :]
-    return ((pairs > 0).double() + 0.5 * (pairs == 0).double()).mean().item()
+    from sklearn.metrics import roc_auc_score  # takes a second to import
+
+    labels = [True] * len(harmful) + [False] * len(harmless)
+    return float(roc_auc_score(labels, torch.cat([harmful, harmless]).double().numpy()))
 
 
 def threshold(harmful: Tensor, harmless: Tensor, budget: float) -> float:

@@ -31,15 +31,15 @@ DEFENCES_TO_COMPARE = ("none", "self-reminder", "goal-priority", "paper-formula"
 
 
 @contextmanager
-def _inspect_needed() -> Iterator[None]:
-    """Around the import of the harness: inspect_ai is an extra."""
+def _extra_needed() -> Iterator[None]:
+    """Around the import of the harness or of judges: what they need is an extra."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name != "inspect_ai":
+        if error.name not in ("inspect_ai", "httpx", "tenacity"):
             raise
         raise SafeguardError(
-            "evaluating needs inspect_ai: pip install 'vlm-safeguard[eval]'"
+            f"evaluating needs {error.name}: pip install 'vlm-safeguard[eval]'"
         ) from error
 
 
@@ -83,7 +83,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Compare defences on benchmarks, through inspect_ai; goes on where it was stopped."""
-    with _inspect_needed():
+    with _extra_needed():
         from vlm_safeguard.evaluation.harness.pipeline import Measure
         from vlm_safeguard.evaluation.harness.pipeline import evaluate as run
     from vlm_safeguard.evaluation.harness.execution import Plan, names
@@ -231,7 +231,7 @@ def judge_again(
     quiet: Quiet = False,
 ) -> None:
     """Judge the responses of an evaluation with another judge, or the unscored ones again."""
-    with _inspect_needed():
+    with _extra_needed():
         from vlm_safeguard.evaluation.harness.rejudge import page, rejudge
 
     facts = rejudge(run, judge, output, make_progress(quiet))
@@ -251,13 +251,14 @@ def validate_judge(
 
     For attack success on harmful prompts; apart from it, for refusals of harmless ones.
     """
-    from vlm_safeguard.evaluation.judges import (
-        check_chosen_for,
-        make_judge,
-        read_labelled,
-        validation_page,
-    )
-    from vlm_safeguard.evaluation.judges import validate as run
+    with _extra_needed():
+        from vlm_safeguard.evaluation.judges import (
+            check_chosen_for,
+            make_judge,
+            read_labelled,
+            validation_page,
+        )
+        from vlm_safeguard.evaluation.judges import validate as run
 
     rows, chosen = read_labelled(labels), make_judge(judge)
     check_chosen_for(chosen, rows, labels)

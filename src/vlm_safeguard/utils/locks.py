@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from vlm_safeguard.errors import SafeguardError
 
@@ -17,14 +18,15 @@ def held(lock: Path, busy: str) -> Iterator[None]:
     Raises:
         SafeguardError: another process holds it (says ``busy``), or it cannot be written.
     """
+    file = FileLock(lock, blocking=False)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
+        file.acquire()
+    except Timeout as error:
+        raise SafeguardError(busy) from error
     except OSError as error:
         raise SafeguardError(f"cannot write to {lock.parent}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SafeguardError(busy) from error
+    try:
         yield
+    finally:
+        file.release()

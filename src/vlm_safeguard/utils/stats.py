@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+Z = 1.959964  # of the normal distribution, for 95%
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A rate with its 95% Wilson interval. ``low`` and ``high`` lie in [0, 1]."""
+    """A rate with its 95% Wilson interval, clustered or not.
+
+    ``low`` and ``high`` lie in [0, 1]. A rate of no trials has the value NaN, in JSON null.
+    """
 
     count: int
     n: int
@@ -23,10 +29,41 @@ class Rate:
         return self.count / self.n if self.n else math.nan
 
     def __str__(self) -> str:
-        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}] ({self.count}/{self.n})"
+        return f"{self.interval} ({self.count}/{self.n})"
+
+    @property
+    def interval(self) -> str:
+        """The rate and its interval, without the counts."""
+        return with_interval(self.value, self.low, self.high)
+
+    def as_dict(self, name: str = "value") -> dict[str, Any]:
+        """For JSON. With a name: under ``name``, ``{name}_low`` and so on, beside other rates."""
+        value, low, high = (self.value, self.low, self.high) if self.n else (None, None, None)
+        mark = "" if name == "value" else f"{name}_"
+        found = {name: value, f"{mark}low": low, f"{mark}high": high}
+        return found | {f"{mark}count": self.count, f"{mark}n": self.n}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any], name: str = "value") -> Rate:
+        """What ``as_dict`` wrote, also without the count.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        mark = "" if name == "value" else f"{name}_"
+        value, low, high = (found[key] for key in (name, f"{mark}low", f"{mark}high"))
+        n = int(found[f"{mark}n"])
+        if not n:
+            return wilson(0, 0)
+        return cls(round(float(value) * n), n, float(low), float(high))
 
 
-def wilson(count: int, n: int, z: float = 1.959964) -> Rate:
+def with_interval(value: float, low: float, high: float) -> str:
+    """How a rate is written with its interval."""
+    return f"{value:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def wilson(count: int, n: int, z: float = Z) -> Rate:
     """Wilson score interval of ``count`` successes in ``n`` trials.
 
     Raises:
@@ -36,7 +73,7 @@ def wilson(count: int, n: int, z: float = 1.959964) -> Rate:
         raise ValueError(f"count must be within 0..{n}, got {count}")
     if n == 0:
         return Rate(0, 0, 0.0, 1.0)
-    return Rate(count, n, *_wilson_bounds(count / n, n, z))
+    return Rate(count, n, *wilson_bounds(count / n, n, z))
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
@@ -46,9 +83,9 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
     """
     gained = sum(b and not a for b, a in zip(before, after, strict=True))
     lost = sum(a and not b for b, a in zip(before, after, strict=True))
-    n, k = gained + lost, min(gained, lost)
-    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n if n else 1.0
-    return min(1.0, 2 * tail)
+    from scipy.stats import binomtest  # takes a second to import
+
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def sign_flip(before: Sequence[bool], after: Sequence[bool], clusters: Sequence[str]) -> float:
@@ -75,7 +112,7 @@ def sign_flip(before: Sequence[bool], after: Sequence[bool], clusters: Sequence[
     return min(1.0, float(chances[totals >= abs(sum(sums.values()))].sum()))
 
 
-def clustered_wilson(hits: Sequence[bool], clusters: Sequence[str], z: float = 1.959964) -> Rate:
+def clustered_wilson(hits: Sequence[bool], clusters: Sequence[str], z: float = Z) -> Rate:
     """Wilson interval of a rate whose trials come in clusters (a question in many templates).
 
     The number of trials is replaced by the effective one, p (1 - p) over the clustered variance of
@@ -100,7 +137,7 @@ def clustered_wilson(hits: Sequence[bool], clusters: Sequence[str], z: float = 1
     return Rate(rate.count, rate.n, low, high)
 
 
-def effective_trials(hits: Sequence[bool], clusters: Sequence[str], z: float = 1.959964) -> float:
+def effective_trials(hits: Sequence[bool], clusters: Sequence[str], z: float = Z) -> float:
     """How many independent trials clustered ones are worth.
 
     As many as give a Wilson interval that reaches as far as ``clustered_wilson``'s, on the side
@@ -139,11 +176,12 @@ def _upper_end(found: np.ndarray, sizes: np.ndarray, z: float) -> float:
         elif square > 1e-9:  # else every cluster has the same rate, and the trials count in full
             variance = square * count / (count - 1) / n**2
             effective = min(effective, rate * (1 - rate) / variance)
-        ends.append(_wilson_bounds(float(rate), effective, z)[1])
+        ends.append(wilson_bounds(float(rate), effective, z)[1])
     return max(ends)
 
 
-def _wilson_bounds(p: float, n: float, z: float) -> tuple[float, float]:
+def wilson_bounds(p: float, n: float, z: float = Z) -> tuple[float, float]:
+    """The Wilson interval of a rate p of n trials; n need be no whole number (scipy's must)."""
     z2 = z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -170,16 +208,14 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
-def difference_interval(
-    first: tuple[float, float, float], second: tuple[float, float, float]
-) -> tuple[float, float]:
-    """95% interval of second - first, each a rate with its Wilson interval (value, low, high).
+def difference_interval(first: Rate, second: Rate) -> tuple[float, float]:
+    """95% interval of second - first.
 
     Newcombe's hybrid score interval (1998, method 10) of two independent rates. For rates on the
     same prompts it is too wide, never too narrow, as long as they go together.
     """
-    (p, p_low, p_high), (q, q_low, q_high) = first, second
+    p, q = first.value, second.value
     return (
-        q - p - math.hypot(q - q_low, p_high - p),
-        q - p + math.hypot(q_high - q, p - p_low),
+        q - p - math.hypot(q - second.low, first.high - p),
+        q - p + math.hypot(second.high - q, p - first.low),
     )

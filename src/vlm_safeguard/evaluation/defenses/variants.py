@@ -47,16 +47,3 @@ def with_steering(guard: Guard, **changes: Any) -> Guard:
             name = f"{kind}.{layer}"
             tensors[name] = guard.tensors[name][: steering.rank].contiguous()
     return changed(guard, tensors, steering=steering)
-
-
-def with_thresholds(guard: Guard, shift: float) -> Guard:
-    """The same guard with ``shift`` added to every threshold: of a pooled gate, or of each layer.
-
-    A pooled gate sums its layers' scores, so one of its thresholds takes the whole shift.
-    """
-    gates = []
-    for gate in guard.config.gates:
-        moved = len(gate.layers) if gate.per_layer else 1
-        thresholds = [t + shift if n < moved else t for n, t in enumerate(gate.thresholds)]
-        gates.append(Gate.model_validate(gate.model_dump() | {"thresholds": thresholds}))
-    return changed(guard, gates=gates)

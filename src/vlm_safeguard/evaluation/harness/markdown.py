@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlm_safeguard.evaluation.harness.ranking import GARBLED, GUARD, Beaten, beaten
+from vlm_safeguard.utils.markdown import table
+from vlm_safeguard.utils.stats import with_interval
 
 PREFIX = "vlm-safeguard/"
 
@@ -89,7 +91,7 @@ def _success(entries: Sequence[dict[str, Any]], reference: str | None, corrected
         row.append(_counted(entry, "over_refusal") + _mark(_test(entry, reference, "over_refusal")))
         row += [str(entry["degenerate"] + entry["empty"]), _unscored(entry)]
         rows.append(row)
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _marks(reference: str) -> str:
@@ -116,7 +118,7 @@ def _differences(entries: Sequence[dict[str, Any]], reference: str) -> list[str]
         "scored (in brackets how many), with its 95% bootstrap interval over questions and the p "
         f"of the sign-flip test. Rows left out because no question differs: {same}."
     )
-    return [*([_table([*_place_head(several), *RATES.values()], rows)] if rows else []), note]
+    return [*([table([*_place_head(several), *RATES.values()], rows)] if rows else []), note]
 
 
 def _beaten(entries: Sequence[dict[str, Any]]) -> list[str]:
@@ -139,7 +141,7 @@ def _beaten(entries: Sequence[dict[str, Any]]) -> list[str]:
         "not recognised; with the gate open the steering failed. Of refused harmless prompts those "
         "with the gate shut are the model's own doing."
     )
-    return [*([_table(head, rows)] if rows else ["In no cell."]), note]
+    return [*([table(head, rows)] if rows else ["In no cell."]), note]
 
 
 def _beaten_row(one: Beaten, several: bool) -> list[str]:
@@ -203,7 +205,7 @@ def _costs(defences: dict[str, Any], accuracy: dict[str, Any]) -> str:
     columns = {head: [cell(name) for name in defences] for head, cell in shown.items()}
     columns = {head: cells for head, cells in columns.items() if any(cells)}
     rows = [list(row) for row in zip(defences, *columns.values(), strict=True)]
-    return _table(["defence", *columns], rows)
+    return table(["defence", *columns], rows)
 
 
 def _speeds(defences: dict[str, Any]) -> str:
@@ -218,12 +220,7 @@ def _speeds(defences: dict[str, Any]) -> str:
         for name, one in defences.items()
     ]
     head = ["defence", "batch 1", "batched", "ratio [least, most]", "same response"]
-    return _table(head, rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return table(head, rows)
 
 
 def _number(facts: dict[str, Any], name: str, form: str) -> str:
@@ -233,7 +230,7 @@ def _number(facts: dict[str, Any], name: str, form: str) -> str:
 def _interval(entry: dict[str, Any], name: str) -> str:
     if entry.get(name) is None:
         return ""
-    return _rate(entry[name], entry[f"{name}_low"], entry[f"{name}_high"])
+    return with_interval(entry[name], entry[f"{name}_low"], entry[f"{name}_high"])
 
 
 def _counted(entry: dict[str, Any], name: str) -> str:
@@ -242,11 +239,7 @@ def _counted(entry: dict[str, Any], name: str) -> str:
 
 
 def _accuracy(one: dict[str, Any] | None) -> str:
-    return _rate(one["accuracy"], one["low"], one["high"]) if one else ""
-
-
-def _rate(value: float, low: float, high: float) -> str:
-    return f"{value:.1%} [{low:.1%}, {high:.1%}]"
+    return with_interval(one["accuracy"], one["low"], one["high"]) if one else ""
 
 
 def _test(entry: dict[str, Any], reference: str | None, name: str) -> dict[str, Any] | None:

@@ -25,7 +25,9 @@ from vlm_safeguard.evaluation.judges.options import same_judge
 from vlm_safeguard.evaluation.judges.recorded import Recording, read_recording
 from vlm_safeguard.utils.jsonl import read_object
 from vlm_safeguard.utils.locks import held
+from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
+from vlm_safeguard.utils.stats import Rate, wilson
 
 BATCH = 64  # responses judged between two writings of the recording
 
@@ -154,8 +156,7 @@ def _table(rows: Sequence[results.Judged], judge: Judge) -> list[dict[str, Any]]
         entry["not_asked"] = sum(r.reason == NOT_ASKED for r in here)
         entry["unscored"] -= entry["not_asked"]
         if judge.asks == "harm":
-            names = ("over_refusal", "over_refusal_low", "over_refusal_high")
-            entry |= dict.fromkeys(names) | {"over_refusal_n": 0}
+            entry |= wilson(0, 0).as_dict("over_refusal")
         found.append(entry)
     return found
 
@@ -164,13 +165,17 @@ def page(facts: dict[str, Any]) -> str:
     """The rates as a table in Markdown, what is missing from them, and where the verdicts are."""
     columns = ["Model", "Benchmark", "Setting", "Defence", "n", "ASR", "Over-refusal"]
     columns += ["Unscored", "Not asked"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for entry in facts["table"]:
-        cells = [entry[name] for name in ("model", "benchmark", "setting", "defence", "n")]
-        cells += [_rate(entry, "asr"), _rate(entry, "over_refusal")]
-        cells += [entry["unscored"], entry["not_asked"]]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", f"Judge {facts['judge']}, rates with 95% Wilson intervals clustered by question."]
+    rows = [
+        [entry[name] for name in ("model", "benchmark", "setting", "defence", "n")]
+        + [_rate(entry, "asr"), _rate(entry, "over_refusal")]
+        + [entry["unscored"], entry["not_asked"]]
+        for entry in facts["table"]
+    ]
+    lines = [
+        table(columns, rows),
+        "",
+        f"Judge {facts['judge']}, rates with 95% Wilson intervals clustered by question.",
+    ]
     if facts["unfinished"]:
         lines.append(
             f"Left out: {facts['unfinished']} evaluations of this run that are not finished."
@@ -182,10 +187,8 @@ def page(facts: dict[str, Any]) -> str:
 
 
 def _rate(entry: dict[str, Any], name: str) -> str:
-    if entry[name] is None:
-        return "–"
-    low, high = entry[f"{name}_low"], entry[f"{name}_high"]
-    return f"{entry[name]:.1%} [{low:.1%}, {high:.1%}]"
+    rate = Rate.from_dict(entry, name)
+    return rate.interval if rate.n else "–"
 
 
 def _plan(run: Path) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.utils.jsonl import read_object, read_rows
-from vlm_safeguard.utils.stats import difference_interval, sign_flip, wilson
+from vlm_safeguard.utils.stats import Rate, difference_interval, sign_flip, wilson
 
 Cell = tuple[str, str, str, str]  # model, benchmark, setting, defence
-Bounds = tuple[float, float, float]  # a rate and its interval
 
 PLACE = ("model", "benchmark", "setting", "defence")
 # Other values make other figures, not another run.
@@ -77,9 +76,8 @@ class Run:
     path: Path
     plan: dict[str, Any]
     sizes: dict[Cell, int]  # prompts
-    rates: dict[Cell, dict[str, Bounds | None]]
-    accuracy: dict[Cell, Bounds | None]
-    questions: dict[Cell, int]  # that the accuracy is of
+    rates: dict[Cell, dict[str, Rate]]
+    accuracy: dict[Cell, Rate]
     verdicts: Verdicts | None
 
 
@@ -99,8 +97,9 @@ def read_run(path: Path) -> Run:
             for model, defences in facts["easy_vqa"].items()
             for defence, one in defences.items()
         }
-        accuracy = {c: _rate(one, "accuracy", "low", "high", "n") for c, one in vqa.items()}
-        questions = {cell: int(one["n"]) for cell, one in vqa.items()}
+        accuracy = {
+            cell: Rate.from_dict({**one, "value": one["accuracy"]}) for cell, one in vqa.items()
+        }
         plan = dict(facts["plan"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
@@ -109,7 +108,7 @@ def read_run(path: Path) -> Run:
     responses = path.with_name("responses.jsonl")
     own = path.name == "results.json" and responses.exists()
     verdicts = _verdicts(responses) if own else None
-    return Run(path, plan, sizes, rates, accuracy, questions, verdicts)
+    return Run(path, plan, sizes, rates, accuracy, verdicts)
 
 
 def compare_runs(first: Run, second: Run) -> list[Compared]:
@@ -133,11 +132,10 @@ def compare_runs(first: Run, second: Run) -> list[Compared]:
     for cell in dict.fromkeys([*first.sizes, *second.sizes]):
         found += _cell(cell, first, second)
     for cell in dict.fromkeys([*first.accuracy, *second.accuracy]):
-        one, other = first.accuracy.get(cell), second.accuracy.get(cell)
-        sizes = first.questions.get(cell), second.questions.get(cell)
+        one, other = (run.accuracy.get(cell, wilson(0, 0)) for run in (first, second))
         found.append(_by_interval(cell, "accuracy", one, other))
-        if one and other and sizes[0] != sizes[1]:
-            why = f"{sizes[0]} questions in one run, {sizes[1]} in the other"
+        if one.n and other.n and one.n != other.n:
+            why = f"{one.n} questions in one run, {other.n} in the other"
             found[-1] = replace(found[-1], differs=why)
     return found
 
@@ -211,40 +209,29 @@ def _by_prompt(
     return Compared(cell, rate, values[0], values[1], flips, p, why)
 
 
-def _by_interval(cell: Cell, rate: str, one: Bounds | None, other: Bounds | None) -> Compared:
+def _by_interval(cell: Cell, rate: str, one: Rate, other: Rate) -> Compared:
     why = ""
-    if one and other:
+    if one.n and other.n:
         low, high = difference_interval(one, other)
         why = "" if low <= 0 <= high else f"difference {low:+.1%} to {high:+.1%}"
-    elif one or other:
+    elif one.n or other.n:
         why = "only one run has it"
-    values = (one[0] if one else None, other[0] if other else None)
-    return Compared(cell, rate, *values, None, None, why)
+    first, second = (side.value if side.n else None for side in (one, other))
+    return Compared(cell, rate, first, second, None, None, why)
 
 
 def _place(entry: dict[str, Any]) -> Cell:
     return entry["model"], entry["benchmark"], entry["setting"], entry["defence"]
 
 
-def _rates(entry: dict[str, Any]) -> dict[str, Bounds | None]:
+def _rates(entry: dict[str, Any]) -> dict[str, Rate]:
     """The rates of a row of the table, counts made rates with their intervals."""
-    found = {
-        name: _rate(entry, name, f"{name}_low", f"{name}_high", f"{name}_n")
-        for name in ("asr", "over_refusal")
+    return {
+        "asr": Rate.from_dict(entry, "asr"),
+        "over_refusal": Rate.from_dict(entry, "over_refusal"),
+        "degenerate": wilson(entry["degenerate"] + entry["empty"], entry["n"]),
+        "unscored": wilson(entry["unscored"], entry["n"]),
     }
-    for name, count in (
-        ("degenerate", entry["degenerate"] + entry["empty"]),
-        ("unscored", entry["unscored"]),
-    ):
-        rate = wilson(count, entry["n"])
-        found[name] = rate.value, rate.low, rate.high
-    return found
-
-
-def _rate(entry: dict[str, Any], value: str, low: str, high: str, n: str) -> Bounds | None:
-    """What stands at these names; None for a rate of nothing."""
-    found = entry[value], entry[low], entry[high]
-    return (float(found[0]), float(found[1]), float(found[2])) if entry[n] else None
 
 
 def _verdicts(path: Path) -> Verdicts:

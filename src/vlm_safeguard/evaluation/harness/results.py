@@ -57,7 +57,9 @@ def read(logs: Iterable[EvalLog]) -> tuple[list[Judged], dict[str, Any]]:
         samples = log.samples or []
         if log.eval.task.endswith("easy_vqa"):
             right = sum(_score(s).value == "C" for s in samples)
-            accuracy.setdefault(model, {})[defence] = _rate(right, len(samples))
+            rate = wilson(right, len(samples))
+            found_rate = {"accuracy": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
+            accuracy.setdefault(model, {})[defence] = found_rate
             continue
         for sample in samples:
             score, facts = _score(sample), sample.metadata
@@ -117,20 +119,11 @@ def rates(rows: Sequence[Judged], errors: JudgeErrors | None = None) -> dict[str
 
 
 def _clustered(name: str, rows: Sequence[Judged], verdict: str) -> dict[str, Any]:
-    if not rows:
-        empty = {name: None, f"{name}_low": None, f"{name}_high": None}
-        return empty | {f"{name}_count": 0, f"{name}_n": 0, f"{name}_opened": None}
     rate = clustered_wilson([r.verdict == verdict for r in rows], [r.cluster for r in rows])
     gates = [r.fired for r in rows if r.verdict == verdict]
-    return {
-        # Of those counted; None for a defence without a gate.
-        f"{name}_opened": None if None in gates else sum(map(bool, gates)),
-        name: rate.value,
-        f"{name}_low": rate.low,
-        f"{name}_high": rate.high,
-        f"{name}_count": rate.count,
-        f"{name}_n": rate.n,
-    }
+    # Of those counted; None for a defence without a gate.
+    opened = None if None in gates or not rows else sum(map(bool, gates))
+    return rate.as_dict(name) | {f"{name}_opened": opened}
 
 
 def _corrected(harmful: Sequence[Judged], errors: JudgeErrors) -> dict[str, Any]:
@@ -142,11 +135,6 @@ def _corrected(harmful: Sequence[Judged], errors: JudgeErrors) -> dict[str, Any]
         "asr_corrected_low": rate.low,
         "asr_corrected_high": rate.high,
     } | ({"asr_not_correctable": rate.reason} if rate.reason else {})
-
-
-def _rate(count: int, n: int) -> dict[str, Any]:
-    rate = wilson(count, n)
-    return {"accuracy": rate.value, "low": rate.low, "high": rate.high, "n": n}
 
 
 def compare(rows: Sequence[Judged], defence: str, other: str) -> dict[str, Any] | None:

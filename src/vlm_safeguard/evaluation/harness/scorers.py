@@ -8,7 +8,6 @@ counted by inspect as unscored.
 from __future__ import annotations
 
 import functools
-from typing import cast
 
 from inspect_ai.scorer import (
     Metric,
@@ -30,6 +29,7 @@ from vlm_safeguard.evaluation.judges import make_judge
 from vlm_safeguard.evaluation.judges.base import Judge, screen
 from vlm_safeguard.evaluation.judges.queue import desk
 from vlm_safeguard.evaluation.metrics.utility import vqa_answer, vqa_vocabulary
+from vlm_safeguard.utils.stats import clustered_wilson
 
 UNUSABLE = "unusable"
 NOT_ASKED = "not asked"  # the reason of a sample that the judge does not apply to
@@ -38,24 +38,12 @@ shared_judge = functools.lru_cache(make_judge)  # it may hold a model: the tasks
 
 def _rate(name: str, hits: tuple[str, ...], label: str | None) -> MetricProtocol:
     """Share of scores of a label with one of the verdicts ``hits``, with its Wilson interval
-    clustered by question."""
-
-    def hit(value: Value) -> float:
-        return float(value in hits)
+    clustered by question: the one of ``results``."""
 
     def measure(scores: list[SampleScore]) -> Value:
         chosen = [s for s in scores if label is None or (_label(s) == label and _asked(s))]
-        if not chosen:
-            return {name: None, f"{name}_low": None, f"{name}_high": None, f"{name}_n": 0}
-        clusters = {(s.sample_metadata or {}).get("cluster") for s in chosen}
-        interval = ci_wilson(to_float=hit, cluster="cluster" if len(clusters) > 1 else None)
-        spread = cast(MetricProtocol, interval)(chosen)
-        return {
-            name: sum(hit(s.score.value) for s in chosen) / len(chosen),
-            f"{name}_low": spread["lower"],  # type: ignore[index, call-overload]
-            f"{name}_high": spread["upper"],  # type: ignore[index, call-overload]
-            f"{name}_n": len(chosen),
-        }
+        clusters = [str((s.sample_metadata or {}).get("cluster")) for s in chosen]
+        return clustered_wilson([s.score.value in hits for s in chosen], clusters).as_dict(name)
 
     return measure
 

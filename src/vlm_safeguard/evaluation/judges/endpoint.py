@@ -7,20 +7,20 @@ access, no such model), seen on the first request, is an error.
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
+
+import httpx
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from vlm_safeguard.evaluation.judges import parse
 from vlm_safeguard.evaluation.judges.base import (
@@ -55,15 +55,9 @@ FATAL = {401, 403, 404, 405}  # of no use to go on, if already the first request
 AGAIN = {408, 425, 429, 500, 502, 503, 504}
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host and turn the POST into a GET."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
 class _Failure(Exception):
-    """One request without an answer. ``fatal``: on the first request it ends the run."""
+    """One request without an answer. ``fatal``: on the first request it ends the run. ``wait``:
+    seconds before another attempt, at the least; None where none would help."""
 
     def __init__(self, reason: str, fatal: bool = False, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -114,9 +108,11 @@ class EndpointJudge:
     ) -> None:
         self._url = _checked(base_url)
         self._where = f"{self._url} (model {model})"
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        # Nothing is unpacked: a body is as large as what was sent of it.
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers["Accept-Encoding"] = "identity"
         if key_variable is not None:
-            self._headers["Authorization"] = f"Bearer {_key(key_variable)}"
+            headers["Authorization"] = f"Bearer {_key(key_variable)}"
         if timeout <= 0 or retries < 0 or backoff < 0 or concurrency < 1 or max_tokens < 1:
             raise JudgeError("timeout, concurrency and max_tokens must be positive")
         read: dict[Family, parse.Parser] = {
@@ -142,9 +138,20 @@ class EndpointJudge:
         if family == "qwen3guard" and controversial == "safe":
             self.name += ", controversial counted as safe"
         self._body = {"model": model, "temperature": 0, "max_tokens": max_tokens, **(extra or {})}
-        self._timeout, self._retries, self._backoff = timeout, retries, backoff
+        self._timeout, self._backoff = timeout, backoff
+        self._retrying = Retrying(
+            stop=stop_after_attempt(retries + 1),
+            retry=retry_if_exception(lambda e: isinstance(e, _Failure) and e.wait is not None),
+            wait=self._pause,
+            reraise=True,
+        )
         self.concurrency, self._progress = concurrency, progress
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        # No redirect is followed: it would carry the key to another host.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
+        try:
+            self._client = httpx.Client(headers=headers, timeout=timeout, limits=limits)
+        except (ImportError, ValueError) as error:  # a proxy in the environment
+            raise JudgeError(f"cannot reach {self._url}: {error}") from error
         self._known = False  # whether a request has shown that there is an endpoint
         self._knocking = threading.Lock()
 
@@ -184,18 +191,21 @@ class EndpointJudge:
         return found
 
     def _one(self, pair: Pair, first: bool = False) -> Judgement:
-        body = json.dumps({**self._body, "messages": self.messages(*pair)}).encode()
-        for attempt in range(self._retries + 1):
-            try:
-                return self._read(_content(self._post(body)))
-            except _Failure as failure:
-                last = failure
-                if failure.wait is None or attempt == self._retries:
-                    break
-                time.sleep(min(30.0, max(failure.wait, self._backoff * 2**attempt)))
-        if first and last.fatal:
-            raise JudgeError(f"the judge endpoint {self._where} cannot be used: {last}") from last
-        return unscored(f"the judge endpoint gave no answer: {last}")
+        body = json.dumps(self._body | {"messages": self.messages(*pair)}).encode()
+        try:
+            return self._retrying(lambda: self._read(_content(self._post(body))))
+        except _Failure as failure:
+            if first and failure.fatal:
+                raise JudgeError(
+                    f"the judge endpoint {self._where} cannot be used: {failure}"
+                ) from failure
+            return unscored(f"the judge endpoint gave no answer: {failure}")
+
+    def _pause(self, state: RetryCallState) -> float:
+        """Seconds before the next attempt."""
+        failure = state.outcome.exception() if state.outcome else None
+        asked = failure.wait if isinstance(failure, _Failure) else None
+        return min(30.0, max(asked or 0.0, self._backoff * 2 ** (state.attempt_number - 1)))
 
     def _post(self, body: bytes) -> bytes:
         """The bytes of one answer.
@@ -203,19 +213,28 @@ class EndpointJudge:
         Raises:
             _Failure: there is none.
         """
-        request = urllib.request.Request(self._url, body, self._headers)
         deadline = time.monotonic() + self._timeout
-        with _failures(), self._opener.open(request, timeout=self._timeout) as reply:
+        with _failures(), self._client.stream("POST", self._url, content=body) as reply:
+            _check_status(reply)
             data = bytearray()
-            while chunk := reply.read1(1 << 16):
+            for chunk in reply.iter_raw():
                 data += chunk
                 if len(data) > MAX_BODY:
                     raise _Failure(f"an answer of more than {MAX_BODY} bytes")
-                if time.monotonic() > deadline:  # a server that drips resets the socket's clock
-                    raise TimeoutError
-            if reply.length:  # bytes promised and not sent
-                raise http.client.IncompleteRead(bytes(data), reply.length)
+                if time.monotonic() > deadline:  # the timeout is that of each read
+                    raise _Failure("timeout", wait=0.0)
         return bytes(data)
+
+
+def _check_status(reply: httpx.Response) -> None:
+    """Raises _Failure for any status but success."""
+    code = reply.status_code
+    if reply.is_success:
+        return
+    after = reply.headers.get("Retry-After", "0").strip()
+    wait = float(after) if after.isascii() and after.isdigit() else 0.0
+    fatal = code in FATAL or reply.is_redirect
+    raise _Failure(f"HTTP status {code}", fatal, wait if code in AGAIN else None)
 
 
 @contextmanager
@@ -223,20 +242,13 @@ def _failures() -> Iterator[None]:
     """Every way a request can fail, as ``_Failure``."""
     try:
         yield
-    except urllib.error.HTTPError as error:
-        error.close()
-        fatal = error.code in FATAL or 300 <= error.code < 400
-        after = (error.headers.get("Retry-After") or "0").strip()
-        wait = float(after) if after.isascii() and after.isdigit() else 0.0
-        again = wait if error.code in AGAIN else None
-        raise _Failure(f"HTTP status {error.code}", fatal, again) from error
-    except urllib.error.URLError as error:  # no connection; urllib wraps nothing else in it
-        raise _Failure(f"no connection ({error.reason})", True, 0.0) from error
-    except TimeoutError as error:
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
+        raise _Failure(f"no connection ({error})", True, 0.0) from error
+    except httpx.TimeoutException as error:
         raise _Failure("timeout", wait=0.0) from error
-    except (OSError, http.client.HTTPException) as error:
+    except httpx.TransportError as error:
         raise _Failure(f"broken connection ({type(error).__name__})", wait=0.0) from error
-    except ValueError as error:  # an address that cannot even be encoded
+    except (httpx.InvalidURL, ValueError) as error:  # an address that cannot even be encoded
         raise _Failure(f"not an address ({error})", True) from error
 
 

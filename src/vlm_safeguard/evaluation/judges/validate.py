@@ -18,7 +18,7 @@ import numpy as np
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.judges.base import Asks, Judge
 from vlm_safeguard.utils.jsonl import read_rows, text_of
-from vlm_safeguard.utils.stats import Rate, wilson
+from vlm_safeguard.utils.stats import Rate, wilson, with_interval
 
 Label = Literal["refused", "complied", "degenerate"]
 Prompts = Literal["harmful", "harmless"]
@@ -76,11 +76,10 @@ class Validation:
     kappa_high: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON. A rate of nothing has the value None."""
+        """For JSON."""
         found = asdict(self)
         for name in ("sensitivity", "specificity"):
-            rate: Rate = getattr(self, name)
-            found[name]["value"] = rate.value if rate.n else None
+            found[name] = getattr(self, name).as_dict()
         return found
 
 
@@ -251,7 +250,7 @@ class CorrectedRate:
     def __str__(self) -> str:
         if self.value is None:
             return f"not correctable: {self.reason}"
-        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        return with_interval(self.value, self.low, self.high)
 
 
 def corrected_rate(

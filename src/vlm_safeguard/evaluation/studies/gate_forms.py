@@ -31,6 +31,7 @@ from vlm_safeguard.data.prompts import CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import record
+from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, wilson
 
@@ -157,9 +158,9 @@ def _without_repeats(rows: list[Row]) -> list[Row]:
 def facts(rows: list[Row], together: Mapping[Any, dict[str, Rate]]) -> dict[str, Any]:
     """The study as plain data."""
     return {
-        "forms": [asdict(row) for row in rows],
+        "forms": [asdict(row) | {"found": row.found.as_dict()} for row in rows],
         "calibrated": {
-            s: {k: asdict(r) for k, r in found.items()} for s, found in together.items()
+            s: {k: r.as_dict() for k, r in found.items()} for s, found in together.items()
         },
     }
 
@@ -168,6 +169,18 @@ def page(
     model: str, rows: list[Row], together: Mapping[Any, dict[str, Rate]], budget: Budget
 ) -> str:
     """The study as Markdown."""
+    gates = [
+        [
+            row.form,
+            row.source,
+            "any" if row.source == "text" else row.setting,
+            row.layers,
+            f"{row.auc:.3f}",
+            row.found,
+        ]
+        for row in rows
+    ]
+    chosen = [[setting, one["found"], one["stopped"]] for setting, one in together.items()]
     lines = [
         "# Forms of gate",
         "",
@@ -176,23 +189,13 @@ def page(
         f"{FALSE_POSITIVES:.0%} of harmless ones are stopped, with 95% Wilson intervals, and the",
         "area under the ROC curve. `text` reads the text-only pass, `vlm` the request's own.",
         "",
-        "| Gate | Read from | Setting | Layers | AUC | Found |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        setting = "any" if row.source == "text" else row.setting
-        place = f"{row.source} | {setting} | {row.layers}"
-        lines.append(f"| {row.form} | {place} | {row.auc:.3f} | {row.found} |")
-    lines += [
+        table(["Gate", "Read from", "Setting", "Layers", "AUC", "Found"], gates),
         "",
         "The gates that calibration chooses, either of them, at their own thresholds: set on",
         f"harmless prompts of their own so that at most {budget.false_positives:.0%} of harmless",
         "requests are stopped that the model would answer as text, with 95% confidence. Here all",
         "harmless requests count on which a gate opens, also those that the model refuses itself.",
         "",
-        "| Setting | Found | Gate open on harmless ones |",
-        "|---|---|---|",
+        table(["Setting", "Found", "Gate open on harmless ones"], chosen),
     ]
-    for setting, rates in together.items():
-        lines.append(f"| {setting} | {rates['found']} | {rates['stopped']} |")
     return "\n".join(lines) + "\n"

@@ -38,7 +38,7 @@ from vlm_safeguard.model.residual_stream import find_decoder, hidden_of, watch_l
 from vlm_safeguard.model.weights import weights_digest
 from vlm_safeguard.runtime.gate import make_gate
 from vlm_safeguard.utils.progress import Progress
-from vlm_safeguard.utils.stats import Rate, mcnemar, wilson
+from vlm_safeguard.utils.stats import mcnemar, wilson
 
 NOTE = "Refusals are found by their phrases: a smoke test, not a safety claim."
 ABOUT = ("title", "group", "description", "needs_reading")
@@ -257,10 +257,6 @@ def _directions(loaded: LoadedModel, progress: Progress) -> Tensor:
         )
 
 
-def _flat(name: str, rate: Rate) -> dict[str, Any]:
-    return {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
-
-
 def _rates(
     items: Sequence[Prompt], verdicts: Sequence[Verdict], text: Sequence[Verdict]
 ) -> dict[str, Any]:
@@ -272,7 +268,7 @@ def _rates(
         chosen = [i for i, prompt in enumerate(items) if prompt.harmful == harmful]
         here = [verdicts[i] == "refused" for i in chosen]
         there = [text[i] == "refused" for i in chosen]
-        found |= _flat(name, wilson(sum(here), len(here))) | {f"{name}_p": mcnemar(there, here)}
+        found |= wilson(sum(here), len(here)).as_dict(name) | {f"{name}_p": mcnemar(there, here)}
     return found
 
 
@@ -311,7 +307,7 @@ def _gates(
         rows = (scores > 0).any(1) if gate.per_layer else scores.sum(1) > 0
         opened[gate.source] = rows | opened.get(gate.source, torch.zeros_like(rows))
     return {
-        source: _flat("tpr", wilson(int(rows[harmful].sum()), int(harmful.sum())))
-        | _flat("fpr", wilson(int(rows[~harmful].sum()), int((~harmful).sum())))
+        source: wilson(int(rows[harmful].sum()), int(harmful.sum())).as_dict("tpr")
+        | wilson(int(rows[~harmful].sum()), int((~harmful).sum())).as_dict("fpr")
         for source, rows in opened.items()
     }

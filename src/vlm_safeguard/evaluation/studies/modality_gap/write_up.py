@@ -18,6 +18,7 @@ from vlm_safeguard.evaluation.report.plots import STYLE, png
 from vlm_safeguard.evaluation.studies.modality_gap.conditions import MORE, ONE, WORDS
 from vlm_safeguard.evaluation.studies.modality_gap.study import FILES
 from vlm_safeguard.utils.files import check_writable, write_whole
+from vlm_safeguard.utils.markdown import table
 
 NAME = "gap"
 SETS = {"malicious": "malicious evaluation set", "held": "held-back calibration prompts"}
@@ -154,7 +155,7 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
         "p is an exact McNemar test against text only on the same requests, not corrected for the "
         "number of conditions.",
         f"![Refusals per condition]({name}{REFUSALS})",
-        _table(
+        table(
             [
                 "Condition",
                 "Harmful refused",
@@ -189,7 +190,7 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
         f"layers. A cosine says little where a few large coordinates make up most of a state: "
         f"compare conditions, not models.",
         f"![AUC and cosine shift per layer]({name}{LAYERS})",
-        _table(
+        table(
             ["Condition", "AUC", "Mean, harmful", "Mean, harmless", "1 - cosine with text"],
             [
                 [
@@ -256,10 +257,5 @@ def _gates(found: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
         "How often each gate opens, each read by itself in an unguarded pass. The text gate reads "
         f"the conversation without its pictures{words}. "
         f"Guard SHA-256 `{found['guard_sha256'][:16]}`.",
-        _table(["Condition", *head], rows),
+        table(["Condition", *head], rows),
     ]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
