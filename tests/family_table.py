@@ -18,16 +18,14 @@ START, END = "<!-- made by python -m tests.family_table -->", "<!-- end -->"
 
 
 def summary() -> str:
-    """The README's table: families by what can be done with them."""
+    """The README's sentence: families by what can be done with them."""
     alone = [one.name for one in FAMILIES.values() if one.text_alone and ", " not in one.name]
     others = [one.name for one in FAMILIES.values() if not one.text_alone]
-    rows = {
-        f"guarded ({len(alone)})": alone,
-        "guarded, but not calibrated: no reading of text alone": others,
-        "refused": REFUSED,
-    }
-    lines = ["| | Families in transformers |", "|---|---|"]
-    return "\n".join(lines + [f"| {what} | {', '.join(names)} |" for what, names in rows.items()])
+    return (
+        f"Guarded without code of their own are {len(alone)} families: {', '.join(alone)}. Guarded, "
+        f"but not calibrated (no text-only pass): {', '.join(others)}. Refused by name: "
+        f"{', '.join(REFUSED)}."
+    )
 
 
 def table() -> str:
