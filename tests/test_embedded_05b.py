@@ -1,0 +1,105 @@
+"""The model `embedded-0.5b`, assembled for real: its language model is the publisher's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from vlm_safeguard.embedded.assemble import MODELS, assemble, default_cache
+from vlm_safeguard.embedded.base_llm import fetch_gguf, read_gguf
+from vlm_safeguard.errors import DemoError
+from vlm_safeguard.model.chat import prepare
+from vlm_safeguard.model.loading import LoadedModel, load
+from vlm_safeguard.model.text_only import find_markup
+
+pytestmark = pytest.mark.embedded
+NAME = "embedded-0.5b"
+SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    try:
+        folder = assemble(NAME)
+    except DemoError as error:
+        if "could not fetch" in str(error):
+            pytest.skip("the language model's file is neither here nor to be had")
+        raise
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def published(loaded: LoadedModel) -> tuple[Any, dict[str, Tensor], Any]:
+    """Configuration, tensors and tokenizer of the publisher's file."""
+    base = MODELS[NAME].base
+    return read_gguf(fetch_gguf(base, default_cache()), base.pad_token)
+
+
+def talk(*parts: object) -> list[dict[str, Any]]:
+    content = [
+        {"type": "image", "image": part}
+        if isinstance(part, Image.Image)
+        else {"type": "text", "text": part}
+        for part in parts
+    ]
+    return [{"role": "user", "content": content}]
+
+
+@torch.inference_mode()
+def test_its_language_model_is_the_publishers_bit_for_bit(
+    loaded: LoadedModel, published: tuple[Any, dict[str, Tensor], Any]
+) -> None:
+    config, state, _ = published
+    own = dict(loaded.model.model.language_model.state_dict())
+    assert {f"model.{name}" for name in own} | {"lm_head.weight"} == set(state)
+    assert all(torch.equal(own[name], state[f"model.{name}"]) for name in own)
+    assert torch.equal(loaded.model.lm_head.weight, state["lm_head.weight"])
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(state, assign=True)
+    plain.model.rotary_emb = type(plain.model.rotary_emb)(config)
+    inputs = prepare(loaded.processor, [talk("How do I bake bread?")])
+    here, there = (model.eval()(**inputs).logits for model in (loaded.model, plain))
+    assert torch.equal(here, there)
+
+
+def test_the_template_is_the_publishers_on_text(
+    loaded: LoadedModel, published: tuple[Any, dict[str, Tensor], Any]
+) -> None:
+    """Default system prompt, one of the caller's own, several turns."""
+    tokenizer = published[2]
+    own = {"role": "system", "content": "Be brief."}
+    turns = [*_plain("Hi"), {"role": "assistant", "content": "Hello."}, *_plain("Why?")]
+    for messages in (_plain("Hi"), [own, *_plain("Hi")], turns):
+        options = {"add_generation_prompt": True, "tokenize": False}
+        expected = tokenizer.apply_chat_template(messages, **options)
+        assert loaded.processor.apply_chat_template(messages, **options) == expected
+    assert SYSTEM in expected
+
+
+def _plain(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_it_is_a_plain_checkpoint_that_takes_pictures(loaded: LoadedModel) -> None:
+    assert getattr(loaded.model.config, "quantization_config", None) is None
+    assert loaded.model.generation_config.eos_token_id == [151645, 151643]
+    markup = find_markup(loaded)
+    assert len(markup.token_ids) == 1 and loaded.processor.tokenizer.decode(markup.after) == "\n"
+    picture = Image.new("RGB", (224, 224), (127, 127, 127))
+    inputs = prepare(loaded.processor, [talk(picture, "What is in this picture?")])
+    assert int((inputs["input_ids"] == markup.token_ids[0]).sum()) == 16
+    out = loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert loaded.processor.decode(out[0, inputs["input_ids"].shape[1] :]).strip()
+
+
+def test_what_ships_is_small() -> None:
+    model = MODELS[NAME]
+    size = sum(Path(model.resource(name)).stat().st_size for name in ("weights.safetensors",))
+    assert size <= 15_000_000
