@@ -270,8 +270,8 @@ def check_no_unread_picture(
     if options.get("pixel_values") is not None or _holds(ids, markup.token_ids):
         raise GuardRuntimeError(
             "this guard reads the words in pictures, and nobody read them: make the inputs with "
-            "vlm_safeguard.encode(..., read_pictures=True), or pass the request as text, with the "
-            "words of its pictures, in text_input_ids"
+            "guard.prepare(processor, messages), or pass the request as text, with the words of "
+            "its pictures, in text_input_ids"
         )
 
 
