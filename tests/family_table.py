@@ -22,8 +22,8 @@ def summary() -> str:
     alone = [one.name for one in FAMILIES.values() if one.text_alone and ", " not in one.name]
     others = [one.name for one in FAMILIES.values() if not one.text_alone]
     return (
-        f"Guarded without code of their own are {len(alone)} families: {', '.join(alone)}. Guarded, "
-        f"but not calibrated (no text-only pass): {', '.join(others)}. Refused by name: "
+        f"Guarded without code of their own are {len(alone)} families: {', '.join(alone)}. "
+        f"Guarded, but not calibrated (no text-only pass): {', '.join(others)}. Refused by name: "
         f"{', '.join(REFUSED)}."
     )
 
