@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save
 
 from tests import families, fuzz, tiny
+from tests.paths import DOCS
 from vlm_safeguard.artifact import config as limits
 from vlm_safeguard.artifact import serialization
 from vlm_safeguard.artifact.config import Gate, Steering
@@ -481,7 +482,7 @@ def test_settings_cannot_call_for_unbounded_memory(folder):
 
 
 def test_the_documented_limits_are_those_of_the_code():
-    page = (Path(__file__).parent.parent / "docs" / "guard-format.md").read_text()
+    page = (DOCS / "guard-format.md").read_text()
     rows = re.findall(r"\| (\d+)[^|]*\| `(MAX_\w+)` \|", page)
     stated = {name: int(value) for value, name in rows}
     own = {

@@ -32,8 +32,9 @@ from inspect_ai.model import (
 from inspect_ai.scorer import SampleScore, Score
 
 from tests import checkpoint, tiny
-from tests.recorded import write_recorded
-from tests.test_results import judged as rows_of
+from tests.evaluation.harness.test_results import judged as rows_of
+from tests.evaluation.recorded import write_recorded
+from tests.paths import DOCS
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data import drawings as pictures
 from vlm_safeguard.data import prompts
@@ -56,7 +57,7 @@ from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import load
 from vlm_safeguard.utils.progress import Progress
 
-LABELS = Path(__file__).parents[1] / "docs" / "judge-labels.jsonl"
+LABELS = DOCS / "judge-labels.jsonl"
 
 
 @pytest.fixture(scope="module")

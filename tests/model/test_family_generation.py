@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests import families
 from tests.families import FAMILIES
-from tests.test_families import (
+from tests.model.test_family_decoder import (
     CLOSE,
     NEVER,
     PROMPTS,

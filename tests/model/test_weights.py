@@ -8,7 +8,7 @@ from torch import nn
 
 from tests import checkpoint, tiny
 from tests.reference import Reference
-from tests.test_ways import calibrated, generate, holds
+from tests.runtime.test_generation import calibrated, generate, holds
 from vlm_safeguard.calibration import doctor
 from vlm_safeguard.errors import GuardError, ModelError
 from vlm_safeguard.model.chat import encode
