@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests import fuzz
+from tests import fuzz, tiny
 from tests.artifact import hub_server
 from vlm_safeguard.artifact import hub as hub_module
 from vlm_safeguard.artifact.model_card import CARD_FILE
@@ -117,7 +117,7 @@ def test_branches_and_pull_requests(hub, guard):
 
 def test_erase_is_never_pushed(hub, guard):
     steering = guard.config.steering.model_copy(update={"mode": "erase"})
-    eraser = Guard(guard.config.model_copy(update={"steering": steering}), guard.tensors)
+    eraser = tiny.changed(guard, steering=steering)
     with pytest.raises(GuardError, match="never"):
         eraser.push_to_hub(NAME, endpoint=hub.endpoint)
     assert hub.requests == []
