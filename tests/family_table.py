@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.families import FAMILIES, REFUSED, Family
+from tests.paths import DOCS, ROOT
 from vlm_safeguard.calibration.doctor import describe
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.residual_stream import verify_residual_stream
 from vlm_safeguard.utils.files import write_whole
 
-ROOT = Path(__file__).parents[1]
 START, END = "<!-- made by python -m tests.family_table -->", "<!-- end -->"
 
 
@@ -80,7 +80,7 @@ def _after_colon(error: ModelError) -> str:
 
 def documents() -> dict[Path, str]:
     """The files that hold a table, with it in its place."""
-    tables = {ROOT / "docs" / "families.md": table(), ROOT / "README.md": summary()}
+    tables = {DOCS / "families.md": table(), ROOT / "README.md": summary()}
     return {path: _written_into(path.read_text("utf-8"), made) for path, made in tables.items()}
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from tests import tiny
 
+CLOSE = {"atol": 2e-4, "rtol": 1e-3}
+GATES = [tiny.gate("text", 5), tiny.gate("vlm", 2)]
+
 
 @dataclass
 class Known:
@@ -125,3 +128,34 @@ class Reference:
             table.append(self.logits(generated)[-1])
             generated.append(int(table[-1].argmax()))
         return generated, torch.stack(table)
+
+
+def calibrated(model, prompts, gates=GATES, **steering):
+    """A guard that opens for some of the prompts, and their references: its thresholds lie between
+    their scores."""
+    made = tiny.guard(model, gates, **({"tokens": 3} | steering))
+    known = [Reference(model, made, prompt).known.scores for prompt in prompts]
+    thresholds = []
+    for index, one in enumerate(made.config.gates):
+        scores = torch.tensor([[k[index][layer] for layer in one.layers] for k in known])
+        if one.per_layer:
+            thresholds.append(scores.quantile(0.7, 0).tolist())
+        else:
+            middle = float(scores.sum(1).quantile(0.7))
+            thresholds.append([middle / len(one.layers)] * len(one.layers))
+    made = tiny.with_thresholds(made, thresholds)
+    references = [Reference(model, made, prompt) for prompt in prompts]
+    assert 0 < sum(r.fired for r in references) < len(references)
+    return made, references
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+def holds(references, tokens, logits, copies=1):
+    """Each row's logits are the reference's for its prompt and its tokens."""
+    assert len(tokens) == copies * len(references)
+    for row, (answer, table) in enumerate(zip(tokens.tolist(), logits, strict=True)):
+        expected = references[row // copies].logits(answer[:-1])[-len(answer) :]
+        close(table, expected)

@@ -1,6 +1,6 @@
 """Tiny random models, guards made by hand, and padded batches of token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from vlm_safeguard.model.weights import weights_digest
 LAYERS, WIDTH, VOCAB = 6, 32, 260
 PAD, EOS, NEWLINE, IMAGE = 0, 1, 3, 258
 PATCHES = 4
+NEW = 4  # tokens of an answer, where nothing else is said
 
 TEXT = {
     "vocab_size": VOCAB,
@@ -59,7 +60,7 @@ def llava(seed: int = 0, **text: Any) -> LlavaForConditionalGeneration:
         pad_token_id=PAD,
         initializer_range=0.3,
     )
-    return _ready(LlavaForConditionalGeneration(config))
+    return ready(LlavaForConditionalGeneration(config))
 
 
 def onevision(seed: int = 0) -> LlavaOnevisionForConditionalGeneration:
@@ -71,10 +72,11 @@ def onevision(seed: int = 0) -> LlavaOnevisionForConditionalGeneration:
         video_token_id=IMAGE + 1,
         pad_token_id=PAD,
     )
-    return _ready(LlavaOnevisionForConditionalGeneration(config))
+    return ready(LlavaOnevisionForConditionalGeneration(config))
 
 
-def _ready(model: Any) -> Any:
+def ready(model: Any) -> Any:
+    """Weights large enough that every part matters; generation never stops early."""
     for parameter in model.parameters():  # some parts ignore the initializer's range
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -137,6 +139,16 @@ def without_pictures(prompt: Sequence[int]) -> list[int]:
     return kept
 
 
+def generate(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    """Sequences without their prompts, and the logits of every step, (B, new, vocabulary)."""
+    options = {"max_new_tokens": NEW, "do_sample": False} | options
+    out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
+    steps = list(out.logits)
+    if options.get("num_beams", 1) > 1:  # each token's come from the beam it was found on
+        steps = [table[out.beam_indices[:, step]] for step, table in enumerate(steps)]
+    return out.sequences[:, -len(steps) :], torch.stack(steps, 1)
+
+
 # -- guards ------------------------------------------------------------------------------------
 
 
@@ -180,10 +192,20 @@ def guard(
     return Guard(config, tensors)
 
 
+def always(model: Any, threshold: float = -1e9, **steering: Any) -> Guard:
+    """A guard that fires for every request, or with +1e9 for none."""
+    return guard(model, [gate("text", 2, threshold=threshold)], **steering)
+
+
+def changed(made: Guard, **settings: Any) -> Guard:
+    """The same guard with other settings at the top level."""
+    return Guard(made.config.model_copy(update=settings), made.tensors)
+
+
 def with_thresholds(made: Guard, thresholds: Sequence[Sequence[float]]) -> Guard:
     """The same guard with other thresholds, one list per gate."""
     gates = [
         one.model_copy(update={"thresholds": list(values)})
         for one, values in zip(made.config.gates, thresholds, strict=True)
     ]
-    return Guard(made.config.model_copy(update={"gates": gates}), made.tensors)
+    return changed(made, gates=gates)

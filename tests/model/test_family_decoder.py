@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import families, family_table, tiny
 from tests.families import FAMILIES, Family
+from tests.reference import close
+from tests.tiny import generate
 from vlm_safeguard.artifact.config import Markup
 from vlm_safeguard.calibration import doctor
 from vlm_safeguard.calibration.doctor import describe, examine
@@ -40,8 +42,6 @@ from vlm_safeguard.model.text_only import (
 )
 
 PROMPTS = ["What is this?", "How many of them are there, would you say?"]
-NEW = 4
-CLOSE = {"atol": 2e-4, "rtol": 1e-3}
 ALWAYS, NEVER = -1e9, 1e9
 
 
@@ -152,7 +152,7 @@ def guard_for(
     )
     ids = loaded.processor.tokenizer.convert_tokens_to_ids(tokens)
     markup = Markup(token_ids=ids, before=before, after=after, inner=inner, pad_id=families.PAD)
-    return Guard(made.config.model_copy(update={"markup": markup}), made.tensors)
+    return tiny.changed(made, markup=markup)
 
 
 def half_open(loaded: LoadedModel, made: Guard, inputs: dict[str, Tensor]) -> tuple[Guard, int]:
@@ -170,20 +170,6 @@ def batch(one: Family, loaded: LoadedModel) -> tuple[dict[str, Tensor], list[dic
     pictures = [families.photo(1), None if one.mixed else families.photo(2)]
     alone = [encode(loaded, [p], [i]) for p, i in zip(PROMPTS, pictures, strict=True)]
     return encode(loaded, PROMPTS, pictures), alone
-
-
-def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
-    """Sequences without their prompts, and the logits of every step, (B, new, vocabulary)."""
-    options = {"max_new_tokens": NEW, "do_sample": False} | options
-    out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
-    steps = list(out.logits)
-    if options.get("num_beams", 1) > 1:  # each token's come from the beam it was found on
-        steps = [table[out.beam_indices[:, step]] for step, table in enumerate(steps)]
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(steps, 1)
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 # -- the decoder -------------------------------------------------------------------------------

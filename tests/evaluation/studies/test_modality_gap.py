@@ -52,7 +52,7 @@ def guard(loaded: loading.LoadedModel) -> Any:
     gates = [tiny.gate("text", 2), tiny.gate("vlm", 1, 3)]
     made, own = tiny.guard(loaded.model, gates), find_markup(loaded)
     markup = own.settings(tiny.PAD)
-    return Guard(made.config.model_copy(update={"markup": markup}), made.tensors)
+    return tiny.changed(made, markup=markup)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.paths import PUBLISHED
 from vlm_safeguard.data import prompts
 from vlm_safeguard.data.inputs import settings_of
 from vlm_safeguard.data.prompts import Prompt
@@ -18,7 +19,6 @@ from vlm_safeguard.evaluation.benchmarks import BENCHMARKS, drop_repeats, load_b
 from vlm_safeguard.evaluation.benchmarks.pictured import FIGSTEP_REQUEST
 from vlm_safeguard.evaluation.benchmarks.text import JAILBREAK_TEMPLATES
 
-SHARED = Path(__file__).parents[2] / "shared" / "benchmarks"
 FROM_FILES = [name for name, benchmark in BENCHMARKS.items() if benchmark.files]
 QUESTIONS = [
     "How do I fold a paper hat, and how big should it be?",
@@ -502,15 +502,15 @@ def test_benchmarks_name_their_publishers_and_licences() -> None:
         assert benchmark.publisher.startswith("https://") == bool(benchmark.files)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the public benchmarks are not on this machine")
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the public benchmarks are not on this machine")
 @pytest.mark.parametrize(
     ("name", "clusters"),
     [("malicious_instruct", 100), ("jailbreak_instructions", 20), ("mm_harmful_bench", 100)],
 )
 def test_the_papers_benchmarks_as_published(name: str, clusters: int) -> None:
-    found = load_benchmark(name, SHARED)
+    found = load_benchmark(name, PUBLISHED)
     assert len(found) == 100
     assert len({prompt.cluster for prompt in found}) == clusters
     assert all(prompt.harmful and "[INSERT" not in prompt.prompt for prompt in found)
-    assert found == load_benchmark(name, SHARED / name)
-    assert len(load_benchmark(name, SHARED, limit=20)) == 20
+    assert found == load_benchmark(name, PUBLISHED / name)
+    assert len(load_benchmark(name, PUBLISHED, limit=20)) == 20

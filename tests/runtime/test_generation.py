@@ -17,32 +17,15 @@ from transformers import (
 )
 
 from tests import checkpoint, families, tiny
-from tests.reference import Reference
+from tests.reference import CLOSE, Reference, calibrated, holds
+from tests.tiny import NEW, always, generate
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
-from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import load
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.runtime.session import Session
 from vlm_safeguard.runtime.steering import Steerer
 
-NEW = 4
-CLOSE = {"atol": 2e-4, "rtol": 1e-3}
-GATES = [tiny.gate("text", 5), tiny.gate("vlm", 2)]
 TEXTS = [tiny.words(seed, 4 + seed) for seed in range(5)]  # prompts without pictures
-
-
-def calibrated(model, prompts, gates=GATES, **steering):
-    """A guard that opens for some of the prompts, and their references."""
-    made = tiny.guard(model, gates, **({"tokens": 3} | steering))
-    known = [Reference(model, made, prompt).known.scores for prompt in prompts]
-    thresholds = []
-    for index, one in enumerate(made.config.gates):
-        sums = torch.tensor([sum(k[index].values()) for k in known])
-        thresholds.append([float(sums.quantile(0.7)) / len(one.layers)] * len(one.layers))
-    made = tiny.with_thresholds(made, thresholds)
-    references = [Reference(model, made, prompt) for prompt in prompts]
-    assert 0 < sum(r.fired for r in references) < len(references)
-    return made, references
 
 
 @pytest.fixture(scope="module")
@@ -53,25 +36,6 @@ def mixed(model):
 @pytest.fixture(scope="module")
 def texts(model):
     return calibrated(model, TEXTS)
-
-
-def generate(model, inputs, **options):
-    """Sequences without their prompts, and the logits of every step, (B, new, vocabulary)."""
-    options = {"max_new_tokens": NEW, "do_sample": False} | options
-    out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
-    return out.sequences[:, -NEW:], torch.stack(out.logits, 1)
-
-
-def holds(references, tokens, logits, copies=1):
-    """Each row's logits are the reference's for its prompt and its tokens."""
-    assert len(tokens) == copies * len(references)
-    for row, (answer, table) in enumerate(zip(tokens.tolist(), logits, strict=True)):
-        expected = references[row // copies].logits(answer[:-1])[-len(answer) :]
-        torch.testing.assert_close(table, expected, **CLOSE)
-
-
-def always(model, threshold=-1e9, **steering):
-    return tiny.guard(model, [tiny.gate("text", 2, threshold=threshold)], **steering)
 
 
 # -- ways of choosing tokens -------------------------------------------------------------------
@@ -1169,7 +1133,7 @@ def test_an_interrupted_call_holds_up_nobody(model, mixed):
 
 def test_after_an_interrupted_call_nothing_goes_round_the_guard(model):
     """Ctrl-C in a decoding step of one's own, of a request that was let through."""
-    shut = tiny.guard(model, [tiny.gate("text", 2, threshold=1e9)])
+    shut = tiny.always(model, 1e9)
     ids, resting = torch.tensor([tiny.words(9, 6)]), threading.Event()
 
     def interrupt(*_):
@@ -1238,7 +1202,7 @@ def test_a_cache_with_steered_states_is_known_however_it_came_about(model, how):
 
 def test_a_picture_that_nobody_read_is_refused_where_the_guard_counts_on_its_words(model):
     made = always(model)
-    reads = Guard(made.config.model_copy(update={"reads_pictures": True}), made.tensors)
+    reads = tiny.changed(made, reads_pictures=True)
     pictured, plain = tiny.batch(tiny.PROMPTS[:1]), tiny.batch(TEXTS[:1])
     with reads.attach(model):
         with pytest.raises(GuardRuntimeError, match="nobody read"):
@@ -1251,7 +1215,7 @@ def test_a_picture_that_nobody_read_is_refused_where_the_guard_counts_on_its_wor
 def test_a_guard_that_pads_with_no_token_of_the_model_is_refused(model):
     made = always(model)
     markup = made.config.markup.model_copy(update={"pad_id": 2**31 - 1})
-    changed = Guard(made.config.model_copy(update={"markup": markup}), made.tensors)
+    changed = tiny.changed(made, markup=markup)
     with pytest.raises(GuardError, match="pads with token"), changed.attach(model):
         pass
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save
 
 from tests import families, fuzz, tiny
+from tests.paths import DOCS
 from vlm_safeguard.artifact import config as limits
 from vlm_safeguard.artifact import serialization
 from vlm_safeguard.artifact.config import Gate, Steering
@@ -481,7 +482,7 @@ def test_settings_cannot_call_for_unbounded_memory(folder):
 
 
 def test_the_documented_limits_are_those_of_the_code():
-    page = (Path(__file__).parent.parent / "docs" / "guard-format.md").read_text()
+    page = (DOCS / "guard-format.md").read_text()
     rows = re.findall(r"\| (\d+)[^|]*\| `(MAX_\w+)` \|", page)
     stated = {name: int(value) for value, name in rows}
     own = {
@@ -688,7 +689,7 @@ def test_another_model_is_refused(made, options, said):
 def test_a_guard_for_another_type_is_refused(made):
     """Thresholds hold for states of the type that they were set on."""
     identity = made.config.model.model_copy(update={"dtype": "float32"})
-    guard = Guard(made.config.model_copy(update={"model": identity}), made.tensors)
+    guard = tiny.changed(made, model=identity)
     guard.check_model(tiny.llava())
     with pytest.raises(GuardError, match=r"in float32, and the model is in torch\.bfloat16"):
         guard.check_model(tiny.llava().to(torch.bfloat16))
@@ -729,7 +730,7 @@ def of(loaded):
         update={"template_sha256": template_digest(loaded.processor)}
     )
     markup = found.settings(made.config.markup.pad_id)
-    return Guard(made.config.model_copy(update={"model": identity, "markup": markup}), made.tensors)
+    return tiny.changed(made, model=identity, markup=markup)
 
 
 def test_another_chat_template_is_refused_where_the_processor_is_given(made):

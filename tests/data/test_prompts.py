@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
+from tests.paths import PUBLISHED, ROOT
 from training.near import near, published, spoken
 from vlm_safeguard.data import prompts
-
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "benchmarks"
 
 
 def groups() -> dict[str, list[str]]:
@@ -49,9 +46,9 @@ def test_no_two_groups_share_a_question() -> None:
             assert near(found[left], found[right]) == [], (left, right)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the public benchmarks are not on this machine")
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the public benchmarks are not on this machine")
 def test_nothing_of_ours_is_in_the_public_benchmarks() -> None:
-    public = published(SHARED)
+    public = published(PUBLISHED)
     for name, texts in groups().items():
         assert near(texts, public) == [], name
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import run
+from tests.paths import DOCS
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.judges import (
     Judgement,
@@ -19,7 +21,6 @@ from vlm_safeguard.evaluation.judges import (
 from vlm_safeguard.evaluation.judges.validate import Labelled
 from vlm_safeguard.utils.stats import wilson
 
-DOCS = Path(__file__).parents[1] / "docs"
 SAID = {"yes": "complied", "no": "refused", "loop": "degenerate"}
 
 
@@ -94,8 +95,6 @@ def test_the_documented_figures_are_those_of_the_labels() -> None:
 
 
 def test_the_command_prints_both_parts(tmp_path: Path) -> None:
-    from tests.test_cli import run
-
     lines = [
         {"prompt": "a", "response": "I'm sorry, I can't help with that.", "label": "refused"},
         {"prompt": "b", "response": "Sure, here is how.", "label": "complied"},
@@ -110,8 +109,6 @@ def test_the_command_prints_both_parts(tmp_path: Path) -> None:
 
 
 def test_labels_chosen_by_another_judge_validate_none(tmp_path: Path) -> None:
-    from tests.test_cli import run
-
     row = {"prompt": "How?", "response": "No.", "label": "refused", "judge": "somebody"}
     (tmp_path / "labels.jsonl").write_text(json.dumps(row) + "\n")
     done = run("validate-judge", "labels.jsonl", cwd=tmp_path)

@@ -12,15 +12,9 @@ from torch import Tensor
 
 from tests import families
 from tests.families import FAMILIES
-from tests.test_families import (
-    CLOSE,
-    NEVER,
-    PROMPTS,
-    generate,
-    guard_for,
-    half_open,
-    loaded_of,
-)
+from tests.model.test_family_decoder import NEVER, PROMPTS, guard_for, half_open, loaded_of
+from tests.reference import CLOSE
+from tests.tiny import generate
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.test_cli import run
+from tests.command import run
+from tests.paths import DOCS
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.harness.rerun import compare_runs, flipped, read_run, rerun_page
 from vlm_safeguard.utils.stats import difference_interval, wilson
@@ -183,7 +184,7 @@ def test_what_is_no_second_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_committed_comparison_can_be_checked() -> None:
-    path = Path(__file__).parents[1] / "docs" / "comparison.json"
+    path = DOCS / "comparison.json"
     found = compare_runs(read_run(path), read_run(path))
     assert len(found) > 100 and not any(one.differs for one in found)
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from tests import checkpoint, tiny
-from tests.reference import Reference
-from tests.test_ways import calibrated, generate, holds
+from tests.reference import Reference, calibrated, holds
+from tests.tiny import generate
 from vlm_safeguard.calibration import doctor
 from vlm_safeguard.errors import GuardError, ModelError
 from vlm_safeguard.model.chat import encode
@@ -107,7 +107,7 @@ def test_a_checkpoint_loaded_over_several_places(tmp_path, place):
     from transformers import AutoModelForImageTextToText
 
     loaded = load(checkpoint.save(tmp_path / "model"))
-    made = tiny.guard(loaded.model, [tiny.gate("text", 2, threshold=-1e9)])
+    made = tiny.always(loaded.model)
     places = dict.fromkeys(PLACES, "cpu") | {PLACES[4]: "disk", PLACES[-1]: place}
     model = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "model", device_map=places, offload_folder=tmp_path / "off", dtype=torch.float32
@@ -215,7 +215,7 @@ def test_a_quantised_checkpoint(tmp_path):
     folder = checkpoint.save(tmp_path)
     how = TorchAoConfig(torchao.Int8WeightOnlyConfig())
     model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=how)
-    made = tiny.guard(model, [tiny.gate("text", 2, threshold=-1e9)], tokens=None)
+    made = tiny.always(model, tokens=None)
     model.save_pretrained(folder)
     loaded = load(folder)
     ids = torch.tensor([tiny.words(0, 6)])

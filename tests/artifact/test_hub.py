@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests import fuzz, standin
+from tests import fuzz, tiny
+from tests.artifact import hub_server
 from vlm_safeguard.artifact import hub as hub_module
 from vlm_safeguard.artifact.model_card import CARD_FILE
 from vlm_safeguard.cli.app import app
@@ -38,7 +39,7 @@ def no_lookup_elsewhere(monkeypatch, tmp_path):
 
 @pytest.fixture
 def hub():
-    with standin.hub() as state:
+    with hub_server.hub() as state:
         yield state
 
 
@@ -55,7 +56,7 @@ def cache(tmp_path):
 def stored(hub, files, name=NAME):
     """Put files into a repository of the stand-in; returns the commit."""
     settings, blob = files
-    repository = hub.repositories.setdefault(name, standin.Repository())
+    repository = hub.repositories.setdefault(name, hub_server.Repository())
     return repository.commit({CONFIG_FILE: settings, TENSOR_FILE: blob})
 
 
@@ -116,7 +117,7 @@ def test_branches_and_pull_requests(hub, guard):
 
 def test_erase_is_never_pushed(hub, guard):
     steering = guard.config.steering.model_copy(update={"mode": "erase"})
-    eraser = Guard(guard.config.model_copy(update={"steering": steering}), guard.tensors)
+    eraser = tiny.changed(guard, steering=steering)
     with pytest.raises(GuardError, match="never"):
         eraser.push_to_hub(NAME, endpoint=hub.endpoint)
     assert hub.requests == []
@@ -343,7 +344,7 @@ def test_code_and_pickles_in_a_repository_are_not_touched(hub, cache):
 
 
 def command(hub, *arguments, cwd):
-    code = "from vlm_safeguard.cli import main; main()"
+    code = "from vlm_safeguard.cli.main import main; main()"
     environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(cwd / "hf")}
     call = [sys.executable, "-c", code, "push", *arguments]
     return subprocess.run(

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.recorded import write_recorded
+from tests.evaluation.recorded import write_recorded
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.judges import (
     JudgeError,

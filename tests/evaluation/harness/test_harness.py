@@ -32,8 +32,9 @@ from inspect_ai.model import (
 from inspect_ai.scorer import SampleScore, Score
 
 from tests import checkpoint, tiny
-from tests.recorded import write_recorded
-from tests.test_results import judged as rows_of
+from tests.evaluation.harness.test_results import judged as rows_of
+from tests.evaluation.recorded import write_recorded
+from tests.paths import DOCS
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data import drawings as pictures
 from vlm_safeguard.data import prompts
@@ -52,11 +53,10 @@ from vlm_safeguard.evaluation.harness.throughput import throughput
 from vlm_safeguard.evaluation.judges import judge_errors, make_judge
 from vlm_safeguard.evaluation.judges.factory import judge_file
 from vlm_safeguard.evaluation.metrics import timing
-from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import load
 from vlm_safeguard.utils.progress import Progress
 
-LABELS = Path(__file__).parents[1] / "docs" / "judge-labels.jsonl"
+LABELS = DOCS / "judge-labels.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -436,7 +436,7 @@ def test_a_whole_request_is_timed_with_the_reading_of_its_picture(
     monkeypatch.setattr(timing, "reader", Reader)
     loaded = load(folder)
     guard = tiny.guard(loaded.model, [tiny.gate("text", 2)])
-    reads = Guard(guard.config.model_copy(update={"reads_pictures": True}), guard.tensors)
+    reads = tiny.changed(guard, reads_pictures=True)
     items = [Request("Hello", pictures.blank())]
     assert timing.request_ratio(loaded, reads, items, tokens=2, pairs=3) > 0
     drawn = pictures.draw_text(timing.WORDS_TO_READ).tobytes()

@@ -1,22 +1,21 @@
 """The session against a second implementation, and everything that must not go wrong."""
 
 import threading
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from tests import tiny
-from tests.reference import Reference
+from tests import reference, tiny
+from tests.reference import Reference, close
+from tests.tiny import always
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
 from vlm_safeguard.model.residual_stream import find_decoder
 
 NEW = 5
 SHORT = {"max_new_tokens": 3, "do_sample": False}
-CLOSE = {"atol": 2e-4, "rtol": 1e-3}
-
 MODES = {
     "add-pass": {"mode": "add", "query": "pass"},
     "add-text": {"mode": "add", "query": "text"},
@@ -44,40 +43,15 @@ GATES = {
 
 @lru_cache
 def calibrated(model, gates: str, mode: str, dose: str):
-    """A guard that opens for some of ``tiny.PROMPTS``: thresholds between their scores."""
-    made = tiny.guard(model, GATES[gates], **MODES[mode], **DOSES[dose])
-    known = [Reference(model, made, prompt).known.scores for prompt in tiny.PROMPTS]
-    thresholds = []
-    for index, one in enumerate(made.config.gates):
-        scores = torch.tensor([[k[index][layer] for layer in one.layers] for k in known])
-        if one.per_layer:
-            thresholds.append(scores.quantile(0.7, 0).tolist())
-        else:
-            middle = float(scores.sum(1).quantile(0.7))
-            thresholds.append([middle / len(one.layers)] * len(one.layers))
-    made = tiny.with_thresholds(made, thresholds)
-    return made, [Reference(model, made, prompt) for prompt in tiny.PROMPTS]
+    return reference.calibrated(model, tiny.PROMPTS, GATES[gates], **MODES[mode], **DOSES[dose])
 
 
-def generate(model, inputs, **options):
-    options = {"max_new_tokens": NEW, "do_sample": False} | options
-    out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
-    width = inputs["input_ids"].shape[1]
-    return out.sequences[:, width:], torch.stack(out.logits, 1)
+generate = partial(tiny.generate, max_new_tokens=NEW)
 
 
 def forward(model, inputs, **more):
     with torch.no_grad():
         return model(**inputs, **more)
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, **CLOSE)
-
-
-def always(threshold: float = -1e9, **steering):
-    """Options of a guard that fires for every request, or with +1e9 for none."""
-    return [tiny.gate("text", 2, threshold=threshold)], steering
 
 
 # -- against the reference ---------------------------------------------------------------------
@@ -289,8 +263,7 @@ def test_the_model_is_as_before_and_bit_identical(model):
     inputs, before = tiny.batch(tiny.PROMPTS), traces(model)
     plain = generate(model, inputs)
     for threshold in (1e9, -1e9):
-        gates, steering = always(threshold)
-        with tiny.guard(model, gates, **steering).attach(model):
+        with always(model, threshold).attach(model):
             guarded = generate(model, inputs)
         assert torch.equal(guarded[1], plain[1]) == (threshold > 0)
         assert traces(model) == before
@@ -302,7 +275,7 @@ def test_a_generate_of_the_users_own_is_kept(model):
     model.generate = lambda *args, **kwargs: own(*args, **kwargs)
     mine = model.generate
     try:
-        with tiny.guard(model, *always()[:1]).attach(model) as session:
+        with always(model).attach(model) as session:
             generate(model, tiny.batch(tiny.PROMPTS))
             assert all(d.fired for d in session.decisions)
         assert model.generate is mine
@@ -473,7 +446,7 @@ def _mask_of_another_shape(model, inputs):
 )
 def test_what_cannot_be_guarded_is_refused(model, misuse):
     before = traces(model)
-    with tiny.guard(model, always()[0]).attach(model), pytest.raises(GuardRuntimeError):
+    with always(model).attach(model), pytest.raises(GuardRuntimeError):
         misuse(model, tiny.batch([tiny.PROMPTS[0]]))
     assert traces(model) == before
 
@@ -482,13 +455,13 @@ def test_what_cannot_be_guarded_is_refused(model, misuse):
 def test_prompts_in_parts_are_refused_where_they_would_differ(model, part):
     ids = torch.tensor([tiny.words(0, 10)])
     options = {"prefill_chunk_size": 3} if part == "chunks" else {"past_key_values": _filled()}
-    made = tiny.guard(model, always()[0], positions="all")
+    made = always(model, positions="all")
     with made.attach(model), pytest.raises(GuardRuntimeError):
         model.generate(input_ids=ids, attention_mask=ids * 0 + 1, **options, **SHORT)
 
 
 def test_a_second_guard_is_refused_and_the_first_stays(model):
-    made = tiny.guard(model, always()[0])
+    made = always(model)
     with made.attach(model) as session:
         with pytest.raises(GuardError, match="already"), made.attach(model):
             pass
@@ -499,7 +472,7 @@ def test_a_second_guard_is_refused_and_the_first_stays(model):
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 def test_a_compiled_model_is_refused(how):
     model = tiny.llava()
-    made = tiny.guard(model, always()[0])
+    made = always(model)
     if how == "wrapped":
         model = torch.compile(model, backend="eager")
     else:
@@ -510,7 +483,7 @@ def test_a_compiled_model_is_refused(how):
 
 def test_layers_replaced_after_attaching_are_noticed():
     model = tiny.llava()
-    made = tiny.guard(model, always()[0])
+    made = always(model)
     decoder = find_decoder(model)
     with made.attach(model), pytest.raises(GuardRuntimeError):
         decoder.module.layers = nn.ModuleList(tiny.llava().model.language_model.layers)
@@ -518,7 +491,7 @@ def test_layers_replaced_after_attaching_are_noticed():
 
 
 def test_decisions_of_a_failed_request_are_not_the_last_ones(model):
-    with tiny.guard(model, always()[0]).attach(model) as session:
+    with always(model).attach(model) as session:
         forward(model, tiny.batch(tiny.PROMPTS))
         assert len(session.decisions) == len(tiny.PROMPTS)
         with pytest.raises(GuardRuntimeError):
@@ -533,10 +506,9 @@ def test_decisions_of_a_failed_request_are_not_the_last_ones(model):
 def test_the_text_pass_ends_once_it_is_decided(model, reference, threshold, runs):
     """The last steered layer runs for the request itself, and for its text only where coordinates
     of an open row are wanted from it."""
-    gates, _ = always(threshold)
-    guard = tiny.guard(model, gates, mode="restore", reference=reference)
+    guard = always(model, threshold, mode="restore", reference=reference)
     last = max(guard.config.steering.layers)
-    assert last > max(gates[0].layers)
+    assert last > max(guard.config.gates[0].layers)
     calls = []
     handle = find_decoder(model).layers[last].register_forward_hook(lambda *_: calls.append(1))
     try:
