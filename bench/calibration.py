@@ -15,7 +15,7 @@ from bench.timing import Spread, interleaved, ratios, seconds, spread
 from vlm_safeguard import method
 from vlm_safeguard.calibration.hidden_states import MAX_RANK
 from vlm_safeguard.data import prompts
-from vlm_safeguard.data.inputs import Request, batches
+from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.recording import record
 
@@ -27,7 +27,7 @@ def measured(subject: Subjects, rounds: int, pairs: int) -> dict[str, Spread]:
     bare forward passes; and the share of the directions by themselves."""
     chosen = prompts.anchors()[:pairs]
     texts = [pair.harmful for pair in chosen] + [pair.harmless for pair in chosen]
-    items = [Request(text, None) for text in texts]
+    items = [Query(text, None) for text in texts]
     ready = [
         encode(subject.loaded, [texts[i] for i in group], [None] * len(group))
         for group in batches(subject.loaded.processor.tokenizer, items, BATCH)

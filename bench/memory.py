@@ -20,7 +20,7 @@ import torch
 from bench.guards import layer_sets, restoring
 from bench.subjects import Subjects, embedded
 from vlm_safeguard.data import drawings, prompts
-from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.evaluation.metrics import paired_timing
 from vlm_safeguard.model.recording import record
 
@@ -78,7 +78,7 @@ def growth(work: Callable[[], Any]) -> float:
 def _record(subject: Subjects, number: int) -> float:
     texts = [pair.harmless for pair in prompts.anchors()]
     # One text for all: batches of one shape, so that only their number differs.
-    items = [Request(max(texts, key=len), drawings.blank())] * number
+    items = [Query(max(texts, key=len), drawings.blank())] * number
     with tempfile.TemporaryDirectory() as folder:
         return growth(lambda: record(subject.loaded, items, Path(folder)))
 

@@ -6,6 +6,6 @@ from pathlib import Path
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    code = "from vlm_safeguard.cli.main import main; main()"
+    code = "from vlm_safeguard.cli import main; main()"
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)

@@ -17,7 +17,7 @@ from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.calibrate import calibrate
 from vlm_safeguard.calibration.gate_fitting import GateFit, auc, fit_gate, threshold
 from vlm_safeguard.calibration.steering_search import candidates
-from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.prompts import calibration
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.errors import CalibrationError
@@ -109,12 +109,12 @@ def test_candidates_are_tried_on_attacks_that_succeed_with_either_picture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fit = [p for p in calibration("fit") if p.harmful]
-    won: list[Request] = []
+    won: list[Query] = []
 
-    def blank(asked: Request) -> bool:
+    def blank(asked: Query) -> bool:
         return asked.image is not None and len(asked.image.getcolors(2) or "12") == 1
 
-    def succeed(loaded: object, guard: object, attacks: list[Request], tokens: int) -> list[bool]:
+    def succeed(loaded: object, guard: object, attacks: list[Query], tokens: int) -> list[bool]:
         """Every fifth with a blank image, every other with a picture."""
         hits = [n % (5 if blank(asked) else 2) == 0 for n, asked in enumerate(attacks)]
         won[:] = [asked for asked, hit in zip(attacks, hits, strict=True) if hit]

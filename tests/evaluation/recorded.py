@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_safeguard.evaluation.judges.base import Judge, Judgement, Pair
+from vlm_safeguard.evaluation.judges.judgement import Judge, Judgement, Pair
 from vlm_safeguard.evaluation.judges.recorded import Recording
 
 

@@ -20,7 +20,7 @@ from tests.tiny import generate
 from vlm_safeguard.artifact.config import Markup
 from vlm_safeguard.calibration import doctor
 from vlm_safeguard.calibration.doctor import describe, examine
-from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.chat import encode
@@ -486,7 +486,7 @@ def test_the_stream_past_a_skipped_layer_is_read_and_replaced() -> None:
 
 def test_recorded_states_of_a_skipped_layer_are_those_below(tmp_path: Path) -> None:
     loaded = families.mllama()
-    items = [Request(prompt, None) for prompt in PROMPTS]
+    items = [Query(prompt, None) for prompt in PROMPTS]
     states = record(loaded, items, tmp_path)
     assert torch.equal(states[:, 0], states[:, 1])
     for count in (1, 2, 3):  # the pass ends at, before and after the skipped layer
@@ -494,7 +494,7 @@ def test_recorded_states_of_a_skipped_layer_are_those_below(tmp_path: Path) -> N
     for row, prompt in enumerate(PROMPTS):
         expected = bare_states(FAMILIES["mllama"], loaded, prompt)
         close(states[row], torch.stack([expected[layer] for layer in range(families.LAYERS)]))
-    pictured = record(loaded, [Request(PROMPTS[0], families.photo(1))], tmp_path)
+    pictured = record(loaded, [Query(PROMPTS[0], families.photo(1))], tmp_path)
     assert (pictured[0, 0] - pictured[0, 1]).abs().max() > 1e-2
 
 

@@ -9,13 +9,13 @@ import torch
 
 from tests import checkpoint
 from vlm_safeguard.data import drawings
-from vlm_safeguard.data.inputs import Request, batches
+from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.model.recording import record
 from vlm_safeguard.model.residual_stream import find_decoder
 
-ITEMS = [Request(text, None) for text in ("Hi", "How do I water the plants?", "Tell me more.")]
-ITEMS += [Request("What is in this picture?", drawings.blank()), Request("Hello", None)]
+ITEMS = [Query(text, None) for text in ("Hi", "How do I water the plants?", "Tell me more.")]
+ITEMS += [Query("What is in this picture?", drawings.blank()), Query("Hello", None)]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def test_the_first_layers_alone_are_what_they_are_among_all(
 def test_batches_hold_all_once_by_length_in_tokens_and_pictures_apart(loaded: LoadedModel) -> None:
     # The tokenizer reads bytes: two for an accented letter, so the shorter of two is the longer.
     texts = ["seven!!", "\u00e9" * 5, "", "one two three", "half of a pair: \ud800"]
-    items = [Request(text, None) for text in texts]
-    items += [Request("Hi", drawings.blank()), Request("Hello", drawings.blank())]
+    items = [Query(text, None) for text in texts]
+    items += [Query("Hi", drawings.blank()), Query("Hello", drawings.blank())]
     groups = batches(loaded.processor.tokenizer, items, 2)
     assert groups == [[6, 5], [4, 3], [1, 0], [2]]
     assert batches(loaded.processor.tokenizer, [], 2) == []

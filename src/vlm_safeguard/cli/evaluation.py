@@ -87,7 +87,7 @@ def evaluate(
         from vlm_safeguard.evaluation.harness.pipeline import Measure
         from vlm_safeguard.evaluation.harness.pipeline import evaluate as run
     from vlm_safeguard.evaluation.harness.execution import Plan, names
-    from vlm_safeguard.evaluation.harness.markdown import markdown
+    from vlm_safeguard.evaluation.harness.results_page import markdown
 
     plan = Plan(
         models=tuple(dict.fromkeys(models)),

@@ -10,7 +10,7 @@ from typing import Any
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.calibration.refusals import Verdict, judge
 from vlm_safeguard.data import prompts
-from vlm_safeguard.data.inputs import SETTINGS, Setting, requests, settings_of
+from vlm_safeguard.data.inputs import SETTINGS, Setting, queries, settings_of
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import thin
 from vlm_safeguard.errors import DataError
@@ -86,7 +86,7 @@ def compare(
         for system, guard in systems.items():
             answers = respond(
                 loaded,
-                requests([prompt for _, prompt in chosen], setting),
+                queries([prompt for _, prompt in chosen], setting),
                 guard,
                 max_new_tokens=max_new_tokens,
                 batch=batch,

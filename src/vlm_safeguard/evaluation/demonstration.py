@@ -18,7 +18,7 @@ import torch
 from vlm_safeguard.calibration.budget import Effort
 from vlm_safeguard.calibration.calibrate import calibrate
 from vlm_safeguard.calibration.refusals import NOTE
-from vlm_safeguard.data.inputs import requests
+from vlm_safeguard.data.inputs import queries
 from vlm_safeguard.data.ocr import reader
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import evenly, spaced
@@ -144,13 +144,13 @@ def _costs(
     for system in ("unguarded", "guarded"):
         chosen = [r for r in rows if r.system == system and not r.prompt.harmful]
         chosen = spaced(chosen, size.perplexity)
-        items = [requests([r.prompt], "text")[0] for r in chosen]
+        items = [queries([r.prompt], "text")[0] for r in chosen]
         values[system] = perplexity(loaded, items, [r.response for r in chosen])
     plain = easy_vqa_accuracy(loaded, None, count=size.vqa, progress=progress)
     guarded = easy_vqa_accuracy(loaded, guard, count=size.vqa, progress=progress)
     progress.say("time, in pairs of guarded and unguarded runs")
     harmful = [r.prompt for r in rows if r.prompt.harmful][:16]
-    timed = requests(harmful, "blank")
+    timed = queries(harmful, "blank")
     per_token, first = time_ratios(loaded, guard, timed, tokens=size.tokens, pairs=size.pairs)
     return {
         "perplexity_ratio": values["guarded"] / values["unguarded"],
@@ -177,7 +177,7 @@ def _clouds(
     harmful = [p.harmful for p in chosen]
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
-        text, blank = requests(chosen, "text"), requests(chosen, "blank")
+        text, blank = queries(chosen, "text"), queries(chosen, "blank")
         states = {
             "text": record(loaded, text, folder, progress=progress)[:, layer].clone(),
             "blank image": record(loaded, blank, folder, progress=progress)[:, layer].clone(),

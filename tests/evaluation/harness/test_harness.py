@@ -38,16 +38,16 @@ from tests.paths import DOCS
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data import drawings as pictures
 from vlm_safeguard.data import prompts
-from vlm_safeguard.data.inputs import Request, requests
+from vlm_safeguard.data.inputs import Query, queries
 from vlm_safeguard.errors import DataError, ImageError, Interrupted, SafeguardError
 from vlm_safeguard.evaluation.attacks import LOOK
 from vlm_safeguard.evaluation.harness import execution as run
 from vlm_safeguard.evaluation.harness import outputs as report
 from vlm_safeguard.evaluation.harness import results, scorers, tasks
 from vlm_safeguard.evaluation.harness.engine import Engine, engine
-from vlm_safeguard.evaluation.harness.markdown import markdown
 from vlm_safeguard.evaluation.harness.pipeline import Measure, evaluate, extra_passes
 from vlm_safeguard.evaluation.harness.provider import VlmSafeguardAPI, read_request
+from vlm_safeguard.evaluation.harness.results_page import markdown
 from vlm_safeguard.evaluation.harness.run_identity import prompts_digest
 from vlm_safeguard.evaluation.harness.throughput import throughput
 from vlm_safeguard.evaluation.judges import judge_errors, make_judge
@@ -70,7 +70,7 @@ def user(*parts: Any) -> list[Any]:
 
 def test_many_callers_get_what_each_would_get_alone(folder: Path) -> None:
     chosen = prompts.evaluation("malicious")[:5] + prompts.evaluation("picture")[:5]
-    items = requests(chosen, "picture")
+    items = queries(chosen, "picture")
     provider = VlmSafeguardAPI(str(folder), batch=4)
 
     async def ask() -> list[Any]:
@@ -89,7 +89,7 @@ def test_many_callers_get_what_each_would_get_alone(folder: Path) -> None:
 
 def test_a_request_that_fails_spoils_no_other(folder: Path) -> None:
     provider = VlmSafeguardAPI(str(folder), batch=4)
-    good, bad = Request("Hello", None), Request("Hello", "no picture")  # type: ignore[arg-type]
+    good, bad = Query("Hello", None), Query("Hello", "no picture")  # type: ignore[arg-type]
     answers = [provider.engine.submit(item, None, 4) for item in (good, bad, good)]
     assert answers[0].result(60) == answers[2].result(60)
     with pytest.raises(Exception, match=r"(?i)image|picture"):
@@ -98,7 +98,7 @@ def test_a_request_that_fails_spoils_no_other(folder: Path) -> None:
 
 def test_closing_ends_the_thread_and_cancels_what_waits(folder: Path) -> None:
     one = Engine(load(folder), 1)
-    answers = [one.submit(Request("Hello", None), None, 4) for _ in range(40)]
+    answers = [one.submit(Query("Hello", None), None, 4) for _ in range(40)]
     first = answers[0].result(60)
     one.close()
     assert not any(thread.is_alive() for thread in one._worker._threads)
@@ -123,7 +123,7 @@ def test_what_nobody_waits_for_is_not_answered(
 
     monkeypatch.setattr("vlm_safeguard.evaluation.harness.engine.respond", echo)
     one = Engine(load(folder), 1)
-    given_up, wanted = (one.submit(Request(text, None), None, 4) for text in ("a", "b"))
+    given_up, wanted = (one.submit(Query(text, None), None, 4) for text in ("a", "b"))
     assert given_up.cancel()
     assert wanted.result(60).text == "b"
     one.close()
@@ -160,7 +160,7 @@ def published(folder: Path, pictures: dict[int, bytes]) -> Path:
 
 def sound() -> bytes:
     """A picture that can be read."""
-    [item] = requests(prompts.evaluation("picture")[:1], "picture")
+    [item] = queries(prompts.evaluation("picture")[:1], "picture")
     return base64.b64decode(tasks.data_uri(item.image).partition(",")[2])
 
 
@@ -437,7 +437,7 @@ def test_a_whole_request_is_timed_with_the_reading_of_its_picture(
     loaded = load(folder)
     guard = tiny.guard(loaded.model, [tiny.gate("text", 2)])
     reads = tiny.changed(guard, reads_pictures=True)
-    items = [Request("Hello", pictures.blank())]
+    items = [Query("Hello", pictures.blank())]
     assert timing.request_ratio(loaded, reads, items, tokens=2, pairs=3) > 0
     drawn = pictures.draw_text(timing.WORDS_TO_READ).tobytes()
     assert Reader.fresh == [drawn] * 3
@@ -492,7 +492,7 @@ def test_the_whole_command_writes_results(
 
 
 def test_prompts_per_second_are_of_the_same_responses(folder: Path) -> None:
-    items = requests(prompts.evaluation("malicious")[:5], "blank")
+    items = queries(prompts.evaluation("malicious")[:5], "blank")
     before = set(threading.enumerate())
     found = throughput(load(folder), items, None, batch=3, tokens=4, rounds=2)
     assert (found["prompts"], found["batch"], found["same"]) == (5, 3, 5)

@@ -21,7 +21,7 @@ from vlm_safeguard.evaluation.harness import execution as run
 from vlm_safeguard.evaluation.harness import rejudge as module
 from vlm_safeguard.evaluation.harness.rejudge import page, rejudge
 from vlm_safeguard.evaluation.judges import Judgement, make_judge
-from vlm_safeguard.evaluation.judges.base import Asks, Pair, screened
+from vlm_safeguard.evaluation.judges.judgement import Asks, Pair, screened
 from vlm_safeguard.evaluation.judges.recorded import read_recording
 from vlm_safeguard.utils.locks import held
 from vlm_safeguard.utils.progress import Progress

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vlm_safeguard.evaluation.harness import outputs, results
-from vlm_safeguard.evaluation.harness.markdown import markdown
+from vlm_safeguard.evaluation.harness.results_page import markdown
 
 WORDS = {"c": "complied", "r": "refused", "d": "degenerate", "?": None}
 

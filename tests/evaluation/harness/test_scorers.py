@@ -15,7 +15,7 @@ from inspect_ai.scorer import SampleScore, Score
 
 from vlm_safeguard.evaluation.harness import scorers
 from vlm_safeguard.evaluation.judges import JudgeError, Judgement
-from vlm_safeguard.evaluation.judges.base import Asks, Pair
+from vlm_safeguard.evaluation.judges.judgement import Asks, Pair
 from vlm_safeguard.evaluation.judges.queue import Desk
 from vlm_safeguard.utils.stats import clustered_wilson
 

@@ -44,7 +44,7 @@ from vlm_safeguard.evaluation.judges.guard_models import (
     load_guard,
 )
 from vlm_safeguard.evaluation.judges.injection import BREAK, disarm, marks_of
-from vlm_safeguard.evaluation.judges.options import same_judge
+from vlm_safeguard.evaluation.judges.judge_options import same_judge
 from vlm_safeguard.evaluation.judges.recorded import RecordedJudge
 from vlm_safeguard.evaluation.judges.validate import Labelled, cohen_kappa
 from vlm_safeguard.utils.stats import Rate, wilson

@@ -13,7 +13,7 @@ import torch
 
 from tests import checkpoint, tiny
 from vlm_safeguard.data import drawings
-from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.evaluation.metrics import paired_timing
 from vlm_safeguard.evaluation.metrics.paired_timing import Stepped
 from vlm_safeguard.evaluation.metrics.timing import time_ratios
@@ -149,5 +149,5 @@ def test_a_defence_is_timed_on_what_it_does(folder: Path) -> None:
     assert min(time_ratios(loaded, guard, _items(), tokens=3, pairs=1)) > 0
 
 
-def _items() -> list[Request]:
-    return [Request("Hello", drawings.blank())]
+def _items() -> list[Query]:
+    return [Query("Hello", drawings.blank())]

@@ -14,7 +14,7 @@ from vlm_safeguard.calibration import hidden_states
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.conformal import allowed_exceedances
 from vlm_safeguard.calibration.gate_fitting import GateFit, bounded
-from vlm_safeguard.data.inputs import Request, settings_of
+from vlm_safeguard.data.inputs import Query, settings_of
 from vlm_safeguard.data.prompts import calibration
 from vlm_safeguard.evaluation.studies import gate_forms
 from vlm_safeguard.evaluation.studies.gate_forms import Row, at_false_positives, facts, page
@@ -72,7 +72,7 @@ def test_the_study_finds_harm_where_it_is_planted(monkeypatch: pytest.MonkeyPatc
     harmful = {p.prompt for part in ("fit", "held") for p in calibration(part) if p.harmful}
     generator = torch.Generator().manual_seed(0)
 
-    def states(_: object, asked: list[Request], *__: object, **___: object) -> torch.Tensor:
+    def states(_: object, asked: list[Query], *__: object, **___: object) -> torch.Tensor:
         found = torch.randn(len(asked), 4, 8, generator=generator)
         for row, one in enumerate(asked):
             blank = one.image is not None and len(one.image.getcolors(2) or "12") == 1

@@ -17,7 +17,7 @@ from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.cli.app import app
 from vlm_safeguard.data import drawings, prompts
-from vlm_safeguard.data.inputs import Request, requests
+from vlm_safeguard.data.inputs import Query, queries
 from vlm_safeguard.data.prompts import evaluation
 from vlm_safeguard.data.sampling import thin
 from vlm_safeguard.errors import DataError, GuardError, SafeguardError
@@ -115,7 +115,7 @@ def test_a_landscape_is_smooth_as_natural_pictures_are() -> None:
 def test_single_turns_are_encoded_and_run_as_everywhere_else(
     loaded: loading.LoadedModel, tmp_path: Path, name: str, setting: Any
 ) -> None:
-    plain = requests(ITEMS, setting)
+    plain = queries(ITEMS, setting)
     expected = encode(loaded, [r.text for r in plain], [r.image for r in plain])
     encoded = inputs_of(loaded, talks(name))
     assert encoded.keys() == expected.keys()
@@ -235,12 +235,12 @@ def test_states_are_projected_on_the_first_safety_direction(
 ) -> None:
     """Written down independently: difference of anchors, its top right singular vector."""
     layer, pairs = 3, prompts.anchors()
-    both = [Request(t, None) for t in [p.harmful for p in pairs] + [p.harmless for p in pairs]]
+    both = [Query(t, None) for t in [p.harmful for p in pairs] + [p.harmless for p in pairs]]
     states = record(loaded, both, tmp_path)[:, layer].numpy()
     differences = states[: len(pairs)] - states[len(pairs) :]
     vector = np.linalg.svd(differences)[2][0]
     vector = vector * np.sign((differences @ vector).mean())
-    blank = record(loaded, requests(ITEMS, "blank"), tmp_path)[:, layer].numpy() @ vector
+    blank = record(loaded, queries(ITEMS, "blank"), tmp_path)[:, layer].numpy() @ vector
     harmful, harmless = blank[:3], blank[3:]
     measured = found["conditions"]["blank"]["layers"]
     assert measured["mean_harmful"][layer] == pytest.approx(harmful.mean(), abs=1e-3)

@@ -12,7 +12,7 @@ from typing import Any
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.benchmarks.folders import Folder
-from vlm_safeguard.evaluation.benchmarks.tables import fields, read_csv, read_json, read_jsonl
+from vlm_safeguard.evaluation.benchmarks.table_files import fields, read_csv, read_json, read_jsonl
 
 # FigStep's files hold no prompt: its request, the same for every picture, stands in the paper and
 # the code. This is a paraphrase of ours, so results are close to the published ones, not equal.

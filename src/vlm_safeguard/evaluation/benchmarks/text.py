@@ -8,7 +8,7 @@ from typing import Any
 from vlm_safeguard.data.prompts import Label, Prompt
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.benchmarks.folders import Folder
-from vlm_safeguard.evaluation.benchmarks.tables import fields, read_csv, read_json, read_lines
+from vlm_safeguard.evaluation.benchmarks.table_files import fields, read_csv, read_json, read_lines
 
 # Jailbreak Instructions as VLM-Guard (Liu et al., 2025) uses it: 5 templates x 20 questions. Which
 # five, the paper does not say. These are ours, fixed so that results stay comparable: one of each

@@ -13,7 +13,7 @@ from inspect_ai.log import EvalLog
 
 from vlm_safeguard.evaluation.harness import results
 from vlm_safeguard.evaluation.harness.execution import Plan
-from vlm_safeguard.evaluation.harness.markdown import markdown
+from vlm_safeguard.evaluation.harness.results_page import markdown
 from vlm_safeguard.evaluation.judges import JudgeErrors
 from vlm_safeguard.evaluation.report.labels import cut_words
 from vlm_safeguard.utils.files import write_whole

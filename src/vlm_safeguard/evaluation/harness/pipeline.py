@@ -11,7 +11,7 @@ from typing import Any
 from inspect_ai.log import EvalLog
 
 from vlm_safeguard.calibration.generation import Response
-from vlm_safeguard.data.inputs import Request, Setting, request, settings_of
+from vlm_safeguard.data.inputs import Query, Setting, query, settings_of
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import spaced, thin
 from vlm_safeguard.errors import ImageError
@@ -21,7 +21,7 @@ from vlm_safeguard.evaluation.defenses import Defence
 from vlm_safeguard.evaluation.harness import outputs, results
 from vlm_safeguard.evaluation.harness.engine import engine
 from vlm_safeguard.evaluation.harness.execution import Plan, running
-from vlm_safeguard.evaluation.harness.markdown import PREFIX
+from vlm_safeguard.evaluation.harness.results_page import PREFIX
 from vlm_safeguard.evaluation.harness.scorers import shared_judge
 from vlm_safeguard.evaluation.harness.throughput import throughput
 from vlm_safeguard.evaluation.judges import JudgeErrors, judge_errors
@@ -114,7 +114,7 @@ def _costs(
     if answers:
         progress.say(f"perplexity under {defence.name}")
         said = [Response(r.response, r.tokens, r.truncated, r.fired) for r in answers]
-        facts["perplexity"] = perplexity(loaded, [Request(r.prompt, None) for r in answers], said)
+        facts["perplexity"] = perplexity(loaded, [Query(r.prompt, None) for r in answers], said)
     items = _timed(plan) if pairs else []
     if items:
         progress.say(f"time under {defence.name}, in pairs with no defence")
@@ -138,7 +138,7 @@ def extra_passes(guard: Guard | None) -> int:
     return int(text_gates or bool(steerer.reads_text))
 
 
-def _timed(plan: Plan) -> list[Request]:
+def _timed(plan: Plan) -> list[Query]:
     """A few requests with their pictures, harmful ones if the benchmark has any."""
     prompts = _prompts(plan, 8)
     return _requests(plan, [p for p in prompts if p.harmful] or prompts)
@@ -153,7 +153,7 @@ def _speeds(loaded: LoadedModel, plan: Plan, rounds: int, progress: Progress) ->
         defence = plan.defence(name)
         found[name] = throughput(
             loaded,
-            [Request(defence.reword(item.text), item.image) for item in items],
+            [Query(defence.reword(item.text), item.image) for item in items],
             defence.guard,
             batch=plan.batch,
             tokens=plan.max_tokens,
@@ -168,7 +168,7 @@ def _prompts(plan: Plan, count: int) -> list[Prompt]:
     return thin(load_benchmark(name, plan.folder(name)), count)
 
 
-def _requests(plan: Plan, prompts: Sequence[Prompt]) -> list[Request]:
+def _requests(plan: Plan, prompts: Sequence[Prompt]) -> list[Query]:
     """With a blank picture where the prompt allows it, else with its own; then as the plan's attack
     makes them.
 
@@ -178,7 +178,7 @@ def _requests(plan: Plan, prompts: Sequence[Prompt]) -> list[Request]:
     found = []
     for prompt in prompts:
         with suppress(ImageError):
-            made = request(prompt, "text" if plan.attack == TYPOGRAPHY else _setting(prompt))
+            made = query(prompt, "text" if plan.attack == TYPOGRAPHY else _setting(prompt))
             found.append(made if attack is None else attack(made))
     return found
 

@@ -20,8 +20,8 @@ from vlm_safeguard.evaluation.harness import results
 from vlm_safeguard.evaluation.harness.run_identity import PLAN
 from vlm_safeguard.evaluation.harness.scorers import NOT_ASKED, UNUSABLE, not_asked
 from vlm_safeguard.evaluation.judges import Judge, Judgement, make_judge
-from vlm_safeguard.evaluation.judges.base import Verdict, screen
-from vlm_safeguard.evaluation.judges.options import same_judge
+from vlm_safeguard.evaluation.judges.judge_options import same_judge
+from vlm_safeguard.evaluation.judges.judgement import Verdict, screen
 from vlm_safeguard.evaluation.judges.recorded import Recording, read_recording
 from vlm_safeguard.utils.jsonl import read_object
 from vlm_safeguard.utils.locks import held

@@ -26,7 +26,7 @@ from inspect_ai.solver import TaskState
 
 from vlm_safeguard.evaluation.harness.waiting import answer_of
 from vlm_safeguard.evaluation.judges import make_judge
-from vlm_safeguard.evaluation.judges.base import Judge, screen
+from vlm_safeguard.evaluation.judges.judgement import Judge, screen
 from vlm_safeguard.evaluation.judges.queue import desk
 from vlm_safeguard.evaluation.metrics.utility import vqa_answer, vqa_vocabulary
 from vlm_safeguard.utils.stats import clustered_wilson
@@ -76,7 +76,7 @@ def degenerate() -> Metric:
 
 
 def not_asked(judge: Judge, label: str) -> bool:
-    """Whether ``judge`` has nothing to say of a prompt of this label (see ``judges.base.Asks``)."""
+    """Whether ``judge`` has nothing to say of a prompt of this label (see ``judges.judgement.Asks``)."""
     return judge.asks == "harm" and label == "harmless"
 
 

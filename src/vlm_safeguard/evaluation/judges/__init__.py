@@ -4,9 +4,9 @@ Every judge takes (prompt, response) pairs and gives one ``Judgement`` each. Whi
 measured, not assumed: ``validate`` holds a judge against labelled responses.
 """
 
-from vlm_safeguard.evaluation.judges.base import Judge, JudgeError, Judgement
 from vlm_safeguard.evaluation.judges.error_rates import JudgeErrors, check_chosen_for, judge_errors
 from vlm_safeguard.evaluation.judges.factory import make_judge
+from vlm_safeguard.evaluation.judges.judgement import Judge, JudgeError, Judgement
 from vlm_safeguard.evaluation.judges.validate import (
     Validation,
     corrected_rate,

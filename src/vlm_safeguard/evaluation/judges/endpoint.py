@@ -23,7 +23,8 @@ import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from vlm_safeguard.evaluation.judges import parse
-from vlm_safeguard.evaluation.judges.base import (
+from vlm_safeguard.evaluation.judges.injection import disarm
+from vlm_safeguard.evaluation.judges.judgement import (
     Asks,
     JudgeError,
     Judgement,
@@ -31,7 +32,6 @@ from vlm_safeguard.evaluation.judges.base import (
     screened,
     unscored,
 )
-from vlm_safeguard.evaluation.judges.injection import disarm
 
 if TYPE_CHECKING:
     from vlm_safeguard.utils.progress import Progress

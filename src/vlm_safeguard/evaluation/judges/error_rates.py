@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluation.judges.base import Judge
+from vlm_safeguard.evaluation.judges.judgement import Judge
 from vlm_safeguard.evaluation.judges.validate import (
     CorrectedRate,
     Labelled,

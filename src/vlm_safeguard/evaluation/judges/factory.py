@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm_safeguard.evaluation.judges.base import Judge, JudgeError
 from vlm_safeguard.evaluation.judges.endpoint import EndpointJudge
 from vlm_safeguard.evaluation.judges.guard_models import llama_guard, prompt_file, qwen3guard
-from vlm_safeguard.evaluation.judges.options import split
+from vlm_safeguard.evaluation.judges.judge_options import split
+from vlm_safeguard.evaluation.judges.judgement import Judge, JudgeError
 from vlm_safeguard.evaluation.judges.phrases import PhraseJudge
 from vlm_safeguard.evaluation.judges.recorded import RecordedJudge
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.judges import parse
-from vlm_safeguard.evaluation.judges.base import (
+from vlm_safeguard.evaluation.judges.injection import disarm, marks_of
+from vlm_safeguard.evaluation.judges.judgement import (
     Asks,
     JudgeError,
     Judgement,
@@ -26,7 +27,6 @@ from vlm_safeguard.evaluation.judges.base import (
     screened,
     unscored,
 )
-from vlm_safeguard.evaluation.judges.injection import disarm, marks_of
 
 if TYPE_CHECKING:
     from vlm_safeguard.utils.progress import Progress

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
-from vlm_safeguard.evaluation.judges.base import Asks, Judgement, unreadable, unscored
+from vlm_safeguard.evaluation.judges.judgement import Asks, Judgement, unreadable, unscored
 
 Parser = Callable[[str], Judgement]
 Reading = Literal["unsafe", "safe"]

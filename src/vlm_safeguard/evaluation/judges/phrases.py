@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlm_safeguard.calibration.refusals import NOTE, judge
-from vlm_safeguard.evaluation.judges.base import Asks, Judgement, Pair
+from vlm_safeguard.evaluation.judges.judgement import Asks, Judgement, Pair
 
 
 class PhraseJudge:

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from functools import lru_cache
 
 from vlm_safeguard.errors import SafeguardError
-from vlm_safeguard.evaluation.judges.base import Judge, Judgement, Pair
+from vlm_safeguard.evaluation.judges.judgement import Judge, Judgement, Pair
 from vlm_safeguard.utils.worker import Worker
 
 AT_ONCE = 64  # responses at most that a judge without threads of its own is asked together

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluation.judges.base import Asks, Judgement, Pair, Verdict, unscored
+from vlm_safeguard.evaluation.judges.judgement import Asks, Judgement, Pair, Verdict, unscored
 from vlm_safeguard.utils.files import write_whole
 from vlm_safeguard.utils.jsonl import read_rows, text_of
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluation.judges.base import Asks, Judge
+from vlm_safeguard.evaluation.judges.judgement import Asks, Judge
 from vlm_safeguard.utils.jsonl import read_rows, text_of
 from vlm_safeguard.utils.stats import Rate, wilson, with_interval
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vlm_safeguard.calibration.generation import Response, respond
-from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.chat import encode
@@ -20,7 +20,7 @@ from vlm_safeguard.utils.progress import Progress
 
 
 @torch.inference_mode()
-def perplexity(loaded: LoadedModel, items: Sequence[Request], answers: Sequence[Response]) -> float:
+def perplexity(loaded: LoadedModel, items: Sequence[Query], answers: Sequence[Response]) -> float:
     """Perplexity of responses under the unguarded LLM, given their prompts as text.
 
     Over all response tokens together; empty responses contribute none.
@@ -46,7 +46,7 @@ def perplexity(loaded: LoadedModel, items: Sequence[Request], answers: Sequence[
     return float(torch.tensor(total / count).exp())
 
 
-def vqa_questions(count: int) -> list[tuple[Request, str]]:
+def vqa_questions(count: int) -> list[tuple[Query, str]]:
     """``count`` easy-vqa test questions, evenly spread, each with its answer.
 
     Raises:
@@ -59,7 +59,7 @@ def vqa_questions(count: int) -> list[tuple[Request, str]]:
     found = []
     for i in (n * len(questions) // count for n in range(count)):
         with Image.open(paths[images[i]]) as picture:
-            found.append((Request(questions[i], picture.convert("RGB")), answers[i]))
+            found.append((Query(questions[i], picture.convert("RGB")), answers[i]))
     return found
 
 

@@ -26,7 +26,7 @@ from vlm_safeguard.calibration.hidden_states import (
     fit_gates,
     record_calibration,
 )
-from vlm_safeguard.data.inputs import SETTINGS, Setting, requests
+from vlm_safeguard.data.inputs import SETTINGS, Setting, queries
 from vlm_safeguard.data.prompts import CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.model.loading import LoadedModel
@@ -109,7 +109,7 @@ def _held(
     """States of the held-back prompts that mean the same in every setting, in one order."""
     items = [p for p in held if p in within([p], "text")]
     what = f"held-back prompts, {setting}"
-    states = record(loaded, requests(items, setting), folder, what=what, progress=progress)
+    states = record(loaded, queries(items, setting), folder, what=what, progress=progress)
     labels = torch.tensor([p.harmful for p in items])
     return States(states, labels, torch.zeros(len(items), dtype=torch.long))
 

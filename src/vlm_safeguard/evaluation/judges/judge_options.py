@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any, get_args
 from urllib.parse import unquote
 
-from vlm_safeguard.evaluation.judges.base import Asks, JudgeError
 from vlm_safeguard.evaluation.judges.endpoint import Family
 from vlm_safeguard.evaluation.judges.guard_models import Answer
+from vlm_safeguard.evaluation.judges.judgement import Asks, JudgeError
 from vlm_safeguard.evaluation.judges.parse import Reading
 
 
