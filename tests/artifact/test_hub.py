@@ -344,7 +344,7 @@ def test_code_and_pickles_in_a_repository_are_not_touched(hub, cache):
 
 
 def command(hub, *arguments, cwd):
-    code = "from vlm_safeguard.cli.main import main; main()"
+    code = "from vlm_safeguard.cli import main; main()"
     environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(cwd / "hf")}
     call = [sys.executable, "-c", code, "push", *arguments]
     return subprocess.run(

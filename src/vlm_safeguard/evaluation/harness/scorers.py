@@ -76,7 +76,7 @@ def degenerate() -> Metric:
 
 
 def not_asked(judge: Judge, label: str) -> bool:
-    """Whether ``judge`` has nothing to say of a prompt of this label (see ``judges.judgement.Asks``)."""
+    """Whether ``judge`` has nothing to say of a prompt of this label (see ``Asks``)."""
     return judge.asks == "harm" and label == "harmless"
 
 
