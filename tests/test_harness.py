@@ -432,7 +432,7 @@ def test_a_whole_request_is_timed_with_the_reading_of_its_picture(
         def forget(self) -> None:
             self.known.clear()
 
-    monkeypatch.setattr("vlm_safeguard.model.loading.reader", Reader)
+    monkeypatch.setattr("vlm_safeguard.model.chat.reader", Reader)
     monkeypatch.setattr(timing, "reader", Reader)
     loaded = load(folder)
     guard = tiny.guard(loaded.model, [tiny.gate("text", 2)])
@@ -708,7 +708,7 @@ def test_a_run_that_is_killed_goes_on_with_every_prompt(folder: Path, tmp_path: 
         "batch": 2,
     }
     code = (
-        "from pathlib import Path; from vlm_safeguard.harness import run; "
+        "from pathlib import Path; from vlm_safeguard.evaluation.harness import execution as run; "
         f"run.run(run.Plan(**{plan!r}), Path({str(tmp_path / 'run')!r}), 'none')"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)

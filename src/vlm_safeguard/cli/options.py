@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +29,19 @@ def load_model(model: str, dtype: str, device: str, progress: Any) -> Any:
     name: str | Path = assemble(progress=progress.say) if model == "embedded" else model
     progress.say(f"loading {model}")
     return loading.load(name, dtype, device)
+
+
+@contextmanager
+def inspect_needed() -> Iterator[None]:
+    """Around the import of the harness: inspect_ai is an extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "inspect_ai":
+            raise
+        raise SafeguardError(
+            "evaluating needs inspect_ai: pip install 'vlm-safeguard[eval]'"
+        ) from error
 
 
 def make_progress(quiet: bool) -> Any:
