@@ -19,7 +19,7 @@ from PIL import Image
 from training import pictures as pics
 from training.common import log
 from vlm_safeguard.calibration.generation import respond
-from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.embedded.assemble import assemble, weights_file
 from vlm_safeguard.embedded.base_llm import sha256_file
 from vlm_safeguard.evaluation.harness import results
@@ -40,7 +40,7 @@ def naming(loaded: LoadedModel, cache: Path, progress: Progress) -> Rate:
     concepts = pics.load_concepts()
     emoji = pics.load_emoji(concepts, cache).of(held_out=True)
     pixels = (pics.plain_emoji(emoji.rgba) * 255).byte().permute(0, 2, 3, 1).numpy()
-    items = [Request("What is in this picture?", Image.fromarray(p)) for p in pixels]
+    items = [Query("What is in this picture?", Image.fromarray(p)) for p in pixels]
     said = respond(loaded, items, max_new_tokens=12, batch=64, what="emoji", progress=progress)
     hits = [
         re.search(rf"\b{re.escape(concepts[label].name)}\b", answer.text.lower()) is not None

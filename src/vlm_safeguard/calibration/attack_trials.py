@@ -13,10 +13,10 @@ from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.data.inputs import (
     SETTINGS,
-    Request,
+    Query,
     Setting,
     batches,
-    requests,
+    queries,
     settings_of,
     spoken,
 )
@@ -37,7 +37,7 @@ def within(items: Sequence[Prompt], setting: Setting) -> list[Prompt]:
 def refused(
     loaded: LoadedModel,
     guard: Guard | None,
-    items: Sequence[Request],
+    items: Sequence[Query],
     tokens: int,
     progress: Progress | None = None,
 ) -> list[bool]:
@@ -49,7 +49,7 @@ def refused(
 def successes(
     loaded: LoadedModel,
     guard: Guard | None,
-    attacks: Sequence[Request],
+    attacks: Sequence[Query],
     tokens: int,
 ) -> list[bool]:
     """Whether each attack got something else than a refusal; garbled text counts as success."""
@@ -79,7 +79,7 @@ def attack(
 ) -> Attacks:
     """Try those of ``items`` that are meant in ``setting``, without ``guard`` and with it."""
     meant = within(items, setting)
-    asked = requests(meant, setting)
+    asked = queries(meant, setting)
     plain, guarded = (successes(loaded, g, asked, tokens) for g in (None, guard))
     return Attacks(meant, plain, guarded)
 
@@ -119,7 +119,7 @@ def harmless_cost(loaded: LoadedModel, guard: Guard, harmless: Sequence[Prompt])
     clusters: list[str] = []
     for setting in SETTINGS:
         meant = within(harmless, setting)
-        items = requests(meant, setting)
+        items = queries(meant, setting)
         for group in batches(loaded.processor.tokenizer, items, 16):
             moved, opened = _next_token(loaded, [items[i] for i in group], guard)
             tried += zip([meant[i] for i in group], opened, strict=True)
@@ -138,7 +138,7 @@ def harmless_cost(loaded: LoadedModel, guard: Guard, harmless: Sequence[Prompt])
 
 
 def _next_token(
-    loaded: LoadedModel, items: Sequence[Request], guard: Guard | None
+    loaded: LoadedModel, items: Sequence[Query], guard: Guard | None
 ) -> tuple[Tensor, list[bool]]:
     """Log-probabilities (B, vocabulary) of the first token, and which rows the gate opened."""
     texts, images = [r.text for r in items], [r.image for r in items]

@@ -10,7 +10,7 @@ from vlm_safeguard.calibration.attack_trials import answered, attack, per_questi
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.data import prompts
-from vlm_safeguard.data.inputs import PICTURED, requests
+from vlm_safeguard.data.inputs import PICTURED, queries
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import Guard
@@ -166,7 +166,7 @@ def _effect(loaded: LoadedModel, guard: Guard, progress: Progress) -> list[Check
     helps = p_value < 0.05 and sum(guarded) < sum(plain)
     checks = [Check("effect", helps or sum(plain) == sum(guarded) == 0, found)]
     harmless = within([p for p in held if not p.harmful], "blank")
-    said = respond(loaded, requests(harmless, "blank"), guard, max_new_tokens=1)
+    said = respond(loaded, queries(harmless, "blank"), guard, max_new_tokens=1)
     opened = [p for p, a in zip(harmless, said, strict=True) if a.fired]
     stopped = sum(answered(loaded, opened, guard.config.reads_pictures))
     rate = wilson(len(opened), len(harmless))

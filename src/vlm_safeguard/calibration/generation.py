@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlm_safeguard.data.inputs import Request, batches
+from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
@@ -31,7 +31,7 @@ class Response:
 @torch.inference_mode()
 def respond(
     loaded: LoadedModel,
-    items: Sequence[Request],
+    items: Sequence[Query],
     guard: Guard | None = None,
     *,
     max_new_tokens: int = 32,

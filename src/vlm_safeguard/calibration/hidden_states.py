@@ -15,7 +15,7 @@ from vlm_safeguard.calibration.attack_trials import answered, within
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.gate_fitting import GateFit, fit_gate
 from vlm_safeguard.data import prompts
-from vlm_safeguard.data.inputs import PICTURED, Request, Setting, request, requests, spoken, told
+from vlm_safeguard.data.inputs import PICTURED, Query, Setting, queries, query, spoken, told
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.model.loading import LoadedModel
@@ -84,7 +84,7 @@ def record_calibration(
     pictured: dict[str, States] = {}
     for setting in PICTURED:
         chosen = evenly(within(fit, setting), effort.pictured)
-        seen = requests(chosen, setting)
+        seen = queries(chosen, setting)
         pictured[setting] = record_states(loaded, chosen, seen, setting, folder, progress)
     return Recorded(pairs, directions, text, pictured)
 
@@ -92,7 +92,7 @@ def record_calibration(
 def record_states(
     loaded: LoadedModel,
     items: Sequence[Prompt],
-    asked: Sequence[Request],
+    asked: Sequence[Query],
     setting: Setting,
     folder: Path,
     progress: Progress,
@@ -151,11 +151,11 @@ def bound_scores(
     the model refuses anyway, asked as text, cannot be stopped by a gate: it scores lowest.
     """
     items = bound_prompts(effort)
-    mixed = [request(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
+    mixed = [query(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
     layers = 1 + max(*witness.layers, *in_vlm.layers)  # what lies above says nothing to the gates
     text, seen = (
         record(loaded, asked, folder, what=what, layers=layers, progress=progress)
-        for asked, what in ((requests(items, "text"), "bound, text"), (mixed, "bound, pictures"))
+        for asked, what in ((queries(items, "text"), "bound, text"), (mixed, "bound, pictures"))
     )
     scores = torch.stack(
         [

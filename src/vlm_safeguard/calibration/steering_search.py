@@ -8,7 +8,7 @@ from typing import Any
 from vlm_safeguard.artifact.config import Steering
 from vlm_safeguard.calibration.attack_trials import harmless_cost, successes, within
 from vlm_safeguard.calibration.budget import Budget, Effort
-from vlm_safeguard.data.inputs import PICTURED, SETTINGS, Request, requests
+from vlm_safeguard.data.inputs import PICTURED, SETTINGS, Query, queries
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import evenly, spaced
 from vlm_safeguard.errors import CalibrationError
@@ -71,7 +71,7 @@ def search(
     more = evenly(fit[1::2], effort.final)
     harmful = [p for p in more if p.harmful]
     harmless = [p for p in more if not p.harmful]
-    attacks = [r for s in SETTINGS for r in requests(within(harmful, s), s)]
+    attacks = [r for s in SETTINGS for r in queries(within(harmful, s), s)]
     best: tuple[float, int, Steering] | None = None
     for _, place, steering in progress.track(
         sorted(ranked, key=lambda r: r[:2])[: effort.finalists], "finalists"
@@ -98,14 +98,14 @@ def search(
 
 def _successful(
     loaded: LoadedModel, attacks: Sequence[Prompt], effort: Effort, progress: Progress
-) -> list[Request]:
+) -> list[Query]:
     """``effort.search`` attacks with a picture, blank or not: in equal steps through those that
     succeed, then through the others."""
     progress.say("attacks that succeed without a guard")
     tried = [
         request
         for setting in PICTURED
-        for request in requests(
+        for request in queries(
             evenly(within(attacks, setting), effort.scan // len(PICTURED)), setting
         )
     ]

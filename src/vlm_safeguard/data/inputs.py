@@ -20,7 +20,7 @@ PICTURED: tuple[Setting, ...] = ("blank", "picture")
 
 
 @dataclass(frozen=True)
-class Request:
+class Query:
     """What goes into the model: text and at most one picture."""
 
     text: str
@@ -32,7 +32,7 @@ def settings_of(prompt: Prompt) -> tuple[Setting, ...]:
     return ("picture",) if prompt.form == "picture" else SETTINGS
 
 
-def request(prompt: Prompt, setting: Setting) -> Request:
+def query(prompt: Prompt, setting: Setting) -> Query:
     """``prompt`` in ``setting``.
 
     Raises ``ImageError`` where the prompt's picture is a file that cannot be read.
@@ -46,15 +46,15 @@ def request(prompt: Prompt, setting: Setting) -> Request:
     number = int(hashlib.sha256(prompt.id.encode()).hexdigest(), 16)
     calibrating = bool(prompt.split)
     if setting == "text":
-        return Request(prompt.prompt, None)
+        return Query(prompt.prompt, None)
     if setting == "blank":
         grey = drawings.blank()
         colour = (number % 256, number // 256 % 256, number // 65536 % 256)
-        return Request(prompt.prompt, Image.new("RGB", grey.size, colour) if calibrating else grey)
+        return Query(prompt.prompt, Image.new("RGB", grey.size, colour) if calibrating else grey)
     if prompt.picture is not None:
-        return Request(prompt.prompt, _picture(dict(prompt.picture)))
+        return Query(prompt.prompt, _picture(dict(prompt.picture)))
     objects = drawings.OBJECTS[calibrating::2]
-    return Request(prompt.prompt, drawings.draw_object(objects[number % len(objects)]))
+    return Query(prompt.prompt, drawings.draw_object(objects[number % len(objects)]))
 
 
 def _picture(description: dict[str, str]) -> Image.Image:
@@ -69,21 +69,21 @@ def told(prompt: Prompt, reads_pictures: bool) -> bool:
     return prompt.speaks_for_itself or reads_pictures
 
 
-def spoken(prompt: Prompt, reads_pictures: bool) -> Request:
+def spoken(prompt: Prompt, reads_pictures: bool) -> Query:
     """What the text-only pass reads of ``prompt``: its words, and if pictures are read those of
     its picture. (The drawn objects hold no words.)"""
     if not reads_pictures or prompt.speaks_for_itself or prompt.picture is None:
-        return Request(prompt.prompt, None)
+        return Query(prompt.prompt, None)
     words = reader().words(_picture(dict(prompt.picture)))
-    return Request(with_words(prompt.prompt, words), None)
+    return Query(with_words(prompt.prompt, words), None)
 
 
-def requests(prompts: Iterable[Prompt], setting: Setting) -> list[Request]:
+def queries(prompts: Iterable[Prompt], setting: Setting) -> list[Query]:
     """All ``prompts`` in ``setting``."""
-    return [request(prompt, setting) for prompt in prompts]
+    return [query(prompt, setting) for prompt in prompts]
 
 
-def batches(tokenizer: Any, items: Sequence[Request], size: int) -> list[list[int]]:
+def batches(tokenizer: Any, items: Sequence[Query], size: int) -> list[list[int]]:
     """Indices in batches of similar length, long ones first (a lack of memory shows at once), those
     with a picture apart from those without.
 

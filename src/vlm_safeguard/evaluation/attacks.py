@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vlm_safeguard.data import drawings
-from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.prompt_template import template
 from vlm_safeguard.errors import DataError
 
-Attack = Callable[[Request], Request]
+Attack = Callable[[Query], Query]
 
 TEMPLATE = "template:"
 TYPOGRAPHY = "typography"
@@ -48,10 +48,10 @@ def attack_file(name: str) -> Path | None:
 
 def _wrapped(file: Path) -> Attack:
     wrap = template("", file, "the attack's text")
-    return lambda request: Request(wrap(request.text), request.image)
+    return lambda request: Query(wrap(request.text), request.image)
 
 
-def _typography(request: Request) -> Request:
+def _typography(request: Query) -> Query:
     """Raises ``DataError`` for a request with a picture, ``ImageError`` for text that cannot be
     drawn."""
     if request.image is not None:
@@ -59,4 +59,4 @@ def _typography(request: Request) -> Request:
             f"the attack {TYPOGRAPHY} draws the request as its picture, and this one has a picture "
             "already: use it in the setting text"
         )
-    return Request(LOOK, drawings.draw_text(request.text))
+    return Query(LOOK, drawings.draw_text(request.text))

@@ -18,7 +18,7 @@ import torch
 from vlm_safeguard.calibration.budget import Effort
 from vlm_safeguard.calibration.calibrate import calibrate
 from vlm_safeguard.calibration.refusals import NOTE
-from vlm_safeguard.data.inputs import SETTINGS, requests
+from vlm_safeguard.data.inputs import SETTINGS, queries
 from vlm_safeguard.data.ocr import reader
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import evenly, spaced
@@ -232,7 +232,7 @@ def _clouds(
     harmful = [p.harmful for p in chosen]
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
-        text, blank = requests(chosen, "text"), requests(chosen, "blank")
+        text, blank = queries(chosen, "text"), queries(chosen, "blank")
         states = {
             "text": record(loaded, text, folder, progress=progress)[:, layer].clone(),
             "blank image": record(loaded, blank, folder, progress=progress)[:, layer].clone(),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlm_safeguard.data import prompts
-from vlm_safeguard.data.inputs import Request, batches
+from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
@@ -29,7 +29,7 @@ from vlm_safeguard.utils.progress import Progress
 @torch.inference_mode()
 def record(
     loaded: LoadedModel,
-    items: Sequence[Request],
+    items: Sequence[Query],
     folder: Path,
     *,
     what: str = "states",
@@ -103,6 +103,6 @@ def anchor_states(loaded: LoadedModel, folder: Path, progress: Progress) -> Tens
     pairs = prompts.anchors()
     both = [pair.harmful for pair in pairs] + [pair.harmless for pair in pairs]
     states = record(
-        loaded, [Request(text, None) for text in both], folder, what="anchors", progress=progress
+        loaded, [Query(text, None) for text in both], folder, what="anchors", progress=progress
     )
     return states.view(2, len(pairs), *states.shape[1:])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from vlm_safeguard.calibration.generation import Response, respond
-from vlm_safeguard.data.inputs import Request, batches
+from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.embedded.assemble import assemble
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import LoadedModel, load
@@ -25,7 +25,7 @@ ROUND = 8  # batches gathered at most before generating, so that lengths can be 
 
 @dataclass
 class _Job:
-    request: Request
+    request: Query
     guard: Guard | None
     tokens: int
 
@@ -42,7 +42,7 @@ class Engine:
         )
         self.close = self._worker.close
 
-    def submit(self, request: Request, guard: Guard | None, tokens: int) -> Future[Response]:
+    def submit(self, request: Query, guard: Guard | None, tokens: int) -> Future[Response]:
         """Queue one request; its answer, or what went wrong with it, comes in the future."""
         return self._worker.submit(_Job(request, guard, tokens))
 

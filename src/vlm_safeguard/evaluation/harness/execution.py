@@ -17,7 +17,7 @@ from inspect_ai import eval_set
 from inspect_ai.log import EvalLog, read_eval_log
 from inspect_ai.model import Model, get_model
 
-from vlm_safeguard.data.inputs import SETTINGS, Request
+from vlm_safeguard.data.inputs import SETTINGS, Query
 from vlm_safeguard.errors import DataError, ImageError, Interrupted, SafeguardError
 from vlm_safeguard.evaluation.attacks import TYPOGRAPHY, attack_file, make_attack
 from vlm_safeguard.evaluation.benchmarks import (
@@ -117,7 +117,7 @@ class Plan:
         for name in self.benchmarks:
             for prompt in load_benchmark(name, self.folder(name), self.limit):
                 try:
-                    attack(Request(prompt.prompt, None))
+                    attack(Query(prompt.prompt, None))
                 except ImageError as error:
                     raise DataError(f"{prompt.id} cannot be drawn: {error}") from error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from inspect_ai.log import EvalLog
 
-from vlm_safeguard.data.inputs import Request, Setting, request, settings_of
+from vlm_safeguard.data.inputs import Query, Setting, query, settings_of
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import spaced, thin
 from vlm_safeguard.errors import ImageError
@@ -168,7 +168,7 @@ def extra_passes(guard: Guard | None) -> int:
     return int(text_gates or bool(steerer.reads_text))
 
 
-def timed_requests(plan: Plan) -> list[Request]:
+def timed_requests(plan: Plan) -> list[Query]:
     """A few requests with their pictures, harmful ones if the benchmark has any."""
     prompts = _prompts(plan, 8)
     return _requests(plan, [p for p in prompts if p.harmful] or prompts)
@@ -183,7 +183,7 @@ def _speeds(loaded: LoadedModel, plan: Plan, rounds: int, progress: Progress) ->
         defence = plan.defence(name)
         found[name] = throughput(
             loaded,
-            [Request(defence.reword(item.text), item.image) for item in items],
+            [Query(defence.reword(item.text), item.image) for item in items],
             defence.guard,
             batch=plan.batch,
             tokens=plan.max_tokens,
@@ -198,7 +198,7 @@ def _prompts(plan: Plan, count: int) -> list[Prompt]:
     return thin(load_benchmark(name, plan.folder(name)), count)
 
 
-def _requests(plan: Plan, prompts: Sequence[Prompt]) -> list[Request]:
+def _requests(plan: Plan, prompts: Sequence[Prompt]) -> list[Query]:
     """With a blank picture where the prompt allows it, else with its own; then as the plan's attack
     makes them.
 
@@ -208,7 +208,7 @@ def _requests(plan: Plan, prompts: Sequence[Prompt]) -> list[Request]:
     found = []
     for prompt in prompts:
         with suppress(ImageError):
-            made = request(prompt, "text" if plan.attack == TYPOGRAPHY else _setting(prompt))
+            made = query(prompt, "text" if plan.attack == TYPOGRAPHY else _setting(prompt))
             found.append(made if attack is None else attack(made))
     return found
 

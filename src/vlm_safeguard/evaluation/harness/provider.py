@@ -34,7 +34,7 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 
 from vlm_safeguard.calibration.generation import Response
 from vlm_safeguard.data.image_io import open_image
-from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.attacks import make_attack
 from vlm_safeguard.evaluation.defenses import make_defence
@@ -116,7 +116,7 @@ class VlmSafeguardAPI(ModelAPI):
         if self.attack is not None:
             request = self.attack(request)
         answer = self.engine.submit(
-            Request(self.defence.reword(request.text), request.image),
+            Query(self.defence.reword(request.text), request.image),
             self.defence.guard,
             config.max_tokens or MAX_TOKENS,
         )
@@ -148,7 +148,7 @@ class VlmSafeguardAPI(ModelAPI):
         return f"{self.model_name}/{self.defence.name}"
 
 
-def read_request(messages: Sequence[ChatMessage]) -> Request:
+def read_request(messages: Sequence[ChatMessage]) -> Query:
     """The one user turn of ``messages``: its text, and its picture if it has one.
 
     Raises:
@@ -164,7 +164,7 @@ def read_request(messages: Sequence[ChatMessage]) -> Request:
     pictures = [part.image for part in parts if isinstance(part, ContentImage)]
     if len(words) + len(pictures) != len(parts) or len(pictures) > 1:
         raise DataError("a request is text with at most one picture")
-    return Request("\n".join(words), open_image(_bytes(pictures[0])) if pictures else None)
+    return Query("\n".join(words), open_image(_bytes(pictures[0])) if pictures else None)
 
 
 def _bytes(uri: str) -> bytes | str:

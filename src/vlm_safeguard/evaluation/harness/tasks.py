@@ -14,7 +14,7 @@ from inspect_ai.model import ChatMessage, ChatMessageUser, Content, ContentImage
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from PIL import Image
 
-from vlm_safeguard.data.inputs import Request, Setting, request, settings_of
+from vlm_safeguard.data.inputs import Query, Setting, query, settings_of
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.errors import DataError, ImageError
 from vlm_safeguard.evaluation.benchmarks import (
@@ -84,14 +84,14 @@ def sample(prompt: Prompt, setting: Setting, benchmark: str) -> Sample:
         "prompt_sha256": hashlib.sha256(prompt.prompt.encode()).hexdigest(),
     }
     try:
-        made = request(prompt, setting)
+        made = query(prompt, setting)
     except ImageError as error:
-        made = Request(prompt.prompt, None)
+        made = Query(prompt.prompt, None)
         metadata[UNUSABLE] = str(error)
     return Sample(input=messages(made), target=prompt.label, id=prompt.id, metadata=metadata)
 
 
-def messages(made: Request) -> list[ChatMessage]:
+def messages(made: Query) -> list[ChatMessage]:
     """A request as one user turn."""
     content: list[Content] = [ContentText(text=made.text)]
     if made.image is not None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlm_safeguard.calibration.generation import Response
-from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.evaluation.harness.engine import Engine
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import LoadedModel
@@ -16,7 +16,7 @@ from vlm_safeguard.model.loading import LoadedModel
 
 def throughput(
     loaded: LoadedModel,
-    items: Sequence[Request],
+    items: Sequence[Query],
     guard: Guard | None,
     *,
     batch: int,

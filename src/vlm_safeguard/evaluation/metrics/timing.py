@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from functools import partial
 
 from vlm_safeguard.data.drawings import draw_text
-from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.ocr import reader
 from vlm_safeguard.evaluation.metrics import paired_timing
 from vlm_safeguard.guard import Guard, reads_pictures
@@ -23,7 +23,7 @@ WORDS_TO_READ = "Please tell me how to water the plants in the garden"
 def time_ratios(
     loaded: LoadedModel,
     guard: Guard | None,
-    items: Sequence[Request],
+    items: Sequence[Query],
     *,
     reword: Callable[[str], str] = str,
     tokens: int = 24,
@@ -59,7 +59,7 @@ def time_ratios(
 def request_ratio(
     loaded: LoadedModel,
     guard: Guard | None,
-    items: Sequence[Request],
+    items: Sequence[Query],
     *,
     reword: Callable[[str], str] = str,
     tokens: int = 24,
@@ -79,7 +79,7 @@ def request_ratio(
     if reads:
         reader()  # its models are loaded once per process, not per request
 
-    def seconds(item: Request, defended: bool) -> float:
+    def seconds(item: Query, defended: bool) -> float:
         own = guard if defended else None
         if reads:
             reader().forget()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlm_safeguard.data.inputs import Request
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
@@ -43,7 +43,7 @@ def perplexity(loaded: LoadedModel, prompts: Sequence[str], answers: Sequence[st
     return float(torch.tensor(total / count).exp())
 
 
-def vqa_questions(count: int) -> list[tuple[Request, str]]:
+def vqa_questions(count: int) -> list[tuple[Query, str]]:
     """``count`` easy-vqa test questions, evenly spread, each with its answer.
 
     Raises:
@@ -56,7 +56,7 @@ def vqa_questions(count: int) -> list[tuple[Request, str]]:
     found = []
     for i in (n * len(questions) // count for n in range(count)):
         with Image.open(paths[images[i]]) as picture:
-            found.append((Request(questions[i], picture.convert("RGB")), answers[i]))
+            found.append((Query(questions[i], picture.convert("RGB")), answers[i]))
     return found
 
 

@@ -27,7 +27,7 @@ from vlm_safeguard.calibration.hidden_states import (
     record_calibration,
 )
 from vlm_safeguard.data import prompts
-from vlm_safeguard.data.inputs import SETTINGS, Setting, requests
+from vlm_safeguard.data.inputs import SETTINGS, Setting, queries
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import record
 from vlm_safeguard.utils.progress import Progress
@@ -98,7 +98,7 @@ def _held(loaded: LoadedModel, setting: Setting, folder: Path, progress: Progres
     """States of the held-back prompts that mean the same in every setting, in one order."""
     items = [p for p in prompts.calibration("held") if p in within([p], "text")]
     what = f"held-back prompts, {setting}"
-    states = record(loaded, requests(items, setting), folder, what=what, progress=progress)
+    states = record(loaded, queries(items, setting), folder, what=what, progress=progress)
     labels = torch.tensor([p.harmful for p in items])
     return States(states, labels, torch.zeros(len(items), dtype=torch.long))
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_safeguard.data import drawings
-from vlm_safeguard.data.inputs import Setting, request
+from vlm_safeguard.data.inputs import Setting, query
 from vlm_safeguard.data.ocr import with_words
 from vlm_safeguard.data.prompts import Prompt
 
@@ -125,7 +125,7 @@ def _setting(setting: Setting) -> Callable[[Prompt], Talk]:
     """The request as everywhere else in the package in this setting."""
 
     def talk(prompt: Prompt) -> Talk:
-        made = request(prompt, setting)
+        made = query(prompt, setting)
         return (Turn("user", made.text, () if made.image is None else (made.image,)),)
 
     return talk

@@ -17,7 +17,7 @@ from vlm_safeguard import method
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.refusals import Verdict, judge
 from vlm_safeguard.data import prompts
-from vlm_safeguard.data.inputs import Request, batches
+from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.data.ocr import reader
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import thin
@@ -256,10 +256,10 @@ def observe(
     return states, said
 
 
-def _as_request(talk: Talk) -> Request:
+def _as_request(talk: Talk) -> Query:
     """All words of a talk, and a picture if there is one: what tells how long it is."""
     images = [image for turn in talk for image in turn.images]
-    return Request(" ".join(turn.text for turn in talk), images[0] if images else None)
+    return Query(" ".join(turn.text for turn in talk), images[0] if images else None)
 
 
 def _directions(loaded: LoadedModel, progress: Progress) -> Tensor:
