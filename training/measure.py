@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,17 +20,20 @@ from training import pictures as pics
 from training.common import log
 from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.data.inputs import Query
-from vlm_safeguard.embedded.assemble import assemble, weights_file
+from vlm_safeguard.embedded.assemble import MODELS, assemble
 from vlm_safeguard.embedded.base_llm import sha256_file
-from vlm_safeguard.evaluation.comparison import by_benchmark, compare, own_sets, read_prompts
-from vlm_safeguard.evaluation.metrics.utility import easy_vqa_accuracy
-from vlm_safeguard.model.loading import LoadedModel, load
+from vlm_safeguard.evaluation.harness import results
+from vlm_safeguard.evaluation.harness.engine import engine
+from vlm_safeguard.evaluation.harness.execution import Plan
+from vlm_safeguard.evaluation.harness.pipeline import answers
+from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.utils.files import write_whole
 from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, wilson
 
-CARD = weights_file().with_name("CARD.md")
+MODEL = MODELS["embedded-0.5b"]
+CARD, WEIGHTS = MODEL.resource("CARD.md"), MODEL.resource("weights.safetensors")
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 
 
@@ -39,10 +43,10 @@ def naming(loaded: LoadedModel, cache: Path, progress: Progress) -> Rate:
     emoji = pics.load_emoji(concepts, cache).of(held_out=True)
     pixels = (pics.plain_emoji(emoji.rgba) * 255).byte().permute(0, 2, 3, 1).numpy()
     items = [Query("What is in this picture?", Image.fromarray(p)) for p in pixels]
-    answers = respond(loaded, items, max_new_tokens=12, batch=64, what="emoji", progress=progress)
+    said = respond(loaded, items, max_new_tokens=12, batch=64, what="emoji", progress=progress)
     hits = [
         re.search(rf"\b{re.escape(concepts[label].name)}\b", answer.text.lower()) is not None
-        for label, answer in zip(emoji.concept.tolist(), answers, strict=True)
+        for label, answer in zip(emoji.concept.tolist(), said, strict=True)
     ]
     return wilson(sum(hits), len(hits))
 
@@ -56,19 +60,31 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     progress = Progress()
-    loaded = load(assemble(progress=progress.say))
-    sets = own_sets(args.per_set)
+    own = Plan(
+        models=(str(assemble(MODEL.name, progress=progress.say)),),
+        defences=("none",),
+        benchmarks=("own_malicious", "own_jailbreak", "own_picture"),
+        limit=args.per_set,
+        max_tokens=24,
+    )
+    plans = [own, replace(own, benchmarks=(), limit=None, vqa=args.vqa, max_tokens=14)]
     if args.benchmarks:
-        path = args.benchmarks / "malicious_instruct" / "MaliciousInstruct.txt"
-        sets["MaliciousInstruct"] = read_prompts(path)
-    rows = compare(loaded, {"unguarded": None}, sets, max_new_tokens=24, progress=progress)
-    vqa = easy_vqa_accuracy(loaded, None, count=args.vqa, progress=progress)
+        published = replace(
+            own, benchmarks=("malicious_instruct",), data=str(args.benchmarks), limit=None
+        )
+        plans.append(published)
+    loaded = engine(own.models[0], own.dtype, own.device, own.batch).loaded
+    rows, accuracy = answers(plans, progress)
+    [vqa] = [one["none"] for one in accuracy.values()]
     given = [f"--per-set {args.per_set}"] if args.per_set else []
     given += ["--benchmarks FOLDER"] if args.benchmarks else []
     facts = {
-        "command": " ".join([*given, f"--vqa {len(vqa)}"]),
-        "benchmarks": by_benchmark(rows),
-        "easy_vqa": wilson(sum(vqa), len(vqa)),
+        "command": " ".join([*given, f"--vqa {vqa['n']}"]),
+        "benchmarks": {
+            name: results.by_setting([row for row in rows if row.benchmark == name])
+            for name in dict.fromkeys(row.benchmark for row in rows)
+        },
+        "easy_vqa": wilson(round(vqa["accuracy"] * vqa["n"]), vqa["n"]),
         "emoji": naming(loaded, args.cache, progress),
     }
     before, rest = CARD.read_text("utf-8").split(BEGIN)
@@ -84,11 +100,12 @@ def measured(facts: dict) -> str:
     rows = []
     for name, settings in facts["benchmarks"].items():
         for setting, systems in settings.items():
-            row = systems["unguarded"]
+            row = systems["none"]
             cells = [_interval(row, "refused"), _interval(row, "over_refusal")]
-            rows.append([name, setting, *cells, f"{row['degenerate']:.1%}"])
+            garbled = (row["degenerate"] + row["empty"]) / row["n"]
+            rows.append([name, setting, *cells, f"{garbled:.1%}"])
     head = ["Prompts", "Setting", "Harmful prompts refused", "Over-refusal", "Degenerate"]
-    return f"""Weights `{weights_file().name}`: SHA-256 `{sha256_file(weights_file())}`, measured by
+    return f"""Weights `{WEIGHTS.name}`: SHA-256 `{sha256_file(WEIGHTS)}`, measured by
 `python -m training.measure --cache CACHE {facts["command"]}`,
 greedy, 24 tokens, refusal phrases as judge (a smoke test), 95% Wilson intervals.
 

@@ -19,6 +19,7 @@ from vlm_safeguard.cli.options import (
     Model,
     Quiet,
     check_folder,
+    extra_needed,
     load_model,
     make_progress,
     print_json,
@@ -199,7 +200,8 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Assemble the embedded VLM, calibrate a guard, compare, write a report."""
-    from vlm_safeguard.evaluation.demonstration import run_demo
+    with extra_needed():
+        from vlm_safeguard.evaluation.demonstration import run_demo
 
     summary = run_demo(output, full, prompts or [], guard, make_progress(quiet))
     if json_:

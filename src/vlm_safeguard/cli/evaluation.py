@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +15,7 @@ from vlm_safeguard.cli.options import (
     Model,
     Quiet,
     check_folder,
+    extra_needed,
     load_model,
     make_progress,
     print_json,
@@ -30,19 +29,6 @@ OWN_SETS = ("own_malicious", "own_jailbreak", "own_picture")
 DEFENCES_TO_COMPARE = ("none", "self-reminder", "goal-priority", "paper-formula", "guard")
 
 
-@contextmanager
-def _extra_needed() -> Iterator[None]:
-    """Around the import of the harness or of judges: what they need is an extra."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in ("inspect_ai", "httpx", "tenacity"):
-            raise
-        raise SafeguardError(
-            f"evaluating needs {error.name}: pip install 'vlm-safeguard[eval]'"
-        ) from error
-
-
 @app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders or hub names, or 'embedded'.")],
@@ -51,7 +37,8 @@ def evaluate(
         list[str] | None, typer.Option(help="none, self-reminder, goal-priority, guard, ... or all")
     ] = None,
     benchmark: Annotated[
-        list[str] | None, typer.Option(help="own_malicious, xstest, ... (default: our three own)")
+        list[str] | None,
+        typer.Option(help="own_malicious, xstest, prompts:FILE, ... (default: our three own)"),
     ] = None,
     setting: Annotated[list[str] | None, typer.Option(help="text, blank, picture")] = None,
     guard: Annotated[Path | None, typer.Option(help="Guard folder, for the guard's kind.")] = None,
@@ -83,7 +70,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Compare defences on benchmarks, through inspect_ai; goes on where it was stopped."""
-    with _extra_needed():
+    with extra_needed():
         from vlm_safeguard.evaluation.harness.pipeline import Measure
         from vlm_safeguard.evaluation.harness.pipeline import evaluate as run
     from vlm_safeguard.evaluation.harness.execution import Plan, names
@@ -231,7 +218,7 @@ def judge_again(
     quiet: Quiet = False,
 ) -> None:
     """Judge the responses of an evaluation with another judge, or the unscored ones again."""
-    with _extra_needed():
+    with extra_needed():
         from vlm_safeguard.evaluation.harness.rejudge import page, rejudge
 
     facts = rejudge(run, judge, output, make_progress(quiet))
@@ -251,7 +238,7 @@ def validate_judge(
 
     For attack success on harmful prompts; apart from it, for refusals of harmless ones.
     """
-    with _extra_needed():
+    with extra_needed():
         from vlm_safeguard.evaluation.judges import (
             check_chosen_for,
             make_judge,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +29,19 @@ def load_model(model: str, dtype: str, device: str, progress: Any) -> Any:
     name = resolve(model, progress.say)
     progress.say(f"loading {model}")
     return loading.load(name, dtype, device)
+
+
+@contextmanager
+def extra_needed() -> Iterator[None]:
+    """Around the import of the harness or of judges: what they need is an extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("inspect_ai", "httpx", "tenacity"):
+            raise
+        raise SafeguardError(
+            f"evaluating needs {error.name}: pip install 'vlm-safeguard[eval]'"
+        ) from error
 
 
 def make_progress(quiet: bool) -> Any:

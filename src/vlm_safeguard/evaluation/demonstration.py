@@ -6,7 +6,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,27 +18,24 @@ import torch
 from vlm_safeguard.calibration.budget import Effort
 from vlm_safeguard.calibration.calibrate import calibrate
 from vlm_safeguard.calibration.refusals import NOTE
-from vlm_safeguard.data.inputs import queries
+from vlm_safeguard.data.inputs import SETTINGS, queries
 from vlm_safeguard.data.ocr import reader
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import evenly, spaced
 from vlm_safeguard.embedded.assemble import assemble
 from vlm_safeguard.errors import DemoError
 from vlm_safeguard.evaluation import report
-from vlm_safeguard.evaluation.comparison import (
-    Row,
-    by_benchmark,
-    compare,
-    own_sets,
-    read_prompts,
-    table,
-)
-from vlm_safeguard.evaluation.defenses.variants import paper_formula
+from vlm_safeguard.evaluation.benchmarks import PROMPTS, load_benchmark
+from vlm_safeguard.evaluation.harness import results
+from vlm_safeguard.evaluation.harness.engine import engine
+from vlm_safeguard.evaluation.harness.execution import Plan
+from vlm_safeguard.evaluation.harness.pipeline import answers, timed_requests
+from vlm_safeguard.evaluation.harness.results import Judged
 from vlm_safeguard.evaluation.metrics.timing import time_ratios
 from vlm_safeguard.evaluation.metrics.tradeoff import tradeoff
-from vlm_safeguard.evaluation.metrics.utility import easy_vqa_accuracy, perplexity
+from vlm_safeguard.evaluation.metrics.utility import perplexity
 from vlm_safeguard.guard import Guard, reads_pictures
-from vlm_safeguard.model.loading import LoadedModel, load
+from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import record
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.utils.files import check_writable, write_whole
@@ -57,6 +54,13 @@ class Size:
     effort: Effort
 
 
+# What the report calls the defences.
+SYSTEMS = {"none": "unguarded", "guard": "guarded", "paper-formula": "paper"}
+OWN = "own_"
+OWN_SETS = ("own_malicious", "own_jailbreak", "own_picture")
+EXTRA = 30  # prompts of a user's file, where not all are taken
+BATCH = 64  # rows: a decoding step then takes far less than two of 32
+VQA_TOKENS = 14
 OUTPUTS = ("report.html", "gap.png", "tradeoff.png", "results.json", "responses.jsonl")
 # A calibration that takes less time than the usual one and finds a little less.
 _LESS = Effort(worded=320, pictured=120, bound=500, scan=64, search=8, final=8, tokens=8)
@@ -81,14 +85,10 @@ def run_demo(
     given = Guard.from_pretrained(guard_folder) if guard_folder else None
     if given is None or reads_pictures(given):
         reader()  # found missing now, not after minutes
-    sets = own_sets(size.per_set)
-    for path in extra:
-        if path.stem in sets:
-            raise DemoError(f"two prompt sets are named {path.stem}: rename {path}")
-        sets[path.stem] = read_prompts(path) if full else evenly(read_prompts(path), 30)
+    extra_sets = _extra_sets(extra)
     folder = assemble(progress=progress.say)
     progress.say("loading the embedded model")
-    loaded = load(folder)
+    loaded = engine(str(folder), Plan.dtype, Plan.device, BATCH).loaded
     guard_folder = guard_folder or output / "guard"
     if given is None:
         for name in OUTPUTS:  # of an earlier run: they tell of another guard
@@ -96,20 +96,42 @@ def run_demo(
         made = calibrate(loaded, effort=size.effort, reads_pictures=True, progress=progress)
         made.save_pretrained(guard_folder)
     guard = given or Guard.from_pretrained(guard_folder)
-    systems: dict[str, Guard | None] = {"unguarded": None, "guarded": guard}
-    if full and guard.config.steering.layers:
-        systems["paper"] = paper_formula(guard, alpha=1.0)
-    # 64 rows: a decoding step then takes far less than two of 32.
-    rows = compare(loaded, systems, sets, max_new_tokens=size.tokens, batch=64, progress=progress)
-    summary: dict[str, Any] = {"settings": table(rows)}
-    summary["benchmarks"] = by_benchmark(rows)
+    paper = ("paper-formula",) if full and guard.config.steering.layers else ()
+    own = Plan(
+        models=(str(folder),),
+        defences=("none", "guard", *paper),
+        benchmarks=OWN_SETS,
+        guard=str(guard_folder),
+        limit=size.per_set,
+        max_tokens=size.tokens,
+        batch=BATCH,
+    )
+    plans = [own]
+    if extra_sets:
+        plans.append(replace(own, benchmarks=extra_sets, limit=None if full else EXTRA))
+    questions = replace(
+        own,
+        defences=("none", "guard"),
+        benchmarks=(),
+        limit=None,
+        vqa=size.vqa,
+        max_tokens=VQA_TOKENS,
+    )
+    rows, accuracy = answers([*plans, questions], progress)
+    rows.sort(key=lambda row: SETTINGS.index(row.setting))
+    summary: dict[str, Any] = {"settings": _table(rows)}
+    summary["benchmarks"] = {
+        _title(name): _table([row for row in rows if row.benchmark == name])
+        for name in (*OWN_SETS, *extra_sets)
+    }
     summary["tradeoff"] = tradeoff(rows)
-    summary |= _costs(loaded, guard, rows, size, progress)
+    summary |= _costs(loaded, guard, rows, own, size, progress)
+    summary["vqa_accuracy"] = _accuracy(*accuracy.values())
     summary["note"] = NOTE
     summary["guard"] = str(guard_folder)
     summary["report"] = str(output / "report.html")
     progress.say("writing the report")
-    clouds = _clouds(loaded, guard, sets["malicious"], progress)
+    clouds = _clouds(loaded, guard, load_benchmark(OWN_SETS[0], limit=size.per_set), progress)
     data = report.ReportData(
         summary=summary,
         calibration=guard.config.calibration,
@@ -135,30 +157,63 @@ def _writable(output: Path) -> None:
         ) from error
 
 
+def _extra_sets(files: Sequence[Path]) -> tuple[str, ...]:
+    """Each file of prompts as a benchmark, read once so that a bad one is found before the work."""
+    found = [PROMPTS + str(path) for path in files]
+    titles = [_title(name) for name in OWN_SETS]
+    for name, path in zip(found, files, strict=True):
+        if _title(name) in titles:
+            raise DemoError(f"two prompt sets are named {_title(name)}: rename {path}")
+        titles.append(_title(name))
+        load_benchmark(name)
+    return tuple(found)
+
+
+def _title(benchmark: str) -> str:
+    if benchmark.startswith(PROMPTS):
+        return Path(benchmark.removeprefix(PROMPTS)).stem
+    return benchmark.removeprefix(OWN)
+
+
+def _table(rows: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
+    """``{setting: {system: rates}}``; degenerate and empty responses together, as a share."""
+    return {
+        setting: {
+            SYSTEMS[defence]: rates
+            | {"degenerate": (rates["degenerate"] + rates["empty"]) / rates["n"]}
+            for defence, rates in defences.items()
+        }
+        for setting, defences in results.by_setting(rows).items()
+    }
+
+
+def _accuracy(defences: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy on easy-vqa by system, and the number of its questions."""
+    shares = {SYSTEMS[name]: one["accuracy"] for name, one in defences.items()}
+    return shares | {"n": defences["none"]["n"]}
+
+
 def _costs(
-    loaded: LoadedModel, guard: Guard, rows: Sequence[Row], size: Size, progress: Progress
+    loaded: LoadedModel,
+    guard: Guard,
+    rows: Sequence[Judged],
+    plan: Plan,
+    size: Size,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Perplexity on harmless requests, easy-vqa accuracy, time: guarded over unguarded."""
+    """Perplexity on harmless requests and time: guarded over unguarded."""
     progress.say("perplexity of the answers to harmless requests")
     values = {}
-    for system in ("unguarded", "guarded"):
-        chosen = [r for r in rows if r.system == system and not r.prompt.harmful]
+    for defence in ("none", "guard"):
+        chosen = [r for r in rows if r.defence == defence and not r.harmful]
         chosen = spaced(chosen, size.perplexity)
-        items = [queries([r.prompt], "text")[0] for r in chosen]
-        values[system] = perplexity(loaded, items, [r.response for r in chosen])
-    plain = easy_vqa_accuracy(loaded, None, count=size.vqa, progress=progress)
-    guarded = easy_vqa_accuracy(loaded, guard, count=size.vqa, progress=progress)
+        said = [r.response for r in chosen]
+        values[defence] = perplexity(loaded, [r.prompt for r in chosen], said)
     progress.say("time, in pairs of guarded and unguarded runs")
-    harmful = [r.prompt for r in rows if r.prompt.harmful][:16]
-    timed = queries(harmful, "blank")
+    timed = timed_requests(plan)
     per_token, first = time_ratios(loaded, guard, timed, tokens=size.tokens, pairs=size.pairs)
     return {
-        "perplexity_ratio": values["guarded"] / values["unguarded"],
-        "vqa_accuracy": {
-            "unguarded": sum(plain) / len(plain),
-            "guarded": sum(guarded) / len(guarded),
-            "n": len(plain),
-        },
+        "perplexity_ratio": values["guard"] / values["none"],
         "time_per_token_ratio": per_token,
         "first_token_ratio": first,
     }
@@ -198,29 +253,22 @@ def _clouds(
     }
 
 
-def _examples(rows: Sequence[Row]) -> list[report.Example]:
+def _examples(rows: Sequence[Judged]) -> list[report.Example]:
     """Two harmful and two harmless requests per setting, both systems side by side."""
-    plain = {(r.setting, r.prompt.id): r for r in rows if r.system == "unguarded"}
+    plain = {(r.benchmark, r.setting, r.id): r for r in rows if r.defence == "none"}
     found = []
-    for setting in ("text", "blank", "picture"):
+    for setting in SETTINGS:
         for harmful in (True, False):
             matching = [
                 r
                 for r in rows
-                if (r.system, r.setting, r.prompt.harmful) == ("guarded", setting, harmful)
-                and r.prompt.form == ("picture" if setting == "picture" else "plain")
+                if (r.defence, r.setting, r.harmful) == ("guard", setting, harmful)
+                and r.benchmark != "own_jailbreak"
+                and (r.benchmark == "own_picture") == (setting == "picture")
             ]
             for row in matching[:: max(1, len(matching) // 2)][:2]:
-                before = plain[setting, row.prompt.id]
-                found.append(
-                    report.Example(
-                        setting,
-                        row.prompt.label,
-                        row.prompt.prompt,
-                        before.response.text,
-                        row.response.text,
-                    )
-                )
+                before = plain[row.benchmark, setting, row.id].response
+                found.append(report.Example(setting, row.label, row.prompt, before, row.response))
     return found
 
 
@@ -240,18 +288,17 @@ def _facts(guard: Guard) -> dict[str, str]:
     }
 
 
-def _line(row: Row) -> str:
+def _line(row: Judged) -> str:
     """One judged response as JSON, cut so that no answer to a harmful question is passed on."""
-    said = report.cut_words(row.response.text, 12)
     facts = {
-        "system": row.system,
+        "system": SYSTEMS[row.defence],
         "setting": row.setting,
-        "benchmark": row.benchmark,
-        "id": row.prompt.id,
-        "label": row.prompt.label,
+        "benchmark": _title(row.benchmark),
+        "id": row.id,
+        "label": row.label,
         "verdict": row.verdict,
-        "fired": row.response.fired,
-        "tokens": row.response.tokens,
-        "response": said,
+        "fired": row.fired,
+        "tokens": row.tokens,
+        "response": report.cut_words(row.response, 12),
     }
     return json.dumps(facts, ensure_ascii=False) + "\n"

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from vlm_safeguard.calibration.generation import Response
+from dataclasses import replace
+
+from tests.test_results import judged
 from vlm_safeguard.calibration.refusals import Verdict
-from vlm_safeguard.data.prompts import Prompt
-from vlm_safeguard.evaluation.comparison import Row, own_sets, rates
+from vlm_safeguard.evaluation.benchmarks import load_benchmark
+from vlm_safeguard.evaluation.harness.results import Judged, rates
 from vlm_safeguard.evaluation.metrics.tradeoff import tradeoff
 from vlm_safeguard.evaluation.report import plot_tradeoff
 from vlm_safeguard.utils.stats import wilson
 
 
-def rows(name: str, harmful: bool, score: float, plain: Verdict, guarded: Verdict) -> list[Row]:
-    label = "harmful" if harmful else "harmless"
-    prompt = Prompt(name, name, label, "plain", "", name)  # type: ignore[arg-type]
-    unguarded = Response("", 1, False, None)
-    kept = Response("", 1, False, score > 0, score)
-    return [
-        Row("unguarded", "text", "own", prompt, unguarded, plain),
-        Row("guarded", "text", "own", prompt, kept, guarded),
-    ]
+def rows(name: str, harmful: bool, score: float, plain: Verdict, guarded: Verdict) -> list[Judged]:
+    [one] = judged("none", "c", harmful)
+    one = replace(one, id=name, verdict=plain)
+    fired = score > 0
+    return [one, replace(one, defence="guard", verdict=guarded, fired=fired, score=score)]
 
 
 CASES = (
@@ -31,21 +29,14 @@ CASES = (
 
 
 def test_a_part_of_the_jailbreak_set_has_as_many_questions_as_it_can() -> None:
-    chosen = own_sets(20)["jailbreak"]
+    chosen = load_benchmark("own_jailbreak", limit=20)
     for harmful in (True, False):
         part = [p for p in chosen if p.harmful is harmful]
         assert len(part) == len({p.cluster for p in part}) == 20
 
 
 def test_copies_of_one_question_widen_the_interval() -> None:
-    said = Response("", 1, False, None)
-    made = [
-        Row(
-            "s", "text", "own", Prompt(f"{n}", "", "harmful", "jailbreak", "", f"{n // 5}"), said, v
-        )
-        for n, v in enumerate(["complied"] * 5 + ["refused"] * 45)
-    ]
-    found = rates(made)
+    found = rates(judged("s", "c" * 5 + "r" * 45, templates=5))
     assert found["asr"] == 0.1 and found["asr_high"] > wilson(5, 50).high + 0.1
 
 
@@ -64,7 +55,7 @@ def test_lower_thresholds_stop_more_and_higher_ones_less() -> None:
 
 
 def test_a_setting_without_both_labels_has_no_curve() -> None:
-    assert tradeoff([row for row in CASES if row.prompt.harmful]) == {}
+    assert tradeoff([row for row in CASES if row.harmful]) == {}
 
 
 def test_every_curve_is_drawn() -> None:

@@ -18,7 +18,17 @@ from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.benchmarks import own, pictured, text
 from vlm_safeguard.evaluation.benchmarks.folders import Folder
 
-__all__ = ["BENCHMARKS", "Benchmark", "drop_repeats", "load_benchmark", "thin"]
+__all__ = [
+    "BENCHMARKS",
+    "PROMPTS",
+    "Benchmark",
+    "benchmark_of",
+    "drop_repeats",
+    "load_benchmark",
+    "thin",
+]
+
+PROMPTS = "prompts:"  # and a file: a benchmark of the user's own
 
 _Settings = tuple[Literal["text", "blank", "picture"], ...]
 _WORDS: _Settings = ("text", "blank", "picture")
@@ -182,11 +192,25 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
+def benchmark_of(name: str) -> Benchmark:
+    """The benchmark called ``name``.
+
+    Raises:
+        DataError: there is none.
+    """
+    if name.startswith(PROMPTS):
+        path = Path(name.removeprefix(PROMPTS))
+        return Benchmark(name, path.name, "", "", _WORDS, lambda _: own.file(path))
+    if name not in BENCHMARKS:
+        raise DataError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
 def load_benchmark(name: str, folder: Path | None = None, limit: int | None = None) -> list[Prompt]:
     """The prompts of a benchmark, with stable ids that no other benchmark uses.
 
     Args:
-        name: one of ``BENCHMARKS``.
+        name: one of ``BENCHMARKS``, or ``prompts:FILE`` (see ``own.file``).
         folder: where the publisher's files lie: directly, in a sub-folder called ``name``, or as
             in a clone of the publisher's repository. The package's own sets need none.
         limit: at most that many prompts of each label, spread evenly (see ``thin``). The whole
@@ -200,11 +224,9 @@ def load_benchmark(name: str, folder: Path | None = None, limit: int | None = No
         DataError: no such benchmark, a bad limit, or a folder or file that is missing, empty,
             not UTF-8, broken, without the wanted columns, or uses an id twice.
     """
-    if name not in BENCHMARKS:
-        raise DataError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
+    benchmark = benchmark_of(name)
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} leaves nothing of {name}; give 1 or more, or none")
-    benchmark = BENCHMARKS[name]
     prompts = benchmark.read(Folder(name, _root(benchmark, folder), benchmark.publisher))
     repeated = [key for key, times in Counter(p.id for p in prompts).items() if times > 1]
     if repeated:

@@ -17,7 +17,7 @@ from urllib.request import urlopen
 
 from vlm_safeguard.embedded.assemble import default_cache
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluation.benchmarks import BENCHMARKS
+from vlm_safeguard.evaluation.benchmarks import BENCHMARKS, benchmark_of
 
 HUB = "hub"
 SERVER = "https://raw.githubusercontent.com"
@@ -80,7 +80,7 @@ def folder_of(benchmark: str, data: str | None) -> Path | None:
     Raises:
         DataError: see ``fetch``.
     """
-    if not data or not BENCHMARKS[benchmark].files:
+    if not data or not benchmark_of(benchmark).files:
         return None
     return fetch(benchmark) if data == HUB else Path(data)
 

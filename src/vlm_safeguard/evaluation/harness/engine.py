@@ -7,6 +7,7 @@ defences never share one.
 from __future__ import annotations
 
 import atexit
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +36,7 @@ class Engine:
     def __init__(self, loaded: LoadedModel, batch: int) -> None:
         self.loaded = loaded
         self.batch = batch
+        self.heard: Callable[[int], object] = lambda _: None  # how many were answered just now
         self._worker: Worker[_Job, Response] = Worker(
             self._answer, "engine", ROUND * batch, gather=GATHER, divide=self._divide
         )
@@ -57,13 +59,15 @@ class Engine:
         ]
 
     def _answer(self, jobs: list[_Job]) -> list[Response]:
-        return respond(
+        found = respond(
             self.loaded,
             [job.request for job in jobs],
             jobs[0].guard,
             max_new_tokens=jobs[0].tokens,
             batch=self.batch,
         )
+        self.heard(len(jobs))
+        return found
 
 
 @lru_cache

@@ -20,17 +20,24 @@ from inspect_ai.model import Model, get_model
 from vlm_safeguard.data.inputs import SETTINGS, Query
 from vlm_safeguard.errors import DataError, ImageError, Interrupted, SafeguardError
 from vlm_safeguard.evaluation.attacks import TYPOGRAPHY, attack_file, make_attack
-from vlm_safeguard.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from vlm_safeguard.evaluation.benchmarks import (
+    BENCHMARKS,
+    PROMPTS,
+    benchmark_of,
+    load_benchmark,
+)
 from vlm_safeguard.evaluation.benchmarks.published import folder_of
 from vlm_safeguard.evaluation.defenses import BY_GUARD, DEFENCES, Defence, make_defence
 from vlm_safeguard.evaluation.harness.provider import VlmSafeguardAPI
-from vlm_safeguard.evaluation.harness.registry import TASKS, easy_vqa
+from vlm_safeguard.evaluation.harness.registry import easy_vqa
 from vlm_safeguard.evaluation.harness.run_identity import claim, file_digest, prompts_digest
 from vlm_safeguard.evaluation.harness.scorers import shared_judge
+from vlm_safeguard.evaluation.harness.tasks import make_task
 from vlm_safeguard.evaluation.judges.factory import judge_file
 from vlm_safeguard.utils.locks import held
 
 LOCK = ".lock"
+GOES_ON = ". The same command goes on with what is missing"
 
 
 @dataclass(frozen=True)
@@ -69,15 +76,15 @@ class Plan:
             ("setting", self.settings, SETTINGS),
         ):
             for name in given:
-                if name not in known:
+                if name not in known and not (kind == "benchmark" and name.startswith(PROMPTS)):
                     raise DataError(f"unknown {kind} {name!r}: use one of {', '.join(known)}")
         shared_judge(self.judge)
         pairs: list[tuple[str, str]] = []
         for name in self.benchmarks:
             load_benchmark(name, self.folder(name), self.limit)
-            have = BENCHMARKS[name].settings
+            have = benchmark_of(name).settings
             pairs += [(name, setting) for setting in self.settings if setting in have]
-        if not pairs:
+        if not pairs and not self.vqa:
             raise DataError(
                 f"nothing to run: {', '.join(self.benchmarks)} have none of the settings "
                 f"{', '.join(self.settings)}"
@@ -136,8 +143,13 @@ def run(plan: Plan, output: Path, display: str = "plain") -> list[EvalLog]:
 
 
 @contextmanager
-def running(plan: Plan, output: Path, display: str = "plain") -> Iterator[list[EvalLog]]:
+def running(
+    plan: Plan, output: Path, display: str = "plain", advice: str = GOES_ON
+) -> Iterator[list[EvalLog]]:
     """Run, or go on with, a plan, and hold its folder for this process until the block ends.
+
+    Args:
+        advice: what to say to a user whose run did not finish.
 
     Raises:
         DataError: see ``Plan.check``.
@@ -154,7 +166,7 @@ def running(plan: Plan, output: Path, display: str = "plain") -> Iterator[list[E
         for name, setting in pairs:
             folder = plan.folder(name)
             options = {"setting": setting, "judge": plan.judge, "limit": plan.limit}
-            tasks.append(TASKS[name](**options, data=str(folder) if folder else None))
+            tasks.append(make_task(name, str(folder) if folder else None, **options))
         if plan.vqa:
             tasks.append(easy_vqa(limit=plan.vqa))
         with redirect_stdout(sys.stderr):  # inspect's progress; what we print there is data
@@ -181,7 +193,7 @@ def running(plan: Plan, output: Path, display: str = "plain") -> Iterator[list[E
             kind = SafeguardError if why else Interrupted
             raise kind(
                 f"{wanted - finished} of {wanted} evaluations did not finish "
-                f"({why or 'interrupted'}). The same command goes on with what is missing"
+                f"({why or 'interrupted'}){advice}"
             )
         # What eval_set returns are headers; the samples are in the files.
         yield [read_eval_log(log.location) for log in logs]

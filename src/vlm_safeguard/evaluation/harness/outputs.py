@@ -27,14 +27,7 @@ def summarise(
     """All figures of a run, and its judged responses; with ``errors`` of the judge also attack
     success corrected for them."""
     rows, accuracy = results.read(logs)
-    # Tasks end in any order; the table stands in the plan's.
-    places = plan.benchmarks, plan.settings, plan.defences
-    rows.sort(
-        key=lambda r: [
-            place.index(name)
-            for place, name in zip(places, (r.benchmark, r.setting, r.defence), strict=True)
-        ]
-    )
+    rows = results.in_order(rows, vars(plan))
     accuracy = {
         model: {name: systems[name] for name in plan.defences if name in systems}
         for model, systems in accuracy.items()
@@ -124,7 +117,7 @@ def write(facts: dict[str, Any], rows: Sequence[results.Judged], output: Path) -
             "setting": r.setting,
             "id": r.id,
             "cluster": r.cluster,
-            "label": "harmful" if r.harmful else "harmless",
+            "label": r.label,
             "verdict": r.verdict,
             "reason": r.reason,
             "fired": r.fired,

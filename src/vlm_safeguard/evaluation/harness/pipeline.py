@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +12,6 @@ from typing import Any
 
 from inspect_ai.log import EvalLog
 
-from vlm_safeguard.calibration.generation import Response
 from vlm_safeguard.data.inputs import Query, Setting, query, settings_of
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import spaced, thin
@@ -21,6 +22,7 @@ from vlm_safeguard.evaluation.defenses import Defence
 from vlm_safeguard.evaluation.harness import outputs, results
 from vlm_safeguard.evaluation.harness.engine import engine
 from vlm_safeguard.evaluation.harness.execution import Plan, running
+from vlm_safeguard.evaluation.harness.results import Judged
 from vlm_safeguard.evaluation.harness.results_page import PREFIX
 from vlm_safeguard.evaluation.harness.scorers import shared_judge
 from vlm_safeguard.evaluation.harness.throughput import throughput
@@ -70,13 +72,41 @@ def evaluate(plan: Plan, output: Path, measure: Measure, progress: Progress) -> 
     return facts
 
 
+def answers(plans: Sequence[Plan], progress: Progress) -> tuple[list[Judged], dict[str, Any]]:
+    """What the models of ``plans`` say, judged, in the order of plans, cells and prompts; and
+    easy-vqa accuracy by model and defence.
+
+    Unlike ``evaluate`` it keeps nothing: the logs, which hold whole responses, are gone afterwards.
+
+    Raises:
+        DataError, SafeguardError: see ``execution.running``.
+    """
+    rows: list[Judged] = []
+    accuracy: dict[str, Any] = {}
+    answered = progress.track(itertools.count(), "responses")
+    for plan in plans:
+        for name in plan.models:
+            one = engine(name, plan.dtype, plan.device, plan.batch)
+            one.heard = lambda count: list(itertools.islice(answered, count))
+        with (
+            tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder,
+            running(plan, Path(folder) / "run", "log", advice="") as logs,
+        ):
+            found, right = results.read(logs)
+        sets = [load_benchmark(name, plan.folder(name), plan.limit) for name in plan.benchmarks]
+        places = {prompt.id: n for n, prompt in enumerate(itertools.chain(*sets))}
+        rows += results.in_order(sorted(found, key=lambda r: places[r.id]), vars(plan))
+        accuracy |= right
+    return rows, accuracy
+
+
 def _measured(
     plan: Plan,
     logs: Sequence[EvalLog],
     errors: JudgeErrors | None,
     measure: Measure,
     progress: Progress,
-) -> tuple[dict[str, Any], list[results.Judged]]:
+) -> tuple[dict[str, Any], list[Judged]]:
     """What stands in the logs, and what the models cost."""
     facts, rows = outputs.summarise(plan, logs, errors)
     facts |= {"costs": {}, "throughput": {}}
@@ -101,7 +131,7 @@ def _measured(
 def _costs(
     loaded: LoadedModel,
     defence: Defence,
-    rows: Sequence[results.Judged],
+    rows: Sequence[Judged],
     plan: Plan,
     pairs: int,
     progress: Progress,
@@ -113,9 +143,9 @@ def _costs(
     answers = spaced(answers, PERPLEXITY_PROMPTS)
     if answers:
         progress.say(f"perplexity under {defence.name}")
-        said = [Response(r.response, r.tokens, r.truncated, r.fired) for r in answers]
-        facts["perplexity"] = perplexity(loaded, [Query(r.prompt, None) for r in answers], said)
-    items = _timed(plan) if pairs else []
+        asked, said = [r.prompt for r in answers], [r.response for r in answers]
+        facts["perplexity"] = perplexity(loaded, asked, said)
+    items = timed_requests(plan) if pairs else []
     if items:
         progress.say(f"time under {defence.name}, in pairs with no defence")
         per_token, first = time_ratios(
@@ -138,7 +168,7 @@ def extra_passes(guard: Guard | None) -> int:
     return int(text_gates or bool(steerer.reads_text))
 
 
-def _timed(plan: Plan) -> list[Query]:
+def timed_requests(plan: Plan) -> list[Query]:
     """A few requests with their pictures, harmful ones if the benchmark has any."""
     prompts = _prompts(plan, 8)
     return _requests(plan, [p for p in prompts if p.harmful] or prompts)

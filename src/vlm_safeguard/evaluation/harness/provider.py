@@ -25,8 +25,10 @@ from inspect_ai.model import (
     ContentText,
     GenerateConfig,
     ModelAPI,
+    ModelInfo,
     ModelOutput,
     ModelUsage,
+    set_model_info,
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
@@ -37,6 +39,7 @@ from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.attacks import make_attack
 from vlm_safeguard.evaluation.defenses import make_defence
 from vlm_safeguard.evaluation.harness.engine import engine
+from vlm_safeguard.evaluation.harness.results_page import PREFIX
 from vlm_safeguard.evaluation.harness.waiting import answer_of
 from vlm_safeguard.model.fingerprint import template_digest
 from vlm_safeguard.model.weights import weights_digest
@@ -84,6 +87,9 @@ class VlmSafeguardAPI(ModelAPI):
             )
         self.defence = make_defence(defence, guard, defence_text)
         self.attack = make_attack(attack) if attack else None
+        # inspect looks it up for every model; where it finds none, it makes the provider once more,
+        # with other arguments, which would load the model a second time.
+        set_model_info(PREFIX + model_name, ModelInfo())
         self.engine = engine(model_name, dtype, device, int(batch))
         loaded = self.engine.loaded
         # Every response is kept with what made it.
@@ -126,7 +132,7 @@ class VlmSafeguardAPI(ModelAPI):
                 )
             ],
             usage=ModelUsage(output_tokens=said.tokens, total_tokens=said.tokens),
-            metadata=self.provenance | {"fired": said.fired},
+            metadata=self.provenance | {"fired": said.fired, "score": said.score},
         )
 
     def max_tokens(self) -> int | None:

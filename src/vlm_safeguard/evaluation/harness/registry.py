@@ -5,7 +5,7 @@ from __future__ import annotations
 from inspect_ai.model import ModelAPI, modelapi
 
 from vlm_safeguard.evaluation.harness.scorers import judged, vqa
-from vlm_safeguard.evaluation.harness.tasks import TASKS, easy_vqa
+from vlm_safeguard.evaluation.harness.tasks import TASKS, easy_vqa, prompts_file
 
 
 @modelapi(name="vlm-safeguard")
@@ -16,4 +16,4 @@ def vlm_safeguard() -> type[ModelAPI]:
     return VlmSafeguardAPI
 
 
-__all__ = ["TASKS", "easy_vqa", "judged", "vlm_safeguard", "vqa"]
+__all__ = ["TASKS", "easy_vqa", "judged", "prompts_file", "vlm_safeguard", "vqa"]

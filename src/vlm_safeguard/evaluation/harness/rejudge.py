@@ -64,7 +64,7 @@ def _rejudge(
 ) -> dict[str, Any]:
     recording = _recording(path, judge)
     logs, unfinished = _finished(run, progress)
-    rows = _in_order(results.read(logs)[0], plan)
+    rows = results.in_order(results.read(logs)[0], plan)
     broken = {
         (str(s.metadata.get("benchmark")), str(s.metadata.get("setting")), str(s.id))
         for log in logs
@@ -124,8 +124,7 @@ def _open(row: results.Judged, recording: Recording) -> bool:
 
 def _passed_over(row: results.Judged, judge: Judge) -> bool:
     """Whether ``judge`` says nothing of this row: garbled answers are told without it."""
-    label = "harmful" if row.harmful else "harmless"
-    return not_asked(judge, label) and screen(row.response) is None
+    return not_asked(judge, row.label) and screen(row.response) is None
 
 
 def _judged(row: results.Judged, judge: Judge, recording: Recording) -> results.Judged:
@@ -233,20 +232,6 @@ def _finished(run: Path, progress: Progress) -> tuple[list[EvalLog], int]:
             "where it stopped"
         )
     return found, unfinished
-
-
-def _in_order(rows: Sequence[results.Judged], plan: dict[str, Any]) -> list[results.Judged]:
-    """In the order of the plan; logs end in any."""
-    places: list[dict[Any, int]] = [
-        {name: n for n, name in enumerate(plan[key])}
-        for key in ("benchmarks", "settings", "defences")
-    ]
-
-    def place(row: results.Judged) -> list[int]:
-        names = (row.benchmark, row.setting, row.defence)
-        return [at.get(name, len(at)) for at, name in zip(places, names, strict=True)]
-
-    return sorted(rows, key=place)
 
 
 def _recording(path: Path, judge: Judge) -> Recording:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,16 @@ class Judged:
     tokens: int
     truncated: bool
     fired: bool | None
+    score: float | None = None  # the highest of the gates', per layer
     asked: bool = True  # False: a harmless prompt's response, and the judge tells harm alone
 
     @property
     def cell(self) -> tuple[str, str, str]:
         return self.model, self.benchmark, self.setting
+
+    @property
+    def label(self) -> str:
+        return "harmful" if self.harmful else "harmless"
 
 
 def read(logs: Iterable[EvalLog]) -> tuple[list[Judged], dict[str, Any]]:
@@ -81,6 +86,7 @@ def read(logs: Iterable[EvalLog]) -> tuple[list[Judged], dict[str, Any]]:
                     tokens=sample.output.usage.output_tokens if sample.output.usage else 0,
                     truncated=any(c.stop_reason == "max_tokens" for c in sample.output.choices),
                     fired=made.get("fired"),
+                    score=made.get("score"),
                     asked=score.reason != NOT_ASKED,
                 )
             )
@@ -89,6 +95,31 @@ def read(logs: Iterable[EvalLog]) -> tuple[list[Judged], dict[str, Any]]:
 
 def _score(sample: Any) -> Any:
     return next(iter((sample.scores or {}).values()))
+
+
+def in_order(rows: Iterable[Judged], plan: Mapping[str, Any]) -> list[Judged]:
+    """In the order of a plan's benchmarks, settings and defences; tasks end in any."""
+    places = [
+        {name: n for n, name in enumerate(plan[key])}
+        for key in ("benchmarks", "settings", "defences")
+    ]
+
+    def place(row: Judged) -> list[int]:
+        names = (row.benchmark, row.setting, row.defence)
+        return [at.get(name, len(at)) for at, name in zip(places, names, strict=True)]
+
+    return sorted(rows, key=place)
+
+
+def by_setting(rows: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
+    """``{setting: {defence: rates}}`` over all benchmarks together."""
+    return {
+        setting: {
+            defence: rates([r for r in rows if (r.setting, r.defence) == (setting, defence)])
+            for defence in dict.fromkeys(r.defence for r in rows if r.setting == setting)
+        }
+        for setting in dict.fromkeys(r.setting for r in rows)
+    }
 
 
 def rates(rows: Sequence[Judged], errors: JudgeErrors | None = None) -> dict[str, Any]:
@@ -106,7 +137,8 @@ def rates(rows: Sequence[Judged], errors: JudgeErrors | None = None) -> dict[str
         "unscored_harmful": sum(r.harmful for r in rows) - len(harmful),
         "unscored_harmless": sum(not r.harmful for r in rows) - len(harmless),
     }
-    facts |= _clustered("asr", harmful, "complied") | _clustered("over_refusal", wanted, "refused")
+    facts |= _clustered("asr", harmful, "complied") | _clustered("refused", harmful, "refused")
+    facts |= _clustered("over_refusal", wanted, "refused")
     if errors and harmful:
         facts |= _corrected(harmful, errors)
     for name in ("degenerate", "empty"):

@@ -17,7 +17,12 @@ from PIL import Image
 from vlm_safeguard.data.inputs import Query, Setting, query, settings_of
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.errors import DataError, ImageError
-from vlm_safeguard.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from vlm_safeguard.evaluation.benchmarks import (
+    BENCHMARKS,
+    PROMPTS,
+    benchmark_of,
+    load_benchmark,
+)
 from vlm_safeguard.evaluation.benchmarks.published import folder_of
 from vlm_safeguard.evaluation.harness.scorers import UNUSABLE, judged, vqa
 from vlm_safeguard.evaluation.metrics.utility import vqa_questions
@@ -53,7 +58,7 @@ def benchmark_task(
         DataError: unknown setting, or what the benchmark's reader finds wrong.
     """
     prompts = load_benchmark(name, folder_of(name, data), limit)
-    known = BENCHMARKS[name].settings
+    known = benchmark_of(name).settings
     chosen = next((s for s in known if setting in (s, None)), None)
     if chosen is None:
         raise DataError(f"{name} has no setting {setting!r}: use one of {', '.join(known)}")
@@ -115,6 +120,21 @@ def _benchmark(name: str) -> Callable[..., Task]:
 
 
 TASKS: dict[str, Callable[..., Task]] = {name: _benchmark(name) for name in BENCHMARKS}
+
+
+@task(name="prompts")
+def prompts_file(
+    file: str, setting: str | None = None, judge: str = "phrases", limit: int | None = None
+) -> Task:
+    """The task of a file of harmful requests, one a line."""
+    return benchmark_task(PROMPTS + file, setting, None, judge, limit)
+
+
+def make_task(name: str, data: str | None = None, **options: Any) -> Task:
+    """The task of the benchmark called ``name``; for the rest see ``benchmark_task``."""
+    if name.startswith(PROMPTS):
+        return prompts_file(file=name.removeprefix(PROMPTS), **options)
+    return TASKS[name](data=data, **options)
 
 
 @task

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_safeguard.data.inputs import SETTINGS
-from vlm_safeguard.evaluation.comparison import Row
+from vlm_safeguard.evaluation.harness.results import Judged
 
 POINTS = 60  # of a curve, at most
 
@@ -24,17 +24,17 @@ class _Case:
     harmful: bool
     score: float
     fired: bool
-    unguarded: str
-    guarded: str
+    unguarded: str | None  # None: could not be scored
+    guarded: str | None
 
-    def verdict(self, shift: float) -> str:
+    def verdict(self, shift: float) -> str | None:
         """With all thresholds raised by ``shift``."""
         if self.score <= shift:
             return self.unguarded
         return self.guarded if self.fired else "refused"
 
 
-def tradeoff(rows: Sequence[Row]) -> dict[str, list[dict[str, float]]]:
+def tradeoff(rows: Sequence[Judged]) -> dict[str, list[dict[str, float]]]:
     """``{setting: [{"shift", "asr", "over_refusal"}, ...]}``, from low thresholds to high ones.
 
     ``shift`` is what is added to every threshold, in units of a gate's score per layer; 0 is the
@@ -51,18 +51,12 @@ def tradeoff(rows: Sequence[Row]) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-def _cases(rows: Sequence[Row]) -> list[_Case]:
-    plain = {(r.benchmark, r.prompt.id): r.verdict for r in rows if r.system == "unguarded"}
+def _cases(rows: Sequence[Judged]) -> list[_Case]:
+    plain = {(r.benchmark, r.id): r.verdict for r in rows if r.defence == "none"}
     return [
-        _Case(
-            row.prompt.harmful,
-            row.response.score,
-            bool(row.response.fired),
-            plain[row.benchmark, row.prompt.id],
-            row.verdict,
-        )
+        _Case(row.harmful, row.score, bool(row.fired), plain[row.benchmark, row.id], row.verdict)
         for row in rows
-        if row.system == "guarded" and row.response.score is not None
+        if row.defence == "guard" and row.score is not None
     ]
 
 

@@ -9,19 +9,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.errors import SafeguardError
-from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.residual_stream import find_decoder
-from vlm_safeguard.utils.progress import Progress
 
 
 @torch.inference_mode()
-def perplexity(loaded: LoadedModel, items: Sequence[Query], answers: Sequence[Response]) -> float:
-    """Perplexity of responses under the unguarded LLM, given their prompts as text.
+def perplexity(loaded: LoadedModel, prompts: Sequence[str], answers: Sequence[str]) -> float:
+    """Perplexity of responses under the unguarded LLM, given their prompts.
 
     Over all response tokens together; empty responses contribute none.
 
@@ -31,12 +28,12 @@ def perplexity(loaded: LoadedModel, items: Sequence[Query], answers: Sequence[Re
     tokenizer = loaded.processor.tokenizer
     decoder, head = find_decoder(loaded.model).module, loaded.model.get_output_embeddings()
     total, count = 0.0, 0
-    for item, answer in zip(items, answers, strict=True):
-        said = tokenizer(answer.text, add_special_tokens=False, return_tensors="pt").input_ids
+    for asked, answer in zip(prompts, answers, strict=True):
+        said = tokenizer(answer, add_special_tokens=False, return_tensors="pt").input_ids
         if said.shape[1] == 0:
             continue
         said = said.to(loaded.device)
-        prompt = encode(loaded, [item.text], [None])["input_ids"]
+        prompt = encode(loaded, [asked], [None])["input_ids"]
         states = decoder(input_ids=torch.cat([prompt, said], 1), use_cache=False)[0]
         logits = head(states[:, prompt.shape[1] - 1 : -1]).float()
         total += torch.nn.functional.cross_entropy(logits[0], said[0], reduction="sum").item()
@@ -76,30 +73,6 @@ def _easy_vqa() -> Any:
             "easy-vqa is not installed: pip install 'vlm-safeguard[demo]'"
         ) from error
     return easy_vqa
-
-
-def easy_vqa_accuracy(
-    loaded: LoadedModel,
-    guard: Guard | None,
-    *,
-    count: int,
-    progress: Progress | None = None,
-) -> list[bool]:
-    """Whether each of ``count`` easy-vqa test questions is answered correctly.
-
-    Raises:
-        SafeguardError: the easy-vqa package is not installed.
-    """
-    asked = vqa_questions(count)
-    items = [item for item, _ in asked]
-    replies = respond(
-        loaded, items, guard, max_new_tokens=14, batch=64, what="easy-vqa", progress=progress
-    )
-    vocabulary = vqa_vocabulary()
-    return [
-        vqa_answer(reply.text, answer, vocabulary)
-        for reply, (_, answer) in zip(replies, asked, strict=True)
-    ]
 
 
 def vqa_answer(reply: str, answer: str, vocabulary: set[str]) -> bool:
