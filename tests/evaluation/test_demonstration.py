@@ -13,7 +13,7 @@ import pytest
 from tests import checkpoint, tiny
 from vlm_safeguard.artifact.config import Markup
 from vlm_safeguard.calibration.generation import Response, respond
-from vlm_safeguard.data.inputs import requests, settings_of
+from vlm_safeguard.data.inputs import queries, settings_of
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.evaluation import demonstration
 from vlm_safeguard.evaluation.benchmarks import load_benchmark
@@ -115,7 +115,7 @@ def test_gates_are_those_of_the_guard(ran: Any) -> None:
     [given] = ran[3]
     loaded = engines.engine(*given, demonstration.BATCH).loaded
     prompts = sets()["malicious"]
-    fired = respond(loaded, requests(prompts, "blank"), guard, max_new_tokens=3)
+    fired = respond(loaded, queries(prompts, "blank"), guard, max_new_tokens=3)
     found = summary["benchmarks"]["malicious"]["blank"]["guarded"]
     for name, harmful in (("fired_harmful", True), ("fired_harmless", False)):
         opened = [r.fired for r, p in zip(fired, prompts, strict=True) if p.harmful == harmful]

@@ -40,7 +40,6 @@ from vlm_safeguard.embedded.base_llm import (
 )
 from vlm_safeguard.errors import DemoError
 
-IMAGE_TOKEN = "<image>"
 FOLDER = "{name}-vlm-{key}"  # of an assembled model
 STAMP = "assembled.json"
 FORMAT = 2  # raise it when write_checkpoint writes something else
@@ -49,12 +48,17 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """An embedded VLM. ``resources``: the folder beside this file with what the project trained.
-    ``needed``: bytes of disk that assembly takes."""
+    """An embedded VLM.
+
+    ``resources``: the folder beside this file with what the project trained. ``image_token``: what
+    stands for a picture, added to the vocabulary where the language model does not have it.
+    ``needed``: bytes of disk that assembly takes.
+    """
 
     name: str
     base: BaseLLM
     resources: str
+    image_token: str
     needed: int
 
     def resource(self, name: str) -> Path:
@@ -66,8 +70,10 @@ class EmbeddedModel:
 MODELS = {
     model.name: model
     for model in (
-        EmbeddedModel("embedded", SMOLLM2_135M, "smollm2_135m", 1_400_000_000),
-        EmbeddedModel("embedded-0.5b", QWEN25_CODER_05B, "qwen25_coder_05b", 4_000_000_000),
+        EmbeddedModel("embedded", SMOLLM2_135M, "smollm2_135m", "<image>", 1_400_000_000),
+        EmbeddedModel(
+            "embedded-0.5b", QWEN25_CODER_05B, "qwen25_coder_05b", "<|image_pad|>", 4_000_000_000
+        ),
     )
 }
 
@@ -203,8 +209,9 @@ def write_checkpoint(
         parts.setdefault(kind, {})[rest] = tensor.float()
     merge_lora(state, parts.get("align", {}))
 
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if model.image_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [model.image_token]})
+    image_id = tokenizer.convert_tokens_to_ids(model.image_token)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         rows = state["model.embed_tokens.weight"] if text.tie_word_embeddings else state[name]
         # The placeholder's own row is zero: it is overwritten on input and never the best output.
@@ -248,7 +255,7 @@ def write_checkpoint(
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
         chat_template=model.resource("chat_template.jinja").read_text("utf-8"),
-        image_token=IMAGE_TOKEN,
+        image_token=model.image_token,
         num_additional_image_tokens=1,
     ).save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in model.base.end_tokens]

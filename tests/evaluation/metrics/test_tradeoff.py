@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.test_results import judged
+from tests.evaluation.harness.test_results import judged
 from vlm_safeguard.calibration.refusals import Verdict
 from vlm_safeguard.evaluation.benchmarks import load_benchmark
 from vlm_safeguard.evaluation.harness.results import Judged, rates
