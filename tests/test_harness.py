@@ -56,7 +56,7 @@ from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import load
 from vlm_safeguard.utils.progress import Progress
 
-LABELS = Path(__file__).parents[1] / "docs" / "judge-labels.jsonl"
+LABELS = Path(__file__).parents[1] / "docs" / "assets" / "judge-labels.jsonl"
 
 
 @pytest.fixture(scope="module")
