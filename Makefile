@@ -66,17 +66,17 @@ results/guard: | $(VENV)/.installed  # order only: an update of the tools makes 
 # LIMIT=50 takes 50 prompts of each label and set.
 EVALUATE = $(BIN)/vlm-safeguard evaluate embedded --defence all --guard results/guard \
   $(addprefix --benchmark ,$(SETS)) $(if $(PUBLISHED),--data $(BENCHMARKS)) \
-  --max-new-tokens 24 --batch 48 --vqa 160 --labels docs/judge-labels.jsonl \
+  --max-new-tokens 24 --batch 48 --vqa 160 --labels docs/assets/judge-labels.jsonl \
   $(if $(LIMIT),--limit $(LIMIT))
 
-results: $(VENV)/.installed results/guard  ## Every defence on every set: docs/comparison.json and .md
+results: $(VENV)/.installed results/guard  ## Every defence on every set: docs/comparison.md and its JSON
 	$(if $(PUBLISHED),,@echo 'no published benchmarks (BENCHMARKS=FOLDER or hub): our own sets alone' >&2)
 	$(EVALUATE) -o results/run --pairs 7 --throughput 3
-	cp results/run/results.json docs/comparison.json
+	cp results/run/results.json docs/assets/comparison.json
 	cp results/run/results.md docs/comparison.md
 
 # Prompt by prompt where the first run is still here, else against the committed rates.
-FIRST ?= $(or $(wildcard results/run/results.json),docs/comparison.json)
+FIRST ?= $(or $(wildcard results/run/results.json),docs/assets/comparison.json)
 results-check: $(VENV)/.installed results/guard  ## A second run, and whether it came out the same
 	$(EVALUATE) -o results/again
 	$(BIN)/vlm-safeguard check-results $(FIRST) results/again
@@ -102,7 +102,7 @@ $(BENCH)/.installed: pyproject.toml constraints.txt bench/peers.txt
 	touch $@
 
 # QUICK=1 tries every part and leaves docs/ as it is.
-bench: $(BENCH)/.installed  ## What a guard costs: docs/bench.md and .json (about two hours on 2 cores)
+bench: $(BENCH)/.installed  ## What a guard costs: docs/bench.md and its JSON (about two hours on 2 cores)
 	$(BENCH)/bin/python -m bench $(if $(QUICK),--quick -o $(BENCH)/quick)
 
 clean:

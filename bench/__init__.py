@@ -1,1 +1,1 @@
-"""Measures what a guard costs: `make bench` writes docs/bench.md and docs/bench.json."""
+"""Measures what a guard costs: `make bench` writes docs/bench.md and docs/assets/bench.json."""

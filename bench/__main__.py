@@ -39,9 +39,9 @@ def main() -> None:
     _say("memory")
     found["memory"] = memory.measured(given.quick)
     found = as_json(found)
-    given.output.mkdir(parents=True, exist_ok=True)
+    (given.output / "assets").mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1) + "\n"
-    files = {"bench.json": text, "bench.md": page(json.loads(text))}
+    files = {"assets/bench.json": text, "bench.md": page(json.loads(text))}
     write_whole({given.output / name: content.encode() for name, content in files.items()})
     print(given.output / "bench.md")
 

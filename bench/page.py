@@ -43,8 +43,8 @@ def _opening(found: Mapping[str, Any]) -> str:
     return f"""# What a guard costs
 
 `{command}`, in the environment that
-`make bench` makes, wrote this page and [bench.json](bench.json): the embedded model, float32,
-{where["machine"]} ({versions}), commit {where["commit"]}.{quick}
+`make bench` makes, wrote this page and [bench.json](assets/bench.json): the embedded model,
+float32, {where["machine"]} ({versions}), commit {where["commit"]}.{quick}
 
 Every figure is the median, with quartiles, of {found["rounds"]} rounds, in which every variant runs
 once, in random order, in one process. Times to the first token and per token are ratios of calls

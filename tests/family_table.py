@@ -1,6 +1,6 @@
-"""The tables of model families in ``docs/families.md`` and the README, made from the matrix.
+"""Writes the tables of model families in ``docs/families.md`` and their count in the README.
 
-python -m tests.family_table    # writes them anew
+python -m tests.family_table
 """
 
 from __future__ import annotations
@@ -8,23 +8,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.families import FAMILIES, REFUSED, Family
-from tests.paths import DOCS, ROOT
 from vlm_safeguard.calibration.doctor import describe
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.residual_stream import verify_residual_stream
 from vlm_safeguard.utils.files import write_whole
 
+ROOT = Path(__file__).parents[1]
 START, END = "<!-- made by python -m tests.family_table -->", "<!-- end -->"
 
 
 def summary() -> str:
-    """The README's sentence: families by what can be done with them."""
-    alone = [one.name for one in FAMILIES.values() if one.text_alone and ", " not in one.name]
-    others = [one.name for one in FAMILIES.values() if not one.text_alone]
+    """The README's line: how many families there are, by what can be done with them."""
+    names = [one.name for one in FAMILIES.values() if one.text_alone and ", " not in one.name]
+    others = ", ".join(one.name for one in FAMILIES.values() if not one.text_alone)
     return (
-        f"Guarded without code of their own are {len(alone)} families: {', '.join(alone)}. "
-        f"Guarded, but not calibrated (no text-only pass): {', '.join(others)}. Refused by name: "
-        f"{', '.join(REFUSED)}."
+        f"The test suite covers {len(names)} [model families](docs/families.md) of transformers, "
+        f"with no code for any of them.\n{others} can be guarded but not calibrated, and "
+        f"{len(REFUSED)} families are refused."
     )
 
 
@@ -80,7 +80,7 @@ def _after_colon(error: ModelError) -> str:
 
 def documents() -> dict[Path, str]:
     """The files that hold a table, with it in its place."""
-    tables = {DOCS / "families.md": table(), ROOT / "README.md": summary()}
+    tables = {ROOT / "docs" / "families.md": table(), ROOT / "README.md": summary()}
     return {path: _written_into(path.read_text("utf-8"), made) for path, made in tables.items()}
 
 

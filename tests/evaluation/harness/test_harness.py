@@ -56,7 +56,7 @@ from vlm_safeguard.evaluation.metrics import timing
 from vlm_safeguard.model.loading import load
 from vlm_safeguard.utils.progress import Progress
 
-LABELS = DOCS / "judge-labels.jsonl"
+LABELS = DOCS / "assets" / "judge-labels.jsonl"
 
 
 @pytest.fixture(scope="module")

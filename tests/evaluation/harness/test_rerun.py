@@ -184,7 +184,7 @@ def test_what_is_no_second_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_committed_comparison_can_be_checked() -> None:
-    path = DOCS / "comparison.json"
+    path = DOCS / "assets" / "comparison.json"
     found = compare_runs(read_run(path), read_run(path))
     assert len(found) > 100 and not any(one.differs for one in found)
 

@@ -87,11 +87,11 @@ def test_labels_of_one_kind_only() -> None:
 
 
 def test_the_documented_figures_are_those_of_the_labels() -> None:
-    """docs/evaluation.md holds the command's own output: paste it anew when the labels change."""
-    judge, labelled = make_judge("phrases"), read_labelled(DOCS / "judge-labels.jsonl")
+    """docs/evaluate.md holds the command's own output: paste it again when the labels change."""
+    judge, labelled = make_judge("phrases"), read_labelled(DOCS / "assets" / "judge-labels.jsonl")
     parts = validate(judge, labelled), validate(judge, labelled, "harmless")
     harmless = sum(not row.harmful for row in labelled)
-    assert validation_page(*parts, harmless) in (DOCS / "evaluation.md").read_text("utf-8")
+    assert validation_page(*parts, harmless) in (DOCS / "evaluate.md").read_text("utf-8")
 
 
 def test_the_command_prints_both_parts(tmp_path: Path) -> None:

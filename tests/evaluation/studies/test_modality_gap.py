@@ -356,12 +356,13 @@ def test_four_files_are_written(found: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "new"
     write(found, folder, "study")
     plots = {"study-refusals.png", "study-layers.png"}
-    assert {path.name for path in folder.iterdir()} == {"study.json", "study.md", *plots}
-    assert json.loads((folder / "study.json").read_text()) == found
+    assert {path.name for path in folder.iterdir()} == {"study.md", "assets"}
+    assert {path.name for path in (folder / "assets").iterdir()} == {"study.json", *plots}
+    assert json.loads((folder / "assets" / "study.json").read_text()) == found
     text = (folder / "study.md").read_text()
     for name in plots:
-        assert f"]({name})" in text
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert f"](assets/{name})" in text
+        assert (folder / "assets" / name).read_bytes().startswith(b"\x89PNG")
     assert "--per-set 3 --prompts malicious --max-new-tokens 3 --guard GUARD`" in text
     assert found["guard_sha256"][:16] in text
     for condition in CONDITIONS:

@@ -22,8 +22,9 @@ from vlm_safeguard.utils.markdown import table
 
 NAME = "gap"
 SETS = {"malicious": "malicious evaluation set", "held": "held-back calibration prompts"}
-# What follows the study's name in the names of its files.
+# What follows the study's name in the names of its files. All but the page lie in ``ASSETS``.
 JSON, PAGE, REFUSALS, LAYERS = ".json", ".md", "-refusals.png", "-layers.png"
+ASSETS = "assets"
 
 # Okabe-Ito colours, told apart with any colour vision; text only is black in every panel.
 _GROUP_COLOURS = {"": "#222222", ONE: "#0072B2", WORDS: "#D55E00", MORE: "#009E73"}
@@ -36,7 +37,9 @@ _LINE_LOOKS: tuple[tuple[str, Any, str], ...] = (
 
 
 def write(found: Mapping[str, Any], folder: Path, name: str = NAME) -> None:
-    """Write all four files into ``folder``, whole or not at all; their names begin with ``name``.
+    """Write the page into ``folder`` and its JSON and plots into ``folder/assets``, all or none.
+
+    Every file name begins with ``name``.
 
     Raises:
         SafeguardError: the folder cannot be made or written.
@@ -48,8 +51,13 @@ def write(found: Mapping[str, Any], folder: Path, name: str = NAME) -> None:
         PAGE: markdown(found, name).encode(),
     }
     try:
-        check_writable(folder)
-        write_whole({folder / (name + ending): data for ending, data in files.items()})
+        check_writable(folder / ASSETS)
+        write_whole(
+            {
+                (folder if ending == PAGE else folder / ASSETS) / (name + ending): data
+                for ending, data in files.items()
+            }
+        )
     except OSError as error:
         raise SafeguardError(f"cannot write the study to {folder}: {error.strerror}") from error
 
@@ -154,7 +162,7 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
         f"{found['max_new_tokens']} new tokens. {found['note']} Intervals are 95% Wilson; "
         "p is an exact McNemar test against text only on the same requests, not corrected for the "
         "number of conditions.",
-        f"![Refusals per condition]({name}{REFUSALS})",
+        f"![Refusals per condition]({ASSETS}/{name}{REFUSALS})",
         table(
             [
                 "Condition",
@@ -186,10 +194,10 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
         f"The state at the last prompt token, along the first safety steering direction (from the "
         f"anchors, text only): how well it tells harmful from harmless (AUC), and how far it has "
         f"turned from the text-only state. The table shows layer {layer}, which separates these "
-        f"requests best as text only, so that text is slightly favoured; {name}{JSON} has all "
-        f"layers. A cosine says little where a few large coordinates make up most of a state: "
+        f"requests best as text only, so that text is slightly favoured; {ASSETS}/{name}{JSON} has "
+        f"all layers. A cosine says little where a few large coordinates make up most of a state: "
         f"compare conditions, not models.",
-        f"![AUC and cosine shift per layer]({name}{LAYERS})",
+        f"![AUC and cosine shift per layer]({ASSETS}/{name}{LAYERS})",
         table(
             ["Condition", "AUC", "Mean, harmful", "Mean, harmless", "1 - cosine with text"],
             [
