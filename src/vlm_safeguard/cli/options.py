@@ -1,4 +1,4 @@
-"""What the commands share: options that mean the same everywhere, loading, printing."""
+"""Options and helpers shared by all commands: loading, progress, printing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import typer
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.utils.files import check_writable
 
-Model = Annotated[str, typer.Argument(help="Model folder or hub name; 'embedded' for our own.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="Where the model runs, for example cpu or cuda.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Model = Annotated[
+    str, typer.Argument(help="Model folder or hub name, or 'embedded' for the embedded model.")
+]
+Dtype = Annotated[str, typer.Option(help="Model dtype: float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Device to run the model on, for example cpu or cuda.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Do not report progress on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
