@@ -17,8 +17,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 PROGRAM, WIDTH = "vlm-safeguard", 100
 HEAD = """# Command line
 
-Data goes to stdout, progress to stderr. `--json` prints one JSON object. A command that fails prints
-`error: ...` and exits with 1.
+Data goes to stdout, progress to stderr. `--json` prints one JSON object. A command that fails
+prints `error: ...` and exits with 1.
 
 Made by `python -m tests.cli_reference`; do not edit.
 """

@@ -190,11 +190,11 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
             if not one["applicable"]
         ),
         "## States",
-        f"The state at the last prompt token, along the first safety steering direction (from the "
-        f"anchors, text only): how well it tells harmful from harmless (AUC), and how far it has "
-        f"turned from the text-only state. The table shows layer {layer}, which separates these "
-        f"requests best as text only, so that text is slightly favoured; {ASSETS}/{name}{JSON} has all "
-        f"layers. A cosine says little where a few large coordinates make up most of a state: "
+        f"The hidden state at the last prompt token, along the first safety direction (from the "
+        f"anchors, text only): how well it separates harmful from harmless requests (AUC), and how "
+        f"far it has turned from the text-only state. The table shows layer {layer}, which "
+        f"separates these requests best as text only; this slightly favours text. "
+        f"{ASSETS}/{name}{JSON} has all layers. A few large coordinates can dominate a cosine: "
         f"compare conditions, not models.",
         f"![AUC and cosine shift per layer]({ASSETS}/{name}{LAYERS})",
         _table(
@@ -241,8 +241,8 @@ def _reading_note(measured: Mapping[str, Any]) -> list[str]:
     if not any(one["needs_reading"] for one in measured.values()):
         return []
     return [
-        "Where reading is needed, a model that cannot read its picture meets neither harm nor a "
-        "question there: a low rate of refusals then says nothing about its alignment."
+        "In conditions that need reading, a model that cannot read the picture sees neither harm "
+        "nor a question. A low refusal rate there says nothing about its alignment."
     ]
 
 
@@ -258,10 +258,10 @@ def _gates(found: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
         + [rate_and_interval(one["gates"][s], rate) for s in sources for rate in ("tpr", "fpr")]
         for one in measured.values()
     ]
-    words = ", but with the words in them" if found["guard_reads_pictures"] else ""
+    words = ", but with the text in them" if found["guard_reads_pictures"] else ""
     return [
         "## Gates of the guard",
-        "How often each gate opens, each read by itself in an unguarded pass. The text gate reads "
+        "How often each gate opens, read separately in an unguarded pass. The text gate reads "
         f"the conversation without its pictures{words}. "
         f"Guard SHA-256 `{found['guard_sha256'][:16]}`.",
         _table(["Condition", *head], rows),
