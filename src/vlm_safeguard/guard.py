@@ -1,4 +1,4 @@
-"""A calibrated guard: loaded, saved, shared, and attached to its model."""
+"""The ``Guard`` class: load, save, share and attach a calibrated guard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guards on a model hub: which names are looked up there, fetching files, pushing them.
+"""Downloads guards from the Hugging Face hub and pushes them to it.
 
 Every function here goes to the network only for a repository that its caller names, and every
 failure is a ``GuardError`` that says what to do.

@@ -1,4 +1,4 @@
-"""The two files of a guard as byte strings: written, and read with every check.
+"""Serializes a guard to its two files, and parses and validates them.
 
 ``docs/guard-format.md`` is the specification. Reading trusts nothing: sizes are bounded before
 anything is parsed, every name, type and shape must be the one that the settings call for, and all

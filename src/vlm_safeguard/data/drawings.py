@@ -1,4 +1,4 @@
-"""Pictures that this package draws itself: no files, no downloads, the same pixels every time.
+"""Draws the pictures of the bundled prompts: no files, no downloads, the same pixels every time.
 
 The bundled prompts name their pictures as ``{"kind": ..., "value": ...}``; ``draw`` makes them.
 """

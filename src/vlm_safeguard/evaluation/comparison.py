@@ -1,4 +1,4 @@
-"""Systems side by side: the same prompts, the same decoding, one row per response."""
+"""Compares systems on the same prompts with the same decoding; one row per response."""
 
 from __future__ import annotations
 

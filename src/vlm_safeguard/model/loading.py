@@ -1,4 +1,4 @@
-"""Load a vision-language model and its processor, and find its decoder, verified."""
+"""Loads a VLM and its processor."""
 
 from __future__ import annotations
 

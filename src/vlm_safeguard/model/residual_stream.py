@@ -1,4 +1,4 @@
-"""The language decoder of a VLM, verified, and the residual stream between its layers."""
+"""Finds and verifies the language decoder of a VLM, and hooks its residual stream."""
 
 from __future__ import annotations
 

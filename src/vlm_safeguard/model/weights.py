@@ -1,4 +1,4 @@
-"""Weights of a model: where they lie, on a device, offloaded or quantised, and their digest."""
+"""Reads a model's weights on devices, offloaded or quantised, and computes their digest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Puts a guard on a model and takes it off again, whole or not at all.
+"""Installs a guard on a model and removes it, completely or not at all.
 
-A guard meets a model at four places: its ``forward``, its ``generate``, the method that prepares
+A guard wraps a model in four places: its ``forward``, its ``generate``, the method that prepares
 the forward calls of every way of generating, and the output of each guarded layer.
 """
 

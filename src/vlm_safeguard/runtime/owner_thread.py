@@ -1,4 +1,4 @@
-"""The thread that a guarded model works for: one at a time."""
+"""A lock that lets one thread at a time use a guarded model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guard at work on one model, and the state machine that a request goes through.
+"""The session of an attached guard, and the state machine of a request.
 
 ``generate`` begins a request with its whole prompt: its words are read (``TextPass``), then each
 forward call of the model is a pass of its own (``PromptPass``, ``DecodePass``). Outside of

@@ -1,6 +1,6 @@
-"""Refuses any call that could pass the gate, or make a row's result depend on its batch.
+"""Refuses calls that could bypass the gate or make a row's result depend on its batch.
 
-Checked are the settings of ``generate``, the prompt, and each forward call after it.
+Checks the settings of ``generate``, the prompt, and each later forward call.
 """
 
 from __future__ import annotations

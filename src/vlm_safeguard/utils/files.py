@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and files that are read with a limit."""
+"""Writes files atomically and reads files with a size limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON and JSONL read strictly: whatever is wrong is an error that names file and line."""
+"""Reads JSON and JSONL strictly; errors name the file and line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package's own three sets, which need no folder."""
+"""Loads the package's own three evaluation sets."""
 
 from __future__ import annotations
 

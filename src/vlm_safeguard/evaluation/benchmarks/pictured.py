@@ -1,4 +1,4 @@
-"""Benchmarks whose prompts need their pictures. Labels are the publishers'; no picture is opened.
+"""Reads benchmarks whose prompts need pictures. Labels are the publishers'.
 
 The label of such a prompt holds for the words together with the picture, so they are run in the
 setting ``picture`` alone.

@@ -1,4 +1,4 @@
-"""Reading text, CSV and JSON tables; every complaint names the file, the place and the way out."""
+"""Reads text, CSV and JSON tables; errors name the file, the place and what to do."""
 
 from __future__ import annotations
 

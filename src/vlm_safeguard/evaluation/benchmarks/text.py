@@ -1,4 +1,4 @@
-"""Benchmarks of words alone. Labels are the publishers'."""
+"""Reads text-only benchmarks. Labels are the publishers'."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An inspect_ai provider for vision-language models under a defence, pictures included.
+"""An inspect_ai model provider for VLMs under a defence, with pictures.
 
 inspect's own Hugging Face provider refuses pictures and knows no guard. This one takes the model
 as its name and the defence as arguments:

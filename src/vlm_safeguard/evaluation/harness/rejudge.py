@@ -1,4 +1,4 @@
-"""``vlm-safeguard judge``: the responses of an evaluation before another judge, or the same again.
+"""Judges the responses of an evaluation again (``vlm-safeguard judge``).
 
 Nothing is generated. Every verdict goes into a recording, batch by batch, so that a judging that
 was stopped goes on from there; the recording can be replayed with ``recorded:FILE``.

@@ -1,4 +1,4 @@
-"""Whether a second run of an evaluation came out the same, within its intervals.
+"""Compares two runs of an evaluation, within their intervals.
 
 Reads two ``results.json``. Where both have their ``responses.jsonl`` beside them, the verdicts are
 compared prompt by prompt; else only the rates.

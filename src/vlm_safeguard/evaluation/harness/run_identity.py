@@ -1,4 +1,4 @@
-"""What a run is made from, written into its folder, so that no folder mixes two runs."""
+"""Records what a run was made from, so that no folder mixes two runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible endpoint as a judge: a general model, or a guard model behind a server.
+"""A judge behind any OpenAI-compatible endpoint: a general model or a guard model.
 
 One broken answer must not end a run: a timeout, an error status, garbage or half a JSON is an
 unscored response with its reason. Only an endpoint that cannot be used at all (wrong address, no

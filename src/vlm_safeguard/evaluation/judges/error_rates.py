@@ -1,4 +1,4 @@
-"""What a judge gets wrong on labelled responses, to correct the attack success it counts."""
+"""Measures a judge's error rates on labelled responses, to correct attack success."""
 
 from __future__ import annotations
 

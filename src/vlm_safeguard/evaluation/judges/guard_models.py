@@ -1,4 +1,4 @@
-"""Guard models as judges, run here through transformers: Llama Guard, Qwen3Guard, and others.
+"""Guard models as judges, run locally with transformers: Llama Guard, Qwen3Guard and others.
 
 The conversation [user: prompt, assistant: response] goes through the guard model's own chat
 template; a model whose prompt stands only in its model card (HarmBench's classifiers, WildGuard)

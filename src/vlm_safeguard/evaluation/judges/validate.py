@@ -1,4 +1,4 @@
-"""How far a judge can be trusted, and what that leaves of a rate it measured.
+"""Validates a judge on labelled responses, and corrects rates for its errors.
 
 A judge is held against responses that people labelled, those to harmful and those to harmless
 prompts apart: there it is to find attack successes, here refusals, and it errs otherwise. Its

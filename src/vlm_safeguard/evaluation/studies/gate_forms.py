@@ -1,8 +1,7 @@
-"""Which form of gate finds most: the paper's, single layers, pooled ones, on held-back prompts.
+"""Compares forms of gate on held-back prompts, at equal false positives.
 
-Every form is fitted on the calibration prompts that choose and judged on those that prove, at the
-threshold that lets one in a hundred of the held-back harmless requests through: so the forms are
-compared at the same cost, whatever their own thresholds are.
+Every form is fitted on calibration prompts and tested on held-back ones, at the threshold that
+stops one in a hundred of the held-back harmless requests. This compares the forms at equal cost.
 """
 
 from __future__ import annotations
@@ -162,9 +161,9 @@ def page(
         "# Forms of gate",
         "",
         f"`vlm-safeguard gates {model}`: linear gates in closed form, fitted on calibration",
-        "prompts and tested on held-back ones. *Found* is the share of harmful requests on which the",
-        f"gate opens at {FALSE_POSITIVES:.0%} false positives, with 95% Wilson intervals. AUC is the",
-        "area under the ROC curve. `text` reads the text-only pass, `vlm` the VLM's own pass.",
+        "prompts and tested on held-back ones. *Found* is the share of harmful requests on which",
+        f"the gate opens at {FALSE_POSITIVES:.0%} false positives, with 95% Wilson intervals. AUC",
+        "is the area under the ROC curve. `text` reads the text-only pass, `vlm` the VLM's pass.",
         "",
         "| Gate | Read from | Setting | Layers | AUC | Found |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""What the gap study found, as JSON, two plots and a Markdown page."""
+"""Writes the results of the gap study: JSON, two plots and a Markdown page."""
 
 from __future__ import annotations
 
