@@ -74,7 +74,7 @@ def assemble(cache: Path | None = None, progress: Progress = lambda _: None) -> 
         raise DemoError("assembling needs gguf and accelerate: pip install 'vlm-safeguard[demo]'")
     try:
         if folder.exists():
-            progress("the assembled model is damaged; making it anew")
+            progress("the assembled model is damaged; assembling it again")
             shutil.rmtree(folder)
         cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache).free

@@ -58,7 +58,7 @@ def read_prompts(path: Path, label: prompts.Label = "harmful") -> list[Prompt]:
         raise DataError(f"{path} is not a UTF-8 text file of prompts, one a line") from error
     found = [line for line in lines if line]
     if not found:
-        raise DataError(f"{path} holds no prompt")
+        raise DataError(f"{path} has no prompts")
     return [
         Prompt(f"{path.stem}-{n:04}", text, label, "plain", "", f"{path.stem}-{n:04}")
         for n, text in enumerate(found)

@@ -59,9 +59,7 @@ class Hooks:
         """
         with _ARMING:
             if getattr(self.model, _MARK, None) is not None:
-                raise GuardError(
-                    "a guard is attached to this model already: leave its `with` first"
-                )
+                raise GuardError("a guard is already attached to this model: detach it first")
             refuse_compiled(self.model)
             setattr(self.model, _MARK, self)
         try:

@@ -97,7 +97,7 @@ def mm_safetybench(folder: Folder) -> list[Prompt]:
     images = folder.find("imgs", inside="data")
     paths = sorted(questions.glob("*.json"))
     if not paths:
-        raise DataError(f"{questions} holds no JSON file; get them from {folder.publisher}")
+        raise DataError(f"{questions} has no JSON files; get them from {folder.publisher}")
     return [prompt for path in paths for prompt in _scenario(folder, path, images)]
 
 
@@ -148,5 +148,5 @@ def _objects(path: Path) -> dict[str, Any]:
     """The members of a JSON file that is one object."""
     found = read_json(path)
     if not isinstance(found, dict) or not found:
-        raise DataError(f"{path}: an object with questions is wanted; download it again")
+        raise DataError(f"{path}: an object with questions is expected; download it again")
     return found

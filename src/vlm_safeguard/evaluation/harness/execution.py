@@ -181,7 +181,7 @@ def running(plan: Plan, output: Path, display: str = "plain") -> Iterator[list[E
             kind = SafeguardError if why else Interrupted
             raise kind(
                 f"{wanted - finished} of {wanted} evaluations did not finish "
-                f"({why or 'interrupted'}). The same command goes on with what is missing"
+                f"({why or 'interrupted'}). Repeat the command to run what is missing"
             )
         # What eval_set returns are headers; the samples are in the files.
         yield [read_eval_log(log.location) for log in logs]

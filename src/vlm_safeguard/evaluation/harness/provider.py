@@ -103,9 +103,9 @@ class VlmSafeguardAPI(ModelAPI):
     ) -> ModelOutput:
         """One greedy answer to one user turn with at most one picture."""
         if tools:
-            raise DataError("the vlm-safeguard provider knows no tools")
+            raise DataError("the vlm-safeguard provider does not support tools")
         if config.temperature:
-            raise DataError("the vlm-safeguard provider generates greedily: leave temperature out")
+            raise DataError("the vlm-safeguard provider decodes greedily: leave temperature out")
         request = read_request(input)
         if self.attack is not None:
             request = self.attack(request)

@@ -55,8 +55,8 @@ def check_chosen_for(judge: Judge, rows: Sequence[Labelled], labels: Path) -> No
     others = sorted({row.judge for row in rows} - {"", judge.name})
     if others:
         raise DataError(
-            f"{labels} holds responses chosen by the verdicts of {', '.join(others)}: they cannot "
-            f"tell the errors of {judge.name}"
+            f"{labels} holds responses chosen by the verdicts of {', '.join(others)}: they do not "
+            f"show the errors of {judge.name}"
         )
 
 

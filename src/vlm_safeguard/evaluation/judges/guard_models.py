@@ -159,7 +159,7 @@ def load_guard(name: str, dtype: str = "float32", device: str = "cpu") -> GuardP
     if missing:
         raise JudgeError(
             f"{name} lacks weights of a causal language model ({missing[0]} and others): "
-            "a judge with random weights is none"
+            "its weights would be random"
         )
     try:
         model = model.to(device)

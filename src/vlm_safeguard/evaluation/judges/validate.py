@@ -145,7 +145,7 @@ def validate(
         raise DataError(f"no labelled responses to {prompts} prompts to validate a judge on")
     if prompts == "harmless" and judge.asks == "harm":
         raise DataError(
-            f"{judge.name} tells harm, not refusals: only responses to harmful prompts validate it"
+            f"{judge.name} judges harm, not refusals: only responses to harmful prompts validate it"
         )
     judged = judge.judge([(row.prompt, row.response) for row in rows])
     confusion = {label: dict.fromkeys(OUTCOMES, 0) for label in get_args(Label)}
