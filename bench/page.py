@@ -1,4 +1,4 @@
-"""The page: what was measured, as Markdown."""
+"""Writes the benchmark's results as a Markdown page."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ def _opening(found: Mapping[str, Any]) -> str:
 `make bench` makes, wrote this page and [bench.json](assets/bench.json): the embedded model,
 float32, {where["machine"]} ({versions}), commit {where["commit"]}.{quick}
 
-Every figure is the median, with quartiles, of {found["rounds"]} rounds, in which every variant runs
-once, in random order, in one process. Times to the first token and per token are ratios of calls
-side by side: a model with hooks and its twin without any, around the same weights, `generate` for
-the same request in lockstep, each token of one right beside the same token of the other, and from
-token to token they change places; to the first token each goes first once. *Unguarded again* has
-hooks on neither: how far chance alone goes. Guards are made by hand, with gates forced open or shut
-and as many directions as the largest that a calibration tries; attaching stands by itself below.
-Prompts: {found["prompts"]}.
-{found["new_tokens"]} tokens are written each time; the time per token is the median step's."""
+- Every figure is the median, with quartiles, of {found["rounds"]} rounds. In each round every
+  variant runs once, in random order, in one process.
+- Times are ratios of paired calls. A model with hooks and its twin without hooks share the same
+  weights and `generate` for the same request in lockstep, token by token. They take turns in going
+  first.
+- *Unguarded again* has no hooks on either model and shows the noise.
+- Guards are made by hand, with gates forced open or shut and with as many directions as the largest
+  candidate of a calibration.
+- Prompts: {found["prompts"]}.
+- Each call generates {found["new_tokens"]} tokens. The time per token is the median step's."""
 
 
 def _vlm(batches: Mapping[str, Any]) -> str:
@@ -91,11 +92,11 @@ def _prediction(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ["model", "text tokens", "prompt tokens", "gate shut", "gate open"]
     return f"""## What the text-only pass predicts
 
-Its share of the prompt's pass through the decoder: its share of the tokens times that of the
-layers. Where the gate stays shut it ends at the gate's last layer, here at two thirds of the
-depth; where it opens and the text's coordinates are put back, at the last guarded layer. This
-depends on no machine. What the prompt's pass takes beside its decoder (the vision tower, the
-projector) is left out, so the share of the whole is smaller.
+The predicted cost of the text-only pass is its share of the prompt's pass through the decoder: its
+share of the tokens times its share of the layers. If the gate stays shut, the pass ends at the
+gate's last layer, here at two thirds of the depth. If it opens and the text's coordinates are
+restored, the pass ends at the last guarded layer. The prediction does not depend on the machine. It
+leaves out the vision tower and the projector, so the share of the whole is smaller.
 
 {table(head, cells)}"""
 
@@ -122,8 +123,7 @@ def _one_by_one(requests: Sequence[Mapping[str, Any]]) -> str:
     return f"""## One request at a time, with its text-only pass
 
 Time to the first token, all layers guarded. A pass over few tokens takes more than its share,
-because it reads the weights as one over many does; the last request has the proportions of
-LLaVA-1.5's.
+because it reads all weights. The last request has about LLaVA-1.5's proportions.
 
 {table(head, cells)}"""
 
@@ -131,13 +131,13 @@ LLaVA-1.5's.
 def _sharing(batches: Mapping[str, Any]) -> str:
     names = list(next(iter(batches.values())))
     rows = [[name, *(figure(found[name]) for found in batches.values())] for name in names]
-    return f"""## A pass of its own, or one forward with the prompt
+    return f"""## A separate text-only pass, or one forward pass with the prompt
 
-The prompt with its text-only pass, over the prompt alone, without a guard. In one forward the
-text's rows are as wide as the prompt's, no pass ends early, and what the text says in a layer comes
-too late for the layers below it.
+Time of the prompt with its text-only pass, relative to the prompt alone, without a guard. In one
+forward pass the text's rows are as wide as the prompt's, nothing ends early, and a gate's decision
+comes too late for the layers below it.
 
-{table(["the text-only pass", *(f"batch {batch}" for batch in batches)], rows)}"""
+{table(["text-only pass", *(f"batch {batch}" for batch in batches)], rows)}"""
 
 
 def _peers(found: Mapping[str, Any]) -> str:
@@ -153,14 +153,14 @@ def _peers(found: Mapping[str, Any]) -> str:
         parts.append(table(["all layers", *(f"batch {batch}" for batch in batches)], rows))
     tables = "\n\n".join(parts)
     notes = "\n".join(f"- {note}" for note in found["libraries"])
-    return f"""## Beside others, on the language model alone
+    return f"""## Other libraries, on the language model alone
 
 The same language model, text only, in the same process. The libraries add a vector after every
-layer at every token, without a gate; the naive hook and the guard with the paper's formula read
-each layer's gate at the last prompt token and add along one direction at every token; the other
-guards restore {found["rank"]} directions. What the libraries and this package ask for (below)
-cannot be had together: they are installed without their requirements, beside a numpy older than
-this package's own. That their hooks do what they say is checked first.
+layer at every token, without a gate. The naive hook and the guard with the paper's formula read
+each layer's gate at the last prompt token and add along one direction at every token. The other
+guards restore {found["rank"]} directions. The libraries' requirements (below) conflict with this
+package's, so they are installed without them, with an older numpy than this package requires. The
+benchmark first checks that their hooks steer as documented.
 
 {notes}
 
@@ -171,11 +171,11 @@ def _overhead(found: Mapping[str, Any]) -> str:
     batches = found["per_layer_us"]
     names = list(next(iter(batches.values())))
     rows = [[name, *(figure(one[name], 2) for one in batches.values())] for name in names]
-    return f"""## What the overhead is made of
+    return f"""## Parts of the overhead
 
-Microseconds per layer and decoding step, hooks on every layer, of a model whose layers do nothing:
-what a step takes beyond the same step of its twin without hooks, right beside it. A guard's row
-holds its hooks on the model itself too.
+Microseconds per layer and decoding step, with hooks on every layer of a model whose layers do
+nothing: the time of a step beyond the paired step of its twin without hooks. A guard's row includes
+its hooks on the model itself.
 
 {table(["hooks", *(f"batch {batch}" for batch in batches)], rows)}"""
 
@@ -197,9 +197,10 @@ def _rest(found: Mapping[str, Any]) -> str:
 
 ## Calibration
 
-Recording {found["pairs"]} anchor pairs and finding every layer's directions, over the bare forward
-passes of the same batches ({bare} s): {calibrated}. Of it the directions, by themselves:
-{directions}. The choice of a steering, which generates answers, comes on top.
+Recording {found["pairs"]} anchor pairs and finding every layer's directions takes
+{calibrated} times the bare forward passes of the same batches ({bare} s).
+The directions alone take {directions}. The steering search, which generates answers,
+is not included.
 
 ## Memory
 

@@ -32,11 +32,11 @@ def table() -> str:
     """The tables of the docs: what is verified, and what is refused and why."""
     lines = [
         "| Family | Class in transformers | Language layers | Tokens of a picture "
-        "| Text-only reading |",
+        "| Text-only version |",
         "|---|---|---|---|---|",
         *(_row(one) for one in FAMILIES.values()),
         "",
-        "Refused, by name:",
+        "These families are refused:",
         "",
         "| Family | Reason |",
         "|---|---|",
@@ -52,11 +52,11 @@ def _row(one: Family) -> str:
     try:
         found = describe(loaded)
     except ModelError as error:
-        tokens, reading = _code(*one.markup[0]), f"not to be had: {_after_colon(error)}"
+        tokens, reading = _code(*one.markup[0]), f"not available: {_after_colon(error)}"
     else:
         shown = found.image_tokens[:4] + (("...",) if len(found.image_tokens) > 4 else ())
         tokens = " ".join(filter(None, (_code(found.before), _code(*shown), _code(found.after))))
-        reading = "as the template has it" + ("" if one.exact else ", but for white space")
+        reading = "as in the template" + ("" if one.exact else ", except for white space")
     where = f"`{decoder.path}.layers`{skipped}"
     return f"| {one.name} | `{type(loaded.model).__name__}` | {where} | {tokens} | {reading} |"
 

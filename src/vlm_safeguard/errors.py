@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each message names the thing and the way out."""
+"""All error types of the package. Each message names the cause and what to do."""
 
 
 class SafeguardError(Exception):

@@ -1,4 +1,4 @@
-"""A calibrated guard: loaded, saved, shared, and attached to its model."""
+"""The ``Guard`` class: load, save, share and attach a calibrated guard."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ class Guard:
         else:
             if revision is not None:
                 raise GuardError(
-                    f"a revision is of a repository on the hub, and {name} is a path: leave it out"
+                    f"{name} is a path, and only a repository on the hub has revisions: leave "
+                    "revision out"
                 )
             fetch = _Folder(folder).read
         try:
@@ -144,7 +145,7 @@ class Guard:
         """
         target = Path(save_directory)
         if not push_to_hub and (repo_id is not None or push_to_hub_kwargs):
-            raise GuardError("repo_id and its like are for push_to_hub=True")
+            raise GuardError("repo_id and other arguments of push_to_hub need push_to_hub=True")
         files = self._render(base_model, repo_id)
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -254,7 +255,7 @@ class Guard:
         pad, known = self.config.markup.pad_id, len(model.get_input_embeddings().weight)
         if pad >= known:
             raise GuardError(
-                f"this guard pads with token {pad}, and the model knows only {known}: its "
+                f"this guard pads with token {pad}, and the model has only {known} tokens: its "
                 "guard.json was changed, calibrate again"
             )
         if processor is not None and own.template_sha256:
@@ -339,8 +340,8 @@ class _Folder:
             return read_limited(self.folder / name, limit)
         except FileNotFoundError as error:
             raise GuardError(
-                f"it is no guard: {name} is missing. Make one with `vlm-safeguard calibrate MODEL "
-                "-o GUARD`; one on the hub is loaded by Guard.from_pretrained('owner/name')"
+                f"not a guard folder: {name} is missing. Make one with `vlm-safeguard calibrate "
+                "MODEL -o GUARD`; one on the hub is loaded by Guard.from_pretrained('owner/name')"
             ) from error
         except OSError as error:
             raise GuardError(f"{name} cannot be read: {error.strerror}") from error

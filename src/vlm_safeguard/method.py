@@ -1,4 +1,4 @@
-"""The method: safety steering directions, gate scores, and what is done where a gate is open.
+"""The method: safety steering directions, gate scores, and steering where a gate is open.
 
 VLM-Guard (arXiv 2502.10486), section 3, with the readings that the paper leaves open as named
 options. Everything here is a pure function of tensors, computed in float32 whatever the model's

@@ -245,7 +245,7 @@ def test_a_gated_repository(hub, cache):
 def test_a_repository_without_a_guard(hub, cache, missing):
     stored(hub, fuzz.sound("restore"))
     del hub.repositories[NAME].files("main")[missing]
-    assert f"{missing} is missing there" in load_error(hub, cache)
+    assert f"{missing} is missing" in load_error(hub, cache)
 
 
 def test_no_network(cache):

@@ -333,7 +333,7 @@ def _socket(path):
         (_socket, "pipe, socket or device"),
         (lambda path: path.symlink_to("/dev/zero"), "pipe, socket or device"),
         (lambda path: path.symlink_to(path.parent), "folder, not a file"),
-        (lambda path: path.symlink_to("nowhere"), "leads nowhere"),
+        (lambda path: path.symlink_to("nowhere"), "broken link"),
         (lambda path: path.symlink_to(path.name), "cannot be read"),
     ],
     ids=["folder", "fifo", "socket", "device", "link to folder", "dead link", "loop"],

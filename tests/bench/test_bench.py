@@ -120,9 +120,9 @@ def test_every_part_runs_and_the_page_tells_of_it(subject, monkeypatch):
         "On the VLM",
         "predicts",
         "One request",
-        "one forward",
-        "Beside others",
-        "made of",
+        "one forward pass",
+        "Other libraries",
+        "Parts of the overhead",
         "Memory",
     ):
         assert title in text

@@ -192,7 +192,7 @@ def test_states_of_a_guarded_model_are_recorded(
     decoder = find_decoder(loaded.model)
     plain = record(loaded, items, tmp_path).clone()
     with guard.attach(loaded.model):
-        with pytest.raises(GuardRuntimeError, match="nobody read them"):
+        with pytest.raises(GuardRuntimeError, match="were not read"):
             record(loaded, items, tmp_path, decoder=decoder)
         guarded = record(loaded, items, tmp_path, decoder=decoder, read_pictures=True).clone()
     assert not torch.equal(plain[0], guarded[0]) and torch.equal(plain[1], guarded[1])

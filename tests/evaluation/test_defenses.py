@@ -69,5 +69,5 @@ def test_bad_definitions_are_refused(tmp_path: Path) -> None:
     empty.write_text("no slot")
     with pytest.raises(DataError, match="exactly once"):
         make_defence("goal-priority", text=empty)
-    with pytest.raises(GuardError, match="is no guard"):
+    with pytest.raises(GuardError, match="not a guard folder"):
         make_defence("guard", guard=tmp_path)

@@ -959,7 +959,7 @@ def test_a_model_inside_a_peft_model():
     model = tiny.llava()
     without = always(model)
     wrapped = peft.get_peft_model(model, settings).eval()
-    with pytest.raises(ModelError, match="attach the guard to the model inside"):
+    with pytest.raises(ModelError, match="attach the guard to the inner model"):
         without.attach(wrapped).__enter__()
     with pytest.raises(GuardError), without.attach(model):  # made without the adapter
         pass
@@ -1171,7 +1171,7 @@ def test_after_an_interrupted_call_nothing_goes_round_the_guard(model):
 def test_a_generate_kept_from_before_the_end_is_refused(model):
     with always(model).attach(model):
         kept = model.generate
-    with pytest.raises(GuardRuntimeError, match="taken off"):
+    with pytest.raises(GuardRuntimeError, match="detached"):
         kept(**tiny.batch(tiny.PROMPTS))
     generate(model, tiny.batch(tiny.PROMPTS))
 
@@ -1205,7 +1205,7 @@ def test_a_picture_that_nobody_read_is_refused_where_the_guard_counts_on_its_wor
     reads = tiny.changed(made, reads_pictures=True)
     pictured, plain = tiny.batch(tiny.PROMPTS[:1]), tiny.batch(TEXTS[:1])
     with reads.attach(model):
-        with pytest.raises(GuardRuntimeError, match="nobody read"):
+        with pytest.raises(GuardRuntimeError, match="were not read"):
             model.generate(**pictured, max_new_tokens=2)
         words = {"text_input_ids": torch.tensor([tiny.words(1, 5)])}
         model.generate(**pictured, **words, max_new_tokens=2)

@@ -1,1 +1,1 @@
-"""What a guard is on disk and on the hub."""
+"""The guard artifact: its files on disk and on the hub."""

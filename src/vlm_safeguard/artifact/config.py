@@ -1,4 +1,4 @@
-"""What a guard is set to: the contents of ``guard.json``, validated, and how large it may be."""
+"""The configuration of a guard, the contents of ``guard.json``: pydantic models and size limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guards on a model hub: which names are looked up there, fetching files, pushing them.
+"""Downloads guards from the Hugging Face hub and pushes them to it.
 
 Every function here goes to the network only for a repository that its caller names, and every
 failure is a ``GuardError`` that says what to do.
@@ -88,7 +88,7 @@ class Repository:
                 etag_timeout=self.timeout,
             )
         if self._commit and Path(path).parent.name != self._commit:
-            raise GuardError("it changed on the hub while it was read: load it again")
+            raise GuardError("the guard changed on the hub during the download: load it again")
         try:
             return read_limited(Path(path), limit)
         except OSError as error:
@@ -104,7 +104,7 @@ class Repository:
 
     def _check_size(self, name: str, limit: int) -> None:
         if name not in self._sizes:
-            raise GuardError(f"it is no guard: {name} is missing there")
+            raise GuardError(f"not a guard repository: {name} is missing")
         size = self._sizes[name]
         if size is not None and size > limit:
             raise GuardError(
@@ -176,11 +176,11 @@ def _explained(repo_id: str, revision: str | None, endpoint: str) -> Iterator[No
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise GuardError(
-            f"{at} is not in the cache and nothing may be fetched, or the hub broke off: load it "
+            f"{at} is not in the cache and cannot be downloaded: load it "
             "once with a network connection, without local_files_only and HF_HUB_OFFLINE"
         ) from error
     except errors.HFValidationError as error:
-        raise GuardError(f"{repo_id!r} is no name for a repository: use owner/name") from error
+        raise GuardError(f"{repo_id!r} is not a repository name: use owner/name") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
@@ -197,8 +197,8 @@ def _explained(repo_id: str, revision: str | None, endpoint: str) -> Iterator[No
         what = "did not answer in time" if _is_timeout(error) else "cannot be reached"
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise GuardError(
-            f"{endpoint} {what} ({reason}): check the network; a guard that was loaded before is "
-            "in the cache, local_files_only=True takes it from there"
+            f"{endpoint} {what} ({reason}): check the network. To use a guard from the cache, pass "
+            "local_files_only=True"
         ) from error
 
 

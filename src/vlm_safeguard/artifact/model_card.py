@@ -1,4 +1,4 @@
-"""The card of a guard: ``README.md`` beside its two files, for people and for the hub.
+"""Generates the model card of a guard, the ``README.md`` beside its two files.
 
 Written from the settings and never read as data. A guard may come from anybody, so no text of it
 reaches the page unless it is made of harmless characters, and then only inside a code span; all

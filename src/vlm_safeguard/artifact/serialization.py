@@ -1,4 +1,4 @@
-"""The two files of a guard as byte strings: written, and read with every check.
+"""Serializes a guard to its two files, and parses and validates them.
 
 ``docs/guard-format.md`` is the specification. Reading trusts nothing: sizes are bounded before
 anything is parsed, every name, type and shape must be the one that the settings call for, and all
@@ -72,7 +72,8 @@ def render(config: GuardConfig, tensors: dict[str, Tensor]) -> tuple[GuardConfig
         text = json.dumps(config.model_dump(), indent=1, allow_nan=False) + "\n"
     except (ValueError, TypeError) as error:
         raise GuardError(
-            "the guard's settings or record hold NaN, Inf or what JSON cannot say"
+            "the guard's settings or calibration record hold NaN, Inf or values that JSON cannot "
+            "hold"
         ) from error
     settings = text.encode()
     parse_settings(settings)
@@ -90,13 +91,13 @@ def parse_settings(data: bytes) -> GuardConfig:
     """
     raw = _strict_json(data, MAX_JSON, CONFIG_FILE)
     if not isinstance(raw, dict):
-        raise GuardError(f"{CONFIG_FILE} is no JSON object: calibrate anew")
+        raise GuardError(f"{CONFIG_FILE} is not a JSON object: calibrate again")
     raw = upgraded(raw)
     version = raw.get("schema_version")
     if type(version) is not int or version != SCHEMA_VERSION:
         raise GuardError(
             f"{CONFIG_FILE} has guard schema {_brief(version)}, this version reads "
-            f"{SCHEMA_VERSION}: calibrate anew or install the version that wrote it"
+            f"{SCHEMA_VERSION}: calibrate again or install the version that wrote it"
         )
     try:
         config = GuardConfig.model_validate(raw, strict=True)
@@ -157,7 +158,7 @@ def _strict_json(data: bytes, limit: int, name: str) -> Any:
         return found
 
     def constant(text: str) -> NoReturn:
-        raise GuardError(f"{name} holds {text}, which is no JSON number")
+        raise GuardError(f"{name} holds {text}, which is not a JSON number")
 
     def integer(text: str) -> int:
         if len(text) > 17 or abs(int(text)) > MAX_INTEGER:
@@ -179,11 +180,11 @@ def _strict_json(data: bytes, limit: int, name: str) -> Any:
             parse_float=real,
         )
     except UnicodeDecodeError as error:
-        raise GuardError(f"{name} is not UTF-8: calibrate anew") from error
+        raise GuardError(f"{name} is not UTF-8: calibrate again") from error
     except RecursionError as error:
         raise GuardError(f"{name} is nested deeper than any guard's") from error
     except ValueError as error:
-        raise GuardError(f"{name} is not valid JSON: calibrate anew") from error
+        raise GuardError(f"{name} is not valid JSON: calibrate again") from error
     _check_extent(value, name)
     return value
 
@@ -226,13 +227,13 @@ def parse_tensors(blob: bytes, config: GuardConfig) -> dict[str, Tensor]:
     if hashlib.sha256(blob).hexdigest() != config.tensors_sha256:
         raise GuardError(
             f"{TENSOR_FILE} does not match the digest in {CONFIG_FILE}: the guard is torn or was "
-            "changed. Fetch it again or calibrate anew"
+            "changed. Fetch it again or calibrate again"
         )
     _check_header(blob, config)
     try:
         tensors = load_tensors(blob)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise GuardError(f"{TENSOR_FILE} is damaged: calibrate anew") from error
+        raise GuardError(f"{TENSOR_FILE} is damaged: calibrate again") from error
     check_tensors(tensors, config)
     return tensors
 
@@ -242,7 +243,7 @@ def _check_header(blob: bytes, config: GuardConfig) -> None:
     length = int.from_bytes(blob[:8], "little")
     if len(blob) < 8 or length > MAX_HEADER or 8 + length + config.tensor_bytes() != len(blob):
         raise GuardError(
-            f"{TENSOR_FILE} does not have the size that the settings call for: calibrate anew"
+            f"{TENSOR_FILE} does not have the size that the settings call for: calibrate again"
         )
     header = _strict_json(blob[8 : 8 + length], MAX_HEADER, f"the header of {TENSOR_FILE}")
     shapes = config.shapes()
@@ -251,7 +252,7 @@ def _check_header(blob: bytes, config: GuardConfig) -> None:
         wrong = sorted(found.keys() ^ shapes.keys())
         raise GuardError(
             f"the guard's tensors do not fit its settings: {_brief(wrong[0] if wrong else header)} "
-            "is missing or too many"
+            "is missing or unexpected"
         )
     places: list[tuple[int, int]] = []
     for name, shape in shapes.items():
@@ -268,7 +269,7 @@ def _check_header(blob: bytes, config: GuardConfig) -> None:
             )
         offsets = entry["data_offsets"]
         if not _integers(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != size:
-            raise GuardError(f"{TENSOR_FILE}: the place of {name} is not of its size")
+            raise GuardError(f"{TENSOR_FILE}: the data offsets of {name} do not match its size")
         places.append((offsets[0], offsets[1]))
     end = 0
     for start, stop in sorted(places):
@@ -309,5 +310,5 @@ def check_tensors(tensors: dict[str, Tensor], config: GuardConfig) -> None:
         if config.steering.mode == "restore" and anchor.norm() < MIN_ANCHOR:
             raise GuardError(
                 f"the anchor of layer {layer} is zero or nearly so: restoring it would erase "
-                "what refuses, an ablation that is no guard"
+                "refusals, so it is not loaded as a guard"
             )

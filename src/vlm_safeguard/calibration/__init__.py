@@ -1,1 +1,1 @@
-"""Makes a guard for a model, and checks it."""
+"""Calibrates guards and checks them."""

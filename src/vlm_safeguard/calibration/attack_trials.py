@@ -1,4 +1,4 @@
-"""What a guard does on a handful of prompts: attacks that succeed, cost on harmless ones."""
+"""Measures attack success and harmless cost of a guard on a few prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a calibration may cost: on harmless requests, and in time."""
+"""Limits of a calibration: cost on harmless requests, and number of prompts."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Calibrate a guard: directions, gates, dose; and the proof that it helps.
+"""Calibrates a guard: directions, gates, steering, and a test on held-back prompts.
 
 1. Record the anchors' states, text only: a safety steering direction per layer.
-2. Record calibration prompts as text, with a blank image and with pictures: fit the text-only
-   witness gate and the in-VLM gate. Other, harmless prompts set their thresholds, so that the
-   budget of false positives is kept with confidence (``conformal``).
+2. Record calibration prompts as text, with a blank image and with pictures: fit the text
+   gate and the gate in the VLM. Other, harmless prompts set their thresholds, so that the
+   false-positive budget is kept with confidence (``conformal``).
 3. Try steering candidates on harmful calibration prompts with images and keep the one under which
    fewest attacks succeed.
-4. Prove it on held-back prompts, or fail with the reason.
+4. Test it on held-back prompts, or fail with the reason.
 """
 
 from __future__ import annotations

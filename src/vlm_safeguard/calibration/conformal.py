@@ -1,4 +1,4 @@
-"""A threshold with a finite-sample guarantee, by split conformal calibration.
+"""Sets a threshold with a finite-sample guarantee, by split conformal calibration.
 
 Scores of harmless prompts that took no part in fitting the gate are exchangeable with those of
 harmless prompts to come. If k of n of them lie above a threshold, the false-positive rate there is

@@ -1,4 +1,4 @@
-"""Re-check a guard on its model: belonging, sign, separability, effect."""
+"""Checks a guard on its model: identity, sign of the directions, separability, effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well a score separates harmful from harmless, and gates fitted in closed form."""
+"""Fits gates in closed form and measures how well their scores separate harmful from harmless."""
 
 from __future__ import annotations
 

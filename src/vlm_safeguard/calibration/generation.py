@@ -1,4 +1,4 @@
-"""Responses of a model, guarded or not, to many requests."""
+"""Generates responses to many requests, with or without a guard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof: on held-back calibration prompts attacks succeed less than unguarded, or an error."""
+"""Tests a guard on held-back prompts: raises an error unless it reduces attack success."""
 
 from __future__ import annotations
 

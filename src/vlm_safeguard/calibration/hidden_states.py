@@ -1,4 +1,4 @@
-"""What a calibration records of the model, and the gates fitted to it."""
+"""Records the hidden states of the calibration prompts and fits gates to them."""
 
 from __future__ import annotations
 

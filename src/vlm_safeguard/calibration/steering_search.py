@@ -1,4 +1,4 @@
-"""Choose the steering: candidates, tried on calibration prompts of the half that chooses."""
+"""Searches for the steering: tries candidates on calibration prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: thin commands over the package. stdout is data, stderr is progress."""
+"""The command line app: thin commands over the package. Data goes to stdout, progress to stderr."""
 
 from __future__ import annotations
 
@@ -52,24 +52,27 @@ def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the guard.")],
     max_false_positives: Annotated[
-        float, typer.Option(min=0.001, max=0.5, help="Budget on harmless requests.")
+        float,
+        typer.Option(min=0.001, max=0.5, help="Share of harmless requests that may be stopped."),
     ] = Budget.false_positives,
     max_kl: Annotated[
-        float, typer.Option(min=0.0, help="Budget on the KL divergence, nats.")
+        float,
+        typer.Option(min=0.0, help="Mean KL divergence allowed on harmless requests, in nats."),
     ] = Budget.kl,
     data: Annotated[
         Path | None,
         typer.Option(help="Folder with calibration data of your own (default: the package's)."),
     ] = None,
     read_pictures: Annotated[
-        bool, typer.Option("--read-pictures", help="Also read the words in pictures (extra: ocr).")
+        bool,
+        typer.Option("--read-pictures", help="Also read text in pictures (needs the extra 'ocr')."),
     ] = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Calibrate a guard for MODEL and save it, or fail with the reason and save nothing."""
+    """Calibrate a guard for MODEL; save it only if it helps."""
     from vlm_safeguard.calibration.calibrate import calibrate as run
     from vlm_safeguard.data.prompts import CalibrationData
 
@@ -99,13 +102,15 @@ def calibrate(
 @app.command()
 def doctor(
     model: Model,
-    guard: Annotated[Path | None, typer.Argument(help="Guard folder to check on MODEL.")] = None,
+    guard: Annotated[
+        Path | None, typer.Argument(help="Guard folder to check on the model.")
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check MODEL: decoder, image tokens; and a guard on it: sign, separability, effect."""
+    """Check MODEL and, if given, a guard on it; exit code 1 if a check fails."""
     from vlm_safeguard.calibration.doctor import describe, diagnose, examine
     from vlm_safeguard.guard import Guard
 
@@ -157,7 +162,7 @@ def push(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    prompt: Annotated[str, typer.Option(help="The prompt to answer.")],
     image: Annotated[Path | None, typer.Option(help="PNG, JPEG or WEBP picture.")] = None,
     guard: Annotated[Path | None, typer.Option(help="Guard folder to attach.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 128,
@@ -193,9 +198,11 @@ def demo(
         bool, typer.Option("--full", help="All evaluation prompts and the paper's formula.")
     ] = False,
     prompts: Annotated[
-        list[Path] | None, typer.Option(help="Also these harmful prompts, one a line.")
+        list[Path] | None, typer.Option(help="File with more harmful prompts, one per line.")
     ] = None,
-    guard: Annotated[Path | None, typer.Option(help="Use this guard, do not calibrate.")] = None,
+    guard: Annotated[
+        Path | None, typer.Option(help="Use this guard instead of calibrating one.")
+    ] = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The commands that measure: evaluations, utility, the modality gap, gates, judges."""
+"""Commands for measuring: evaluations, the modality gap, forms of gate, judges."""
 
 from __future__ import annotations
 
@@ -34,33 +34,41 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders or hub names, or 'embedded'.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for logs and results.")],
     defence: Annotated[
-        list[str] | None, typer.Option(help="none, self-reminder, goal-priority, guard, ... or all")
+        list[str] | None,
+        typer.Option(help="none, self-reminder, goal-priority, paper-formula, guard, or all."),
     ] = None,
     benchmark: Annotated[
         list[str] | None,
         typer.Option(help="own_malicious, xstest, prompts:FILE, ... (default: our three own)"),
     ] = None,
-    setting: Annotated[list[str] | None, typer.Option(help="text, blank, picture")] = None,
-    guard: Annotated[Path | None, typer.Option(help="Guard folder, for the guard's kind.")] = None,
     defence_text: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE: exact wording of a prompt-based defence.")
+        list[str] | None, typer.Option(help="NAME=FILE: exact text of a prompt-based defence.")
     ] = None,
     attack: Annotated[
-        str | None, typer.Option(help="Put on every request: template:FILE or typography.")
+        str | None, typer.Option(help="Attack on every request: template:FILE or typography.")
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder with a published benchmark in each subfolder; hub: fetch them."),
+        typer.Option(
+            help="Folder of published benchmarks, one per subfolder, or 'hub' to download them."
+        ),
     ] = None,
-    judge: Annotated[str, typer.Option(help="phrases, llama-guard:NAME, ...")] = "phrases",
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each label per set.")] = None,
-    vqa: Annotated[int, typer.Option(min=0, help="easy-vqa questions for utility.")] = 0,
-    pairs: Annotated[int, typer.Option(min=0, help="Paired timing runs per defence.")] = 0,
+    judge: Annotated[str, typer.Option(help="Judge: phrases, llama-guard:NAME, ...")] = "phrases",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of prompts per label and set.")
+    ] = None,
+    vqa: Annotated[
+        int, typer.Option(min=0, help="Number of easy-vqa questions, to measure utility.")
+    ] = 0,
+    pairs: Annotated[
+        int, typer.Option(min=0, help="Number of paired timing runs per defence.")
+    ] = 0,
     throughput: Annotated[
-        int, typer.Option(min=0, help="Rounds that time prompts at batch 1 and at --batch.")
+        int, typer.Option(min=0, help="Number of rounds that time batch 1 against --batch.")
     ] = 0,
     labels: Annotated[
-        Path | None, typer.Option(help="Labelled responses: also ASR corrected for the judge.")
+        Path | None,
+        typer.Option(help="Labelled responses, to correct attack success for judge errors."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 32,
     batch: Annotated[int, typer.Option(min=1, max=4096)] = 32,
@@ -110,11 +118,11 @@ def _named_file(given: str) -> tuple[str, str]:
 
 @app.command("check-results")
 def check_results(
-    first: Annotated[Path, typer.Argument(help="results.json, or its folder.")],
-    second: Annotated[Path, typer.Argument(help="The same of a second run.")],
+    first: Annotated[Path, typer.Argument(help="A results.json or its folder.")],
+    second: Annotated[Path, typer.Argument(help="The same for the second run.")],
     json_: Json = False,
 ) -> None:
-    """Whether two runs of one evaluation came out the same; exit code 1 if a cell differs."""
+    """Compare two runs of an evaluation; exit code 1 if a rate differs."""
     from vlm_safeguard.evaluation.harness.rerun import compare_runs, flipped, read_run, rerun_page
 
     runs = read_run(first), read_run(second)
@@ -131,26 +139,30 @@ def check_results(
 @app.command()
 def gap(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for page and plots.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the page, its JSON and plots.")
+    ],
     prompts: Annotated[
         Literal["malicious", "held"],
-        typer.Option(help="malicious (evaluation set) or held (harder: calibration's proof)."),
+        typer.Option(
+            help="malicious (evaluation set) or held (harder, held-back calibration prompts)."
+        ),
     ] = "malicious",
-    per_set: Annotated[int | None, typer.Option(min=1, help="Prompts of each label.")] = None,
-    guard: Annotated[Path | None, typer.Option(help="Also read this guard's gates.")] = None,
-    name: Annotated[str, typer.Option(help="What the names of the files begin with.")] = "gap",
+    per_set: Annotated[int | None, typer.Option(min=1, help="Number of prompts per label.")] = None,
+    guard: Annotated[Path | None, typer.Option(help="Guard whose gates are read as well.")] = None,
+    name: Annotated[str, typer.Option(help="Prefix of the file names.")] = "gap",
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 32,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Study the modality gap: which pictures weaken refusals, and move the states, how much."""
+    """Measure which pictures weaken refusals and shift hidden states, and by how much."""
     from vlm_safeguard.evaluation.studies.modality_gap import study, write
     from vlm_safeguard.guard import Guard
 
     if Path(name).name != name:
-        raise SafeguardError(f"--name {name!r} is no file name: name the folder with -o")
+        raise SafeguardError(f"--name {name!r} is not a file name: set the folder with -o")
     progress = make_progress(quiet)
     artifact = Guard.from_pretrained(guard) if guard else None
     loaded = load_model(model, dtype, device, progress)
@@ -173,16 +185,19 @@ def gap(
 @app.command()
 def gates(
     model: Model,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Page to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Markdown file to write.")
+    ] = None,
     max_fpr: Annotated[
-        float, typer.Option(min=0.001, max=0.5, help="Harmless that calibrated gates may stop.")
+        float,
+        typer.Option(min=0.001, max=0.5, help="Share of harmless requests that may be stopped."),
     ] = 0.02,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare forms of gate on held-back prompts: what each finds at the same cost."""
+    """Compare forms of gate on held-back prompts at equal false positives."""
     from vlm_safeguard.calibration.budget import Effort
     from vlm_safeguard.evaluation.studies import gate_forms
     from vlm_safeguard.utils.files import write_whole
@@ -209,10 +224,11 @@ def gates(
 
 @app.command("judge")
 def judge_again(
-    run: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
-    judge: Annotated[str, typer.Option(help="phrases, llama-guard:NAME, ...")],
+    run: Annotated[Path, typer.Argument(help="Folder of a finished evaluation.")],
+    judge: Annotated[str, typer.Option(help="Judge: phrases, llama-guard:NAME, ...")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Recording (default: in the folder).")
+        Path | None,
+        typer.Option("-o", "--output", help="File for the verdicts (default: in the folder)."),
     ] = None,
     json_: Json = False,
     quiet: Quiet = False,
@@ -230,13 +246,15 @@ def judge_again(
 
 @app.command("validate-judge")
 def validate_judge(
-    labels: Annotated[Path, typer.Argument(help="JSONL: prompt, response, label on each line.")],
-    judge: Annotated[str, typer.Option(help="phrases, llama-guard:NAME, ...")] = "phrases",
+    labels: Annotated[
+        Path, typer.Argument(help="JSONL file with prompt, response and label on each line.")
+    ],
+    judge: Annotated[str, typer.Option(help="Judge: phrases, llama-guard:NAME, ...")] = "phrases",
     json_: Json = False,
 ) -> None:
-    """How often a judge is right on labelled responses: sensitivity, specificity, kappa.
+    """Compare a judge with labels: sensitivity, specificity and kappa.
 
-    For attack success on harmful prompts; apart from it, for refusals of harmless ones.
+    Attack success on harmful prompts and refusals of harmless prompts are reported separately.
     """
     with extra_needed():
         from vlm_safeguard.evaluation.judges import (

@@ -1,4 +1,4 @@
-"""What the commands share: options that mean the same everywhere, loading, printing."""
+"""Options and helpers shared by all commands: loading, progress, printing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.utils.files import check_writable
 
 Model = Annotated[str, typer.Argument(help="Folder, hub name, 'embedded' or 'embedded-0.5b'.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="Where the model runs, for example cpu or cuda.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+Dtype = Annotated[str, typer.Option(help="Model dtype: float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Device to run the model on, for example cpu or cuda.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Do not report progress on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 

@@ -1,4 +1,4 @@
-"""Answer one request, streaming."""
+"""Answers one request and streams the text."""
 
 from __future__ import annotations
 

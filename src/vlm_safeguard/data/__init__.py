@@ -1,1 +1,1 @@
-"""Prompts, pictures, and what reads them."""
+"""Prompts, drawings, image loading and OCR."""

@@ -1,4 +1,4 @@
-"""Pictures that this package draws itself: no files, no downloads, the same pixels every time.
+"""Draws the pictures of the bundled prompts: no files, no downloads, the same pixels every time.
 
 The bundled prompts name their pictures as ``{"kind": ..., "value": ...}``; ``draw`` makes them.
 """
@@ -373,7 +373,7 @@ def draw(spec: Mapping[str, str], size: int = 224) -> Image.Image:
     if kind == "noise":
         if not (value.isascii() and value.isdigit() and len(value) <= 18):
             raise ImageError(
-                f"noise value {short(value)} is no seed; give a whole number such as '7'"
+                f"noise value {short(value)} is not a seed; give a whole number such as '7'"
             )
         return noise(int(value), size)
     if value:

@@ -1,7 +1,8 @@
-"""The only door for untrusted pictures: a file or bytes in, a plain RGB picture out.
+"""Opens untrusted image files and returns plain RGB images.
 
-Limits are read from the header before any pixel is decoded. Every refusal is an ``ImageError``
-in our own words: Pillow's texts carry heap addresses and say nothing about the way out.
+No other module opens them. Limits are read from the header before any pixel is decoded. Every
+refusal is an ``ImageError`` in our own words: Pillow's messages contain heap addresses and do not
+say what to do.
 """
 
 from __future__ import annotations

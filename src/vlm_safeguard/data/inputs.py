@@ -1,4 +1,4 @@
-"""Requests as the guard meets them: a prompt in one of the settings text, blank, picture."""
+"""Combines prompts with images: requests in the settings text, blank and picture."""
 
 from __future__ import annotations
 

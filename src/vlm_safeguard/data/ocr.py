@@ -1,4 +1,4 @@
-"""The words that stand in a picture, read by OCR (rapidocr, an extra of this package).
+"""Reads the text in a picture by OCR (rapidocr, an extra of this package).
 
 A typographic attack (FigStep, arXiv 2311.05608) writes the harmful request into the picture and
 asks for it in harmless words. A guard that reads pictures adds their words to the text-only

@@ -1,4 +1,4 @@
-"""Texts that a request is put into: of defences and of attacks."""
+"""Prompt templates of defences and attacks."""
 
 from __future__ import annotations
 

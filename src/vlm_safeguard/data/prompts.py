@@ -1,4 +1,4 @@
-"""The prompts that ship with the package: anchors, calibration, evaluation. Questions only.
+"""Loads the bundled prompts: anchors, calibration, evaluation. Questions only.
 
 Every file's SHA-256 stands in ``data/digests.json`` and is checked before use, so that a guard or
 a result can name exactly the data it rests on. The three groups are pairwise disjoint, near

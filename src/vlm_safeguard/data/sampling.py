@@ -1,4 +1,4 @@
-"""Choosing among prompts: an even part of them, and none twice."""
+"""Samples prompts evenly and removes duplicates."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Measures models, defenses and guards."""
+"""Evaluates models, defences and guards."""

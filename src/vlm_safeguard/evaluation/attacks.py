@@ -1,4 +1,4 @@
-"""Attacks on a request by name, put on before any defence sees it.
+"""Attacks by name, applied to a request before the defence.
 
 An attack changes what the model is asked, never what is measured: the prompt that a judge sees and
 that results are clustered by stays the one in the data set.

@@ -1,4 +1,4 @@
-"""The demonstration: assemble, calibrate, compare, report."""
+"""Runs the demonstration: assemble, calibrate, compare, report."""
 
 from __future__ import annotations
 

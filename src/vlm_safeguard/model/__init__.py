@@ -1,1 +1,1 @@
-"""A vision-language model as a guard needs it."""
+"""Vision-language models: loading, decoder, chat templates, text-only pass, fingerprint."""

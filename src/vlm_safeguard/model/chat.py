@@ -1,4 +1,4 @@
-"""Requests through a model's chat template and processor."""
+"""Encodes requests with a model's chat template and processor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tells a model and its processor from others; ``weights`` has the digest of the weights."""
+"""Computes the digests that identify a model and its processor (weights: see ``weights``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load a vision-language model and its processor, and find its decoder, verified."""
+"""Loads a VLM and its processor."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def load(
         reason = str(error).strip().splitlines()
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"{name} comes with code of its own, which is not run. Read it first, then "
-                "load(..., trust_remote_code=True) runs it"
+                f"{name} needs to run its own code, which is off by default. Read the code, then "
+                "use load(..., trust_remote_code=True)"
             ) from error
         raise ModelError(
             f"cannot load the model {name}: {reason[0] if reason else type(error).__name__}. "

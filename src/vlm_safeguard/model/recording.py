@@ -1,4 +1,4 @@
-"""Record the residual stream at the last prompt token after every decoder layer."""
+"""Records the residual stream at the last prompt token after every decoder layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The language decoder of a VLM, verified, and the residual stream between its layers."""
+"""Finds and verifies the language decoder of a VLM, and hooks its residual stream."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def find_decoder(model: Any) -> Decoder:
         raise ModelError(f"{name} is an encoder-decoder model: its decoder is not a residual LLM")
     if getattr(type(model), "generate", None) is not GenerationMixin.generate:
         raise ModelError(
-            f"{name} has a generate() of its own, which goes round the forward pass that a guard "
-            "follows, so it cannot be guarded; if it wraps a model (an adapter's wrapper), attach "
-            "the guard to the model inside"
+            f"{name} has its own generate(), which bypasses the forward pass that a guard "
+            "hooks, so it cannot be guarded. If it wraps a model (for example an adapter), attach "
+            "the guard to the inner model"
         )
     depth = getattr(text, "num_hidden_layers", None)
     embedding, pointed = model.get_input_embeddings(), model.get_decoder()
@@ -100,8 +100,8 @@ def hidden_of(output: Any) -> Tensor:
             else type(hidden).__name__
         )
         raise ModelError(
-            f"a decoder layer puts out {found}, no residual stream (batch, tokens, hidden size) in "
-            "floating point that a guard could read and steer"
+            f"a decoder layer outputs {found}, not a floating-point residual stream (batch, "
+            "tokens, hidden size) that a guard could read and steer"
         )
     return hidden
 

@@ -1,4 +1,4 @@
-"""The text-only reading of a request: the same conversation with its images taken out.
+"""Derives the text-only version of a request: the same conversation without its images.
 
 The language model can see harm in words even where the VLM no longer does. What it would see is
 derived from the token ids themselves, so that a plain ``model.generate(**inputs)`` is guarded.

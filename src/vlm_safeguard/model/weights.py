@@ -1,4 +1,4 @@
-"""Weights of a model: where they lie, on a device, offloaded or quantised, and their digest."""
+"""Reads a model's weights on devices, offloaded or quantised, and computes their digest."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, part in sorted((own | kept).items()):
         if not isinstance(part, Tensor) or part.is_quantized:
             raise ModelError(
-                f"{type(model).__name__} keeps packed weights ({name}), by which a guard could not "
-                "recognise it: quantise with torchao, or load the model unquantised"
+                f"{type(model).__name__} has packed weights ({name}), which a guard cannot "
+                "identify: quantise with torchao, or load the model unquantised"
             )
         yield from _parts(name, (_fetched(model, name) if part.is_meta else part).detach())
 
@@ -130,8 +130,8 @@ def _fetched(model: nn.Module, name: str) -> Tensor:
             except KeyError:
                 continue
     raise ModelError(
-        f"{type(model).__name__} has no weights at {name} (device meta), and nothing that brings "
-        "them in: load the model with its weights"
+        f"{type(model).__name__} has no weights at {name} (device meta), and nothing that loads "
+        "them: load the model with its weights"
     )
 
 

@@ -1,1 +1,1 @@
-"""A guard at work on one model."""
+"""An attached guard: sessions, forward passes, gates, steering, validation."""

@@ -1,4 +1,4 @@
-"""What the guard did in a request, row by row, for whoever has to answer for it."""
+"""Reports what the guard did in a request: decisions, hook calls and changed positions per row."""
 
 from __future__ import annotations
 

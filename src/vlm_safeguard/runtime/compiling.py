@@ -1,4 +1,4 @@
-"""Compiled models: what was compiled before a guard came is refused, hooks are never traced."""
+"""Handles ``torch.compile``: refuses models compiled before attaching, keeps hooks untraced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward calls of a guarded model: what is done at each guarded layer, and whether all ran.
+"""Forward passes of a guarded model: the work at each guarded layer, and a check that all ran.
 
 A forward pass is made when a call of the model begins and is gone when it ends. What must outlive
 it, it latches on the request.

@@ -1,4 +1,4 @@
-"""Gates: score states at the last prompt token, and latch which rows are open.
+"""Gates: score hidden states at the last prompt token and latch the decision for each row.
 
 A kind of gate is a class in ``GATES``. The same scorer serves a guard at work, calibration, the
 doctor and the studies.

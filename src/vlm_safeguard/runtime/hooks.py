@@ -1,6 +1,6 @@
-"""Puts a guard on a model and takes it off again, whole or not at all.
+"""Installs a guard on a model and removes it, completely or not at all.
 
-A guard meets a model at four places: its ``forward``, its ``generate``, the method that prepares
+A guard wraps a model in four places: its ``forward``, its ``generate``, the method that prepares
 the forward calls of every way of generating, and the output of each guarded layer.
 """
 
@@ -59,9 +59,7 @@ class Hooks:
         """
         with _ARMING:
             if getattr(self.model, _MARK, None) is not None:
-                raise GuardError(
-                    "a guard is attached to this model already: leave its `with` first"
-                )
+                raise GuardError("a guard is already attached to this model: detach it first")
             refuse_compiled(self.model)
             setattr(self.model, _MARK, self)
         try:

@@ -1,4 +1,4 @@
-"""The thread that a guarded model works for: one at a time."""
+"""A lock that lets one thread at a time use a guarded model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OwnerThread:
         with self._changed:
             if self._held_by_another():
                 raise GuardRuntimeError(
-                    "this model is generating already, in another thread: one call at a time"
+                    "another thread is using this guarded model: one call at a time"
                 )
             self._holder = threading.current_thread()
 

@@ -1,4 +1,4 @@
-"""The state of one request: what its prompt decided, per row of the batch, latched.
+"""The state of one request: the latched decisions for each row of the batch.
 
 One request is a ``generate`` call, or a forward pass that starts without a cache. Its state is
 made anew at each start and dropped at the end, so nothing can leak into the next. What belongs to

@@ -1,4 +1,4 @@
-"""A guard at work on one model, and the state machine that a request goes through.
+"""The session of an attached guard, and the state machine of a request.
 
 ``generate`` begins a request with its whole prompt: its words are read (``TextPass``), then each
 forward call of the model is a pass of its own (``PromptPass``, ``DecodePass``). Outside of
@@ -86,7 +86,7 @@ class Session:
             GuardRuntimeError: called from within a guarded ``generate``, which goes on.
         """
         if self._in_generate and self._owner.mine:
-            raise GuardRuntimeError("the guard cannot be taken off inside its own generate")
+            raise GuardRuntimeError("the guard cannot be detached inside its own generate")
         self._owner.wait()
         try:
             self._pass = self._request = None
@@ -116,7 +116,7 @@ class Session:
         try:
             self._request = self._reported = None
             if not self._hooks.armed:
-                raise GuardRuntimeError("this generate belongs to a guard that was taken off")
+                raise GuardRuntimeError("this generate belongs to a guard that was detached")
             if len(args) > 1:
                 raise GuardRuntimeError("under guard, pass everything after the ids by keyword")
             text = validation.take_text(kwargs)
@@ -224,7 +224,7 @@ class Session:
         """End the pass of a forward call, or withhold its output."""
         current = self._pass
         if current is None:
-            raise GuardRuntimeError("the guard was taken off in the middle of a forward call")
+            raise GuardRuntimeError("the guard was detached during a forward call")
         try:
             current.finish(output)
         except GuardRuntimeError:
@@ -237,8 +237,8 @@ class Session:
         """Refuse a ``generate`` that went round ours: nobody looked at its settings and prompt."""
         if not self._in_generate or not self._owner.mine:
             raise GuardRuntimeError(
-                "a generate that goes round the guard (the class's own, or one kept from before "
-                "the guard was attached) is not guarded: call model.generate"
+                "this generate bypasses the guard (it is the class's own, or was stored before the "
+                "guard was attached): call model.generate"
             )
         if options.get("is_first_iteration") and self._request and self._request.decided:
             raise GuardRuntimeError("generate inside generate is not guarded")

@@ -1,4 +1,4 @@
-"""Steering: what is done to the rows whose gate is open, and at which columns.
+"""Steering modes: change the hidden states of rows whose gate is open.
 
 A mode is a class in ``MODES``: it says which coordinates it needs and which it puts in. What does
 not change from step to step, it works out once per request and layer (``Dose``). A decoding step is

@@ -1,6 +1,6 @@
-"""Refuses any call that could pass the gate, or make a row's result depend on its batch.
+"""Refuses calls that could bypass the gate or make a row's result depend on its batch.
 
-Checked are the settings of ``generate``, the prompt, and each forward call after it.
+Checks the settings of ``generate``, the prompt, and each later forward call.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def begin(
             f"the attention mask must have the prompt's shape {tuple(given.shape[:2])}, got {found}"
         )
     if not bool(mask.any(1).all()):
-        raise GuardRuntimeError("a row of the batch holds no token")
+        raise GuardRuntimeError("a row of the batch has no tokens")
     width, attended = mask.shape[1], mask.bool()
     last = width - 1 - attended.long().flip(1).argmax(1)
     padding = (~attended).sum(1).tolist()
@@ -139,7 +139,7 @@ def derive_text(
     columns = text_columns(ids, mask, markup) if ids is not None else None
     check_embeds(model, ids, embeds, columns)
     if ids is None or columns is None or not bool(columns.any(1).all()):
-        raise GuardRuntimeError("a row of the batch holds no text beside its pictures")
+        raise GuardRuntimeError("a row of the batch has no text besides its pictures")
     return text_only(ids, columns, config.markup.pad_id)
 
 
@@ -310,8 +310,8 @@ def check_padding_is_told(
             theirs = ids != int(used)
     if bool((own != theirs).any()) or (len(ids) > 1 and bool((ids[:, -1:] == pad).any())):
         raise GuardRuntimeError(
-            "without an attention_mask it is not sure which tokens are padding: pass the mask that "
-            "the processor gave beside input_ids"
+            "without an attention_mask it is ambiguous which tokens are padding: pass the mask "
+            "that the processor returned with input_ids"
         )
 
 
@@ -363,10 +363,10 @@ def _check_carries_on(
     if past and length > 1 and (request.decided or not generating):
         raise GuardRuntimeError(
             "more than one token on top of a cache: a new turn, a chunk of a prompt or guessed "
-            "tokens would escape the gate. Start from the whole prompt"
+            "tokens would bypass the gate. Start from the whole prompt"
         )
     if not past and length != request.done + 1:
-        raise GuardRuntimeError("a forward call inside generate is not of its request")
+        raise GuardRuntimeError("a forward call inside generate does not belong to its request")
 
 
 def check_prompt_in_parts(config: GuardConfig, request: Request, columns: range) -> None:
@@ -394,9 +394,9 @@ def check_adapters(model: Any, attached: list[str]) -> None:
     """
     if adapters(model) != attached:
         raise GuardRuntimeError(
-            "an adapter was put on the model, taken off, switched or scaled since the guard "
-            "was attached: the guard belongs to the weights it was calibrated on. Leave its "
-            "`with` first, and attach a guard that was calibrated with these adapters at work"
+            "an adapter was added, removed, switched or scaled since the guard was attached: "
+            "the guard belongs to the weights it was calibrated on. Detach it, and attach a "
+            "guard that was calibrated with these adapters active"
         )
 
 

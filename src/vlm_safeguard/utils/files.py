@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and files that are read with a limit."""
+"""Writes files atomically and reads files with a size limit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def read_limited(path: Path, limit: int) -> bytes:
         mode = path.stat().st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            raise OSError(errno.ELOOP, "it is a link that leads nowhere", str(path)) from None
+            raise OSError(errno.ELOOP, "it is a broken link", str(path)) from None
         raise
     except ValueError as error:  # a zero byte in the name
         raise OSError(errno.EINVAL, str(error), str(path)) from error

@@ -1,4 +1,4 @@
-"""JSON and JSONL read strictly: whatever is wrong is an error that names file and line."""
+"""Reads JSON and JSONL strictly; errors name the file and line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is broken JSON ({error})") from error
     if not isinstance(found, dict):
-        raise DataError(f"{path} holds no JSON object: it should hold {what}")
+        raise DataError(f"{path} is not a JSON object: it should hold {what}")
     return found
 
 

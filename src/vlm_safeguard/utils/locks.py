@@ -1,4 +1,4 @@
-"""One process at a time on a file or folder."""
+"""Locks a file or folder for one process."""
 
 from __future__ import annotations
 

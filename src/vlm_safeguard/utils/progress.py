@@ -1,4 +1,4 @@
-"""Progress on stderr: one line that counts up on a terminal, a line now and then elsewhere."""
+"""Reports progress on stderr."""
 
 from __future__ import annotations
 

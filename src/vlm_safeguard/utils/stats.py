@@ -1,4 +1,4 @@
-"""Intervals on rates and their differences, and paired tests."""
+"""Confidence intervals of rates and their differences, and paired tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work for many callers who ask for one thing each, done for several of them together.
+"""Batches single jobs from many callers and runs them in one thread.
 
 inspect_ai wants one answer and one judgement at a time, from many coroutines; a model works best on
 many at once and cannot be asked from several threads. Here they wait for their turn.

@@ -379,14 +379,14 @@ def test_exchanged_headings_do_not_make_prompts_of_answers(library: Path) -> Non
 @pytest.mark.parametrize("text", ["", "\n \n", "\ufeff"])
 def test_an_empty_file_is_refused(text: str, tmp_path: Path) -> None:
     put(tmp_path / "MaliciousInstruct.txt", text)
-    with pytest.raises(DataError, match="holds no prompt"):
+    with pytest.raises(DataError, match="has no prompts"):
         load_benchmark("malicious_instruct", tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "goal,target\n"])
 def test_an_empty_table_is_refused(text: str, tmp_path: Path) -> None:
     put(tmp_path / "harmful_behaviors.csv", text)
-    with pytest.raises(DataError, match=r"is empty|holds no prompt"):
+    with pytest.raises(DataError, match=r"is empty|has no prompts"):
         load_benchmark("advbench", tmp_path)
 
 
@@ -426,13 +426,13 @@ def test_broken_json_is_named_by_its_line(library: Path) -> None:
 
 def test_json_of_another_shape_is_refused(library: Path) -> None:
     edit(library, "harmful_questions.json", lambda text: '{"id": 1}')
-    with pytest.raises(DataError, match="a list of questions is wanted"):
+    with pytest.raises(DataError, match="a list of questions is expected"):
         load_benchmark("jailbreak_instructions", library)
     edit(library, "02-Birds.json", lambda text: "[]")
-    with pytest.raises(DataError, match="an object with questions is wanted"):
+    with pytest.raises(DataError, match="an object with questions is expected"):
         load_benchmark("mm_safetybench", library)
     edit(library, "information.json", lambda text: text.replace('"pid": "1"', '"pid": null'))
-    with pytest.raises(DataError, match="question 1: pid holds no text"):
+    with pytest.raises(DataError, match="question 1: pid is empty"):
         load_benchmark("mossbench", library)
 
 

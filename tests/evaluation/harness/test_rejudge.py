@@ -205,10 +205,10 @@ def test_evaluations_that_are_not_finished_are_named(folder: Path, fake: Fake) -
 
 
 def test_a_folder_that_is_no_run_is_refused(folder: Path, fake: Fake, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no folder of an evaluation.*plan\.json"):
+    with pytest.raises(DataError, match=r"not an evaluation folder.*plan\.json"):
         rejudge(tmp_path / "nowhere", "fake", None, QUIET)
     (folder / "plan.json").write_text("{}")
-    with pytest.raises(DataError, match="no plan of an evaluation"):
+    with pytest.raises(DataError, match="not the plan of an evaluation"):
         rejudge(folder, "fake", None, QUIET)
     assert not fake.asked
 

@@ -172,7 +172,7 @@ def test_what_is_no_second_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"not two runs of one plan: limit is None in .* and 9 in"):
         differing(first, second)
     odd = change(write(tmp_path / "c", "ccrr"), lambda facts: facts["table"][0].pop("asr_low"))
-    with pytest.raises(DataError, match=r"no results.json of vlm-safeguard evaluate .*asr_low"):
+    with pytest.raises(DataError, match=r"not a results.json of vlm-safeguard evaluate .*asr_low"):
         read_run(odd)
     (tmp_path / "d").mkdir()
     with pytest.raises(DataError, match="cannot read the results"):

@@ -73,7 +73,7 @@ def test_a_perfect_judge_of_harm_is_perfect() -> None:
     labelled += [Labelled(f"r{n}", "no", "complied", harmful=False) for n in range(30)]
     found = validate(judge, labelled)  # type: ignore[arg-type]
     assert (found.sensitivity, found.specificity, found.kappa) == (wilson(5, 5), wilson(5, 5), 1.0)
-    with pytest.raises(DataError, match="says tells harm, not refusals"):
+    with pytest.raises(DataError, match="says judges harm, not refusals"):
         validate(judge, labelled, "harmless")  # type: ignore[arg-type]
     assert "30 responses to harmless prompts left out" in validation_page(found, None, 30)
 

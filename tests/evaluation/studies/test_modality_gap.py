@@ -414,6 +414,6 @@ def test_a_study_that_is_interrupted_leaves_nothing(
     assert done.exit_code == 130 and seen == ["text only", "blank"]
     assert list((tmp_path / "out").iterdir()) == []
     done = CliRunner().invoke(app, [*arguments, "--name", "a/b"])
-    assert isinstance(done.exception, SafeguardError) and "name the folder with -o" in str(
+    assert isinstance(done.exception, SafeguardError) and "set the folder with -o" in str(
         done.exception
     )

@@ -1,4 +1,4 @@
-"""Published safety benchmarks, read from a folder in their publishers' file formats.
+"""Reads published safety benchmarks from a folder, in their publishers' file formats.
 
 Nothing of them is in the package: the user fetches a benchmark from its publisher, under the
 publisher's terms, and names the folder; or has ``published`` fetch one of the paper's three.

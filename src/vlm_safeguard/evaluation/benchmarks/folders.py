@@ -1,4 +1,4 @@
-"""A benchmark's folder: finding the publisher's files in it, and saying where to get them."""
+"""Finds the publisher's files in a benchmark's folder, or says where to get them."""
 
 from __future__ import annotations
 

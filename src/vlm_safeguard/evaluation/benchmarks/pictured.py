@@ -1,4 +1,4 @@
-"""Benchmarks whose prompts need their pictures. Labels are the publishers'; no picture is opened.
+"""Reads benchmarks whose prompts need pictures. Labels are the publishers'.
 
 The label of such a prompt holds for the words together with the picture, so they are run in the
 setting ``picture`` alone.
@@ -97,7 +97,7 @@ def mm_safetybench(folder: Folder) -> list[Prompt]:
     images = folder.find("imgs", inside="data")
     paths = sorted(questions.glob("*.json"))
     if not paths:
-        raise DataError(f"{questions} holds no JSON file; get them from {folder.publisher}")
+        raise DataError(f"{questions} has no JSON files; get them from {folder.publisher}")
     return [prompt for path in paths for prompt in _scenario(folder, path, images)]
 
 
@@ -148,5 +148,5 @@ def _objects(path: Path) -> dict[str, Any]:
     """The members of a JSON file that is one object."""
     found = read_json(path)
     if not isinstance(found, dict) or not found:
-        raise DataError(f"{path}: an object with questions is wanted; download it again")
+        raise DataError(f"{path}: an object with questions is expected; download it again")
     return found

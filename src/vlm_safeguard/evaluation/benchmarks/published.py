@@ -1,4 +1,4 @@
-"""Fetching the paper's three public sets from their publishers, for a user who asks by name.
+"""Downloads the paper's three public sets from their publishers, on request.
 
 Every file is taken at a fixed commit of its publisher's repository. Tables are checked against
 their digests; pictures are what that commit holds. A set is in the cache whole or not at all.

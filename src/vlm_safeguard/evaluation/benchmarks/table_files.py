@@ -1,4 +1,4 @@
-"""Reading text, CSV and JSON tables; every complaint names the file, the place and the way out."""
+"""Reads text, CSV and JSON tables; errors name the file, the place and what to do."""
 
 from __future__ import annotations
 
@@ -108,13 +108,13 @@ def fields(row: Any, columns: Sequence[str], where: str) -> dict[str, str]:
         DataError: it is no object, or one of them is missing, empty, or neither text nor a number.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{where}: an object with {', '.join(columns)} is wanted")
+        raise DataError(f"{where}: an object with {', '.join(columns)} is expected")
     if missing := [name for name in columns if name not in row]:
         raise DataError(_columns(where, list(row), columns, missing))
     found = {name: row[name] for name in columns}
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-            raise DataError(f"{where}: {name} holds no text; correct the file")
+            raise DataError(f"{where}: {name} is empty; correct the file")
     return {name: str(value).strip() for name, value in found.items()}
 
 
@@ -127,7 +127,7 @@ def _columns(where: str, found: Sequence[str], wanted: Sequence[str], missing: l
 
 def _some(path: Path, rows: list[Any]) -> list[Any]:
     if not rows:
-        raise DataError(f"{path} holds no prompt; download it again")
+        raise DataError(f"{path} has no prompts; download it again")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks of words alone. Labels are the publishers'."""
+"""Reads text-only benchmarks. Labels are the publishers'."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def jailbreak_instructions(folder: Folder) -> list[Prompt]:
     path = folder.find("harmful_questions.json", inside="data/test")
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: a list of questions is wanted; download it again")
+        raise DataError(f"{path}: a list of questions is expected; download it again")
     questions = [
         fields(row, ("id", "question"), f"{path}, question {n}") for n, row in enumerate(rows, 1)
     ]

@@ -1,4 +1,4 @@
-"""Defences by name, a file each: the guard, its published peers, and none."""
+"""Defences by name, one file each: the guard, published defences, and none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a defence is: a rewording of the request, a guard, or both."""
+"""The interface of a defence: a prompt rewrite, a guard, or both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bare ``erase``: a labelled ablation, known to remove refusals. Never a defence to deploy.
+"""The ablation ``erase``, known to remove refusals. Never deploy it as a defence.
 
 The guard's gate decides where; the component along the directions goes and nothing comes back.
 """

@@ -1,5 +1,6 @@
-"""Goal Priority at inference (Zhang et al., arXiv 2311.09096): safety first, then helpfulness,
-with one example of each.
+"""Goal Priority at inference (Zhang et al., arXiv 2311.09096), a prompt-based defence.
+
+The prompt asks for safety first, then helpfulness, with one example of each.
 
 The wording is our own and leaves out the original's spoken thoughts, which small models do not
 finish; the authors' exact text can be given in a file.

@@ -1,4 +1,4 @@
-"""Our guard, as it was calibrated."""
+"""The calibrated guard as a defence."""
 
 from __future__ import annotations
 

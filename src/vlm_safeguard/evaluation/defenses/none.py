@@ -1,4 +1,4 @@
-"""No defence: the model as it is."""
+"""No defence: the unguarded model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's plain formula (VLM-Guard, arXiv 2502.10486, equations 4 to 6): no calibration.
+"""The paper's formula (VLM-Guard, arXiv 2502.10486, equations 4 to 6), without calibration.
 
 Per layer a threshold of zero on the VLM's own last prompt token, then ``add`` along one direction
 at every position. The directions and layers are those of our guard; alpha is 1 and not tuned.

@@ -1,5 +1,6 @@
-"""Self-Reminder (Xie et al., Nature Machine Intelligence 2023): the request between two reminders
-to answer responsibly.
+"""Self-Reminder (Xie et al., Nature Machine Intelligence 2023), a prompt-based defence.
+
+It puts the request between two reminders to answer responsibly.
 
 The wording is our own; the authors' exact text can be given in a file.
 """

@@ -1,4 +1,4 @@
-"""A guard with other settings, for comparisons and experiments."""
+"""Copies of a guard with other settings, for comparisons and experiments."""
 
 from __future__ import annotations
 

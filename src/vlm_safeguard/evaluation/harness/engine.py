@@ -1,4 +1,4 @@
-"""One loaded model that answers many callers, in large batches.
+"""Serves many callers with one loaded model, in large batches.
 
 The engine gathers what has come in, sorts it by length and generates in batches; rows of different
 defences never share one.

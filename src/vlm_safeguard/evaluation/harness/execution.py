@@ -1,4 +1,4 @@
-"""``vlm-safeguard evaluate``: models x defences x benchmarks x settings, through inspect_ai.
+"""Runs models x defences x benchmarks x settings through inspect_ai (``vlm-safeguard evaluate``).
 
 The logs are inspect's own and can be looked at with ``inspect view``. A run that was killed goes
 on where it stopped; what has succeeded is never run again.

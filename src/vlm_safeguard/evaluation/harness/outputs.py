@@ -1,4 +1,4 @@
-"""The results of an evaluation as JSON facts, and the files they are written to."""
+"""Collects the results of an evaluation as JSON and writes its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An evaluation from plan to results: run it, measure what it costs, write it down."""
+"""Runs an evaluation from plan to results: run, measure costs, write."""
 
 from __future__ import annotations
 

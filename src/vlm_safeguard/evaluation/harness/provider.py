@@ -1,4 +1,4 @@
-"""An inspect_ai provider for vision-language models under a defence, pictures included.
+"""An inspect_ai model provider for VLMs under a defence, with pictures.
 
 inspect's own Hugging Face provider refuses pictures and knows no guard. This one takes the model
 as its name and the defence as arguments:
@@ -109,9 +109,9 @@ class VlmSafeguardAPI(ModelAPI):
     ) -> ModelOutput:
         """One greedy answer to one user turn with at most one picture."""
         if tools:
-            raise DataError("the vlm-safeguard provider knows no tools")
+            raise DataError("the vlm-safeguard provider does not support tools")
         if config.temperature:
-            raise DataError("the vlm-safeguard provider generates greedily: leave temperature out")
+            raise DataError("the vlm-safeguard provider decodes greedily: leave temperature out")
         request = read_request(input)
         if self.attack is not None:
             request = self.attack(request)

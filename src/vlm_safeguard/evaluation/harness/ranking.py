@@ -1,4 +1,4 @@
-"""Where another defence does better than the guard, and whether its gate or its steering failed."""
+"""Finds where another defence beats the guard, and whether the gate or the steering failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What inspect_ai finds through the package's entry point."""
+"""Registers tasks, scorers and the provider with inspect_ai (the package's entry point)."""
 
 from __future__ import annotations
 

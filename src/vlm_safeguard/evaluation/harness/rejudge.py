@@ -1,4 +1,4 @@
-"""``vlm-safeguard judge``: the responses of an evaluation before another judge, or the same again.
+"""Judges the responses of an evaluation again (``vlm-safeguard judge``).
 
 Nothing is generated. Every verdict goes into a recording, batch by batch, so that a judging that
 was stopped goes on from there; the recording can be replayed with ``recorded:FILE``.
@@ -194,7 +194,7 @@ def _plan(run: Path) -> dict[str, Any]:
     path = run / PLAN
     if not path.is_file():
         raise DataError(
-            f"{run} is no folder of an evaluation: there is no {PLAN} in it. Name the folder that "
+            f"{run} is not an evaluation folder: {PLAN} is missing. Name the folder that "
             "was given to evaluate with -o"
         )
     plan = read_object(path, "plan of an evaluation")
@@ -202,7 +202,7 @@ def _plan(run: Path) -> dict[str, Any]:
     if not isinstance(plan.get("judge"), str) or not all(
         isinstance(plan.get(name), list) for name in names
     ):
-        raise DataError(f"{path} is no plan of an evaluation")
+        raise DataError(f"{path} is not the plan of an evaluation")
     return plan
 
 
@@ -228,8 +228,7 @@ def _finished(run: Path, progress: Progress) -> tuple[list[EvalLog], int]:
             unfinished += 1
     if not found:
         raise SafeguardError(
-            f"{run} holds no finished evaluation: run its evaluate command again, which goes on "
-            "where it stopped"
+            f"{run} holds no finished evaluation: run its evaluate command again to resume it"
         )
     return found, unfinished
 

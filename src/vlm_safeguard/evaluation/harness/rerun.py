@@ -1,4 +1,4 @@
-"""Whether a second run of an evaluation came out the same, within its intervals.
+"""Compares two runs of an evaluation, within their intervals.
 
 Reads two ``results.json``. Where both have their ``responses.jsonl`` beside them, the verdicts are
 compared prompt by prompt; else only the rates.
@@ -103,7 +103,8 @@ def read_run(path: Path) -> Run:
         plan = dict(facts["plan"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{path} is no results.json of vlm-safeguard evaluate ({type(error).__name__}: {error})"
+            f"{path} is not a results.json of vlm-safeguard evaluate "
+            f"({type(error).__name__}: {error})"
         ) from error
     responses = path.with_name("responses.jsonl")
     own = path.name == "results.json" and responses.exists()

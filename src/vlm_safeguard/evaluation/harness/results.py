@@ -1,4 +1,4 @@
-"""From inspect's logs to one table: rates with intervals, and paired tests between defences."""
+"""Computes rates with intervals and paired tests between defences from inspect's logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results of an evaluation as a page in Markdown, for the terminal and for docs."""
+"""Renders the results of an evaluation as Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is made from, written into its folder, so that no folder mixes two runs."""
+"""Records what a run was made from, so that no folder mixes two runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SafeguardError(f"cannot read {path}: {error}. Name another folder with -o") from error
     if not isinstance(facts, dict) or not isinstance(facts.get(DIGESTS, {}), dict):
-        raise SafeguardError(f"{path} is no plan: name another folder with -o")
+        raise SafeguardError(f"{path} is not a plan: name another folder with -o")
     return facts
 
 

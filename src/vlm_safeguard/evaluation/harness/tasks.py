@@ -1,4 +1,4 @@
-"""inspect_ai tasks: one for every benchmark, and easy-vqa for utility."""
+"""inspect_ai tasks: one per benchmark, and easy-vqa for utility."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts per second of the engine, one by one against batched."""
+"""Measures the engine's prompts per second, one by one and batched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting, in a coroutine, for an answer that a thread gives."""
+"""Awaits a thread's answer in a coroutine."""
 
 from __future__ import annotations
 

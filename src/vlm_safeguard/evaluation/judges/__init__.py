@@ -1,4 +1,4 @@
-"""Judges of responses, and how far each can be trusted: make one with ``make_judge``.
+"""Judges of responses, and how reliable each is: make one with ``make_judge``.
 
 Every judge takes (prompt, response) pairs and gives one ``Judgement`` each. Which to believe is
 measured, not assumed: ``validate`` holds a judge against labelled responses.

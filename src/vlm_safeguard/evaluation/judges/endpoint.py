@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible endpoint as a judge: a general model, or a guard model behind a server.
+"""A judge behind any OpenAI-compatible endpoint: a general model or a guard model.
 
 One broken answer must not end a run: a timeout, an error status, garbage or half a JSON is an
 unscored response with its reason. Only an endpoint that cannot be used at all (wrong address, no
@@ -261,7 +261,7 @@ def _content(data: bytes) -> str:
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise _Failure("the answer is no JSON, or half of one", wait=0.0) from error
+        raise _Failure("the answer is not valid JSON", wait=0.0) from error
     try:
         content = found["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError) as error:
@@ -302,7 +302,7 @@ def _key(variable: str) -> str:
         raise JudgeError("key_variable must name an environment variable that holds the key")
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise JudgeError(f"the environment variable {variable} holds no key: set it")
+        raise JudgeError(f"the environment variable {variable} is empty: set it to the key")
     if not (key.isascii() and key.isprintable()):
-        raise JudgeError(f"the environment variable {variable} holds what is no key")
+        raise JudgeError(f"the environment variable {variable} does not hold a valid key")
     return key

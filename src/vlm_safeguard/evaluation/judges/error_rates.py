@@ -1,4 +1,4 @@
-"""What a judge gets wrong on labelled responses, to correct the attack success it counts."""
+"""Measures a judge's error rates on labelled responses, to correct attack success."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def check_chosen_for(judge: Judge, rows: Sequence[Labelled], labels: Path) -> No
     others = sorted({row.judge for row in rows} - {"", judge.name})
     if others:
         raise DataError(
-            f"{labels} holds responses chosen by the verdicts of {', '.join(others)}: they cannot "
-            f"tell the errors of {judge.name}"
+            f"{labels} holds responses chosen by the verdicts of {', '.join(others)}: they do not "
+            f"show the errors of {judge.name}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Judges by their spec, as a command line names them."""
+"""Makes judges from their specs, as given on the command line."""
 
 from __future__ import annotations
 

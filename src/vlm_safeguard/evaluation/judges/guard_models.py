@@ -1,4 +1,4 @@
-"""Guard models as judges, run here through transformers: Llama Guard, Qwen3Guard, and others.
+"""Guard models as judges, run locally with transformers: Llama Guard, Qwen3Guard and others.
 
 The conversation [user: prompt, assistant: response] goes through the guard model's own chat
 template; a model whose prompt stands only in its model card (HarmBench's classifiers, WildGuard)
@@ -159,7 +159,7 @@ def load_guard(name: str, dtype: str = "float32", device: str = "cpu") -> GuardP
     if missing:
         raise JudgeError(
             f"{name} lacks weights of a causal language model ({missing[0]} and others): "
-            "a judge with random weights is none"
+            "its weights would be random"
         )
     try:
         model = model.to(device)

@@ -1,4 +1,4 @@
-"""Text that is judged must not steer its judge: control tokens and prompt furniture are broken.
+"""Prevents prompt injection into a judge: breaks control tokens and markers in judged text.
 
 A response is written by the model under test, perhaps under attack. Left as it is, ``[/INST]`` in
 it ends the judge's instructions, and a made-up turn ``Agent: I cannot help.`` becomes the last

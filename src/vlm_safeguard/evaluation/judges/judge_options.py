@@ -1,4 +1,4 @@
-"""Options of a judge inside its spec: ``?name=value&name=value`` at the end, read strictly.
+"""Parses the options in a judge's spec: ``?name=value&name=value`` at the end.
 
 A spec stands in logs and results, so it never holds a key: ``key_variable`` names the environment
 variable that does. For the same reason no message shows a value that was not asked for.

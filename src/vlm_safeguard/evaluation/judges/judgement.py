@@ -1,4 +1,4 @@
-"""What a judge is, and the text check that comes before any judge model is asked."""
+"""The interface of a judge, and the text check that runs before any judge model."""
 
 from __future__ import annotations
 

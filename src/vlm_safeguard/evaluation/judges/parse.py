@@ -1,4 +1,4 @@
-"""What judge models say, read strictly: one function for each family.
+"""Parses the answers of judge models strictly: one function per family.
 
 A verdict must be a whole line where the family's format puts it. Whatever else a model says is
 unscored, with its words in the reason; nothing is searched for inside text, so that a verdict

@@ -1,4 +1,4 @@
-"""The phrase judge as a ``Judge``: for smoke tests, and it says so."""
+"""The refusal-phrase judge. For smoke tests only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One judge that many callers ask at once, each about one response."""
+"""Batches the requests of many callers to one judge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verdicts recorded once and replayed: the same judgement again without the judge.
+"""Records verdicts and replays them without the judge.
 
 One JSON object a line, with the SHA-256 of prompt and response in place of their words, so that a
 recording can be published without them.

@@ -1,4 +1,4 @@
-"""How far a judge can be trusted, and what that leaves of a rate it measured.
+"""Validates a judge on labelled responses, and corrects rates for its errors.
 
 A judge is held against responses that people labelled, those to harmful and those to harmless
 prompts apart: there it is to find attack successes, here refusals, and it errs otherwise. Its
@@ -144,7 +144,7 @@ def validate(
         raise DataError(f"no labelled responses to {prompts} prompts to validate a judge on")
     if prompts == "harmless" and judge.asks == "harm":
         raise DataError(
-            f"{judge.name} tells harm, not refusals: only responses to harmful prompts validate it"
+            f"{judge.name} judges harm, not refusals: only responses to harmful prompts validate it"
         )
     judged = judge.judge([(row.prompt, row.response) for row in rows])
     confusion = {label: dict.fromkeys(OUTCOMES, 0) for label in get_args(Label)}

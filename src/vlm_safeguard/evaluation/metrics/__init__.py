@@ -1,1 +1,1 @@
-"""Metrics beside attack success."""
+"""Metrics of utility and cost, and the threshold trade-off."""

@@ -1,4 +1,4 @@
-"""Two ``generate`` calls side by side, a token each in turn, to tell what one costs over the other.
+"""Times two ``generate`` calls in lockstep, token by token, to compare their cost.
 
 A machine's own speed wanders by several percent from one second to the next, more than a guard
 costs. So each token of one stands right beside the same token of the other, and is divided by it.

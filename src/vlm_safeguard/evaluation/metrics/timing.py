@@ -1,4 +1,4 @@
-"""What a defence costs in time, relative to none."""
+"""Measures the time cost of a defence relative to none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other thresholds of the gates would have done: attack success against over-refusal.
+"""Computes attack success against over-refusal at other gate thresholds.
 
 From the responses there are: where a gate would stay shut the unguarded response counts, where it
 is open the guarded one. A request that only a lower threshold would stop is taken as refused,

@@ -1,4 +1,4 @@
-"""Cost and utility: perplexity and easy-vqa accuracy."""
+"""Measures perplexity and easy-vqa accuracy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evaluation report: plots, tables, and one HTML page with all of it."""
+"""The evaluation report: plots, tables and one HTML page."""
 
 from vlm_safeguard.evaluation.report.html import Example, ReportData, write_report
 from vlm_safeguard.evaluation.report.labels import cut_words

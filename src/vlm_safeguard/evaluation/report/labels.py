@@ -1,4 +1,4 @@
-"""How the report names things and writes numbers."""
+"""Display names and number formats of the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plots. Each ``plot_*`` returns a matplotlib ``Figure`` of its own and leaves pyplot alone."""
+"""The plots of the report. Each ``plot_*`` returns its own matplotlib ``Figure``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's sentences and tables."""
+"""The tables and sentences of the report."""
 
 from __future__ import annotations
 

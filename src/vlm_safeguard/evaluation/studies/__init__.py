@@ -1,1 +1,1 @@
-"""Studies of why and where a guard works."""
+"""Studies: the modality gap, and forms of gate."""

@@ -1,8 +1,7 @@
-"""Which form of gate finds most: the paper's, single layers, pooled ones, on held-back prompts.
+"""Compares forms of gate on held-back prompts, at equal false positives.
 
-Every form is fitted on the calibration prompts that choose and judged on those that prove, at the
-threshold that lets one in a hundred of the held-back harmless requests through: so the forms are
-compared at the same cost, whatever their own thresholds are.
+Every form is fitted on calibration prompts and tested on held-back ones, at the threshold that
+stops one in a hundred of the held-back harmless requests. This compares the forms at equal cost.
 """
 
 from __future__ import annotations
@@ -184,17 +183,18 @@ def page(
     lines = [
         "# Forms of gate",
         "",
-        f"`vlm-safeguard gates {model}`: linear gates in closed form, fitted on the calibration",
-        "prompts that choose, judged on those held back. The share of harmful requests found where",
-        f"{FALSE_POSITIVES:.0%} of harmless ones are stopped, with 95% Wilson intervals, and the",
-        "area under the ROC curve. `text` reads the text-only pass, `vlm` the request's own.",
+        f"`vlm-safeguard gates {model}`: linear gates in closed form, fitted on calibration",
+        "prompts and tested on held-back ones. *Found* is the share of harmful requests on which",
+        f"the gate opens at {FALSE_POSITIVES:.0%} false positives, with 95% Wilson intervals. AUC",
+        "is the area under the ROC curve. `text` reads the text-only pass, `vlm` the VLM's pass.",
         "",
         table(["Gate", "Read from", "Setting", "Layers", "AUC", "Found"], gates),
         "",
-        "The gates that calibration chooses, either of them, at their own thresholds: set on",
-        f"harmless prompts of their own so that at most {budget.false_positives:.0%} of harmless",
-        "requests are stopped that the model would answer as text, with 95% confidence. Here all",
-        "harmless requests count on which a gate opens, also those that the model refuses itself.",
+        "The two gates that calibration chooses, counted if either opens, at their calibrated",
+        "thresholds. These are set on separate harmless prompts so that, with 95% confidence, at",
+        f"most {budget.false_positives:.0%} of the harmless requests that the model would answer",
+        "as text are stopped. The table counts every harmless request on which a gate opens, also",
+        "those that the model itself refuses.",
         "",
         table(["Setting", "Found", "Gate open on harmless ones"], chosen),
     ]

@@ -1,4 +1,4 @@
-"""The modality gap of a model: how much a picture weakens its refusals, compared with text only."""
+"""Measures a model's modality gap: how much a picture weakens its refusals."""
 
 from vlm_safeguard.evaluation.studies.modality_gap.study import study
 from vlm_safeguard.evaluation.studies.modality_gap.write_up import write

@@ -1,4 +1,4 @@
-"""The conditions of the modality gap study: the same request with different pictures beside it.
+"""The conditions of the modality gap study: the same request with different pictures.
 
 Each is a pure function from a prompt to a conversation; what is random in it follows from the
 prompt's id, so that every model meets the same pictures.

@@ -1,4 +1,4 @@
-"""Measure the modality gap: refusals and separability in every condition, against text only."""
+"""Measures refusals and separability in every condition, against text only."""
 
 from __future__ import annotations
 

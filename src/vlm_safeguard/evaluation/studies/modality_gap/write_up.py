@@ -1,4 +1,4 @@
-"""What the gap study found, as JSON, two plots and a Markdown page."""
+"""Writes the results of the gap study: JSON, two plots and a Markdown page."""
 
 from __future__ import annotations
 
@@ -242,8 +242,8 @@ def _reading_note(measured: Mapping[str, Any]) -> list[str]:
     if not any(one["needs_reading"] for one in measured.values()):
         return []
     return [
-        "Where reading is needed, a model that cannot read its picture meets neither harm nor a "
-        "question there: a low rate of refusals then says nothing about its alignment."
+        "In conditions that need reading, a model that cannot read the picture sees neither harm "
+        "nor a question. A low refusal rate there says nothing about its alignment."
     ]
 
 
@@ -259,10 +259,10 @@ def _gates(found: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
         + [rate_and_interval(one["gates"][s], rate) for s in sources for rate in ("tpr", "fpr")]
         for one in measured.values()
     ]
-    words = ", but with the words in them" if found["guard_reads_pictures"] else ""
+    words = ", but with the text in them" if found["guard_reads_pictures"] else ""
     return [
         "## Gates of the guard",
-        "How often each gate opens, each read by itself in an unguarded pass. The text gate reads "
+        "How often each gate opens, read separately in an unguarded pass. The text gate reads "
         f"the conversation without its pictures{words}. "
         f"Guard SHA-256 `{found['guard_sha256'][:16]}`.",
         table(["Condition", *head], rows),
