@@ -39,7 +39,15 @@ def evaluate(
     ] = None,
     benchmark: Annotated[
         list[str] | None,
-        typer.Option(help="own_malicious, xstest, prompts:FILE, ... (default: our three own)"),
+        typer.Option(
+            help="own_malicious, xstest, prompts:FILE, ... (default: our own three sets)."
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="text, blank or picture (default: all).")
+    ] = None,
+    guard: Annotated[
+        Path | None, typer.Option(help="Guard folder, for the defences that need one.")
     ] = None,
     defence_text: Annotated[
         list[str] | None, typer.Option(help="NAME=FILE: exact text of a prompt-based defence.")
