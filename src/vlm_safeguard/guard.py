@@ -300,7 +300,7 @@ class Guard:
             ModelError: a message is of another form, or the processor takes no such batch.
         """
         batch = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        return BatchFeature(prepare(processor, batch, self.config.reads_pictures))
+        return BatchFeature(prepare(processor, batch, self.config.reads_pictures, "left"))
 
     def attach(self, model: Any, processor: Any = None) -> Session:
         """Guard every ``generate`` and forward call of ``model`` from now on.

@@ -360,7 +360,7 @@ def test_push_command(hub, guard, tmp_path):
     said = json.loads(done.stdout)
     assert said == {"commit": f"{hub.endpoint}/{NAME}/commit/{repository.branches['main']}"}
     assert repository.private is True and set(repository.files("main")) >= FILES
-    assert 'base_model: "org/vlm"' in repository.files("main")[CARD_FILE].decode()
+    assert "base_model: org/vlm" in repository.files("main")[CARD_FILE].decode()
 
 
 def test_push_command_checks_the_guard_first(hub, guard, tmp_path):

@@ -59,7 +59,10 @@ def render(processor: Any, prompt: str, pictures: int = 0) -> str:
 
 
 def process(
-    processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
+    processor: Any,
+    texts: Sequence[str],
+    pictures: Sequence[Sequence[Image.Image]],
+    padding_side: str | None = None,
 ) -> dict[str, Any]:
     """Rendered requests, each with its pictures in order, through the processor; left-padded.
 
@@ -73,10 +76,11 @@ def process(
     first = processor.tokenizer.bos_token
     options: dict[str, Any] = {
         "padding": True,
-        "padding_side": "left",
         "return_tensors": "pt",
         "add_special_tokens": not (first and texts[0].startswith(first)),
     }
+    if padding_side is not None:
+        options["padding_side"] = padding_side
     if any(pictures):
         # Row by row: some processors take a flat list for one row's.
         options["images"] = [list(row) for row in pictures]
@@ -91,9 +95,12 @@ def process(
 
 
 def prepare(
-    processor: Any, conversations: Sequence[Conversation], read_pictures: bool = False
+    processor: Any,
+    conversations: Sequence[Conversation],
+    read_pictures: bool = False,
+    padding_side: str | None = None,
 ) -> dict[str, Tensor]:
-    """Model inputs for conversations in the chat format of transformers, left-padded.
+    """Model inputs for conversations in the chat format of transformers, padded to one length.
 
     Control tokens typed by a user are neutralised, so that no text can open a turn of its own.
 
@@ -104,6 +111,7 @@ def prepare(
         read_pictures: for guards with ``reads_pictures``: also ``text_input_ids`` and
             ``text_attention_mask``, the conversations as text with the words that stand in their
             pictures. Only a guarded model takes them.
+        padding_side: "left" or "right"; by default the tokenizer's own.
 
     Raises:
         ModelError: a message is of another form, or the processor takes no such batch.
@@ -113,10 +121,11 @@ def prepare(
         raise ModelError("a conversation needs at least one message")
     parsed = [[_parsed(message) for message in messages] for messages in conversations]
     texts = [_rendered(processor, turns) for turns in parsed]
-    batch = process(processor, texts, [[i for turn in turns for i in turn[2]] for turns in parsed])
+    pictures = [[i for turn in turns for i in turn[2]] for turns in parsed]
+    batch = process(processor, texts, pictures, padding_side)
     if read_pictures:
         spoken = [_rendered(processor, list(map(_spoken, turns))) for turns in parsed]
-        alone = process(processor, spoken, [[]] * len(spoken))
+        alone = process(processor, spoken, [[]] * len(spoken), "left")
         batch["text_input_ids"] = alone["input_ids"]
         batch["text_attention_mask"] = alone["attention_mask"]
     return {
