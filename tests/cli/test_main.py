@@ -57,8 +57,6 @@ def test_bad_input(
 def test_help_is_quick_and_names_every_command(tmp_path: Path) -> None:
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
-    names = (
-        "assemble calibrate doctor generate demo evaluate gap validate-judge check-results"
-    )
+    names = "assemble calibrate doctor generate demo evaluate gap validate-judge check-results"
     for command in names.split():
         assert command in done.stdout
