@@ -38,7 +38,7 @@ test: $(VENV)/.installed $(VENV)/int8/.installed  ## All tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	PYTHONPATH=$(VENV)/int8 $(BIN)/python -c "import torchao, hqq"
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/int8 $(BIN)/python -m pytest -k "int8 or quantised" \
-	  tests/runtime/test_generation.py tests/model/test_weights.py
+	  tests/runtime/test_kv_cache.py tests/model/test_weights.py
 
 lint: $(VENV)/.installed  ## ruff, mypy, import-linter
 	$(BIN)/ruff check src tests training bench examples

@@ -108,6 +108,7 @@ PROMPTS = [
     [*words(4, 2), *pictured(words(5, 4), pictures=2)],
     pictured(words(6, 6)),
 ]
+TEXTS = [words(seed, 4 + seed) for seed in range(5)]  # without pictures
 
 
 def batch(prompts: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:

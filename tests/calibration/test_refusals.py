@@ -1,17 +1,12 @@
-"""The phrase judge, the statistics, and the answer check of easy-vqa."""
+"""The phrase judge: refusals, help, and degenerate responses."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 
 from vlm_safeguard.calibration.refusals import judge
-from vlm_safeguard.evaluation.metrics.utility import vqa_answer
-from vlm_safeguard.utils.stats import mcnemar, wilson
 
 
 @pytest.mark.parametrize(
@@ -115,42 +110,3 @@ def test_a_refusal_that_turns_away_stays_one(response: str) -> None:
 @given(st.text(max_size=300))
 def test_any_text_gets_a_verdict(text: str) -> None:
     assert judge(text) in {"refused", "complied", "degenerate", "empty"}
-
-
-@given(st.integers(1, 400), st.data())
-def test_wilson_agrees_with_scipy(n: int, data: st.DataObject) -> None:
-    count = data.draw(st.integers(0, n))
-    ours, theirs = wilson(count, n), binomtest(count, n).proportion_ci(method="wilson")
-    assert math.isclose(ours.low, theirs.low, abs_tol=1e-6)
-    assert math.isclose(ours.high, theirs.high, abs_tol=1e-6)
-
-
-def test_wilson_of_nothing_says_nothing() -> None:
-    rate = wilson(0, 0)
-    assert (rate.low, rate.high) == (0.0, 1.0) and math.isnan(rate.value)
-    with pytest.raises(ValueError, match=r"within 0\.\.3"):
-        wilson(4, 3)
-
-
-def test_mcnemar_is_the_exact_binomial_test() -> None:
-    before = [True] * 9 + [False] * 3 + [True] * 5
-    after = [False] * 9 + [True] * 3 + [True] * 5
-    assert math.isclose(mcnemar(before, after), binomtest(3, 12).pvalue)
-    assert mcnemar([True], [True]) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("reply", "answer", "right"),
-    [
-        ("It is a gray rectangle, so no.", "no", True),
-        ("It is a gray rectangle, so no.", "yes", False),
-        ("It is a circle.", "circle", True),
-        ("It is a circle or a triangle.", "circle", False),
-        ("It is red.", "red", True),
-        ("I'm sorry, but I can't help with that.", "red", False),
-        ("yes and no", "yes", False),
-    ],
-)
-def test_easy_vqa_answers(reply: str, answer: str, right: bool) -> None:
-    words = {"yes", "no", "circle", "rectangle", "triangle", "red", "gray", "blue"}
-    assert vqa_answer(reply, answer, words) is right

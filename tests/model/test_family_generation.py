@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests import families
 from tests.families import FAMILIES
-from tests.model.test_family_decoder import NEVER, PROMPTS, guard_for, half_open, loaded_of
+from tests.model.family_helpers import NEVER, PROMPTS, guard_for, half_open, loaded_of
 from tests.reference import CLOSE
 from tests.tiny import generate
 from vlm_safeguard.guard import Guard

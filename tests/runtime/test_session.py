@@ -303,7 +303,7 @@ def test_streaming_from_a_thread_is_guarded_to_its_end(model):
         thread = threading.Thread(target=model.generate, kwargs=inputs | options)
         thread.start()
         streamer.started.wait(10)
-        with pytest.raises(GuardRuntimeError, match="already"):
+        with pytest.raises(GuardRuntimeError, match="another thread"):
             model.generate(**inputs)
         threading.Timer(0.05, streamer.go.set).start()
     # Leaving the `with` has waited: the guard did not go away under a running generation.

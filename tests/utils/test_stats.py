@@ -1,14 +1,16 @@
-"""Intervals and tests of clustered trials, against references by formula and by brute force."""
+"""Intervals and paired tests, against references by formula and by brute force."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from vlm_safeguard.utils.stats import (
     Rate,
@@ -212,3 +214,28 @@ def test_a_rate_that_is_none_is_refused() -> None:
     for found in ({}, {"value": None, "low": 0.1, "high": 0.2, "n": 3}):
         with pytest.raises((KeyError, TypeError)):
             Rate.from_dict(found)
+
+
+# -- plain intervals and tests ---------------------------------------------------------------------
+
+
+@given(st.integers(1, 400), st.data())
+def test_wilson_agrees_with_scipy(n: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, n))
+    ours, theirs = wilson(count, n), binomtest(count, n).proportion_ci(method="wilson")
+    assert math.isclose(ours.low, theirs.low, abs_tol=1e-6)
+    assert math.isclose(ours.high, theirs.high, abs_tol=1e-6)
+
+
+def test_wilson_of_nothing_says_nothing() -> None:
+    rate = wilson(0, 0)
+    assert (rate.low, rate.high) == (0.0, 1.0) and math.isnan(rate.value)
+    with pytest.raises(ValueError, match=r"within 0\.\.3"):
+        wilson(4, 3)
+
+
+def test_mcnemar_is_the_exact_binomial_test() -> None:
+    before = [True] * 9 + [False] * 3 + [True] * 5
+    after = [False] * 9 + [True] * 3 + [True] * 5
+    assert math.isclose(mcnemar(before, after), binomtest(3, 12).pvalue)
+    assert mcnemar([True], [True]) == 1.0

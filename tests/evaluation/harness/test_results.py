@@ -9,35 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.evaluation.harness.rows import judged
 from vlm_safeguard.evaluation.harness import outputs, results
 from vlm_safeguard.evaluation.harness.results_page import markdown
-
-WORDS = {"c": "complied", "r": "refused", "d": "degenerate", "?": None}
-
-
-def judged(
-    defence: str, verdicts: str, harmful: bool = True, templates: int = 5
-) -> list[results.Judged]:
-    """Rows from letters (see ``WORDS``), ``templates`` to a question."""
-    return [
-        results.Judged(
-            model="m",
-            defence=defence,
-            benchmark="b",
-            setting="text",
-            id=f"{harmful}-{n}",
-            cluster=f"{harmful}-{n // templates}",
-            harmful=harmful,
-            prompt="p",
-            response="a",
-            verdict=WORDS[letter],
-            reason="" if WORDS[letter] else "no verdict",
-            tokens=1,
-            truncated=False,
-            fired=None,
-        )
-        for n, letter in enumerate(verdicts)
-    ]
 
 
 def test_a_judge_of_harm_knows_no_over_refusal() -> None:
@@ -112,9 +86,6 @@ def test_without_the_guard_no_defence_is_the_reference() -> None:
     first, second = cells(found, "other")
     assert first[0].endswith("0/10 -") and second[0].startswith("-100.0% [-100.0%, -100.0%]")
     assert results.reference(judged("guard", "r")) is None
-
-
-# -- commits ---------------------------------------------------------------------------------------
 
 
 def log(commit: str | None, dirty: bool = False) -> Any:

@@ -1,0 +1,118 @@
+"""Families that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import transformers as tf
+
+from tests.families.base import FIRST_SPECIAL, PAD, TEXT, VISION, VOCAB, WIDTH
+
+REFUSED: dict[str, Callable[[], Any]] = {}
+
+
+def refused(name: str) -> Callable[[Callable[[], Any]], Any]:
+    def register(build: Callable[[], Any]) -> Callable[[], Any]:
+        REFUSED[name] = build
+        return build
+
+    return register
+
+
+QFORMER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "encoder_hidden_size": 16,
+    "max_position_embeddings": 64,
+}
+
+
+def _blip(config: Any, text: Any) -> Any:
+    return config(
+        vision_config=VISION,
+        qformer_config=QFORMER,
+        text_config=text,
+        num_query_tokens=4,
+        image_token_index=FIRST_SPECIAL,
+    )
+
+
+@refused("InstructBLIP with a decoder-only LLM")
+def instructblip() -> Any:
+    text = tf.LlamaConfig(**TEXT)
+    return tf.InstructBlipForConditionalGeneration(_blip(tf.InstructBlipConfig, text))
+
+
+@refused("InstructBLIP with T5")
+def instructblip_t5() -> Any:
+    text = tf.T5Config(
+        vocab_size=VOCAB,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=PAD,
+    )
+    return tf.InstructBlipForConditionalGeneration(_blip(tf.InstructBlipConfig, text))
+
+
+@refused("BLIP-2")
+def blip_2() -> Any:
+    text = tf.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=WIDTH,
+        max_position_embeddings=64,
+    )
+    return tf.Blip2ForConditionalGeneration(_blip(tf.Blip2Config, text))
+
+
+@refused("Kosmos-2")
+def kosmos2() -> Any:
+    text = {
+        "vocab_size": VOCAB,
+        "embed_dim": WIDTH,
+        "layers": 2,
+        "ffn_dim": 48,
+        "attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    config = tf.Kosmos2Config(text_config=text, vision_config=VISION, latent_query_num=4)
+    return tf.Kosmos2ForConditionalGeneration(config)
+
+
+@refused("Florence-2")
+def florence2() -> Any:
+    sizes = ("layers", "ffn_dim", "attention_heads")
+    text = {f"{end}_{size}": 4 for end in ("encoder", "decoder") for size in sizes}
+    text |= {"model_type": "bart", "vocab_size": VOCAB, "d_model": WIDTH}
+    vision = {"embed_dim": [8] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4, "depths": [1] * 4}
+    vision |= {"window_size": 4, "projection_dim": WIDTH}
+    config = tf.Florence2Config(text_config=text, vision_config=vision)
+    return tf.Florence2ForConditionalGeneration(config)
+
+
+@refused("Gemma 3n")
+def gemma3n() -> Any:
+    """Its language model alone: the vision tower needs another package."""
+    text = {key: value for key, value in TEXT.items() if key != "num_hidden_layers"}
+    config = tf.Gemma3nTextConfig(
+        **text,
+        num_hidden_layers=2,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        layer_types=["sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0] * 2,
+        sliding_window=16,
+    )
+    return tf.Gemma3nForCausalLM(config)

@@ -1,0 +1,204 @@
+"""What must hold of a guard that loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from tests.fuzz.guards import Files
+from vlm_safeguard.guard import Guard
+
+MODES = {"add", "restore"}
+
+
+class Broken(Exception):
+    """A rule that does not hold."""
+
+
+def must(holds: Any, rule: str) -> None:
+    if not holds:
+        raise Broken(rule)
+
+
+def is_int(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def is_number(value: Any, high: float) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= high
+
+
+def is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def is_name(value: Any) -> bool:
+    bad = {*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0xD800, 0xE000)}
+    return isinstance(value, str) and len(value) <= 256 and not bad & set(map(ord, value))
+
+
+def check_keys(value: Any, needed: set[str], optional: set[str], what: str) -> None:
+    must(isinstance(value, dict), f"{what} is an object")
+    must(needed <= set(value) <= needed | optional, f"{what} has its keys and no others")
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    must(len({key for key, _ in pairs}) == len(pairs), "each key once")
+    return dict(pairs)
+
+
+def refuse(text: str) -> None:
+    raise Broken(f"no {text}")
+
+
+def layer_list(value: Any, depth: int, low: int) -> bool:
+    return (
+        isinstance(value, list)
+        and low <= len(value) == len(set(value))
+        and all(is_int(n, 0, depth - 1) for n in value)
+    )
+
+
+def check_settings(data: bytes) -> dict[str, Any]:
+    """Every rule of the settings; returns them."""
+    must(len(data) <= 2**20 and not data.startswith(b"\xef\xbb\xbf"), "size, no BOM")
+    raw = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
+    check_tree(raw)
+    check_keys(
+        raw,
+        {"schema_version", "model", "markup", "gates", "steering", "tensors_sha256"},
+        {"reads_pictures", "data_sha256", "calibration"},
+        "guard.json",
+    )
+    must(is_int(raw["schema_version"], 1, 2), "schema version")
+    must(is_digest(raw["tensors_sha256"]), "digest of the tensors")
+    must(isinstance(raw.get("reads_pictures", False), bool), "reads_pictures is true or false")
+    model = raw["model"]
+    digests = {"config_sha256", "weights_sha256"}
+    check_keys(
+        model, {"name", "template_sha256", "hidden_size", "layers"} | digests, {"dtype"}, "model"
+    )
+    must(model.get("dtype", "") in ("", "float32", "bfloat16", "float16"), "type")
+    must(is_name(model["name"]), "name")
+    must(all(is_digest(model[name]) for name in digests), "digests")
+    must(model["template_sha256"] == "" or is_digest(model["template_sha256"]), "template")
+    must(is_int(model["hidden_size"], 1, 65536) and is_int(model["layers"], 1, 1024), "size")
+    markup = raw["markup"]
+    check_keys(markup, {"token_ids"}, {"before", "after", "inner", "pad_id"}, "markup")
+    for name in ("token_ids", "before", "after", "inner"):
+        ids = markup.get(name, [])
+        must(isinstance(ids, list) and len(ids) <= 256, f"{name} is a short list")
+        must(all(is_int(n, 0, 2**31 - 1) for n in ids), f"{name} holds token ids")
+    must(markup["token_ids"] and is_int(markup.get("pad_id", 0), 0, 2**31 - 1), "token ids")
+    gates, depth = raw["gates"], model["layers"]
+    must(isinstance(gates, list) and 1 <= len(gates) <= 16, "1 to 16 gates")
+    for gate in gates:
+        check_keys(gate, {"source", "layers", "thresholds"}, {"per_layer", "kind"}, "gate")
+        must(gate.get("kind", "linear") == "linear", "kind of a gate")
+        must(gate["source"] in ("text", "vlm"), "source of a gate")
+        must(type(gate.get("per_layer", False)) is bool, "per_layer")
+        must(layer_list(gate["layers"], depth, 1), "layers of a gate")
+        cuts = gate["thresholds"]
+        must(isinstance(cuts, list) and len(cuts) == len(gate["layers"]), "a threshold each")
+        must(all(is_number(cut, 1e20) for cut in cuts), "thresholds")
+    steering = raw["steering"]
+    optional = {"reference", "query", "positions", "rank", "alpha", "tokens"}
+    old = {"soft"} if raw["schema_version"] == 1 else set()
+    check_keys(steering, {"mode", "layers"}, optional | old, "steering")
+    must(steering["mode"] in MODES, "mode")
+    must(steering.get("reference", "text") in ("text", "anchor"), "reference")
+    must(steering.get("query", "text") in ("pass", "text"), "query")
+    must(steering.get("positions", "generated") in ("generated", "all"), "positions")
+    must(layer_list(steering["layers"], depth, 1), "steered layers")
+    must(is_int(steering.get("rank", 1), 1, 1024), "rank")
+    must(is_number(steering.get("alpha", 0), 1e4) and steering.get("alpha", 0) >= 0, "alpha")
+    must(is_number(steering.get("soft", 0), 0.0), "no soft gate")
+    must(steering.get("tokens") is None or is_int(steering["tokens"], 1, 10**6), "tokens")
+    steered = steering["layers"]
+    for gate in gates:
+        if gate.get("per_layer", False):
+            must(any(layer in steered for layer in gate["layers"]), "a layer gate reaches a layer")
+        elif gate["source"] == "vlm" and steering.get("tokens") == 1:
+            must(max(gate["layers"]) <= max(steered), "a late gate reaches a layer")
+    data_files = raw.get("data_sha256", {})
+    must(isinstance(data_files, dict) and len(data_files) <= 64, "data files")
+    must(all(is_name(k) and is_digest(v) for k, v in data_files.items()), "digests of data")
+    record = raw.get("calibration", {})
+    must(isinstance(record, dict), "record")
+    budget = record.get("budget", {})
+    must(isinstance(budget, dict), "budget")
+    must(all(is_number(value, math.inf) for value in budget.values()), "budget in numbers")
+    return raw
+
+
+def check_tree(value: Any, depth: int = 1) -> int:
+    """Rules of every value; returns how many there are."""
+    if isinstance(value, (dict, list)):
+        must(depth <= 16, "depth")
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        count = 1 + sum(check_tree(part, depth + 1) for part in parts)
+        must(count <= 100_000, "number of values")
+        return count
+    if isinstance(value, str):
+        must(len(value) <= 4096 and (len(value) > 256 or is_name(value)), "text")
+    elif isinstance(value, int):
+        must(abs(value) <= 2**53, "integers")
+    elif isinstance(value, float):
+        must(math.isfinite(value), "finite numbers")
+    return 1
+
+
+def check_loaded(guard: Guard, files: Files) -> None:
+    """Every rule of a guard that was loaded from ``files``.
+
+    Raises:
+        Broken: the first that does not hold.
+    """
+    raw = check_settings(files[0])
+    blob = files[1]
+    must(hashlib.sha256(blob).hexdigest() == raw["tensors_sha256"], "digest")
+    # The settings are those of the file: nothing converted, nothing dropped.
+    found = guard.config.model_dump()
+    must(found["schema_version"] == 2, "schema 2 in memory")
+    if raw["schema_version"] == 1:  # as schema 2 has it
+        kept = {name: value for name, value in raw["steering"].items() if name != "soft"}
+        raw |= {"schema_version": 2, "steering": kept}
+    for key, value in raw.items():
+        expected = [value] if isinstance(value, dict) else value
+        got = [found[key]] if isinstance(value, dict) else found[key]
+        if key in ("model", "markup", "steering", "gates"):
+            for one, other in zip(expected, got, strict=True):
+                must(all(other[name] == part for name, part in one.items()), f"same {key}")
+        else:
+            must(got == expected, f"same {key}")
+    # The tensors, read a second way.
+    length = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + length].decode("utf-8"), object_pairs_hook=once)
+    width, steering = raw["model"]["hidden_size"], raw["steering"]
+    rank = steering.get("rank", 1)
+    shapes = {f"gate.{n}": (len(gate["layers"]), width) for n, gate in enumerate(raw["gates"])}
+    for layer in steering.get("layers", []):
+        shapes |= {f"directions.{layer}": (rank, width), f"anchor.{layer}": (rank,)}
+    must(set(header) == set(shapes) == set(guard.tensors), "names of tensors")
+    total, body = 0, blob[8 + length :]
+    for name, shape in shapes.items():
+        entry = header[name]
+        must(entry["dtype"] == "F32" and tuple(entry["shape"]) == shape, "type and shape")
+        start, stop = entry["data_offsets"]
+        must(0 <= start <= stop <= len(body), "within the file")
+        values = np.frombuffer(body[start:stop], "<f4").reshape(shape)
+        total += stop - start
+        loaded = guard.tensors[name].numpy()
+        must(loaded.dtype == np.float32 and loaded.tobytes() == values.tobytes(), "same values")
+        must(np.isfinite(values).all() and (np.abs(values) <= 1e20).all(), "finite values")
+        if name.startswith("directions."):
+            exact = values.astype(np.float64)
+            must(np.abs(exact @ exact.T - np.eye(rank)).max() < 1.001e-3, "orthonormal")
+        if name.startswith("anchor.") and steering["mode"] == "restore":
+            must(np.linalg.norm(values.astype(np.float64)) > 0.999e-4, "an anchor to restore")
+    must(total == len(body), "nothing beside the tensors")
