@@ -269,7 +269,7 @@ def check_no_unread_picture(
     """
     if options.get("pixel_values") is not None or _holds(ids, markup.token_ids):
         raise GuardRuntimeError(
-            "this guard reads the words in pictures, and nobody read them: make the inputs with "
+            "this guard reads the words in pictures, and they were not read: make the inputs with "
             "guard.prepare(processor, messages), or pass the request as text, with the words of "
             "its pictures, in text_input_ids"
         )
