@@ -35,7 +35,7 @@ class Subjects:
         """One request of several questions, with several blank pictures."""
         text = " ".join(pair.harmless for pair in prompts.anchors()[:questions])
         rendered = render(self.loaded.processor, text, images)
-        return process(self.loaded, [rendered], [[drawings.blank()] * images])
+        return process(self.loaded.processor, [rendered], [[drawings.blank()] * images])
 
 
 def embedded() -> Subjects:
