@@ -26,7 +26,8 @@ from vlm_safeguard.calibration.refusals import judge
 FILE = "answers.jsonl"
 TOKENS = 28
 BATCH = 64
-GENERAL, ABOUT = 900, 1000  # requests asked
+GENERAL, ABOUT = 900, 1000  # requests drawn
+SHORTEST = 1100  # of these are asked: a step of training takes as long as its prompts
 PER_THING = 3
 # What is asked beside the picture, and what the language model is asked about its name instead.
 INSTRUCTIONS = (
@@ -57,7 +58,7 @@ def article(name: str) -> str:
 
 
 def requests() -> list[dict[str, Any]]:
-    """General requests, and instructions about every thing that can be shown."""
+    """General requests, and instructions about every thing that can be shown; short ones."""
     rng = random.Random(SEED)
     general = [row["prompt"] for row in read_jsonl(DATA / "requests.jsonl")]
     things = [concept.name for concept in pics.load_concepts()]
@@ -71,7 +72,8 @@ def requests() -> list[dict[str, Any]]:
         {"kind": "general", "thing": None, "asked": None, "prompt": prompt}
         for prompt in rng.sample(general, GENERAL)
     ]
-    return found + rng.sample(about, ABOUT)
+    found += rng.sample(about, ABOUT)
+    return sorted(found, key=lambda row: len(row["prompt"]))[:SHORTEST]
 
 
 @torch.inference_mode()

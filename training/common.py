@@ -27,14 +27,13 @@ END = "<|im_end|>"
 
 
 def stage(doc: str | None, *, steps: int = 0) -> argparse.Namespace:
-    """What a stage is called with (cache, out, steps); seeds torch and sets its threads."""
+    """What a stage is called with (cache, out, steps); seeds torch."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=steps)
     args = parser.parse_args()
     torch.manual_seed(SEED)
-    torch.set_num_threads(2)
     return args
 
 

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,19 @@ from training.answers import FILE as ANSWERS
 from training.answers import answered, article
 from training.common import END, SEED, SYSTEM, base_model, log, read_jsonl, stage
 from training.vision_tower import normalise
+from vlm_safeguard.embedded.assemble import MODELS
 
+MODEL = MODELS["embedded-0.5b"]
 FILE = "projector.safetensors"
 STATE = "train_state.safetensors"
 NAMES = {"0": "linear_1", "2": "linear_2"}  # nn.Sequential's -> LLaVA's
-# Examples of each kind in a step. By tokens, half of a step are full-length answers.
-STEP = {"general": 5, "about": 5, "naming": 6, "vqa": 5}
+# Examples of each kind in a step; each kind has the same weight in the loss.
+STEP = {"general": 4, "about": 4, "naming": 8, "vqa": 12}
 ANSWER_TOKENS = 24
-EMOJI_VARIANTS = 4
-ALIGN_STEPS = 600
-PEAK_RATE = 1e-3
+EMOJI_VARIANTS = 8
+ALIGN_STEPS, ALIGN_RATE = 700, 2e-3
+PEAK_RATE = 5e-4
+ALIGN_WEIGHT = 0.1  # of alignment while tuning: what is seen must not be unlearned
 CHECKPOINT_EVERY = 20
 PREFIX = SYSTEM + "<|im_start|>user\n"
 NAMING = (
@@ -87,6 +91,7 @@ class Example:
     question: list[int]
     answer: list[int]
     picture: int
+    weight: float
 
 
 @torch.inference_mode()
@@ -99,7 +104,8 @@ def build_bank(tower: CLIPVisionModel, cache: Path) -> Bank:
     parts: list[Tensor] = []
 
     def run(pixels: Tensor) -> None:
-        parts.append(tower(pixel_values=normalise(pixels)).last_hidden_state[:, 1:])
+        seen = tower(pixel_values=normalise(pixels), output_hidden_states=True)
+        parts.append(seen.hidden_states[MODEL.feature_layer][:, 1:])
 
     for start in range(0, len(shapes.rgb), 256):
         run(pics.plain_shapes(shapes.rgb[start : start + 256]))
@@ -132,46 +138,61 @@ def new_projector(bank: Bank, hidden: int, scale: Tensor) -> nn.Sequential:
     return projector
 
 
-def align(projector: nn.Module, bank: Bank, words: Tensor, tokenizer: Any) -> None:
-    """Draw each picture's projected patches towards the word embeddings of its name.
+class Alignment:
+    """Draws each projected patch towards a word embedding of what the picture shows.
 
-    The loss is a contrast of the mean patch with all names (cosine, temperature 0.05), and each
-    patch's squared distance to the name, relative to the size of word embeddings.
+    The patches of a picture take the tokens of its name in turn, so that the projected picture of
+    a red circle reads "red circle red circle ...", which the frozen language model understands.
+    The loss is a contrast of each patch with the tokens of all names (cosine, temperature 0.05),
+    and its squared distance to its own token, relative to the size of word embeddings.
     """
-    generator = torch.Generator().manual_seed(SEED)
-    places = bank.named()
-    names = sorted(places)
-    targets = torch.stack(
-        [
-            words[tokenizer(" " + name).input_ids].mean(0) * len(name.split()) ** 0.5
-            for name in names
-        ]
-    )
-    number = {name: n for n, name in enumerate(names)}
-    known = torch.tensor([place for place, name in enumerate(bank.name) if name])
-    labels = torch.tensor([number[bank.name[place]] for place in known.tolist()])
-    emoji = known >= bank.emoji.start
-    weights = torch.where(emoji, 0.7 / emoji.sum(), 0.3 / (~emoji).sum())  # names, then shapes
-    size = words.pow(2).sum(1).mean()
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=PEAK_RATE, weight_decay=0.05)
+
+    def __init__(self, bank: Bank, words: Tensor, tokenizer: Any) -> None:
+        self.bank = bank
+        names = sorted(bank.named())
+        tokens = [tokenizer(" " + name).input_ids for name in names]
+        used = sorted({token for ids in tokens for token in ids})
+        place = {token: n for n, token in enumerate(used)}
+        count = bank.features.shape[1]
+        self.targets = torch.tensor(
+            [[place[ids[n % len(ids)]] for n in range(count)] for ids in tokens]
+        )
+        self.words = words[used]
+        self.directions = F.normalize(self.words, dim=1)
+        self.size = self.words.pow(2).sum(1).mean()
+        number = {name: n for n, name in enumerate(names)}
+        self.known = torch.tensor([n for n, name in enumerate(bank.name) if name])
+        self.labels = torch.tensor([number[bank.name[n]] for n in self.known.tolist()])
+        emoji = torch.isin(self.known, torch.tensor(bank.emoji))
+        self.weights = torch.where(emoji, 0.7 / emoji.sum(), 0.3 / (~emoji).sum())
+        self.generator = torch.Generator()
+
+    def __call__(self, projector: nn.Module, pictures: int, step: int) -> tuple[Tensor, Tensor]:
+        """The loss over a step's draw of pictures, and the share of patches nearest their token."""
+        self.generator.manual_seed(SEED + step)
+        drawn = torch.multinomial(self.weights, pictures, generator=self.generator)
+        features = self.bank.features[self.known[drawn]]
+        noise = torch.randn(features.shape, generator=self.generator)
+        patches = projector(features + 0.1 * features.std() * noise)
+        targets = self.targets[self.labels[drawn]]
+        cosines = F.normalize(patches, dim=2) @ self.directions.T
+        loss = F.cross_entropy((cosines / 0.05).flatten(0, 1), targets.flatten())
+        loss = loss + (patches - self.words[targets]).pow(2).sum(2).mean() / self.size
+        return loss, (cosines.argmax(2) == targets).float().mean()
+
+
+def align(projector: nn.Module, alignment: Alignment) -> None:
+    """Feature alignment alone."""
+    optimizer = torch.optim.AdamW(projector.parameters(), weight_decay=0.05)
     for step in range(ALIGN_STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * _schedule(step, ALIGN_STEPS)
-        drawn = torch.multinomial(weights, 192, generator=generator)
-        features = bank.features[known[drawn]]
-        features = features + 0.1 * features.std() * torch.randn(
-            features.shape, generator=generator
-        )
-        patches, wanted = projector(features), labels[drawn]
-        cosines = F.normalize(patches.mean(1), dim=1) @ F.normalize(targets, dim=1).T
-        loss = F.cross_entropy(cosines / 0.05, wanted)
-        loss = loss + (patches - targets[wanted][:, None]).pow(2).sum(2).mean() / size
+            group["lr"] = ALIGN_RATE * _schedule(step, ALIGN_STEPS)
+        loss, right = alignment(projector, 192, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if (step + 1) % 100 == 0:
-            right = (cosines.argmax(1) == wanted).float().mean()
-            log(f"alignment {step + 1}/{ALIGN_STEPS} loss {loss.item():.3f} named {right:.0%}")
+            log(f"alignment {step + 1}/{ALIGN_STEPS} loss {loss.item():.3f} patches {right:.0%}")
 
 
 # -- examples ------------------------------------------------------------------------------------
@@ -179,34 +200,35 @@ def align(projector: nn.Module, bank: Bank, words: Tensor, tokenizer: Any) -> No
 
 def examples(bank: Bank, answers: Path, tokenizer: Any, rng: random.Random) -> dict[str, list]:
     """Every example of each kind."""
+    found: dict[str, list] = {kind: [] for kind in STEP}
 
-    def example(question: str, answer: str, place: int, whole: bool = True) -> Example:
+    def example(kind: str, question: str, answer: str, place: int, whole: bool = True) -> None:
         ids = tokenizer(answer).input_ids[:ANSWER_TOKENS]
         if whole and len(ids) < ANSWER_TOKENS:
             ids = ids + tokenizer(END).input_ids
         asked = f"\n{question}{END}\n<|im_start|>assistant\n"
-        return Example(tokenizer(asked).input_ids, ids, place)
+        weight = 1 / (len(STEP) * STEP[kind])
+        found[kind].append(Example(tokenizer(asked).input_ids, ids, place, weight))
 
     places = bank.named()
     rows = [row for row in read_jsonl(answers) if answered(row)]
     anywhere = [*bank.emoji, *rng.sample(list(bank.shapes), len(bank.emoji) // 2)]
     anywhere += list(bank.blank) * 4
-    found: dict[str, list] = {"general": [], "about": [], "naming": [], "vqa": []}
     for row in rows:
         where = places[row["thing"]] if row["kind"] == "about" else anywhere
         question = row["asked"] or row["prompt"]
-        found[row["kind"]].append(example(question, row["answer"], rng.choice(where), row["whole"]))
+        example(row["kind"], question, row["answer"], rng.choice(where), row["whole"])
     drawn = [*bank.emoji, *rng.sample(list(bank.shapes), 1200)]
     for place in drawn:
         if bank.name[place]:
             question, reply = rng.choice(NAMING)
-            found["naming"].append(
-                example(question, reply.format(article(bank.name[place])), place)
-            )
+            example("naming", question, reply.format(article(bank.name[place])), place)
     for place in bank.blank:
-        found["naming"].append(example(rng.choice(NAMING)[0], "The picture is blank.", place))
+        example("naming", rng.choice(NAMING)[0], "The picture is blank.", place)
     for question, answer, place in _vqa_questions(bank):
-        found["vqa"].append(example(question, _sentence(answer, bank.name[place]), place))
+        if bank.name[place]:
+            reply = _sentence(question, answer, bank.name[place])
+            example("vqa", question, reply, place)
     return found
 
 
@@ -219,11 +241,16 @@ def _vqa_questions(bank: Bank) -> Iterator[tuple[str, str, int]]:
         yield text, answer, bank.shapes[order[image]]
 
 
-def _sentence(answer: str, seen: str) -> str:
-    """An answer in a sentence; of yes and no one that says what is seen, where that is known."""
-    if answer in ("yes", "no"):
-        return f"It is a {seen}, so {answer}." if seen else f"{answer.capitalize()}."
-    return f"It is a {answer}." if answer in pics.SHAPES else f"It is {answer}."
+def _sentence(question: str, answer: str, seen: str) -> str:
+    """An answer in a sentence; of yes and no one that says what is seen, and what was asked of it.
+
+    "It is a red circle, not teal, so no.": each word follows from the ones before it.
+    """
+    if answer not in ("yes", "no"):
+        return f"It is a {answer}." if answer in pics.SHAPES else f"It is {answer}."
+    [asked] = {*pics.SHAPES, *pics.COLOURS} & set(re.findall(r"[a-z]+", question.lower()))
+    missing = "" if asked in seen.split() else f", not {asked}"
+    return f"It is a {seen}{missing}, so {answer}."
 
 
 def batches(pools: dict[str, list], seed: int) -> Iterator[list[Example]]:
@@ -248,7 +275,7 @@ def _shuffled(pool: list[Example], count: int, seed: int) -> Iterator[list[Examp
 
 
 class PictureLoss:
-    """The loss of a batch: mean over examples of the mean over their answer's tokens.
+    """The loss of a batch: mean over kinds, over their examples, and over an answer's tokens.
 
     What all prompts begin with (the system prompt) is run once; its keys and values are reused.
     """
@@ -265,9 +292,8 @@ class PictureLoss:
 
     def __call__(self, batch: list[Example]) -> Tensor:
         batch = sorted(batch, key=lambda e: len(e.question) + len(e.answer))
-        half = len(batch) // 2  # short ones and long ones apart: less padding
-        parts = [self._sum(part) for part in (batch[:half], batch[half:])]
-        return sum(parts[1:], parts[0]) / len(batch)
+        cut = STEP["naming"] + STEP["vqa"]  # short ones and long ones apart: less padding
+        return self._sum(batch[:cut]) + self._sum(batch[cut:])
 
     def _sum(self, batch: list[Example]) -> Tensor:
         tokens = self.bank.features.shape[1]
@@ -292,7 +318,7 @@ class PictureLoss:
                 row.append(n)
                 column.append(first + place - 1)
                 wanted.append(token)
-                weight.append(1 / len(example.answer))
+                weight.append(example.weight / len(example.answer))
         logits = self.llm.lm_head(states[row, column])
         losses = F.cross_entropy(logits, torch.tensor(wanted), reduction="none")
         return (losses * torch.tensor(weight)).sum()
@@ -300,7 +326,8 @@ class PictureLoss:
 
 def tune(
     projector: nn.Module,
-    loss_of: Callable[[list[Example]], Tensor],
+    loss_of: PictureLoss,
+    alignment: Alignment,
     data: Iterator[list[Example]],
     steps: int,
     out: Path,
@@ -316,7 +343,7 @@ def tune(
         for group in optimizer.param_groups:
             group["lr"] = PEAK_RATE * _schedule(step, steps)
         loss = loss_of(next(data))
-        loss.backward()
+        (loss + ALIGN_WEIGHT * alignment(projector, 64, step)[0]).backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -372,7 +399,7 @@ def save(projector: nn.Module, path: Path) -> None:
 
 
 def main() -> None:
-    args = stage(__doc__, steps=80)
+    args = stage(__doc__, steps=140)
     llm, tokenizer = base_model(args.cache)
     llm.requires_grad_(False)
     tower = CLIPVisionModel.from_pretrained(args.out / "vision_tower").eval()
@@ -380,13 +407,14 @@ def main() -> None:
     words = llm.get_input_embeddings().weight
     projector = new_projector(bank, llm.config.hidden_size, words.std())
     folder = args.out / "projector"
+    alignment = Alignment(bank, words, tokenizer)
     if not (folder / STATE).exists():
-        align(projector, bank, words, tokenizer)
+        align(projector, alignment)
         save(projector, folder / "step-0" / FILE)
     pools = examples(bank, args.out / ANSWERS, tokenizer, random.Random(SEED))
     log(", ".join(f"{len(pool)} {kind}" for kind, pool in pools.items()))
     loss_of = PictureLoss(llm, projector, bank, tokenizer)
-    tune(projector, loss_of, batches(pools, SEED), args.steps, folder)
+    tune(projector, loss_of, alignment, batches(pools, SEED), args.steps, folder)
     save(projector, folder / FILE)
 
 
