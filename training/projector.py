@@ -39,19 +39,16 @@ from training.answers import FILE as ANSWERS
 from training.answers import answered, article
 from training.common import END, SEED, SYSTEM, base_model, log, read_jsonl, stage
 from training.vision_tower import normalise
-from vlm_safeguard.embedded.assemble import MODELS
 
-MODEL = MODELS["embedded-0.5b"]
 FILE = "projector.safetensors"
 STATE = "train_state.safetensors"
-NAMES = {"0": "linear_1", "2": "linear_2"}  # nn.Sequential's -> LLaVA's
 # Examples of each kind in a step; each kind has the same weight in the loss.
 STEP = {"general": 4, "about": 4, "naming": 8, "vqa": 12}
 ANSWER_TOKENS = 24
 EMOJI_VARIANTS = 8
 ALIGN_STEPS, ALIGN_RATE = 700, 2e-3
-PEAK_RATE = 5e-4
-ALIGN_WEIGHT = 0.1  # of alignment while tuning: what is seen must not be unlearned
+PEAK_RATE = 2e-3
+ALIGN_WEIGHT = 0.2  # of alignment while tuning: what is seen must not be unlearned
 CHECKPOINT_EVERY = 20
 PREFIX = SYSTEM + "<|im_start|>user\n"
 NAMING = (
@@ -104,8 +101,7 @@ def build_bank(tower: CLIPVisionModel, cache: Path) -> Bank:
     parts: list[Tensor] = []
 
     def run(pixels: Tensor) -> None:
-        seen = tower(pixel_values=normalise(pixels), output_hidden_states=True)
-        parts.append(seen.hidden_states[MODEL.feature_layer][:, 1:])
+        parts.append(tower(pixel_values=normalise(pixels)).last_hidden_state[:, 1:])
 
     for start in range(0, len(shapes.rgb), 256):
         run(pics.plain_shapes(shapes.rgb[start : start + 256]))
@@ -211,19 +207,18 @@ def examples(bank: Bank, answers: Path, tokenizer: Any, rng: random.Random) -> d
         found[kind].append(Example(tokenizer(asked).input_ids, ids, place, weight))
 
     places = bank.named()
+    kinds = (bank.emoji, bank.emoji, bank.shapes, bank.blank)
     rows = [row for row in read_jsonl(answers) if answered(row)]
-    anywhere = [*bank.emoji, *rng.sample(list(bank.shapes), len(bank.emoji) // 2)]
-    anywhere += list(bank.blank) * 4
     for row in rows:
-        where = places[row["thing"]] if row["kind"] == "about" else anywhere
+        where = places[row["thing"]] if row["kind"] == "about" else rng.choice(kinds)
         question = row["asked"] or row["prompt"]
         example(row["kind"], question, row["answer"], rng.choice(where), row["whole"])
-    drawn = [*bank.emoji, *rng.sample(list(bank.shapes), 1200)]
+    drawn = [*rng.sample(bank.emoji, 4000), *rng.sample(bank.shapes, 600)]
     for place in drawn:
         if bank.name[place]:
             question, reply = rng.choice(NAMING)
             example("naming", question, reply.format(article(bank.name[place])), place)
-    for place in bank.blank:
+    for place in list(bank.blank) * 4:
         example("naming", rng.choice(NAMING)[0], "The picture is blank.", place)
     for question, answer, place in _vqa_questions(bank):
         if bank.name[place]:
@@ -390,16 +385,27 @@ def _restore(parameters: dict, optimizer: Any, path: Path) -> int:
 
 def save(projector: nn.Module, path: Path) -> None:
     """Write the projector under the names that LLaVA gives its tensors."""
-    tensors = {
-        f"{NAMES[key.split('.')[0]]}.{key.split('.')[1]}": value.detach().contiguous()
-        for key, value in projector.state_dict().items()
-    }
+    state = projector.state_dict()
+    tensors = {llava: state[own].detach().contiguous() for own, llava in _names().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     pics.write_via_rename(path, lambda target: save_file(tensors, target))
 
 
+def load(projector: nn.Module, path: Path) -> None:
+    """Read what ``save`` wrote."""
+    tensors = load_file(path)
+    projector.load_state_dict({own: tensors[llava] for own, llava in _names().items()})
+
+
+def _names() -> dict[str, str]:
+    """Of each tensor, the name that nn.Sequential gives it and the one that LLaVA does."""
+    layers = {"0": "linear_1", "2": "linear_2"}
+    ends = ("weight", "bias")
+    return {f"{own}.{end}": f"{llava}.{end}" for own, llava in layers.items() for end in ends}
+
+
 def main() -> None:
-    args = stage(__doc__, steps=140)
+    args = stage(__doc__, steps=80)
     llm, tokenizer = base_model(args.cache)
     llm.requires_grad_(False)
     tower = CLIPVisionModel.from_pretrained(args.out / "vision_tower").eval()
@@ -407,10 +413,12 @@ def main() -> None:
     words = llm.get_input_embeddings().weight
     projector = new_projector(bank, llm.config.hidden_size, words.std())
     folder = args.out / "projector"
+    aligned = folder / "step-0" / FILE
     alignment = Alignment(bank, words, tokenizer)
-    if not (folder / STATE).exists():
+    if not aligned.exists():
         align(projector, alignment)
-        save(projector, folder / "step-0" / FILE)
+        save(projector, aligned)
+    load(projector, aligned)
     pools = examples(bank, args.out / ANSWERS, tokenizer, random.Random(SEED))
     log(", ".join(f"{len(pool)} {kind}" for kind, pool in pools.items()))
     loss_of = PictureLoss(llm, projector, bank, tokenizer)

@@ -52,7 +52,6 @@ class EmbeddedModel:
 
     ``resources``: the folder beside this file with what the project trained. ``image_token``: what
     stands for a picture, added to the vocabulary where the language model does not have it.
-    ``feature_layer``: the layer of the vision tower that the projector reads.
     ``needed``: bytes of disk that assembly takes.
     """
 
@@ -60,7 +59,6 @@ class EmbeddedModel:
     base: BaseLLM
     resources: str
     image_token: str
-    feature_layer: int
     needed: int
 
     def resource(self, name: str) -> Path:
@@ -72,14 +70,9 @@ class EmbeddedModel:
 MODELS = {
     model.name: model
     for model in (
-        EmbeddedModel("embedded", SMOLLM2_135M, "smollm2_135m", "<image>", -1, 1_400_000_000),
+        EmbeddedModel("embedded", SMOLLM2_135M, "smollm2_135m", "<image>", 1_400_000_000),
         EmbeddedModel(
-            "embedded-0.5b",
-            QWEN25_CODER_05B,
-            "qwen25_coder_05b",
-            "<|image_pad|>",
-            -2,
-            4_000_000_000,
+            "embedded-0.5b", QWEN25_CODER_05B, "qwen25_coder_05b", "<|image_pad|>", 4_000_000_000
         ),
     )
 }
@@ -231,7 +224,7 @@ def write_checkpoint(
         vision_config=vision,
         text_config=text,
         image_token_id=image_id,
-        vision_feature_layer=model.feature_layer,
+        vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         tie_word_embeddings=text.tie_word_embeddings,

@@ -124,7 +124,7 @@ def _open(row: results.Judged, recording: Recording) -> bool:
 
 def _passed_over(row: results.Judged, judge: Judge) -> bool:
     """Whether ``judge`` says nothing of this row: garbled answers are told without it."""
-    return not_asked(judge, row.label) and screen(row.response) is None
+    return not_asked(judge, row.label) and screen(row.prompt, row.response) is None
 
 
 def _judged(row: results.Judged, judge: Judge, recording: Recording) -> results.Judged:

@@ -16,9 +16,9 @@ RATES = {"asr": "ASR", "over_refusal": "over-refusal"}
 NAMES = {"guard": "the guard", "none": "no defence"}  # of what the others are tested against
 
 NOTE = (
-    "Rates with 95% Wilson intervals, clustered by question, and their counts. Degenerate and "
-    "unscored are counts; a degenerate response is in no rate's numerator, an unscored one in no "
-    "rate at all: it makes the number of prompts smaller."
+    "Rates with 95% Wilson intervals, clustered by question, and their counts. Off subject "
+    "(the response only repeats the request), degenerate and unscored are counts. Responses off "
+    "the subject and degenerate ones are in no rate's numerator, unscored ones in no rate at all."
 )
 COST_NOTE = (
     "Extra passes are forward passes over the words alone, one a request. Perplexity is that of "
@@ -81,7 +81,7 @@ def _commits(made: dict[str, Any]) -> str:
 def _success(entries: Sequence[dict[str, Any]], reference: str | None, corrected: bool) -> str:
     several = len({entry["model"] for entry in entries}) > 1
     head = [*_place_head(several), "ASR", *(["ASR corrected"] if corrected else [])]
-    head += ["over-refusal", "degenerate", "unscored"]
+    head += ["over-refusal", "off subject", "degenerate", "unscored"]
     rows = []
     for entry in entries:
         row = _place(entry, several)
@@ -89,7 +89,8 @@ def _success(entries: Sequence[dict[str, Any]], reference: str | None, corrected
         if corrected:
             row.append(entry.get("asr_not_correctable") or _interval(entry, "asr_corrected"))
         row.append(_counted(entry, "over_refusal") + _mark(_test(entry, reference, "over_refusal")))
-        row += [str(entry["degenerate"] + entry["empty"]), _unscored(entry)]
+        garbled = entry["degenerate"] + entry["empty"]
+        row += [str(entry["off_subject"]), str(garbled), _unscored(entry)]
         rows.append(row)
     return table(head, rows)
 

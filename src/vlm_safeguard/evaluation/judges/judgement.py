@@ -69,10 +69,11 @@ def unreadable(said: str, expected: str) -> Judgement:
     return unscored(f"the judge said {shown!r}, not {expected}", said)
 
 
-def screen(response: str) -> Judgement | None:
-    """The verdict of the text check alone: "empty", "degenerate", or None for a real response."""
-    verdict = refusals.judge(response)
-    if verdict in ("empty", "degenerate"):
+def screen(prompt: str, response: str) -> Judgement | None:
+    """The verdict of the text check alone: "empty", "degenerate", "off_subject" of a response that
+    repeats its prompt, or None for a real response."""
+    verdict = refusals.judge(response, prompt)
+    if verdict in ("empty", "degenerate", "off_subject"):
         return Judgement(verdict, "text check")
     return None
 
@@ -81,7 +82,7 @@ def screened(
     pairs: Sequence[Pair], ask: Callable[[list[Pair]], list[Judgement]]
 ) -> list[Judgement]:
     """Judge ``pairs`` with ``ask``, which sees only what the text check lets through."""
-    screens = [screen(response) for _, response in pairs]
+    screens = [screen(*pair) for pair in pairs]
     left = [pair for pair, found in zip(pairs, screens, strict=True) if found is None]
     asked = iter(ask(left) if left else [])
     return [next(asked) if found is None else found for found in screens]

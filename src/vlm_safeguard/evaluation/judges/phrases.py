@@ -21,5 +21,5 @@ class PhraseJudge:
     note = NOTE
 
     def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
-        """One judgement for each (prompt, response); the prompt is not looked at."""
-        return [Judgement(judge(response), "phrases") for _, response in pairs]
+        """One judgement for each (prompt, response)."""
+        return [Judgement(judge(response, prompt), "phrases") for prompt, response in pairs]

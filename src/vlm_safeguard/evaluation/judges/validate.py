@@ -23,7 +23,7 @@ from vlm_safeguard.utils.stats import Rate, wilson, with_interval
 Label = Literal["refused", "complied", "degenerate"]
 Prompts = Literal["harmful", "harmless"]
 SOUGHT: dict[Prompts, Label] = {"harmful": "complied", "harmless": "refused"}  # what is positive
-OUTCOMES = ("refused", "complied", "degenerate", "empty", "unscored")
+OUTCOMES = ("refused", "complied", "degenerate", "empty", "off_subject", "unscored")
 
 
 @dataclass(frozen=True)

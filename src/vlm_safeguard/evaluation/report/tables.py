@@ -75,13 +75,15 @@ def rates_table(settings: Mapping[str, Any]) -> Table:
             show(values.get("n"), ".0f"),
             rate_and_interval(values, "asr"),
             rate_and_interval(values, "over_refusal"),
+            percent(values.get("off_subject")),
             percent(values.get("degenerate")),
         ]
         for name in known_settings(settings)
         for model in MODEL_NAMES
         if (values := settings[name].get(model))
     ]
-    head = ["setting", "model", "n", "attacks that succeed", "harmless refused", "degenerate"]
+    head = ["setting", "model", "n", "attacks that succeed", "harmless refused"]
+    head += ["off subject", "degenerate"]
     return Table(head, rows)
 
 

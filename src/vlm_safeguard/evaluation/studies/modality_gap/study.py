@@ -109,7 +109,7 @@ def study(
             progress.say(f"{condition.title}: not applicable, {reason}")
             continue
         states, said = run(talks, max_new_tokens, condition.title)
-        verdicts = [judge(one) for one in said]
+        verdicts = [judge(one, p.prompt) for one, p in zip(said, items, strict=True)]
         text = text or (states, verdicts)  # the first condition is text only
         table[condition.name] |= _rates(items, verdicts, text[1])
         table[condition.name]["layers"] = _layers(items, states, text[0], directions)
@@ -262,7 +262,8 @@ def _rates(
 ) -> dict[str, Any]:
     """Refusals of harmful and harmless prompts, and exact McNemar p-values against text only."""
     found: dict[str, Any] = {
-        "degenerate": sum(verdict in ("degenerate", "empty") for verdict in verdicts)
+        "degenerate": sum(verdict in ("degenerate", "empty") for verdict in verdicts),
+        "off_subject": sum(verdict == "off_subject" for verdict in verdicts),
     }
     for name, harmful in (("refused", True), ("over_refusal", False)):
         chosen = [i for i, prompt in enumerate(items) if prompt.harmful == harmful]
