@@ -18,7 +18,7 @@ START, END = "<!-- made by python -m tests.family_table -->", "<!-- end -->"
 
 
 def summary() -> str:
-    """The README's line: how many families there are, by what can be done with them."""
+    """The README's lines: how many families can be guarded and calibrated, and how many not."""
     names = [one.name for one in FAMILIES.values() if one.text_alone and ", " not in one.name]
     others = ", ".join(one.name for one in FAMILIES.values() if not one.text_alone)
     return (
@@ -29,10 +29,9 @@ def summary() -> str:
 
 
 def table() -> str:
-    """The tables of the docs: what is verified, and what is refused and why."""
+    """The tables of the docs: families that can be guarded, and refused ones with the reason."""
     lines = [
-        "| Family | Class in transformers | Language layers | Tokens of a picture "
-        "| Text-only version |",
+        "| Family | Class in transformers | Decoder layers | Image tokens | Text-only version |",
         "|---|---|---|---|---|",
         *(_row(one) for one in FAMILIES.values()),
         "",
@@ -56,7 +55,7 @@ def _row(one: Family) -> str:
     else:
         shown = found.image_tokens[:4] + (("...",) if len(found.image_tokens) > 4 else ())
         tokens = " ".join(filter(None, (_code(found.before), _code(*shown), _code(found.after))))
-        reading = "as in the template" + ("" if one.exact else ", except for white space")
+        reading = "exact" if one.exact else "exact up to white space"
     where = f"`{decoder.path}.layers`{skipped}"
     return f"| {one.name} | `{type(loaded.model).__name__}` | {where} | {tokens} | {reading} |"
 
@@ -79,7 +78,7 @@ def _after_colon(error: ModelError) -> str:
 
 
 def documents() -> dict[Path, str]:
-    """The files that hold a table, with it in its place."""
+    """The text of each file with its table up to date."""
     tables = {ROOT / "docs" / "families.md": table(), ROOT / "README.md": summary()}
     return {path: _written_into(path.read_text("utf-8"), made) for path, made in tables.items()}
 

@@ -32,16 +32,18 @@ _EXACT = (torch.float32, torch.bfloat16)  # in which the digest of the weights i
 
 
 class Guard:
-    """A calibrated guard.
+    """A calibrated guard: load it with ``from_pretrained``, use it with ``attach``.
 
-    ``tensors`` hold, in float32: ``directions.{l}`` (m, d) and ``anchor.{l}`` (m,), the harmful
-    anchors' mean coordinates, for each steered layer; ``gate.{i}`` (n, d), the vectors of gate i.
+    Attributes:
+        config: the settings, as in ``guard.json``.
+        tensors: float32. For each steered layer ``directions.{l}`` (m, d) and ``anchor.{l}`` (m,),
+            the mean coordinates of the harmful anchors. For each gate ``gate.{i}`` (n, d), its
+            vectors.
 
-    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` take what applies to a guard of the
-    arguments of ``huggingface_hub.ModelHubMixin``'s, over plain functions of that library. The
-    mixin itself does not fit: it asks the hub for a ``config.json`` and deletes one that lies in
-    the target folder, takes every name that is no folder for one on the hub, and puts no limit on
-    what it fetches.
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` take the arguments of
+    ``huggingface_hub.ModelHubMixin`` that apply to a guard. The class does not inherit the mixin,
+    because the mixin requires a ``config.json``, takes every name that is not a folder for a
+    repository on the hub, and downloads files of any size.
     """
 
     def __init__(self, config: GuardConfig, tensors: dict[str, Tensor]) -> None:
@@ -59,7 +61,7 @@ class Guard:
         """A guard from the contents of ``guard.json`` and ``guard.safetensors``.
 
         Raises:
-            GuardError: anything that ``docs/guard-format.md`` does not allow.
+            GuardError: the guard breaks a rule of ``docs/guard-format.md``.
         """
         files = {CONFIG_FILE: settings, TENSOR_FILE: tensors}
 
@@ -82,21 +84,21 @@ class Guard:
         local_files_only: bool = False,
         endpoint: str | None = None,
     ) -> Guard:
-        """Read a guard and check it whole: schema, digest, shapes, finiteness.
+        """Load a guard and check all of it: schema, digest, shapes, finite values.
 
         Args:
-            pretrained_name_or_path: a folder, or "owner/name" of a repository on the hub. A folder
-                that exists, a ``Path``, and whatever else reads as a path never leads to the hub.
+            pretrained_name_or_path: a folder, or "owner/name" of a repository on the hub. An
+                existing folder or a ``Path`` is never looked up on the hub.
             revision: branch, tag or commit on the hub. A commit pins the guard.
-            token: of the hub; by default that of ``hf auth login``.
-            cache_dir: where fetched files are kept.
-            force_download: fetch again what is in the cache.
-            local_files_only: take it from the cache, ask nothing of the network.
-            endpoint: address of another hub than that of ``HF_ENDPOINT``.
+            token: access token of the hub; by default that of ``hf auth login``.
+            cache_dir: folder for downloaded files.
+            force_download: download again what is in the cache.
+            local_files_only: use the cache only, without network access.
+            endpoint: address of the hub; by default ``HF_ENDPOINT``.
 
         Raises:
-            GuardError: missing, torn, tampered with, of another schema version, or not to be had
-                from the hub.
+            GuardError: the guard is missing, damaged, changed or of another schema version, or the
+                hub does not give it.
         """
         name = os.fspath(pretrained_name_or_path)
         folder = _expanded(name)
@@ -127,21 +129,24 @@ class Guard:
         base_model: str | None = None,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Write both files and the card; each appears whole or not at all, and a torn pair is
-        detected on loading. A ``README.md`` that is not one of our cards is left as it is.
+        """Write both files and the card.
+
+        Each file is written completely or not at all. A ``README.md`` that is not a generated card
+        is kept.
 
         Args:
-            save_directory: folder, made if missing.
-            push_to_hub: also push the guard, see ``push_to_hub`` for further arguments.
-            repo_id: where to push it; by default the folder's name.
+            save_directory: folder, created if missing.
+            push_to_hub: also push the guard. ``push_to_hub`` lists the further arguments.
+            repo_id: repository to push to; by default the folder's name.
             base_model: hub name of the guarded model, for the card.
 
         Returns:
-            The address of the commit if pushed.
+            The address of the commit if pushed, else None.
 
         Raises:
-            GuardError: mode ``erase`` (an ablation that weakens the model), a calibration record
-                with NaN or Inf or beyond the limits, a disk error, or the hub's refusal.
+            GuardError: the mode is ``erase`` (an ablation that weakens the model), the calibration
+                record holds NaN or Inf or exceeds a limit, the folder cannot be written, or the
+                hub refuses the push.
         """
         target = Path(save_directory)
         if not push_to_hub and (repo_id is not None or push_to_hub_kwargs):
@@ -173,16 +178,17 @@ class Guard:
         base_model: str | None = None,
         endpoint: str | None = None,
     ) -> str:
-        """Push both files and the card to the hub, in one commit; make the repository if needed.
+        """Push both files and the card to the hub in one commit.
 
         Args:
-            repo_id: "owner/name", or a name under your own account.
-            private: for a new repository.
-            token: with the right to write; by default that of ``hf auth login``.
+            repo_id: "owner/name", or a name under your own account. Created if it does not exist.
+            commit_message: message of the commit.
+            private: whether a new repository is private.
+            token: access token with write permission; by default that of ``hf auth login``.
             branch: existing branch; by default the main one.
             create_pr: open a pull request instead of writing to the branch.
             base_model: hub name of the guarded model, for the card.
-            endpoint: address of another hub than that of ``HF_ENDPOINT``.
+            endpoint: address of the hub; by default ``HF_ENDPOINT``.
 
         Returns:
             The address of the commit.
@@ -203,7 +209,7 @@ class Guard:
         )
 
     def _render(self, base_model: str | None, repo_id: str | None) -> dict[str, bytes]:
-        """Every file by name, tensors first: a torn pair then shows by its digest."""
+        """Every file by name. Tensors come first: an incomplete write then fails the digest."""
         self.config, settings, blob = serialization.render(self.config, self.tensors)
         page = card(self.config, base_model=base_model, repo_id=repo_id)
         return {TENSOR_FILE: blob, CONFIG_FILE: settings, CARD_FILE: page.encode()}
@@ -212,21 +218,22 @@ class Guard:
 
     @property
     def image_markup(self) -> ImageMarkup:
+        """How a picture is written in the token ids."""
         markup = self.config.markup
         return ImageMarkup(
             tuple(markup.token_ids), tuple(markup.before), tuple(markup.after), tuple(markup.inner)
         )
 
     def check_model(self, model: Any, processor: Any = None) -> None:
-        """Refuse a model this guard was not calibrated on.
+        """Check that this guard was calibrated on ``model``.
 
         Args:
-            processor: the model's; given, its chat template and what it writes around pictures
-                are compared too.
+            processor: the model's processor. If given, its chat template and the tokens it writes
+                around pictures are compared too.
 
         Raises:
-            GuardError: the size, configuration, weights, type, chat template or pictures' tokens
-                differ, or the guard's padding is no token of the model; says which.
+            GuardError: the size, configuration, weights, dtype, chat template or image tokens
+                differ, or the model lacks the guard's padding token. The message says which.
         """
         decoder, own = find_decoder(model), self.config.model
         if (decoder.hidden_size, len(decoder.layers)) != (own.hidden_size, own.layers):
@@ -275,8 +282,8 @@ class Guard:
             )
 
     def _check_markup(self, model: Any, processor: Any) -> None:
-        """One template and one model go with several image processors (tiles or none), and the
-        text-only reading of one's prompts is not that of another's."""
+        """Compare the image tokens: one model and template can be used with several image
+        processors (tiles or none), which write different tokens."""
         name = self.config.model.name
         if find_markup(LoadedModel(model, processor, name)) != self.image_markup:
             raise GuardError(
@@ -286,18 +293,19 @@ class Guard:
             )
 
     def prepare(self, processor: Any, messages: Sequence[Any]) -> BatchFeature:
-        """What ``generate`` needs for chat messages, pictures and several turns included.
+        """Model inputs for chat messages, with several turns and pictures.
 
         Args:
+            processor: the model's processor.
             messages: one conversation, or a list of them for a batch, in the chat format of
-                transformers; a picture is ``{"type": "image", "image": PIL.Image}``.
+                transformers. A picture is ``{"type": "image", "image": PIL.Image}``.
 
         Returns:
-            Tensors, left-padded, with ``to(device)``. For a guard that reads the words in pictures
-            they hold the conversation as text too, which only a guarded model takes.
+            Tensors for ``generate``, left-padded, with ``to(device)``. If the guard reads the words
+            in pictures, they include the conversation as text, which only a guarded model accepts.
 
         Raises:
-            ModelError: a message is of another form, or the processor takes no such batch.
+            ModelError: a message has another format, or the processor refuses the batch.
         """
         batch = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return BatchFeature(prepare(processor, batch, self.config.reads_pictures, "left"))
@@ -305,27 +313,30 @@ class Guard:
     def attach(self, model: Any, processor: Any = None) -> Session:
         """Guard every ``generate`` and forward call of ``model`` from now on.
 
-        What is returned is a context manager, which takes the guard off at the end of its ``with``
-        block, and a handle for whoever has no such block: ``session.detach()``.
+        Outside of ``generate``, a forward call without a cache starts a request and must contain
+        the whole prompt. Later calls with its cache, one token at a time, are its answer.
 
-        Outside of ``generate``, a forward call without a cache begins a request: it holds the whole
-        prompt, and what follows on its cache, a token at a time, is taken for the answer.
+        Code that ``torch.compile`` compiled before is compiled again, because it does not contain
+        the hooks.
 
-        The model is then as it was before, also after an exception. Whatever the process has
-        compiled by ``torch.compile`` is compiled anew, because it would leave out the hooks.
+        Args:
+            processor: the model's processor. If given, its chat template and the tokens it writes
+                around pictures are checked too.
 
-        Given the ``processor``, its chat template and the tokens it writes around pictures are
-        checked too.
+        Returns:
+            A context manager that detaches the guard at the end of its ``with`` block. Without a
+            ``with`` block, call ``session.detach()``. Detaching leaves the model as it was before,
+            also after an exception.
 
         Raises:
-            GuardError: the guard belongs to another model, or one is attached already.
+            GuardError: the guard belongs to another model, or a guard is attached already.
         """
         self.check_model(model, processor)
         return Session(self.config, self.tensors, self.image_markup, model)
 
 
 def reads_pictures(guard: Guard | None) -> bool:
-    """Whether requests come with the words in their pictures: only to a guard that reads them."""
+    """Whether ``guard`` needs the words in pictures; False without a guard."""
     return guard is not None and guard.config.reads_pictures
 
 
@@ -355,7 +366,7 @@ def _expanded(name: str) -> Path:
 
 
 def _may_write_card(path: Path) -> bool:
-    """Whether nothing, or a card of ours that nobody made their own, lies at ``path``."""
+    """Whether ``path`` does not exist or is a generated card that nobody has edited."""
     if not os.path.lexists(path):
         return True
     try:
@@ -365,7 +376,7 @@ def _may_write_card(path: Path) -> bool:
 
 
 def _dtype_hint(model: Any) -> str:
-    """Where the weights' type alone can make them differ: says so."""
+    """A hint for the error if the dtype alone can make the weights differ."""
     if any(map(quantised, model.parameters())):
         return " (some are quantised: calibrate on the quantised model itself)"
     others = {parameter.dtype for parameter in model.parameters()} - set(_EXACT)

@@ -39,11 +39,14 @@ class _Strict(BaseModel):
 
 
 class Gate(_Strict):
-    """One gate: scores at ``layers``, pooled by sum or deciding layer by layer.
+    """One gate. It scores hidden states at ``layers`` and opens if a score is above 0.
 
-    ``kind`` names a class in ``runtime.gate.GATES``. ``source`` "text" reads the text-only pass
-    through the LLM, "vlm" the request's own pass. With ``per_layer`` each layer's score opens that
-    layer alone (the paper's form).
+    Attributes:
+        kind: name of a class in ``runtime.gate.GATES``.
+        source: the pass it reads: "text" is the text-only pass, "vlm" the request's own pass.
+        thresholds: one for each layer, subtracted from its score.
+        per_layer: False: the sum of the scores opens all layers. True: each score opens its own
+            layer only, as in the paper.
     """
 
     kind: _Registered = "linear"
@@ -60,10 +63,19 @@ class Gate(_Strict):
 
 
 class Steering(_Strict):
-    """What happens where a gate is open.
+    """What happens if a gate is open.
 
-    ``mode`` names a class in ``runtime.steering.MODES``. ``tokens``: guarded generated tokens, None
-    for all.
+    Attributes:
+        mode: name of a class in ``runtime.steering.MODES``.
+        reference: what ``restore`` restores: the coordinates of the text-only pass ("text"), or the
+            mean of the harmful anchors ("anchor").
+        query: the pass whose coordinates ``add`` adds: the request's own, or the text-only pass.
+        positions: "generated" steers the last prompt token and what follows, "all" also the rest of
+            the prompt.
+        layers: steered layers.
+        rank: directions per layer.
+        alpha: strength.
+        tokens: number of guarded generated tokens; None for all.
     """
 
     mode: _Registered
@@ -83,7 +95,7 @@ class Steering(_Strict):
 
 
 class ModelIdentity(_Strict):
-    """Which model a guard belongs to. Empty ``template_sha256`` or ``dtype``: none was recorded."""
+    """The model a guard belongs to. ``template_sha256`` or ``dtype`` is "" if not recorded."""
 
     name: _Name
     config_sha256: _Sha256
@@ -95,7 +107,7 @@ class ModelIdentity(_Strict):
 
 
 class Markup(_Strict):
-    """See ``witness.ImageMarkup``."""
+    """How a picture is written in the token ids, see ``model.text_only.ImageMarkup``."""
 
     token_ids: list[_TokenId] = Field(min_length=1, max_length=MAX_MARKUP_TOKENS)
     before: list[_TokenId] = Field(default=[], max_length=MAX_MARKUP_TOKENS)
@@ -112,14 +124,14 @@ class GuardConfig(_Strict):
     markup: Markup
     gates: list[Gate] = Field(min_length=1, max_length=MAX_GATES)
     steering: Steering
-    reads_pictures: bool = False  # the words in pictures are part of the text-only reading
+    reads_pictures: bool = False  # the text-only pass includes the words in pictures
     data_sha256: dict[_Name, _Sha256] = Field(default={}, max_length=MAX_DATA_FILES)
     calibration: dict[str, Any] = {}
     tensors_sha256: _Sha256OrNone = ""  # "" while a guard is made; no file is without it
 
     @model_validator(mode="after")
     def _gates_reach_layers(self) -> GuardConfig:
-        """No gate opens without anything to steer (``Request.open_at`` says which layers act)."""
+        """Refuse a gate that could open without steering anything (see ``Request.open_at``)."""
         steering = self.steering
         for index, gate in enumerate(self.gates):
             if gate.per_layer and not set(gate.layers) & set(steering.layers):
@@ -137,7 +149,7 @@ class GuardConfig(_Strict):
     @field_validator("calibration")
     @classmethod
     def _budget_in_numbers(cls, record: dict[str, Any]) -> dict[str, Any]:
-        """The record is for reading, of any form; its budget alone is put to use (the doctor)."""
+        """The record has any form. Only its budget is used (by the doctor), so it is checked."""
         budget = record.get("budget", {})
         if not isinstance(budget, dict) or any(
             isinstance(value, bool) or not isinstance(value, (int, float))
@@ -147,7 +159,7 @@ class GuardConfig(_Strict):
         return record
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that ``guard.safetensors`` must hold, and no other."""
+        """Name and shape of every tensor in ``guard.safetensors``, which has no others."""
         width, steering = self.model.hidden_size, self.steering
         found: dict[str, tuple[int, ...]] = {}
         for layer in steering.layers:
@@ -158,5 +170,5 @@ class GuardConfig(_Strict):
         return found
 
     def tensor_bytes(self) -> int:
-        """Size of all tensors' values in bytes: four each, float32."""
+        """Size of all tensors in bytes."""
         return 4 * sum(math.prod(shape) for shape in self.shapes().values())

@@ -1,7 +1,7 @@
 """Downloads guards from the Hugging Face hub and pushes them to it.
 
-Every function here goes to the network only for a repository that its caller names, and every
-failure is a ``GuardError`` that says what to do.
+The network is used only for a repository that the caller names. Every failure is a ``GuardError``
+that says what to do.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_repository(name: str) -> bool:
-    """Whether ``name`` reads as "owner/name" on a hub and not as a path."""
+    """Whether ``name`` has the form "owner/name" and is not a path."""
     return bool(_REPOSITORY.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 @dataclass
 class Repository:
-    """Reads files of a repository by name, all at one commit, each up to a size.
+    """Reads files of a hub repository, all at one commit, each with a size limit.
 
-    The size that the hub states is checked before anything is downloaded. Nothing is asked of the
-    network with ``local_files_only``, under ``HF_HUB_OFFLINE``, or where ``revision`` is a commit
-    whose file is in the cache. Where the hub cannot be reached a cached guard is not silently
-    taken in its place.
+    The size that the hub states is checked before a download. The network is not used with
+    ``local_files_only``, with ``HF_HUB_OFFLINE``, or if ``revision`` is a commit that is in the
+    cache. If the hub cannot be reached, reading fails: a cached guard is not used instead.
     """
 
     repo_id: str
@@ -61,11 +60,11 @@ class Repository:
         self._commit: str | None = None  # as the hub has it, once asked
 
     def read(self, name: str, limit: int) -> bytes:
-        """One file.
+        """Read one file.
 
         Raises:
-            GuardError: no such repository, revision or file, a file above ``limit`` bytes, no
-                access, or no answer.
+            GuardError: the repository, revision or file does not exist, the file is larger than
+                ``limit`` bytes, access is denied, or the hub does not answer.
         """
         offline = self.local_files_only or is_offline_mode() or self._is_cached(name)
         # The first file is asked for by the revision's own name, so that the cache learns where
@@ -113,7 +112,7 @@ class Repository:
             )
 
     def _is_cached(self, name: str) -> bool:
-        """Whether a file of an exact commit, which can never change, is on the disk."""
+        """Whether ``revision`` is a commit and its file is in the cache."""
         if self.force_download or not _COMMIT.fullmatch(self.revision or ""):
             return False
         found = try_to_load_from_cache(
@@ -133,13 +132,13 @@ def push(
     create_pr: bool = False,
     endpoint: str | None = None,
 ) -> str:
-    """Make the repository if there is none and put all ``files`` there in one commit.
+    """Push ``files`` to a repository in one commit. The repository is created if needed.
 
     Returns:
         The address of the commit.
 
     Raises:
-        GuardError: no such branch, no right to write there, or the hub does not answer.
+        GuardError: the branch does not exist, write access is denied, or the hub does not answer.
     """
     api = HfApi(endpoint=endpoint, token=token, library_name=LIBRARY)
     with _explained(repo_id, branch, api.endpoint):
@@ -156,7 +155,7 @@ def push(
 
 @contextmanager
 def _explained(repo_id: str, revision: str | None, endpoint: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a ``GuardError`` with the way out."""
+    """Turn errors of huggingface_hub into a ``GuardError`` that says what to do."""
     at = f"{repo_id} at {revision}" if revision else repo_id
     try:
         yield

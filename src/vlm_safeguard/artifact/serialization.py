@@ -1,8 +1,8 @@
 """Serializes a guard to its two files, and parses and validates them.
 
-``docs/guard-format.md`` is the specification. Reading trusts nothing: sizes are bounded before
-anything is parsed, every name, type and shape must be the one that the settings call for, and all
-that can go wrong is a ``GuardError``.
+``docs/guard-format.md`` is the specification. Files are not trusted: sizes are checked before
+parsing, every name, type and shape must be as the settings say, and every failure is a
+``GuardError``.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def read(fetch: Callable[[str, int], bytes]) -> tuple[GuardConfig, dict[str, Tensor]]:
-    """The guard behind ``fetch``, which returns a file by name or refuses one above a size.
+    """Read and check a guard.
 
-    The settings come first: they say how large the tensors are, so nothing else is fetched.
+    Args:
+        fetch: returns the file of a name, or refuses it if it is larger than a number of bytes.
+            The settings are fetched first, because they determine the size of the tensors.
 
     Raises:
-        GuardError: what is wrong, in the first of the checks that fails.
+        GuardError: a check fails; the message says which.
     """
     config = parse_settings(fetch(CONFIG_FILE, MAX_JSON))
     blob = fetch(TENSOR_FILE, 8 + MAX_HEADER + config.tensor_bytes())
@@ -54,12 +56,16 @@ def read(fetch: Callable[[str, int], bytes]) -> tuple[GuardConfig, dict[str, Ten
 
 
 def render(config: GuardConfig, tensors: dict[str, Tensor]) -> tuple[GuardConfig, bytes, bytes]:
-    """Settings (with the digest of the tensors), ``guard.json`` and ``guard.safetensors``.
+    """The files of a guard.
 
-    What is returned has been read back by ``parse_settings``, so what is saved can be loaded.
+    The settings are checked with ``parse_settings``, so a saved guard can be loaded.
+
+    Returns:
+        The settings with the digest of the tensors, and the bytes of ``guard.json`` and
+        ``guard.safetensors``.
 
     Raises:
-        GuardError: mode ``erase``, a record with NaN or Inf, or beyond a limit.
+        GuardError: the mode is ``erase``, or the settings hold NaN or Inf or exceed a limit.
     """
     if config.steering.mode == "erase":
         raise GuardError(
@@ -84,10 +90,11 @@ def render(config: GuardConfig, tensors: dict[str, Tensor]) -> tuple[GuardConfig
 
 
 def parse_settings(data: bytes) -> GuardConfig:
-    """``guard.json`` from its bytes.
+    """Parse ``guard.json`` and check it.
 
     Raises:
-        GuardError: too large, no strict JSON, beyond a limit, another schema, a wrong field.
+        GuardError: it is too large, not strict JSON, beyond a limit or of another schema, or a
+            field is wrong.
     """
     raw = _strict_json(data, MAX_JSON, CONFIG_FILE)
     if not isinstance(raw, dict):
@@ -118,12 +125,11 @@ def parse_settings(data: bytes) -> GuardConfig:
 
 
 def upgraded(raw: dict[str, Any]) -> dict[str, Any]:
-    """``guard.json`` of schema 1 as schema 2 has it; any other as it is.
-
-    Schema 1 knew soft gates (``steering.soft``) and the mode ``defer``, which are gone.
+    """Convert settings of schema 1 to schema 2. Others are returned unchanged.
 
     Raises:
-        GuardError: the guard uses one of them.
+        GuardError: the guard uses what schema 2 dropped: soft gates (``steering.soft``) or the mode
+            ``defer``.
     """
     steering = raw.get("steering")
     if type(raw.get("schema_version")) is not int or raw["schema_version"] != 1:
@@ -144,7 +150,7 @@ def upgraded(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _strict_json(data: bytes, limit: int, name: str) -> Any:
-    """JSON as RFC 8259 has it: UTF-8, no BOM, no NaN, each key once; small, shallow, printable."""
+    """Parse JSON by RFC 8259: UTF-8, no BOM, no NaN, each key once, within the limits."""
     if len(data) > limit:
         raise GuardError(f"{name} is larger than any guard's ({limit} bytes at most)")
     if data.startswith(b"\xef\xbb\xbf"):
@@ -190,7 +196,7 @@ def _strict_json(data: bytes, limit: int, name: str) -> Any:
 
 
 def _check_extent(value: Any, name: str) -> None:
-    """Depth, number of values and texts of parsed JSON."""
+    """Check depth, number of values and texts of parsed JSON."""
     count, waiting = 0, [(value, 1)]
     while waiting:
         here, depth = waiting.pop()
@@ -219,10 +225,10 @@ def _brief(value: Any) -> str:
 
 
 def parse_tensors(blob: bytes, config: GuardConfig) -> dict[str, Tensor]:
-    """``guard.safetensors`` from its bytes: the tensors that ``config`` calls for, and no other.
+    """Parse ``guard.safetensors`` and check it against ``config``.
 
     Raises:
-        GuardError: another digest, a wrong header, or values that ``check_tensors`` refuses.
+        GuardError: the digest or the header is wrong, or ``check_tensors`` refuses the values.
     """
     if hashlib.sha256(blob).hexdigest() != config.tensors_sha256:
         raise GuardError(
@@ -239,7 +245,7 @@ def parse_tensors(blob: bytes, config: GuardConfig) -> dict[str, Tensor]:
 
 
 def _check_header(blob: bytes, config: GuardConfig) -> None:
-    """The header: the tensors called for, float32, side by side from the first byte to the last."""
+    """Check the header: exactly the expected tensors, float32, without gaps."""
     length = int.from_bytes(blob[:8], "little")
     if len(blob) < 8 or length > MAX_HEADER or 8 + length + config.tensor_bytes() != len(blob):
         raise GuardError(
@@ -283,10 +289,11 @@ def _integers(value: Any) -> bool:
 
 
 def check_tensors(tensors: dict[str, Tensor], config: GuardConfig) -> None:
-    """Shapes, layers, types, finiteness, orthonormal directions, anchors to restore.
+    """Check tensors against the settings.
 
     Raises:
-        GuardError: the first of these that does not hold.
+        GuardError: names, shapes or layers do not fit, values are not finite float32, directions
+            are not orthonormal, or an anchor of ``restore`` is zero.
     """
     expected = config.shapes()
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

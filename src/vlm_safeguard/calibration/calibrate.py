@@ -1,12 +1,12 @@
 """Calibrates a guard: directions, gates, steering, and a test on held-back prompts.
 
-1. Record the anchors' states, text only: a safety steering direction per layer.
-2. Record calibration prompts as text, with a blank image and with pictures: fit the text
-   gate and the gate in the VLM. Other, harmless prompts set their thresholds, so that the
-   false-positive budget is kept with confidence (``conformal``).
-3. Try steering candidates on harmful calibration prompts with images and keep the one under which
+1. Record the hidden states of the anchors, as text: the safety directions of each layer.
+2. Record the calibration prompts as text, with a blank image and with pictures, and fit the text
+   gate and the gate in the VLM. Set the thresholds on other, harmless prompts, so that the
+   false-positive budget is kept with 95% confidence (``conformal``).
+3. Try steering candidates on harmful calibration prompts with images, and keep the one under which
    fewest attacks succeed.
-4. Test it on held-back prompts, or fail with the reason.
+4. Test the guard on held-back prompts. If it does not help, raise an error.
 """
 
 from __future__ import annotations
@@ -53,16 +53,20 @@ def calibrate(
     reads_pictures: bool = False,
     progress: Progress | None = None,
 ) -> Guard:
-    """A guard for ``loaded``, proven on held-back calibration prompts.
+    """Calibrate a guard for a model and test it on held-back prompts.
 
     Args:
-        data: what the guard is made from; by default the data that ships with the package.
-        reads_pictures: the guard reads the words in pictures (OCR) beside the request's own.
+        loaded: the model and its processor, see ``load``.
+        data: calibration data; by default the data that ships with the package.
+        budget: what the guard may cost on harmless requests.
+        effort: number of prompts for each step.
+        reads_pictures: whether the guard also reads the words in pictures (OCR).
+        progress: where progress is reported; by default nowhere.
 
     Raises:
-        CalibrationError: no candidate keeps the budget and helps (says what was measured), or
-            there are too few prompts to guarantee it.
-        ModelError: the model cannot be read or its states are not finite.
+        CalibrationError: no candidate helps within the budget (the message says what was measured),
+            or there are too few prompts to guarantee the budget.
+        ModelError: the model cannot be guarded, or its hidden states are not finite.
     """
     data = data or CalibrationData.packaged()
     budget, effort = budget or Budget(), effort or Effort()
@@ -99,8 +103,8 @@ def calibrate(
 
 
 def _gate_rates(fit: GateFit, settings: dict[str, States]) -> list[dict[str, Any]]:
-    """True- and false-positive rate of a gate on the prompts it was fitted on, per setting, and
-    cross-validated over all of them (``unseen``)."""
+    """True- and false-positive rates of a gate: per setting on the prompts it was fitted on, and
+    cross-validated over all settings (``unseen``)."""
     rates: dict[str, dict[str, float]] = {"tpr": {}, "fpr": {}}
     for name, states in settings.items():
         for kind, part in zip(("tpr", "fpr"), states.split(), strict=True):
@@ -114,7 +118,7 @@ def _gate_rates(fit: GateFit, settings: dict[str, States]) -> list[dict[str, Any
 def _separability(
     text: States, pictured: dict[str, States], directions: dict[int, Tensor]
 ) -> dict[str, Any]:
-    """Per layer: AUC of h . v1 in each setting, and the paper's gate (b = 0) there."""
+    """AUC of h . v1 and rates of the paper's gate (b = 0), for each setting and layer."""
     table: dict[str, Any] = {}
     for name, states in {"text": text, **pictured}.items():
         harmful, harmless = states.split()
@@ -130,7 +134,7 @@ def _separability(
 
 @dataclass(frozen=True)
 class _Foundation:
-    """All that the candidates share."""
+    """What all steering candidates share: directions, gates, markup and data."""
 
     loaded: LoadedModel
     directions: dict[int, Tensor]

@@ -1,10 +1,10 @@
 """Sets a threshold with a finite-sample guarantee, by split conformal calibration.
 
-Scores of harmless prompts that took no part in fitting the gate are exchangeable with those of
-harmless prompts to come. If k of n of them lie above a threshold, the false-positive rate there is
-at most epsilon with confidence 1 - BinomCDF(k; n, epsilon) (Vovk 2012, "Conditional validity of
-inductive conformal predictors", proposition 2a): a statement about this very threshold, not about
-an average over calibrations.
+The scores of harmless prompts that no gate was fitted to are exchangeable with those of future
+harmless prompts. If k of n such scores are above a threshold, its false-positive rate is at most
+epsilon with confidence 1 - BinomCDF(k; n, epsilon) (Vovk 2012, "Conditional validity of inductive
+conformal predictors", proposition 2a). This holds for the threshold itself, not for an average over
+calibrations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONFIDENCE = 0.95
 
 
 def allowed_exceedances(count: int, epsilon: float, confidence: float = CONFIDENCE) -> int:
-    """The largest k with BinomCDF(k; count, epsilon) <= 1 - confidence; -1 where there is none."""
+    """The largest k with BinomCDF(k; count, epsilon) <= 1 - confidence, or -1 if there is none."""
     if not 0 < epsilon < 1 or not 0 < confidence < 1:
         raise ValueError("epsilon and confidence lie strictly between 0 and 1")
     from scipy.stats import binom  # takes a second to import
@@ -29,25 +29,26 @@ def allowed_exceedances(count: int, epsilon: float, confidence: float = CONFIDEN
 
 
 def conformal_threshold(scores: Tensor, epsilon: float, confidence: float = CONFIDENCE) -> float:
-    """The lowest threshold that keeps the false-positive rate at most ``epsilon`` with confidence.
+    """The lowest threshold whose false-positive rate is at most ``epsilon``, with confidence.
 
     Args:
-        scores: of harmless prompts the gate was not fitted on, one per question, (n,). A gate
-            opens on a score strictly above the threshold.
-        epsilon: false-positive rate, a share of 1.
+        scores: scores (n,) of harmless prompts that the gate was not fitted to, one per question. A
+            gate opens if a score is strictly above the threshold.
+        epsilon: false-positive rate, between 0 and 1.
+        confidence: probability that the rate holds.
 
     Raises:
-        CalibrationError: too few scores for any threshold to be guaranteed.
+        CalibrationError: there are too few scores to guarantee the rate.
     """
     allowed = check_enough(len(scores), epsilon, confidence)
     return float(scores.sort(descending=True).values[allowed])
 
 
 def check_enough(count: int, epsilon: float, confidence: float = CONFIDENCE) -> int:
-    """``allowed_exceedances``; refuses a rate that ``count`` scores can guarantee by no threshold.
+    """``allowed_exceedances``, with an error if ``count`` scores are too few for a guarantee.
 
     Raises:
-        CalibrationError: says how many are needed.
+        CalibrationError: there are too few scores; the message says how many are needed.
     """
     allowed = allowed_exceedances(count, epsilon, confidence)
     if allowed < 0:

@@ -37,11 +37,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Description:
-    """What the guard finds on a model.
+    """What was found on a model.
 
-    ``skipped``: layers that a request without a picture leaves out. ``image_tokens``, ``before``,
-    ``after`` and ``inner`` are the markup (see ``witness.ImageMarkup``) as text. ``template``:
-    SHA-256 of the chat template. ``dtypes`` and ``devices`` are those of the decoder's weights.
+    Attributes:
+        decoder: path of the decoder in the model.
+        skipped: layers that a request without a picture skips.
+        image_tokens, before, after, inner: the tokens of a picture as text, see ``ImageMarkup``.
+        template: SHA-256 of the chat template.
+        dtypes, devices: of the decoder's weights.
     """
 
     model: str
@@ -60,7 +63,7 @@ class Description:
 
 
 def describe(loaded: LoadedModel) -> Description:
-    """What the model looks like to a guard, each of it verified on the model itself.
+    """Find what a guard needs on a model, and verify it.
 
     Raises:
         ModelError: the model cannot be guarded; the message says why.
@@ -85,7 +88,7 @@ def describe(loaded: LoadedModel) -> Description:
 
 
 def examine(found: Description) -> list[Check]:
-    """A description as checks, all of them passed."""
+    """A description as a list of passed checks."""
     skipped = (
         f", of which a request without a picture skips {list(found.skipped)}"
         if found.skipped
@@ -118,8 +121,15 @@ def diagnose(
     data: CalibrationData | None = None,
     progress: Progress | None = None,
 ) -> list[Check]:
-    """Check ``guard`` against ``loaded``, on the ``data`` that it was made from (by default the
-    package's); the caller decides what a failed check means."""
+    """Check whether a guard belongs to a model and still works on it.
+
+    Args:
+        data: the calibration data of the guard; by default the data that ships with the package.
+
+    Returns:
+        All checks, passed or failed. If the guard does not belong to the model, the checks after
+        that are left out.
+    """
     data = data or CalibrationData.packaged()
     progress = progress or Progress(quiet=True)
     checks = [check for check in examine(describe(loaded)) if check.name != "chat template"]
@@ -136,9 +146,9 @@ def diagnose(
 def _directions(
     loaded: LoadedModel, guard: Guard, data: CalibrationData, progress: Progress
 ) -> list[Check]:
-    """Sign of every direction on the anchors; separability of the text-only gate."""
-    # All of them: in the lowest layers the last token hardly knows of harm, and a part of the
-    # anchors would tell nothing about the sign that all of them gave.
+    """Check the sign of every direction and how well the text gate separates, on the anchors."""
+    # All anchors are used: in the lowest layers the last token holds little about harm, so the
+    # sign on a part of the anchors may differ.
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
         harmful, harmless = anchor_states(loaded, data.anchors, Path(folder), progress).clone()
     checks = []
@@ -162,7 +172,7 @@ def _directions(
 def _effect(
     loaded: LoadedModel, guard: Guard, data: CalibrationData, progress: Progress
 ) -> list[Check]:
-    """Attacks with images, guarded and not, and false positives, on held-back prompts."""
+    """Check attacks with images and false positives on held-back prompts."""
     held = evenly(list(data.held), HELD)
     attacks = [p for p in held if p.harmful]
     tried = []

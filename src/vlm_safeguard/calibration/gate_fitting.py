@@ -29,9 +29,13 @@ def auc(harmful: Tensor, harmless: Tensor) -> float:
 def threshold(harmful: Tensor, harmless: Tensor, budget: float) -> float:
     """A threshold whose false-positive rate on ``harmless`` is at most ``budget``.
 
-    Where the two can be told apart with room to spare it lies in the middle of the gap between
-    the harmless scores' upper and the harmful scores' lower end (so that unseen prompts on either
-    side find room), otherwise right above the budgeted quantile.
+    It is the score of the harmless prompts at the budget's quantile. If all but 1% of the harmful
+    prompts score higher, it is moved to the middle of the gap, so that unseen prompts have room on
+    both sides.
+
+    Args:
+        harmful, harmless: scores (n,) and (k,).
+        budget: allowed false-positive rate.
     """
     ranked = harmless.sort(descending=True).values
     allowed = int(budget * len(ranked))
@@ -42,19 +46,25 @@ def threshold(harmful: Tensor, harmless: Tensor, budget: float) -> float:
 
 @dataclass(frozen=True)
 class GateFit:
-    """A linear gate over some layers: score = sum of ``h_l . vectors_l`` minus ``threshold``."""
+    """A fitted linear gate: its score is the sum of ``h_l . vectors_l`` minus ``threshold``.
+
+    Attributes:
+        layers: the layers it reads.
+        vectors: one vector for each layer, (n, d).
+        spread: standard deviation of the scores of harmless prompts, cross-validated.
+        unseen: cross-validated scores of harmful and harmless prompts, minus the threshold and
+            divided by ``spread``.
+    """
 
     layers: tuple[int, ...]
-    vectors: Tensor  # (n, d)
+    vectors: Tensor
     threshold: float
-    spread: float = 1.0  # standard deviation of harmless scores, cross-validated: see `bounded`
-    # Scores of harmful and harmless prompts by vectors that were not fitted to them, less the
-    # threshold, in spreads: cross-validated.
+    spread: float = 1.0
     unseen: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     @property
     def unseen_rates(self) -> tuple[float, float]:
-        """True- and false-positive rate on prompts that the vectors were not fitted to."""
+        """Cross-validated true- and false-positive rates."""
         harmful, harmless = ((scores > 0).double().mean().item() for scores in self.unseen)
         return harmful, harmless
 
@@ -75,22 +85,29 @@ def fit_gate(
     kinds: Sequence[Kind] = KINDS,
     pooled: bool = True,
 ) -> GateFit:
-    """The gate with the best true-positive rate within the false-positive budget.
+    """Fit the gate with the best true-positive rate within the false-positive budget.
 
-    Candidates: the first safety direction of each layer; the linear discriminant (shrunk, closed
-    form) inside its safety subspace; and the one inside the leading principal components of the
-    prompts' states. Each alone, and pooled over runs of neighbouring layers.
+    The candidates for a layer's vector are
 
-    All are judged, and the threshold of the best is set, by cross-validation: on prompts that its
-    vectors have not seen, because on those that they were fitted to both classes look further
-    apart than they are.
+    - "first": its first safety direction,
+    - "discriminant": the linear discriminant (shrunk, closed form) in its safety subspace,
+    - "components": the linear discriminant in the leading principal components of the states.
+
+    Each is tried at single layers and summed over runs of neighbouring layers. Candidates are
+    compared, and the threshold is set, by cross-validation: on the prompts that vectors are fitted
+    to, harmful and harmless scores are further apart than on others.
 
     Args:
         harmful, harmless: states (k, L, d) of calibration prompts.
-        harmful_fold, harmless_fold: number of the fold of each, (k,); copies of a question share
-            it. Those of a negative fold teach the vectors and are never judged by.
+        harmful_fold, harmless_fold: fold of each prompt, (k,). Copies of a question share a fold.
+            Prompts with a negative fold are used for fitting only.
         directions: V_l by layer.
-        kinds: which candidates are tried. pooled: also over runs of layers.
+        budget: allowed false-positive rate.
+        kinds: the candidates to try.
+        pooled: whether to try runs of layers too.
+
+    Raises:
+        ValueError: the scores are not finite.
     """
     shared = set(harmful_fold.tolist()) & set(harmless_fold.tolist())
     folds = sorted(fold for fold in shared if fold >= 0)
@@ -125,8 +142,8 @@ def fit_gate(
                 best = GateFit(layers, vectors, cut, unit, margins)
     if best is None:
         raise ValueError("no gate can be judged: scores of the states are not finite")
-    # Cut and spread were found in units of the spread of the harmless scores that vectors were
-    # fitted on; the final vectors have their own.
+    # Threshold and spread are in units of the spread of the harmless scores in each fold: convert
+    # them to that of the final vectors.
     seen = replace(best, threshold=0.0).scores(harmless[harmless_fold >= 0])
     scale = float(seen.std())
     cut = float(seen.mean()) + best.threshold * scale
@@ -134,16 +151,18 @@ def fit_gate(
 
 
 def bounded(gates: Sequence[GateFit], scores: Tensor, epsilon: float) -> tuple[GateFit, ...]:
-    """The gates with their thresholds moved together until the request's false-positive rate, by
-    whichever gate, is at most ``epsilon`` with the confidence of ``conformal.CONFIDENCE``.
+    """Shift the thresholds together until the false-positive rate of all gates is within a bound.
 
-    Each moves in units of the spread of its scores on prompts that it was not fitted on: an
-    overfitted gate scores those many times wider than its own, and would, measured by what it was
-    fitted on, drag the threshold of the other up with its own.
+    Each threshold moves by the same number of ``spread`` units of its gate. ``spread`` is
+    cross-validated, because an overfitted gate scores unseen prompts far more widely than those it
+    was fitted to, and would otherwise raise the threshold of the other gate too.
 
     Args:
-        scores: the highest score of each harmless question by any of the gates, in units of the
-            gate's spread, (n,); none of the questions was fitted on.
+        gates: the fitted gates.
+        scores: the highest score of any gate for each harmless question, (n,), in units of the
+            gate's spread. No gate was fitted to these questions.
+        epsilon: highest rate of harmless requests on which any gate opens, with the confidence of
+            ``conformal.CONFIDENCE``.
     """
     shift = conformal_threshold(scores, epsilon)
     return tuple(
@@ -159,7 +178,7 @@ def bounded(gates: Sequence[GateFit], scores: Tensor, epsilon: float) -> tuple[G
 def _project(
     inner: dict[int, tuple[Tensor, Tensor]], harmful: Tensor, harmless: Tensor
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Per layer the scores of all prompts by the discriminant fitted on the given ones."""
+    """Scores of all prompts at each layer, by the discriminant fitted to the masked ones."""
     found = {}
     for layer, (x, y) in inner.items():
         vector = _discriminant(x[harmful], y[harmless])
@@ -168,7 +187,7 @@ def _project(
 
 
 def _basis(kind: Kind, harmful: Tensor, harmless: Tensor, directions: Tensor) -> Tensor:
-    """Rows (r, d) of the subspace in which one layer's gate vector is looked for."""
+    """Basis (r, d) of the subspace that contains a layer's gate vector."""
     if kind == "first":
         return directions[:1]
     if kind == "discriminant":

@@ -18,8 +18,14 @@ from vlm_safeguard.utils.progress import Progress
 
 @dataclass(frozen=True)
 class Response:
-    """What a model said. ``fired`` and ``score``, the highest of the gates' scores per layer, are
-    None where no guard was attached."""
+    """A model's response.
+
+    Attributes:
+        tokens: number of generated tokens.
+        truncated: whether it ended at the token limit.
+        fired: whether a gate opened; None without a guard.
+        score: the highest score of any gate, as a mean over its layers; None without a guard.
+    """
 
     text: str
     tokens: int
@@ -39,7 +45,7 @@ def respond(
     what: str = "responses",
     progress: Progress | None = None,
 ) -> list[Response]:
-    """Greedy responses, in the order of ``items``."""
+    """Generate greedy responses to ``items``, in their order."""
     tokenizer = loaded.processor.tokenizer
     stops = loaded.model.generation_config.eos_token_id
     ends = set(stops if isinstance(stops, list) else [stops])
@@ -62,7 +68,7 @@ def respond(
 
 
 def _gate(decision: Decision | None) -> tuple[bool | None, float | None]:
-    """Whether a gate opened, and the highest of the gates' scores, each per layer."""
+    """Whether a gate opened, and the highest score of any gate, as a mean over its layers."""
     if decision is None:
         return None, None
     means = (sum(scores) / len(scores) for scores in decision.scores.values())

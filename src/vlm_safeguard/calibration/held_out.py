@@ -25,7 +25,16 @@ def prove(
     effort: Effort,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Attacks, false positives and KL on held-back prompts, within the budget or an error."""
+    """Test a guard on held-back prompts.
+
+    Returns:
+        What was measured: attack success by setting, false positives, KL divergence and the
+        p-value, for the calibration record.
+
+    Raises:
+        CalibrationError: attacks do not succeed significantly less often than without the guard, or
+            the guard exceeds its budget on harmless prompts.
+    """
     chosen = evenly(list(held), effort.proof)
     attacks = [p for p in chosen if p.harmful]
     harmless = [p for p in chosen if not p.harmful]
@@ -39,7 +48,7 @@ def prove(
             "asr_guarded": sum(trial.guarded) / len(trial.prompts),
         }
     cost = harmless_cost(loaded, guard, harmless)
-    # A question that opens the gate does so in most settings: it is one mistake, not three.
+    # A question that opens a gate does so in most settings, so it counts as one mistake.
     rate = clustered_wilson(cost.fired, cost.clusters)
     stopped = clustered_wilson(cost.stopped, cost.clusters)
     proof["harmless"] = {
@@ -58,7 +67,7 @@ def prove(
             f"succeed with the best candidate, {did} without (p = {p_value:.2g}). The "
             "model may not refuse text either, or its states may not separate harm"
         )
-    # Requests are few here: only a rate that is significantly above the budget is refused.
+    # There are few requests here, so only a rate significantly above the budget is refused.
     if rate.low > budget.false_positives:
         raise CalibrationError(
             f"no guard: its gate fires on {rate} of held-back harmless prompts, the budget is "

@@ -29,23 +29,31 @@ FOLDS = 5  # of the cross-validation that chooses a gate
 
 @dataclass(frozen=True)
 class States:
-    """Recorded states (k, L, d) of one set of prompts, with their labels."""
+    """Hidden states (k, L, d) of k prompts at L layers, with labels and cross-validation folds."""
 
     states: Tensor
     harmful: Tensor  # (k,) bool
-    fold: Tensor  # (k,); a question and its wrapped copy share it
+    fold: Tensor  # (k,); a question and its copy in a template share a fold
 
     def split(self) -> tuple[Tensor, Tensor]:
+        """States of the harmful and of the harmless prompts."""
         return self.states[self.harmful], self.states[~self.harmful]
 
     def folds(self) -> tuple[Tensor, Tensor]:
+        """Folds of the harmful and of the harmless prompts."""
         return self.fold[self.harmful], self.fold[~self.harmful]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """States of the anchors (2, N, L, d) and of the calibration prompts that choose, and the
-    safety directions by layer."""
+    """What gates are fitted to.
+
+    Attributes:
+        pairs: states of the N anchor pairs, (2, N, L, d): harmful, then harmless.
+        directions: safety directions by layer.
+        text: states of the calibration prompts as text.
+        pictured: states with a blank image and with a picture, by setting.
+    """
 
     pairs: Tensor
     directions: dict[int, Tensor]
@@ -53,11 +61,11 @@ class Recorded:
     pictured: dict[str, States]
 
     def witness_states(self) -> States:
-        """What the text-only witness learns from."""
+        """States that the text gate is fitted to: prompts as text, and anchors."""
         return with_anchors(self.text, self.pairs)
 
     def vlm_states(self) -> States:
-        """What the in-VLM gate learns from: every setting with a picture."""
+        """States that the gate in the VLM is fitted to: all settings with a picture."""
         return States(
             *(
                 torch.cat([getattr(s, name) for s in self.pictured.values()])
@@ -74,14 +82,14 @@ def record_calibration(
     folder: Path,
     progress: Progress,
 ) -> Recorded:
-    """Record all that the gates are fitted on; the states live in ``folder``."""
+    """Record the states that gates are fitted to. They are memory-mapped from ``folder``."""
     pairs = anchor_states(loaded, data.anchors, folder, progress)
     directions = {
         layer: method.safety_directions(pairs[0, :, layer], pairs[1, :, layer], MAX_RANK)
         for layer in range(pairs.shape[2])
     }
     fit = list(data.fit)
-    # The witness reads the words of every request, so it learns from all whose words tell.
+    # Prompts whose label shows in their text: the text gate reads nothing else.
     worded = evenly([p for p in fit if told(p, reads_pictures)], effort.worded)
     said = [spoken(p, reads_pictures) for p in worded]
     text = record_states(loaded, worded, said, "text", folder, progress)
@@ -101,7 +109,7 @@ def record_states(
     folder: Path,
     progress: Progress,
 ) -> States:
-    """States of ``items``, as ``asked`` of the model in ``setting``."""
+    """States of ``items`` when the model is given the requests ``asked``, one for each item."""
     what = f"calibration prompts, {setting}"
     states = record(loaded, asked, folder, what=what, progress=progress)
     fold = [hashlib.sha256(p.cluster.encode()).digest()[0] % FOLDS for p in items]
@@ -109,8 +117,11 @@ def record_states(
 
 
 def with_anchors(text: States, pairs: Tensor) -> States:
-    """The anchors teach the witness too. The directions come from them, so they look further
-    apart than other prompts do, and nothing is judged by them (a negative fold)."""
+    """States of the text prompts together with those of the anchors.
+
+    The anchors get a negative fold: gates are fitted to them but not judged by them, because the
+    directions come from the anchors and separate them better than other prompts.
+    """
     count = pairs.shape[1]
     labels = torch.arange(2 * count) < count
     folds = torch.full((2 * count,), -1)
@@ -122,9 +133,11 @@ def with_anchors(text: States, pairs: Tensor) -> States:
 
 
 def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
-    """The text-only witness and the in-VLM gate, which share the false-positive budget.
+    """Fit the text gate and the gate in the VLM.
 
-    The witness sees nearly all harm, so nearly all of the budget is its own."""
+    They share the false-positive budget. The text gate gets 90% of it, because it finds nearly all
+    harmful requests.
+    """
     witness, in_vlm = (
         fit_gate(*states.split(), *states.folds(), recorded.directions, budget.false_positives * s)
         for states, s in (
@@ -143,15 +156,22 @@ def bound_scores(
     folder: Path,
     progress: Progress,
 ) -> Tensor:
-    """The highest score by any gate of each harmless question of ``items``, (n,): they set the
-    thresholds.
+    """The scores that set the thresholds: for each harmless question, the highest of any gate.
 
-    Each prompt is read as text and with a picture, blank and drawn ones in turn. A question and
-    its wrapped copy count as one, so that scores of different questions are independent. One that
-    the model refuses anyway, asked as text, cannot be stopped by a gate: it scores lowest.
+    Each prompt is scored as text and with a picture, a blank and a drawn one in turn. A question
+    and its copies in templates count as one, so that scores are independent. If the model refuses a
+    prompt as text by itself, no gate stops it, so it gets the lowest score.
+
+    Args:
+        witness: the text gate.
+        in_vlm: the gate in the VLM.
+        items: harmless prompts that no gate was fitted to.
+
+    Returns:
+        Scores (n,) of n questions, in units of each gate's ``spread``.
     """
     mixed = [query(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
-    layers = 1 + max(*witness.layers, *in_vlm.layers)  # what lies above says nothing to the gates
+    layers = 1 + max(*witness.layers, *in_vlm.layers)  # no gate reads a layer above
     text, seen = (
         record(loaded, asked, folder, what=what, layers=layers, progress=progress)
         for asked, what in ((queries(items, "text"), "bound, text"), (mixed, "bound, pictures"))

@@ -19,10 +19,10 @@ from vlm_safeguard.utils.progress import Progress
 
 
 def candidates(depth: int) -> list[Steering]:
-    """Steering to try: from the strongest to the most faithful to the paper.
+    """Steering settings to try, from the strongest to the one closest to the paper.
 
-    Coordinates are those of the last prompt token, so `restore` guards that position alone: put
-    back at the generated ones too, they make the model say its first word again and again.
+    Most `restore` candidates guard the last prompt token only, because their coordinates come from
+    there. At generated tokens, the same coordinates make the model repeat its first word.
     """
     whole, later = list(range(depth)), list(range(depth // 3, depth))
     found = [
@@ -43,20 +43,21 @@ def search(
     effort: Effort,
     progress: Progress,
 ) -> tuple[Guard, list[dict[str, Any]]]:
-    """Two rounds: all candidates on few attacks, the best few on more, in every setting.
+    """Choose the steering in two rounds.
 
-    The few are attacks with a picture, blank or not, that succeed without a guard: the others
-    tell nothing of the steering.
+    The first round tries all candidates on a few attacks with a blank image or a picture that
+    succeed without a guard, because other attacks say nothing about the steering. The second round
+    tries the best candidates on more prompts, in every setting.
 
     Args:
-        build: makes the guard with a steering.
-        fit: calibration prompts of the half that chooses.
+        build: makes a guard with the given steering.
+        fit: calibration prompts that may be used for choices.
 
     Returns:
-        The chosen guard, and what was measured of every candidate.
+        The chosen guard, and the measurements of every candidate.
 
     Raises:
-        CalibrationError: every finalist costs more than the budget on harmless prompts.
+        CalibrationError: every candidate of the second round exceeds the KL budget.
     """
     few = _successful(loaded, [p for p in fit if p.harmful], effort, progress)
     tried: list[dict[str, Any]] = []
@@ -99,8 +100,8 @@ def search(
 def _successful(
     loaded: LoadedModel, attacks: Sequence[Prompt], effort: Effort, progress: Progress
 ) -> list[Query]:
-    """``effort.search`` attacks with a picture, blank or not: in equal steps through those that
-    succeed, then through the others."""
+    """``effort.search`` attacks with a blank image or a picture, evenly spaced: attacks that
+    succeed without a guard first, then others if there are too few."""
     progress.say("attacks that succeed without a guard")
     tried = [
         request

@@ -65,13 +65,13 @@ def _picture(description: dict[str, str]) -> Image.Image:
 
 
 def told(prompt: Prompt, reads_pictures: bool) -> bool:
-    """Whether the text-only reading of a prompt tells its label."""
+    """Whether the label of a prompt shows in what the text-only pass reads."""
     return prompt.speaks_for_itself or reads_pictures
 
 
 def spoken(prompt: Prompt, reads_pictures: bool) -> Query:
-    """What the text-only pass reads of ``prompt``: its words, and if pictures are read those of
-    its picture. (The drawn objects hold no words.)"""
+    """What the text-only pass reads of ``prompt``: its text, and the words in its picture if
+    ``reads_pictures``. (Drawn objects contain no words.)"""
     if not reads_pictures or prompt.speaks_for_itself or prompt.picture is None:
         return Query(prompt.prompt, None)
     words = reader().words(_picture(dict(prompt.picture)))

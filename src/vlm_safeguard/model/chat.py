@@ -18,17 +18,17 @@ _Turn = tuple[str, list[str | None], list[Image.Image]]
 
 
 def conversation(prompt: str, images: int = 0) -> list[dict[str, Any]]:
-    """One user turn in the chat format that processors' templates take, pictures first."""
+    """A prompt as one user message in the chat format of transformers, pictures first."""
     parts: list[dict[str, Any]] = [{"type": "image"} for _ in range(images)]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
 
 
 def render(processor: Any, prompt: str, pictures: int = 0) -> str:
-    """A single-turn request through the chat template, pictures first, ready for an answer.
+    """Render a single-turn request with the chat template, pictures first.
 
-    Without a picture it is the request with its pictures taken out, which the template's own
-    rendering of text alone is, unless the template says more where there is no picture (a system
-    message, say).
+    Without pictures, the result is the request with a picture, minus the picture. This is the
+    template's own rendering of the text, unless the template adds text when there is no picture,
+    such as a system message.
     """
 
     def rendered(count: int) -> str:
@@ -64,14 +64,19 @@ def process(
     pictures: Sequence[Sequence[Image.Image]],
     padding_side: str | None = None,
 ) -> dict[str, Any]:
-    """Rendered requests, each with its pictures in order, through the processor; left-padded.
+    """Encode rendered requests with the processor.
 
-    The tokenizer adds its special tokens unless the template begins with the first of them, as in
-    transformers' own ``apply_chat_template(tokenize=True)`` and pipelines: LLaVA-1.5's template
-    leaves that token to the tokenizer.
+    The tokenizer adds its special tokens unless the text starts with the first of them, as in
+    transformers' ``apply_chat_template(tokenize=True)`` and pipelines. LLaVA-1.5's template, for
+    example, does not write that token.
+
+    Args:
+        texts: rendered requests.
+        pictures: the pictures of each request, in order.
+        padding_side: "left" or "right"; by default the tokenizer's own.
 
     Raises:
-        ModelError: the processor takes no such batch.
+        ModelError: the processor refuses the batch.
     """
     first = processor.tokenizer.bos_token
     options: dict[str, Any] = {
@@ -102,20 +107,20 @@ def prepare(
 ) -> dict[str, Tensor]:
     """Model inputs for conversations in the chat format of transformers, padded to one length.
 
-    Control tokens typed by a user are neutralised, so that no text can open a turn of its own.
+    Special tokens in a message's text are broken up, so that the text cannot start a turn.
 
     Args:
-        conversations: each a list of messages ``{"role": ..., "content": ...}``. The content is a
-            text, or parts ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": ...}``
-            with a ``PIL.Image``.
-        read_pictures: for guards with ``reads_pictures``: also ``text_input_ids`` and
-            ``text_attention_mask``, the conversations as text with the words that stand in their
-            pictures. Only a guarded model takes them.
+        conversations: each is a list of messages ``{"role": ..., "content": ...}``. The content is
+            a text, or a list of ``{"type": "text", "text": ...}`` and
+            ``{"type": "image", "image": ...}`` with a ``PIL.Image``.
+        read_pictures: for guards with ``reads_pictures``: also return ``text_input_ids`` and
+            ``text_attention_mask``, the conversations as text with the words in their pictures.
+            Only a guarded model accepts them.
         padding_side: "left" or "right"; by default the tokenizer's own.
 
     Raises:
-        ModelError: a message is of another form, or the processor takes no such batch.
-        SafeguardError: pictures are to be read and the OCR library is missing.
+        ModelError: a message has another format, or the processor refuses the batch.
+        SafeguardError: pictures are to be read, but the OCR library is missing.
     """
     if not conversations or not all(conversations):
         raise ModelError("a conversation needs at least one message")
@@ -136,7 +141,7 @@ def prepare(
 
 
 def render_conversation(processor: Any, conversation: Conversation) -> str:
-    """A conversation through the chat template, ready for an answer; pictures as placeholders."""
+    """Render a conversation with the chat template, with placeholders for pictures."""
     return _rendered(processor, [_parsed(message) for message in conversation])
 
 
@@ -168,7 +173,7 @@ def _parsed(message: Any) -> _Turn:
 
 
 def _spoken(turn: _Turn) -> _Turn:
-    """A turn as text: its words, then those that stand in its pictures."""
+    """A turn as text: its own text, then the words in its pictures."""
     role, parts, pictures = turn
     words = " ".join(filter(None, map(reader().words, pictures))) if pictures else ""
     said = with_words("".join(part for part in parts if part is not None), words)
@@ -176,7 +181,7 @@ def _spoken(turn: _Turn) -> _Turn:
 
 
 def _rendered(processor: Any, turns: Sequence[_Turn]) -> str:
-    """A conversation through the chat template, ready for an answer."""
+    """Render parsed turns with the chat template."""
     messages = []
     for role, parts, _ in turns:
         words = [p if p is None else neutralise(processor.tokenizer, p) for p in parts]
@@ -205,8 +210,17 @@ def encode(
     pictures: Sequence[Image.Image | None],
     read_pictures: bool = False,
 ) -> dict[str, Tensor]:
-    """``prepare`` for a batch of single-turn requests, each with one picture or none, on the
-    model's device."""
+    """Encode a batch of single-turn requests, each with one picture or none.
+
+    Args:
+        loaded: the model and its processor.
+        prompts: the text of each request.
+        pictures: the picture of each request, or None.
+        read_pictures: see ``prepare``; pass ``guard.config.reads_pictures``.
+
+    Returns:
+        Model inputs on the model's device.
+    """
     conversations = [
         [
             {
@@ -224,7 +238,7 @@ def encode(
 
 
 def neutralise(tokenizer: Any, prompt: str) -> str:
-    """Break every special token that stands in user text with a zero-width space."""
+    """Break up special tokens in a text with a zero-width space."""
     for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
         if len(token) > 1 and token in prompt:
             prompt = prompt.replace(token, token[0] + "\u200b" + token[1:])

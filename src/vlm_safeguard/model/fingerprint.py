@@ -10,8 +10,11 @@ from vlm_safeguard.model.loading import DTYPES
 
 
 def config_digest(model: Any) -> str:
-    """SHA-256 of the architecture: what decides the shape of the computation, and no defaults
-    that another version of transformers may add."""
+    """SHA-256 of configuration fields that decide the shape of the computation.
+
+    A fixed list of fields is used, so defaults that other versions of transformers add do not
+    change it.
+    """
     names: tuple[str, ...] = (
         "model_type",
         "hidden_size",
@@ -33,7 +36,7 @@ def config_digest(model: Any) -> str:
 
 
 def dtype_name(model: Any) -> str:
-    """The type that a model computes in, as ``load`` calls it; empty for any other."""
+    """The model's dtype as ``load`` names it, or "" if ``load`` does not know it."""
     return next((name for name, dtype in DTYPES.items() if dtype == model.dtype), "")
 
 

@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class LoadedModel:
-    """A model ready for inference with its processor, and where it came from."""
+    """A model in evaluation mode, its processor, and the name it was loaded from."""
 
     model: Any
     processor: Any
@@ -25,6 +25,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
+        """The device of the model's inputs."""
         return input_device(self.model)
 
 
@@ -35,15 +36,18 @@ def load(
     *,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a VLM and its processor from a folder or a hub name (network only if not a folder).
+    """Load a VLM and its processor.
 
     Args:
-        trust_remote_code: run the Python files that come with the checkpoint. Off, a checkpoint
-            that needs them is refused and nobody is asked at the terminal.
+        name: a folder, or a name on the hub. A folder is loaded without network access.
+        dtype: "float32", "bfloat16" or "float16".
+        device: for example "cpu" or "cuda".
+        trust_remote_code: run Python files of the checkpoint. If False, a checkpoint that needs
+            them is refused without asking.
 
     Raises:
-        ModelError: the folder is missing or not a model's, the model takes no images, custom
-            code would have to run, the weights cannot be read, or there is no such device.
+        ModelError: the folder is missing or not a model, the model takes no images, the checkpoint
+            needs its own code, the weights cannot be read, or the device cannot be used.
     """
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
@@ -85,7 +89,7 @@ def load(
 
 
 def _device(name: str) -> torch.device:
-    """The device called ``name``, tried out, before anything is loaded for it."""
+    """The device called ``name``, checked with a small tensor before the model is loaded."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -98,7 +102,7 @@ def _device(name: str) -> torch.device:
 
 
 def _local_folder(name: str) -> bool:
-    """Whether ``name`` is a folder here; refuses what looks like a path but is none."""
+    """Whether ``name`` is a local folder. Raises an error for a path without a model."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

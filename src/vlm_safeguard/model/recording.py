@@ -39,17 +39,25 @@ def record(
     read_pictures: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
-    """States h_l(q) of every request and layer, (n, L, d) float32.
+    """Record the hidden states at the last prompt token after each decoder layer.
 
-    They are written to a file in ``folder`` batch by batch and returned as a memory map of it, so
-    that memory stays flat in the number of requests. Own hooks read the layers: what a model
-    reports as ``hidden_states`` may be normed or unsteered. A layer that a request without a
-    picture skips has the state of the one below.
+    The states are read by hooks, because a model's ``hidden_states`` may be normalised or
+    unsteered. A layer that is skipped without a picture has the state of the layer below.
 
-    ``layers``: how many to read, from the first one; the pass ends there. All of them if missing.
-    ``decoder``: the model's, verified already. A guarded model cannot be verified: that runs the
-    decoder in a way that no guard lets pass.
-    ``read_pictures``: for a model under a guard that reads them, see ``encode``.
+    Args:
+        loaded: the model and its processor.
+        items: n requests.
+        folder: holds a file of the states, so that memory does not grow with n.
+        what: name of the progress bar.
+        batch: requests per batch.
+        layers: number of layers to record, from the first one; by default all. The pass ends there.
+        decoder: the verified decoder. Required for a guarded model, because the guard does not
+            allow the forward pass that verifies it.
+        read_pictures: for a guard that reads pictures, see ``encode``.
+        progress: where progress is reported; by default nowhere.
+
+    Returns:
+        States (n, L, d), float32, as a memory map.
 
     Raises:
         ModelError: the decoder cannot be verified, or a state is NaN or Inf.
@@ -98,9 +106,10 @@ def record(
 def anchor_states(
     loaded: LoadedModel, pairs: Sequence[AnchorPair], folder: Path, progress: Progress
 ) -> Tensor:
-    """States of the anchors, text only, (2, N, L, d): harmful, then harmless, in pairs.
+    """Record the states of the anchors as text, memory-mapped from ``folder`` as in ``record``.
 
-    As with ``record``, the tensor lives in ``folder``.
+    Returns:
+        States (2, N, L, d): harmful anchors, then their harmless partners in the same order.
     """
     both = [pair.harmful for pair in pairs] + [pair.harmless for pair in pairs]
     states = record(

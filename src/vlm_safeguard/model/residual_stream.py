@@ -19,10 +19,12 @@ from vlm_safeguard.model.weights import input_device
 
 @dataclass(frozen=True)
 class Decoder:
-    """The verified language decoder of a VLM. ``path`` is its name inside the model.
+    """The verified language decoder of a VLM.
 
-    ``skipped`` are the layers that a request without a picture leaves out: layers that attend to
-    the picture alone. The residual stream goes past them unchanged.
+    Attributes:
+        path: its name inside the model.
+        skipped: layers that a request without a picture skips, because they attend to the picture
+            only. The residual stream bypasses them unchanged.
     """
 
     module: nn.Module
@@ -33,16 +35,15 @@ class Decoder:
 
 
 def find_decoder(model: Any) -> Decoder:
-    """The language decoder and its layers, checked against the configuration.
+    """Find the language decoder and check it against the configuration.
 
-    ``get_decoder()`` may silently return the model itself or a wrapper of the decoder, and a
-    search by module lists alone may find the vision tower. So the decoder is the one module that
-    holds both the embedding of the token ids and a list of as many layers as the text
-    configuration says, and it must lie where ``get_decoder()`` points. What cannot be verified is
-    refused, never guessed.
+    The decoder is the one module that holds the token embedding and as many layers as the text
+    configuration says, inside what ``get_decoder()`` returns. All of these are needed:
+    ``get_decoder()`` may return the model itself or a wrapper, and a list of layers alone may be
+    the vision tower's.
 
     Raises:
-        ModelError: the model is not of a kind that can be guarded, or no decoder could be verified.
+        ModelError: the model cannot be guarded, or its decoder cannot be verified.
     """
     name = type(model).__name__
     config = getattr(model, "config", None)
@@ -84,10 +85,11 @@ def _holds(module: nn.Module, part: nn.Module | None) -> bool:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The residual stream (B, T, d) in a decoder layer's output: a Tensor, or a tuple's first.
+    """The residual stream (B, T, d) in a decoder layer's output: the tensor itself, or the first of
+    a tuple.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the output holds no residual stream.
     """
     if isinstance(output, Tensor):  # first: this runs at every layer of every step
         hidden = output
@@ -107,29 +109,32 @@ def hidden_of(output: Any) -> Tensor:
 
 
 def replace_hidden(output: Any, hidden: Tensor) -> Tensor | tuple:
-    """A layer output of the same kind with another residual stream."""
+    """A decoder layer's output with ``hidden`` as its residual stream."""
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
 class EnoughSeen(Exception):
-    """Ends a pass whose layers above are not wanted: what watches a layer raises it, and who began
-    the pass suppresses it."""
+    """Ends a forward pass early. A layer's watcher raises it if no higher layer is needed, and the
+    caller of the pass suppresses it."""
 
 
 def watch_layer(decoder: Decoder, layer: int, see: Callable[[Any], Tensor | None]) -> Any:
-    """Call ``see`` each time the residual stream (B, T, d) after a layer comes past.
+    """Hook the residual stream (B, T, d) after a decoder layer.
 
-    ``see`` gets what holds it, and takes it out with ``hidden_of`` if it wants it: this runs at
-    every layer of every step. What it returns takes the stream's place, unless it is None. After a
-    layer that a request without a picture skips, the stream is read where the next layer that
-    always runs takes it in, so that ``see`` is called once in every pass. Watch layers in ascending
-    order.
+    If a request without a picture skips the layer, the hook is at the input of the next layer that
+    always runs. So ``see`` is called once in every pass. Watch layers in ascending order.
+
+    Args:
+        decoder: the verified decoder.
+        layer: number of the layer.
+        see: called with the layer's output, which ``hidden_of`` takes the stream from. The tensor
+            it returns replaces the stream; None changes nothing.
 
     Returns:
-        A handle whose ``remove()`` ends it.
+        A handle whose ``remove()`` removes the hook.
 
     Raises:
-        ModelError: no layer above a skipped one always runs.
+        ModelError: the layer may be skipped, and no layer above it always runs.
     """
     if layer not in decoder.skipped:
 
@@ -154,15 +159,16 @@ def watch_layer(decoder: Decoder, layer: int, see: Callable[[Any], Tensor | None
 
 @torch.no_grad()
 def verify_residual_stream(model: Any) -> Decoder:
-    """Find the decoder and try it on a few tokens of text: what every layer puts out must be what
-    the next one takes in, also where it was replaced.
+    """Find the decoder and test it on a few text tokens.
+
+    The output of each layer must be the input of the next one, also when the output is replaced.
+    Otherwise, a guard would not read and steer what the model computes with.
 
     Returns:
-        The decoder, verified.
+        The verified decoder.
 
     Raises:
-        ModelError: no decoder, or its layers do not hand on one residual stream, so that what a
-            guard reads and writes there would not be what the model goes on with.
+        ModelError: the decoder is not found, or its layers do not share one residual stream.
     """
     decoder = find_decoder(model)
     name, depth = type(model).__name__, len(decoder.layers)
@@ -217,7 +223,7 @@ def verify_residual_stream(model: Any) -> Decoder:
 
 
 def _plain_ids(model: Any) -> Tensor:
-    """A few token ids (1, 5) that no part of the configuration gives a meaning."""
+    """Five token ids (1, 5) that the configuration does not mention, so not special tokens."""
     embedding = model.get_input_embeddings()
     taken = {
         value

@@ -1,7 +1,8 @@
 """Derives the text-only version of a request: the same conversation without its images.
 
-The language model can see harm in words even where the VLM no longer does. What it would see is
-derived from the token ids themselves, so that a plain ``model.generate(**inputs)`` is guarded.
+The language model may recognise harm in a text that the VLM no longer recognises with an image. The
+text-only version is derived from the token ids, so that a plain ``model.generate(**inputs)`` is
+guarded.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ PROBE = "How do I bake bread?"
 
 @dataclass(frozen=True)
 class ImageMarkup:
-    """How one picture stands in the token ids: ``before``, image tokens, ``after``.
+    """How a picture is written in the token ids: ``before``, image tokens, ``after``.
 
-    ``token_ids`` stand for pictures alone: image tokens, the ends of rows and tiles. ``before``
-    and ``after`` are the wrapper tokens that the template writes around a picture and leaves out
-    where there is none (LLaVA's newline, Qwen's vision start and end). ``inner`` are tokens of
-    ordinary text (a newline between two rows of tiles) that belong to a picture only where they
-    stand between two of its ``token_ids``.
+    Attributes:
+        token_ids: ids that occur in pictures only: image tokens, ends of rows and tiles.
+        before, after: ids that the template writes around a picture and leaves out without one,
+            such as LLaVA's newline or Qwen's vision start and end.
+        inner: ids of ordinary text, such as a newline between two rows of tiles. They belong to a
+            picture only between two of its ``token_ids``.
     """
 
     token_ids: tuple[int, ...]
@@ -43,10 +45,10 @@ class ImageMarkup:
     inner: tuple[int, ...] = ()
 
     def kept(self, ids: list[int]) -> list[int]:
-        """Indices of ``ids`` that stay when pictures and their wrappers are taken out.
+        """Indices of ``ids`` without pictures and the tokens around them.
 
-        Of a wrapper, what stands next to the picture goes: the newlines at its far end may have
-        become one token with those of the text, and stay there as white space.
+        Tokens around a picture are removed outwards from it, as far as they match. Newlines that
+        merged into one token with those of the text stay, as white space.
         """
         tokens, place = set(self.token_ids), 0
         kept: list[int] = []
@@ -69,12 +71,12 @@ class ImageMarkup:
         return kept
 
     def settings(self, pad_id: int) -> Markup:
-        """The same as a guard keeps it; ``pad_id`` pads the text-only reading."""
+        """The markup as a guard's settings; ``pad_id`` pads the text-only pass."""
         lists = {name: list(tokens) for name, tokens in vars(self).items()}
         return Markup(**lists, pad_id=pad_id)
 
     def _end(self, ids: list[int], place: int) -> int:
-        """One past the last token of the picture that stands at ``place``."""
+        """Index after the last token of the picture that starts at ``place``."""
         end = place
         while place < len(ids) and (ids[place] in self.token_ids or ids[place] in self.inner):
             place += 1
@@ -84,15 +86,15 @@ class ImageMarkup:
 
 
 def find_markup(loaded: LoadedModel) -> ImageMarkup:
-    """Derive the markup by rendering a conversation without a picture and with pictures of
-    several sizes, and check it on each of them.
+    """Find the image tokens by encoding a request without a picture and with pictures of several
+    sizes.
 
-    The text-only reading it leads to is the template's own rendering of the text alone, up to
-    white space where the picture stood: some templates write a space before text and none before
-    a picture, and some tokenizers melt the newlines around a picture with those of the text.
+    It is checked that removing the image tokens gives the request without the picture, up to white
+    space where the picture was: some templates write a space before text but not before a picture,
+    and some tokenizers merge the newlines around a picture with those of the text.
 
     Raises:
-        ModelError: taking the image tokens out does not lead back to the text-only rendering.
+        ModelError: removing the image tokens does not give the request without the picture.
     """
     tokenizer, image_id = loaded.processor.tokenizer, image_token(loaded)
     plain = _ids(loaded, render(loaded.processor, PROBE, 0))
@@ -116,10 +118,10 @@ def find_markup(loaded: LoadedModel) -> ImageMarkup:
 
 
 def image_token(loaded: LoadedModel) -> int:
-    """The id that the model's configuration gives a picture's place.
+    """The id of the image token in the model's configuration.
 
     Raises:
-        ModelError: it names none.
+        ModelError: the configuration has none.
     """
     config = loaded.model.config
     for name in ("image_token_id", "image_token_index"):
@@ -130,7 +132,7 @@ def image_token(loaded: LoadedModel) -> int:
 
 @dataclass(frozen=True)
 class _Block:
-    """What of a pictured request goes with the picture, around its first and last image token."""
+    """The tokens of a picture: from the first to the last image token, before and after them."""
 
     before: tuple[int, ...]
     inside: tuple[int, ...]
@@ -139,7 +141,7 @@ class _Block:
 
 
 def _block(tokenizer: Any, plain: list[int], full: list[int], image_id: int, name: str) -> _Block:
-    """The part of ``full`` around the image tokens without which it reads like ``plain``."""
+    """The tokens around the image tokens of ``full`` that must be removed to get ``plain``."""
     places = [i for i, token in enumerate(full) if token == image_id]
     if not places:
         raise ModelError(f"{name}: its template puts no image token into the prompt")
@@ -169,7 +171,7 @@ WRAPPER = 12  # tokens at most around a picture where the cut is not exact
 
 
 def _markup(tokenizer: Any, blocks: list[_Block], special: set[int]) -> ImageMarkup | None:
-    """One markup for all blocks; None where their wrappers cannot be brought under one."""
+    """One markup for all blocks, or None if the tokens around pictures differ too much."""
     before, after = {b.before for b in blocks}, {b.after for b in blocks}
     inside = _same_kind(tokenizer, {token for b in blocks for token in b.inside}, special)
     loose = {token for wrap in (*before, *after) for token in wrap if token in special}
@@ -190,14 +192,14 @@ def _markup(tokenizer: Any, blocks: list[_Block], special: set[int]) -> ImageMar
 
 
 def _up_to(wrap: tuple[int, ...], special: set[int]) -> tuple[int, ...]:
-    """What of a wrapper stands outside its outermost special token."""
+    """The tokens of a wrapper before its first special token."""
     place = next((i for i, token in enumerate(wrap) if token in special), len(wrap))
     return wrap[:place]
 
 
 def _same_kind(tokenizer: Any, tokens: set[int], special: set[int]) -> set[int]:
-    """``tokens`` and the special tokens that differ from a special one of them in numbers alone:
-    the row and column tags that no picture tried here has."""
+    """``tokens``, and special tokens that differ from one of them in numbers only: tags of rows and
+    columns that no test picture has."""
     kinds = {
         token: re.sub(r"\d+", "#", str(tokenizer.convert_ids_to_tokens(token))) for token in special
     }
@@ -206,7 +208,7 @@ def _same_kind(tokenizer: Any, tokens: set[int], special: set[int]) -> set[int]:
 
 
 def _says(tokenizer: Any, ids: list[int], plain: list[int]) -> bool:
-    """Whether two rows of ids say the same but for white space."""
+    """Whether two rows of ids decode to the same text up to white space."""
     return "".join(tokenizer.decode(ids).split()) == "".join(tokenizer.decode(plain).split())
 
 
@@ -218,13 +220,13 @@ def _unlike(name: str) -> ModelError:
 
 
 def _ids(loaded: LoadedModel, text: str, *pictures: Image.Image) -> list[int]:
-    """Token ids of one rendered request."""
+    """Token ids of a rendered request."""
     batch = process(loaded.processor, [text], [pictures])
     return [int(token) for token in batch["input_ids"][0]]
 
 
 def text_columns(input_ids: Tensor, attention_mask: Tensor, markup: ImageMarkup) -> Tensor:
-    """Which columns (B, T) of a padded batch belong to its text-only reading."""
+    """Which columns of a padded batch belong to its text-only version, (B, T)."""
     chosen = torch.zeros(input_ids.shape, dtype=torch.bool)
     ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
     for row in range(len(ids)):
@@ -254,16 +256,15 @@ def positions_of(attention_mask: Tensor) -> Tensor:
 def text_pass(
     model: Any, ids: Tensor, mask: Tensor, forward: Callable[..., Any] | None = None
 ) -> None:
-    """Run the model on text alone, for what hooks on its decoder layers see of it.
+    """Run the model on text, so that hooks on its decoder layers can read the hidden states.
 
-    It is the model's own forward pass (not its ``__call__``, so that hooks on the model itself
-    stay out of it) without a picture: scaled embeddings, rotary positions in several dimensions
-    and masks with a prefix that attends both ways come out as the model has them.
+    This is the model's own forward pass without a picture, so embeddings, position ids and masks
+    are what the model computes. ``__call__`` is not used, so hooks on the model itself do not run.
 
     Args:
         model: the whole VLM.
         ids, mask: token ids and attention mask (B, T), padded on either side.
-        forward: the model's own ``forward``, where a guard stands in its place.
+        forward: the model's own ``forward``, if a guard has replaced it.
     """
     known = inspect.signature(type(model).forward).parameters
     options: dict[str, Any] = {"position_ids": positions_of(mask), "use_cache": False}

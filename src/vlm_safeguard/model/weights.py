@@ -15,14 +15,14 @@ from vlm_safeguard.errors import ModelError
 
 
 def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of numbers that the model's weights consist of, with a label, in order.
+    """Every tensor of the model's weights with a label, in order.
 
-    That are its parameters, once each, and what else belongs to a checkpoint: buffers, in which
-    some kinds of quantisation keep their weights. A quantised parameter comes in its parts; how it
-    was quantised is in their labels.
+    These are the parameters, once each, and the buffers of the checkpoint, in which some kinds of
+    quantisation keep weights. A quantised parameter is returned in parts, and their labels say how
+    it was quantised.
 
     Raises:
-        ModelError: a weight is not there, or is no tensor.
+        ModelError: a weight is missing or is not a tensor.
     """
     own: dict[str, Any] = dict(model.named_parameters())
     # A weight in two places is one parameter, but two where it is offloaded.
@@ -42,8 +42,8 @@ def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def adapter_names(model: nn.Module) -> set[str]:
     """Names of the adapters (PEFT) on a model or on a part of it.
 
-    Asked at the start of every request, so it goes through the modules in a flat loop, which takes
-    a third of the time that ``model.modules()`` does.
+    It runs at the start of every request, so it uses a flat loop, which takes a third of the time
+    of ``model.modules()``.
     """
     modules, seen = [model], {model}
     for module in modules:  # grows on the way
@@ -56,9 +56,9 @@ def adapter_names(model: nn.Module) -> set[str]:
 
 
 def adapters_at_work(model: nn.Module) -> Iterator[str]:
-    """Where on a model adapters are, which of them work there, in their order, and their scales.
+    """For each module with adapters, the active ones in order, with their scales.
 
-    Their weights lie on the model in any case, so ``stored`` does not tell.
+    ``stored`` contains the weights of inactive adapters too, so it does not show which are active.
     """
     names = adapter_names(model)
     for place, module in model.named_modules() if names else ():
@@ -72,16 +72,16 @@ def adapters_at_work(model: nn.Module) -> Iterator[str]:
 
 
 def weights_digest(model: Any) -> str:
-    """SHA-256 over a sample of every parameter, the same for float32 and bfloat16.
+    """SHA-256 of a sample of every parameter.
 
-    Vision tower and projector count too: the in-VLM gate's threshold rests on them. Sixty-four
-    values of each parameter, spread over it, rounded to bfloat16: cheap enough to
-    check on every attach; training of any length changes some of them. Quantised weights have a
-    digest of their own, offloaded ones that of the weights. Adapters count as parameters, and
-    so do which of them work and their scales.
+    The sample is 64 values of each parameter, spread over it and rounded to bfloat16: cheap enough
+    for every attach, and any training changes some of them. The vision tower and the projector are
+    included, because the gate in the VLM depends on them. So are adapters, which of them are
+    active, and their scales. The digest is the same in float32 and bfloat16 and for offloaded
+    weights, but differs for quantised ones.
 
     Raises:
-        ModelError: weights that are not there, or that cannot be read (see ``stored``).
+        ModelError: a weight is missing or cannot be read (see ``stored``).
     """
     digest = hashlib.sha256()
     for label, weight in stored(model):
@@ -95,12 +95,12 @@ def weights_digest(model: Any) -> str:
 
 
 def quantised(weight: Tensor) -> bool:
-    """Whether a weight is held in other numbers than those it stands for."""
+    """Whether a weight is quantised."""
     return is_traceable_wrapper_subclass(weight) or not weight.is_floating_point()
 
 
 def input_device(model: Any) -> torch.device:
-    """Where the model takes its inputs, also if its embedding is offloaded between calls."""
+    """The device of the model's inputs, also if the embedding is offloaded."""
     embedding = model.get_input_embeddings()
     if not embedding.weight.is_meta:
         return embedding.weight.device
@@ -120,8 +120,8 @@ def _parts(label: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fetched(model: nn.Module, name: str) -> Tensor:
-    """The values of an offloaded weight, from the hook that brings them in for each call: that of
-    the module it belongs to, or of one around it."""
+    """The values of an offloaded weight, from the accelerate hook of its module or of a module
+    around it."""
     parts = name.split(".")
     for cut in range(len(parts) - 1, -1, -1):
         for hook in _hooks(model.get_submodule(".".join(parts[:cut]))):
@@ -136,6 +136,6 @@ def _fetched(model: nn.Module, name: str) -> Tensor:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """What accelerate has put on a module: none, one, or several in sequence."""
+    """The accelerate hooks on a module."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))

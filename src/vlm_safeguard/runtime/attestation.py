@@ -9,7 +9,14 @@ from vlm_safeguard.runtime.request import Calls, Request
 
 @dataclass(frozen=True)
 class Decision:
-    """What the guard decided for one row. ``scores``: per gate, one per layer, NaN if unread."""
+    """What the guard decided for one row.
+
+    Attributes:
+        fired: whether any gate opened.
+        by_text: whether a gate of the text-only pass opened.
+        by_vlm: whether a gate in the VLM opened.
+        scores: for each gate, one score per layer, NaN if the layer was not read.
+    """
 
     fired: bool
     by_text: bool
@@ -19,9 +26,9 @@ class Decision:
 
 @dataclass(frozen=True)
 class CallCount:
-    """Forward passes, and the calls of guarded layers' hooks in them, made and expected.
+    """Number of forward passes, and of hook calls made and expected in them.
 
-    The text-only pass ends at the layer that decides it: fewer calls are expected of it.
+    The text-only pass ends at the last layer that is needed, so fewer calls are expected of it.
     """
 
     passes: int
@@ -33,9 +40,9 @@ class CallCount:
 class RowAttestation:
     """One row: its decision, and how many token positions each steered layer changed.
 
-    ``changed`` names every layer that changed something and no other. A position that later
-    forward calls go through again (decoding without a cache) counts once. In a batch, positions
-    behind a row's end count too, where ``generate`` goes on for other rows.
+    ``changed`` has only the layers that changed something. A position that is computed again
+    (decoding without a cache) counts once. In a batch, positions after a row's end count too, if
+    ``generate`` continues for other rows.
     """
 
     decision: Decision
@@ -44,10 +51,10 @@ class RowAttestation:
 
 @dataclass(frozen=True)
 class Attestation:
-    """One request, up to its last forward call that ran to its end under guard.
+    """What the guard did in one request, up to the last completed forward call.
 
-    ``layers`` carry a hook. A forward call whose hook calls are not the expected ones is an error
-    and its output is withheld, so ``made`` and ``expected`` are equal in any attestation there is.
+    ``layers`` have a hook. If hook calls are missing, the forward call raises an error and its
+    output is withheld, so ``made`` equals ``expected`` in every attestation.
     """
 
     layers: tuple[int, ...]
@@ -57,7 +64,7 @@ class Attestation:
 
 
 def decisions_of(request: Request) -> list[Decision]:
-    """One decision per row, in batch order. The prompt must have been read to its end."""
+    """One decision per row, in batch order. The prompt must have been processed completely."""
     by_text, by_vlm = request.fired("text"), request.fired("vlm")
     named = {
         f"{request.gates[index].source}.{index}": scores for index, scores in request.scores.items()

@@ -1,12 +1,12 @@
 """Forward passes of a guarded model: the work at each guarded layer, and a check that all ran.
 
-A forward pass is made when a call of the model begins and is gone when it ends. What must outlive
-it, it latches on the request.
+A ``ForwardPass`` object exists for one call of the model. What later calls need is kept on the
+request.
 
-* ``TextPass``: the request's words alone, for the gates and coordinates that read them.
-* ``PromptPass``: the call in which the prompt ends. Gates are read at its last token.
-* ``DecodePass``: a later call, with rows whose gate is open.
-* ``ForwardPass``: any other call. Its layers are counted and nothing else.
+* ``TextPass``: the text-only pass of the request, for text gates and coordinates.
+* ``PromptPass``: the call in which the prompt ends. Gates in the VLM are scored at its last token.
+* ``DecodePass``: a later call with rows whose gate is open.
+* ``ForwardPass``: any other call. Its layers are counted, nothing else.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from vlm_safeguard.runtime.steering import Steerer, steer_step
 class ForwardPass:
     """A call in which nothing is read or steered.
 
-    ``layers``: guarded layers, in order. ``columns``: the call's own, absolute. ``spans``: those of
-    them that may be steered.
+    ``layers``: guarded layers, in order. ``columns``: the columns of the padded sequence that this
+    call computes. ``spans``: those that may be steered.
     """
 
     reads_prompt = False
@@ -43,16 +43,16 @@ class ForwardPass:
         self.seen: list[int] = []
 
     def visit(self, layer: int, output: Any) -> Tensor | None:
-        """Take what holds the residual stream (B, T, d) after a guarded layer; returns what takes
-        the stream's place, or None."""
+        """Called after each guarded layer with its output. Returns a new residual stream (B, T, d),
+        or None to change nothing."""
         self.seen.append(layer)
         return None
 
     def finish(self, output: Any) -> None:
-        """Latch that the call ran to its end.
+        """Check that every guarded layer ran once, and record the call on the request.
 
         Raises:
-            GuardRuntimeError: a guarded layer did not run, or ran twice: ``output`` is withheld.
+            GuardRuntimeError: a guarded layer did not run or ran twice; ``output`` is withheld.
         """
         if self.seen != list(self.layers):
             raise GuardRuntimeError(
@@ -67,7 +67,8 @@ class ForwardPass:
 
 
 class PromptPass(ForwardPass):
-    """The call in which the prompt ends: reads the gates at q of every row, then steers."""
+    """The call in which the prompt ends: scores the gates at the last prompt token of every row,
+    then steers."""
 
     reads_prompt = True
 
@@ -95,7 +96,7 @@ class PromptPass(ForwardPass):
             self._steerer.read_pass(request, layer, states)
         steered = self._steerer.steer(request, self.spans, layer, hidden)
         if steered is not None:
-            validation.mark_steered(request.cache)  # at once: the call may not come to its end
+            validation.mark_steered(request.cache)  # at once, because the call may fail
         return steered
 
     def finish(self, output: Any) -> None:
@@ -104,9 +105,10 @@ class PromptPass(ForwardPass):
             validation.mark_steered(self.request.cache)
 
     def _states_at_q(self, hidden: Tensor) -> Tensor:
-        """States (B, d), float32, at the last prompt token, from all of the call's (B, T, d).
+        """States (B, d) at the last prompt token, float32, from those of the call (B, T, d).
 
-        A copy: while gates are undecided they are kept, and must not keep all columns with them.
+        They are copied: states are kept until a gate is decided, and a view would keep all columns
+        in memory.
         """
         if isinstance(self._q, int):
             return hidden[:, self._q].to(torch.float32, copy=True)
@@ -114,7 +116,7 @@ class PromptPass(ForwardPass):
 
 
 class DecodePass(ForwardPass):
-    """A call behind the prompt: steers the rows whose gate is open."""
+    """A call after the prompt: steers the rows whose gate is open."""
 
     def __init__(
         self,
@@ -133,7 +135,7 @@ class DecodePass(ForwardPass):
 
 
 class StepPass(ForwardPass):
-    """``DecodePass`` for one token whose doses are latched at every layer: the usual step."""
+    """The usual decoding step: one token, with a dose already computed for every layer."""
 
     def visit(self, layer: int, output: Any) -> Tensor | None:
         self.seen.append(layer)
@@ -148,7 +150,7 @@ def begin_pass(
     gates: Gates,
     steerer: Steerer,
 ) -> ForwardPass:
-    """The pass of a request's next call, which goes through ``columns``."""
+    """Make the pass for a request's next call, which computes ``columns``."""
     spans = steerer.spans(request, columns)
     if request.done < request.prompt_width <= columns.stop:
         return PromptPass(request, layers, columns, spans, gates, steerer)
@@ -160,7 +162,7 @@ def begin_pass(
 
 
 class TextPass(ForwardPass):
-    """The model's pass over the words of a request alone. It ends at the layer that decides it.
+    """The text-only pass. It ends at the last layer that is needed.
 
     ``layers``: all guarded layers, in order.
     """
@@ -174,10 +176,10 @@ class TextPass(ForwardPass):
 
     @torch.no_grad()
     def run(self, model: Any, forward: Any, ids: Tensor, mask: Tensor) -> None:
-        """Read the words ``ids``, ``mask`` (B, T), padded on the left, through ``forward``.
+        """Run the text-only version of the request: ``ids`` and ``mask`` (B, T), left-padded.
 
         Raises:
-            GuardRuntimeError: a layer did not run, or a score is not finite.
+            GuardRuntimeError: a layer did not run, or a gate score is not finite.
         """
         with suppress(EnoughSeen):
             text_pass(model, ids, mask, forward)
@@ -185,7 +187,7 @@ class TextPass(ForwardPass):
 
     def visit(self, layer: int, output: Any) -> None:
         self.seen.append(layer)
-        # A copy: what is kept must not keep all columns with it.
+        # Copied: a view would keep all columns in memory.
         state = hidden_of(output)[:, -1].to(torch.float32, copy=True)
         self._gates.read(self.request, layer, state)
         self._steerer.read_text(self.request, layer, state)
@@ -204,8 +206,12 @@ class TextPass(ForwardPass):
         self.request.text_calls.count(len(self.seen), len(expected))
 
     def _needed(self) -> frozenset[int]:
-        """Layers to reach: where every gate that reads the words stayed shut, and the mode takes
-        the words' coordinates of rows alone that such a gate opened, the gates' own."""
+        """Layers that the pass must reach.
+
+        By default: the layers of the text gates, and those where steering needs coordinates. If all
+        text gates stayed shut and steering needs coordinates only of rows that a text gate opened:
+        the layers of the text gates.
+        """
         gates = self._gates.layers
         decided = gates <= set(self.seen)
         if gates and decided and self._steerer.text_if_open and not any(self.request.fired("text")):

@@ -1,7 +1,7 @@
-"""Gates: score hidden states at the last prompt token and latch the decision for each row.
+"""Gates: score hidden states at the last prompt token and keep the decision for each row.
 
-A kind of gate is a class in ``GATES``. The same scorer serves a guard at work, calibration, the
-doctor and the studies.
+A kind of gate is a class in ``GATES``. Attached guards, calibration, the doctor and the studies use
+the same classes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class LinearGate:
         self.vectors, self.thresholds = vectors, thresholds
 
     def scores(self, states: Tensor, places: slice = slice(None)) -> Tensor:
-        """Scores (B, n) per layer, of states (B, n, d) at the gate's layers ``places``. A pooled
-        gate's score is their sum."""
+        """Scores (B, n) of states (B, n, d) at the gate's layers ``places``, one per layer. Without
+        ``per_layer``, the gate's score is their sum."""
         if self.vectors.device != states.device:  # once: the last layer of a gate stays in place
             self.vectors = self.vectors.to(states.device)
             self.thresholds = self.thresholds.to(states.device)
@@ -68,7 +68,7 @@ class Gates:
 
 
 class GateReading:
-    """Reads the gates of one source in one forward pass; holds the states of undecided ones."""
+    """Scores the gates of one source in one forward pass. Keeps states until a gate is decided."""
 
     def __init__(self, gates: Gates, source: str) -> None:
         self.layers = gates.layers(source)
@@ -80,11 +80,12 @@ class GateReading:
         self._held: dict[int, dict[int, Tensor]] = {}
 
     def read(self, request: Request, layer: int, states: Tensor) -> None:
-        """Take a layer's states (B, d) at q. A gate is scored once it can be decided: layer by
-        layer, or for all its layers when the last of them has come.
+        """Take a layer's states (B, d) at the last prompt token and score the gates it decides.
+
+        A gate with ``per_layer`` is scored at each of its layers, others after their last layer.
 
         Raises:
-            GuardRuntimeError: a score is NaN or Inf, which blocks the request.
+            GuardRuntimeError: a score is NaN or Inf; the request is blocked.
         """
         for index, place in self._at.get(layer, ()):
             gate, scorer = self._gates.settings[index], self._gates.scorers[index]

@@ -1,15 +1,14 @@
-"""The state of one request: the latched decisions for each row of the batch.
+"""The state of one request: the decision for each row of the batch.
 
-One request is a ``generate`` call, or a forward pass that starts without a cache. Its state is
-made anew at each start and dropped at the end, so nothing can leak into the next. What belongs to
-one forward call lives in its ``ForwardPass``.
+A request is a ``generate`` call, or starts with a forward call without a cache. Its state is new at
+each start and dropped at the end, so nothing leaks into the next request. The state of one forward
+call is in its ``ForwardPass``.
 
-A row is known by its place alone. A loop of one's own that moves rows between its forward calls
-(``cache.reorder_cache``) must not move them between prompts: nothing here would learn of it.
-Beam search may, inside ``generate``: it moves rows among the beams of one prompt.
+A row is known by its place in the batch. Code that moves rows between its own forward calls
+(``cache.reorder_cache``) must not move them to another prompt, which cannot be detected here. Beam
+search inside ``generate`` only moves rows among the beams of one prompt.
 
-What is decided is kept on the host, in lists: a decoding step then needs no look at the device to
-know which rows are open.
+Decisions are kept in lists on the host, so a decoding step does not wait for the device.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ _T = TypeVar("_T")
 class Span:
     """Columns that steering may change in one forward call.
 
-    ``columns`` are places in the call. Where the rows' prompts end at different places (padding
-    on the right), they are one column per row instead. ``new`` of them, in each row, no earlier
-    call of the request has gone through.
+    ``columns`` are relative to the call. If prompts end at different columns (padding on the
+    right), they are one column per row. ``new``: how many of them, per row, no earlier call of the
+    request has computed.
     """
 
     columns: slice | list[int]
@@ -42,10 +41,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Dose:
-    """What a layer does to the rows that are open there.
+    """The change that a layer applies to its open rows.
 
-    ``rows``: their places in the batch; ``index`` (b,) the same as a tensor, None if that is every
-    row. Their coordinates along ``directions`` (m, d) become ``target`` (b, m); without directions
+    ``rows``: their places in the batch; ``index`` (b,): the same as a tensor, None for all rows.
+    Their coordinates along ``directions`` (m, d) become ``target`` (b, m). Without directions,
     ``target`` (b, d) is added to the states.
     """
 
@@ -71,9 +70,9 @@ class Calls:
 
 @dataclass
 class Request:
-    """What is latched of one request of B rows whose padded prompt has ``prompt_width`` columns.
+    """The state of a request of B rows whose padded prompt has ``prompt_width`` columns.
 
-    Columns are absolute places in the padded sequence, never relative to a forward call.
+    Columns are counted in the padded sequence, not in a forward call.
     """
 
     gates: list[Gate]
@@ -130,7 +129,8 @@ class Request:
             self.text_coordinates[layer] = found.repeat_interleave(times, 0)
 
     def latch(self, index: int, place: int | None, scores: list[list[float]]) -> None:
-        """Keep the scores of a gate, per row: of its layer number ``place``, or of all layers."""
+        """Keep a gate's scores and decisions for each row: of its layer number ``place``, or of all
+        its layers if None."""
         if place is None:
             self.scores[index] = scores
             opened = [[sum(values) > 0] for values in scores]
@@ -144,10 +144,10 @@ class Request:
         self.any_open = self.any_open or any(any(row) for row in opened)
 
     def open_at(self, layer: int, source: str | None = None, at_prompt: bool = False) -> list[bool]:
-        """Which rows any gate, or any of one source, has opened at a layer.
+        """Which rows are open at a layer, by any gate or by those of one source.
 
-        At the prompt's own columns a pooled gate of the request's own pass acts from its last
-        layer on, because below that it is not decided yet; so it is in every later call.
+        ``at_prompt``: at the prompt's columns, a ``vlm`` gate without ``per_layer`` acts only from
+        its last layer on, because it is not decided below. In later calls it acts at every layer.
         """
         rows = [False] * self.rows
         for index, opened in self.opened.items():
@@ -164,7 +164,7 @@ class Request:
         return rows
 
     def fired(self, source: str | None = None) -> list[bool]:
-        """Which rows any gate of a source, or at all, opened at any layer."""
+        """Which rows are open at any layer, by any gate or by those of one source."""
         rows = [False] * self.rows
         for index, opened in self.opened.items():
             if source in (None, self.gates[index].source):

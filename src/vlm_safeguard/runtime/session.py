@@ -1,9 +1,9 @@
 """The session of an attached guard, and the state machine of a request.
 
-``generate`` begins a request with its whole prompt: its words are read (``TextPass``), then each
-forward call of the model is a pass of its own (``PromptPass``, ``DecodePass``). Outside of
-``generate`` a forward call without a cache begins a request. Between calls there is no pass, and a
-guarded layer that runs then refuses.
+``generate`` starts a request with its whole prompt. The text-only pass runs first (``TextPass``).
+Then each forward call of the model is a pass (``PromptPass``, ``DecodePass``). Outside of
+``generate``, a forward call without a cache starts a request. Between calls there is no pass, and a
+guarded layer that runs raises an error.
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ from vlm_safeguard.runtime.steering import Steerer
 class Session:
     """A guard on a model, from ``Guard.attach`` until ``detach`` or the end of its ``with`` block.
 
-    ``decisions`` and ``attestation`` tell of the last request.
+    ``decisions`` and ``attestation`` describe the last request.
     """
 
     def __init__(
         self, config: GuardConfig, tensors: dict[str, Tensor], markup: ImageMarkup, model: Any
     ) -> None:
-        """Attach at once.
+        """Attach the guard. If this fails, the model is left as it was.
 
         Raises:
-            GuardError: a guard is attached already, or a part of the model is compiled. Whatever
-                goes wrong, nothing stays on the model.
+            GuardError: a guard is attached already, or a part of the model is compiled.
         """
         self.config, self.markup, self.model = config, markup, model
         decoder = find_decoder(model)
@@ -79,11 +78,12 @@ class Session:
         self.detach()
 
     def detach(self) -> None:
-        """Leave the model as it was, once a call in another thread is through. Detaching twice
-        does nothing.
+        """Detach the guard and leave the model as it was. Detaching twice does nothing.
+
+        A running call in another thread is waited for.
 
         Raises:
-            GuardRuntimeError: called from within a guarded ``generate``, which goes on.
+            GuardRuntimeError: called inside a guarded ``generate``.
         """
         if self._in_generate and self._owner.mine:
             raise GuardRuntimeError("the guard cannot be detached inside its own generate")
@@ -101,7 +101,7 @@ class Session:
 
     @property
     def attestation(self) -> Attestation | None:
-        """What was done in the last request; None if none got through its prompt."""
+        """What the guard did in the last request; None if no prompt was processed completely."""
         if self._reported is None:
             return None
         return attest(self._reported, tuple(self._layers))
@@ -139,9 +139,9 @@ class Session:
     def _begin_request(
         self, ids: Tensor | None, options: dict[str, Any], text: tuple[Tensor, Tensor] | None
     ) -> Request:
-        """Start a request from its whole prompt, and read its words.
+        """Start a request with its whole prompt, and run the text-only pass.
 
-        ``text``: ids and mask of its words as the caller gave them, if so.
+        ``text``: ids and mask of the request as text, if the caller passed them.
         """
         validation.check_adapters(self.model, self._adapters)
         validation.check_only_pictures(self._other_tokens, ids, options)

@@ -1,8 +1,8 @@
 """Steering modes: change the hidden states of rows whose gate is open.
 
-A mode is a class in ``MODES``: it says which coordinates it needs and which it puts in. What does
-not change from step to step, it works out once per request and layer (``Dose``). A decoding step is
-then left with two small products, or a sum.
+A mode is a class in ``MODES``. It says which coordinates it needs and which it sets. What stays the
+same between steps is computed once per request and layer (``Dose``), so a decoding step takes two
+small matrix products, or a sum.
 """
 
 from __future__ import annotations
@@ -19,30 +19,33 @@ from vlm_safeguard.runtime.request import Dose, Request, Span
 
 
 class SteeringMode:
-    """Base of the modes: sets the coordinates of open rows along the safety directions.
+    """Base class of the modes: sets the coordinates of open rows along the safety directions.
 
-    ``needs_text``: it uses the request's coordinates in the text-only pass. ``needs_pass``: those
-    in its own pass. ``text_if_open``: the former only for rows that a gate on the words opened.
+    Attributes:
+        needs_text: whether the mode uses the coordinates of the text-only pass.
+        needs_pass: whether it uses the coordinates of the request's own pass.
+        text_if_open: whether it uses those of the text-only pass only for rows that a text gate
+            opened.
     """
 
     needs_text = needs_pass = text_if_open = False
 
     def __init__(self, settings: Steering, anchor: Mapping[int, Tensor], text_gates: bool) -> None:
-        """``anchor``: by layer the harmful anchors' mean coordinates, (m,). ``text_gates``: whether
-        a gate reads the words."""
+        """``anchor``: mean coordinates of the harmful anchors by layer, (m,). ``text_gates``:
+        whether the guard has a text gate."""
         self.settings, self.anchor, self.text_gates = settings, anchor, text_gates
 
     def target(self, request: Request, layer: int, directions: Tensor) -> Tensor:
-        """The coordinates (B, m) that all rows would get, on the device of ``directions``."""
+        """The coordinates (B, m) that rows get if open, on the device of ``directions``."""
         raise NotImplementedError
 
     def dose(self, request: Request, layer: int, rows: list[int], directions: Tensor) -> Dose:
-        """What is done to the open ``rows`` at a layer."""
+        """The change that a layer applies to the open ``rows``."""
         return _dose(self.target(request, layer, directions), rows, directions)
 
 
 class Restore(SteeringMode):
-    """Puts the LLM's own component back, of the request as text or of the anchors."""
+    """Restores the language model's own component: that of the text-only pass or the anchors."""
 
     def __init__(self, settings: Steering, anchor: Mapping[int, Tensor], text_gates: bool) -> None:
         super().__init__(settings, anchor, text_gates)
@@ -54,8 +57,8 @@ class Restore(SteeringMode):
         return method.restored(reference, self.settings.alpha)
 
     def _reference(self, request: Request, layer: int) -> Tensor:
-        """Text that the LLM itself finds harmless holds no harm to put back, so where a gate reads
-        the text, rows opened by their picture alone take the anchors' mean."""
+        """The coordinates to restore. With a text gate, rows that it did not open get the anchors'
+        mean, because their text is harmless and holds no harm to restore."""
         anchor = self.anchor[layer].expand(request.rows, -1)
         if not self.needs_text:
             return anchor
@@ -71,7 +74,7 @@ class Restore(SteeringMode):
 
 
 class Erase(SteeringMode):
-    """Removes the component: an ablation that weakens a model, never saved as a guard."""
+    """Removes the component. An ablation that weakens a model; never saved as a guard."""
 
     def target(self, request: Request, layer: int, directions: Tensor) -> Tensor:
         return directions.new_zeros(request.rows, len(directions))
@@ -106,7 +109,7 @@ def mode_class(name: str) -> type[SteeringMode]:
 
 
 class Steerer:
-    """The steering of one guard: its mode, at its layers, for as many tokens as it says."""
+    """The steering of one guard: its mode, layers and number of guarded tokens."""
 
     def __init__(self, settings: Steering, tensors: Mapping[str, Tensor], text_gates: bool) -> None:
         """``tensors`` as in ``Guard``; ``text_gates``: some gate reads the text-only pass."""

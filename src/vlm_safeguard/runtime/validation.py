@@ -172,13 +172,13 @@ def _after_padding(ids: Tensor, pad_id: int) -> Tensor:
 
 
 def take_text(options: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Take the caller's text-only reading out of the keywords of a call: ids and mask (B, T').
+    """Take ``text_input_ids`` and ``text_attention_mask`` out of the keywords of a call.
 
-    ``text_input_ids``, with ``text_attention_mask`` unless every token counts, are padded on the
-    left; a guard reads them instead of the prompt's own words, and the model never sees them.
+    They are the request as text, left-padded, (B, T'). The text-only pass uses them instead of the
+    text of the prompt; the model does not get them. The mask may be left out if nothing is padded.
 
     Raises:
-        GuardRuntimeError: they are no token ids, or the mask does not fit or pads on the right.
+        GuardRuntimeError: they are not token ids, the mask does not fit, or it pads on the right.
     """
     ids, mask = options.pop("text_input_ids", None), options.pop("text_attention_mask", None)
     if ids is None:

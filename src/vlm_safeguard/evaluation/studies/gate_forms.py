@@ -140,7 +140,7 @@ def at_false_positives(harmful: Tensor, harmless: Tensor, share: float) -> Rate:
 
 
 def _together(gates: tuple[GateFit, ...], text: States, states: States) -> dict[str, Rate]:
-    """Found and wrongly stopped requests, by the witness or by the gate in the VLM."""
+    """Found and wrongly stopped requests, by the text gate or by the gate in the VLM."""
     witness, in_vlm = gates
     opened = (witness.scores(text.states) > 0) | (in_vlm.scores(states.states) > 0)
     return {
@@ -150,7 +150,7 @@ def _together(gates: tuple[GateFit, ...], text: States, states: States) -> dict[
 
 
 def _without_repeats(rows: list[Row]) -> list[Row]:
-    """The text-only witness reads the same in every setting: one row of it is enough."""
+    """The rows without repeats: the text gate scores the same in every setting."""
     return [row for row in rows if row.source == "vlm" or row.setting == "text"]
 
 
