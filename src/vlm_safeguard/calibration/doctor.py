@@ -40,7 +40,7 @@ class Description:
     """What the guard finds on a model.
 
     ``skipped``: layers that a request without a picture leaves out. ``image_tokens``, ``before``,
-    ``after`` and ``inner`` are the markup (see ``witness.ImageMarkup``) as text. ``template``:
+    ``after`` and ``inner`` are the markup (see ``config.ImageMarkup``) as text. ``template``:
     SHA-256 of the chat template. ``dtypes`` and ``devices`` are those of the decoder's weights.
     """
 

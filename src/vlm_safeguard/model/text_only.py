@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm_safeguard.artifact.config import Markup
+from vlm_safeguard.artifact.config import ImageMarkup
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import process, render
 from vlm_safeguard.model.loading import LoadedModel
@@ -24,63 +24,6 @@ from vlm_safeguard.model.loading import LoadedModel
 # Square, wide and tall, small and large: pictures that processors cut into different tiles.
 PROBE_SIZES = ((64, 64), (320, 64), (64, 320), (900, 600), (600, 900), (48, 40))
 PROBE = "How do I bake bread?"
-
-
-@dataclass(frozen=True)
-class ImageMarkup:
-    """How one picture stands in the token ids: ``before``, image tokens, ``after``.
-
-    ``token_ids`` stand for pictures alone: image tokens, the ends of rows and tiles. ``before``
-    and ``after`` are the wrapper tokens that the template writes around a picture and leaves out
-    where there is none (LLaVA's newline, Qwen's vision start and end). ``inner`` are tokens of
-    ordinary text (a newline between two rows of tiles) that belong to a picture only where they
-    stand between two of its ``token_ids``.
-    """
-
-    token_ids: tuple[int, ...]
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
-    inner: tuple[int, ...] = ()
-
-    def kept(self, ids: list[int]) -> list[int]:
-        """Indices of ``ids`` that stay when pictures and their wrappers are taken out.
-
-        Of a wrapper, what stands next to the picture goes: the newlines at its far end may have
-        become one token with those of the text, and stay there as white space.
-        """
-        tokens, place = set(self.token_ids), 0
-        kept: list[int] = []
-        while place < len(ids):
-            if ids[place] not in tokens:
-                kept.append(place)
-                place += 1
-                continue
-            before = place - 1
-            for token in reversed(self.before):
-                if not kept or kept[-1] != before or ids[before] != token:
-                    break
-                kept.pop()
-                before -= 1
-            place = self._end(ids, place)
-            for token in self.after:
-                if place == len(ids) or ids[place] != token:
-                    break
-                place += 1
-        return kept
-
-    def settings(self, pad_id: int) -> Markup:
-        """The same as a guard keeps it; ``pad_id`` pads the text-only reading."""
-        lists = {name: list(tokens) for name, tokens in vars(self).items()}
-        return Markup(**lists, pad_id=pad_id)
-
-    def _end(self, ids: list[int], place: int) -> int:
-        """One past the last token of the picture that stands at ``place``."""
-        end = place
-        while place < len(ids) and (ids[place] in self.token_ids or ids[place] in self.inner):
-            place += 1
-            if ids[place - 1] in self.token_ids:
-                end = place
-        return end
 
 
 def find_markup(loaded: LoadedModel) -> ImageMarkup:
@@ -182,10 +125,11 @@ def _markup(tokenizer: Any, blocks: list[_Block], special: set[int]) -> ImageMar
         if len(before) > 1 or len(after) > 1:
             return None
     return ImageMarkup(
-        tuple(sorted(inside & special)),
-        before.pop(),
-        after.pop(),
-        tuple(sorted(inside - special)),
+        token_ids=sorted(inside & special),
+        before=list(before.pop()),
+        after=list(after.pop()),
+        inner=sorted(inside - special),
+        pad_id=tokenizer.pad_token_id,
     )
 
 
