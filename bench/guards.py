@@ -11,11 +11,10 @@ from typing import Any, Literal
 
 import torch
 
-from vlm_safeguard.artifact.config import Gate, GuardConfig, ModelIdentity, Steering
+from vlm_safeguard.artifact.config import Gate, GuardConfig, ImageMarkup, ModelIdentity, Steering
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.fingerprint import config_digest
 from vlm_safeguard.model.residual_stream import find_decoder
-from vlm_safeguard.model.text_only import ImageMarkup
 from vlm_safeguard.model.weights import weights_digest
 
 RANK = 64  # the largest that a calibration tries
@@ -29,14 +28,13 @@ class Model:
     model: Any
     markup: ImageMarkup
     identity: ModelIdentity
-    pad_id: int
 
     @property
     def depth(self) -> int:
         return self.identity.layers
 
 
-def guarded_model(model: Any, markup: ImageMarkup, pad_id: int) -> Model:
+def guarded_model(model: Any, markup: ImageMarkup) -> Model:
     decoder = find_decoder(model)
     identity = ModelIdentity(
         name="bench",
@@ -46,7 +44,7 @@ def guarded_model(model: Any, markup: ImageMarkup, pad_id: int) -> Model:
         hidden_size=decoder.hidden_size,
         layers=len(decoder.layers),
     )
-    return Model(model, markup, identity, pad_id)
+    return Model(model, markup, identity)
 
 
 def layer_sets(depth: int) -> dict[str, list[int]]:
@@ -107,6 +105,7 @@ def _guard(target: Model, gates: list[Gate], steering: Steering) -> Guard:
     for index, gate in enumerate(gates):
         vectors = torch.randn(len(gate.layers), width, generator=generator)
         tensors[f"gate.{index}"] = vectors / vectors.norm(dim=1, keepdim=True)
-    markup = target.markup.settings(target.pad_id)
-    config = GuardConfig(model=target.identity, markup=markup, gates=gates, steering=steering)
+    config = GuardConfig(
+        model=target.identity, markup=target.markup, gates=gates, steering=steering
+    )
     return Guard(config, tensors)

@@ -25,10 +25,10 @@ def measured(subject: Subjects, batch: int, rounds: int) -> dict[str, Any]:
     target, inputs = subject.vlm, subject.inputs(batch, picture=True)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     columns = text_columns(ids, mask, target.markup)
-    text = text_only(ids, columns, target.pad_id)
+    text = text_only(ids, columns, target.markup.pad_id)
     last = max(gate_layers(layer_sets(target.depth)["all"], target.depth))
     merged = inputs | {
-        "input_ids": torch.cat([ids, _as_wide(text[0], ids, target.pad_id)]),
+        "input_ids": torch.cat([ids, _as_wide(text[0], ids, target.markup.pad_id)]),
         "attention_mask": torch.cat([mask, _as_wide(text[1], ids, 0)]),
     }
     model = target.model

@@ -45,9 +45,9 @@ def embedded() -> Subjects:
 
 def subjects(loaded: LoadedModel) -> Subjects:
     """A VLM around a Llama, and that Llama."""
-    markup, pad_id = find_markup(loaded), int(loaded.processor.tokenizer.pad_token_id)
-    vlm = guarded_model(loaded.model, markup, pad_id)
-    return Subjects(loaded, vlm, guarded_model(_language_model(loaded.model), markup, pad_id))
+    markup = find_markup(loaded)
+    vlm = guarded_model(loaded.model, markup)
+    return Subjects(loaded, vlm, guarded_model(_language_model(loaded.model), markup))
 
 
 def _language_model(vlm: Any) -> LlamaForCausalLM:

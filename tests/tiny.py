@@ -16,7 +16,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlm_safeguard.artifact.config import Gate, GuardConfig, Markup, ModelIdentity, Steering
+from vlm_safeguard.artifact.config import Gate, GuardConfig, ImageMarkup, ModelIdentity, Steering
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.fingerprint import config_digest
 from vlm_safeguard.model.residual_stream import find_decoder
@@ -186,7 +186,7 @@ def guard(
             hidden_size=size,
             layers=len(decoder.layers),
         ),
-        markup=Markup(token_ids=[IMAGE], after=[NEWLINE], pad_id=PAD),
+        markup=ImageMarkup(token_ids=[IMAGE], after=[NEWLINE], pad_id=PAD),
         gates=list(gates),
         steering=steer,
     )

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from vlm_safeguard.embedded.base_llm import QWEN25_CODER_05B, fetch_gguf, read_gguf
+from vlm_safeguard.embedded.base_llm import QWEN25_CODER_05B, load_llm
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -57,12 +56,5 @@ def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
 
 def base_model(cache: Path) -> tuple[nn.Module, Any]:
     """The language model of the embedded VLM, frozen, and its tokenizer."""
-    config, state, tokenizer = read_gguf(
-        fetch_gguf(QWEN25_CODER_05B, cache, log), QWEN25_CODER_05B.pad_token
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(state, assign=True)
-    # The buffers of the rotary embedding are in no checkpoint.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.requires_grad_(False).eval(), tokenizer
+    model, tokenizer = load_llm(QWEN25_CODER_05B, cache, log)
+    return model.requires_grad_(False), tokenizer

@@ -20,7 +20,7 @@ from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_digest
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.residual_stream import find_decoder
-from vlm_safeguard.model.text_only import ImageMarkup, find_markup
+from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.model.weights import quantised, weights_digest
 from vlm_safeguard.runtime.gate import gate_class
 from vlm_safeguard.runtime.session import Session
@@ -216,14 +216,6 @@ class Guard:
 
     # -- use -----------------------------------------------------------------------------------
 
-    @property
-    def image_markup(self) -> ImageMarkup:
-        """How a picture is written in the token ids."""
-        markup = self.config.markup
-        return ImageMarkup(
-            tuple(markup.token_ids), tuple(markup.before), tuple(markup.after), tuple(markup.inner)
-        )
-
     def check_model(self, model: Any, processor: Any = None) -> None:
         """Check that this guard was calibrated on ``model``.
 
@@ -284,8 +276,9 @@ class Guard:
     def _check_markup(self, model: Any, processor: Any) -> None:
         """Compare the image tokens: one model and template can be used with several image
         processors (tiles or none), which write different tokens."""
-        name = self.config.model.name
-        if find_markup(LoadedModel(model, processor, name)) != self.image_markup:
+        name, own = self.config.model.name, self.config.markup
+        found = find_markup(LoadedModel(model, processor, name))
+        if found.model_dump(exclude={"pad_id"}) != own.model_dump(exclude={"pad_id"}):
             raise GuardError(
                 f"this guard is for {name}: the processor writes other tokens around a picture, so "
                 "its gates would take some of them for words. Load the processor of the same "
@@ -332,7 +325,7 @@ class Guard:
             GuardError: the guard belongs to another model, or a guard is attached already.
         """
         self.check_model(model, processor)
-        return Session(self.config, self.tensors, self.image_markup, model)
+        return Session(self.config, self.tensors, model)
 
 
 def reads_pictures(guard: Guard | None) -> bool:

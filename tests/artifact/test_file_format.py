@@ -239,7 +239,7 @@ def guards(draw):
             hidden_size=width,
             layers=depth,
         ),
-        markup=limits.Markup(token_ids=draw(st.lists(st.integers(0, 2**31 - 1), min_size=1))),
+        markup=limits.ImageMarkup(token_ids=draw(st.lists(st.integers(0, 2**31 - 1), min_size=1))),
         gates=gates,
         steering=steering,
         data_sha256=draw(st.dictionaries(st.text(letters, max_size=20), digest, max_size=3)),

@@ -70,7 +70,7 @@ def of(loaded):
     identity = made.config.model.model_copy(
         update={"template_sha256": template_digest(loaded.processor)}
     )
-    markup = found.settings(made.config.markup.pad_id)
+    markup = found.model_copy(update={"pad_id": made.config.markup.pad_id})
     return tiny.changed(made, model=identity, markup=markup)
 
 

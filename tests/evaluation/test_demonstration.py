@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests import checkpoint, tiny
-from vlm_safeguard.artifact.config import Markup
+from vlm_safeguard.artifact.config import ImageMarkup
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data.inputs import queries, settings_of
 from vlm_safeguard.data.prompts import Prompt
@@ -48,7 +48,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
     guard, extra = output / "given", output / "extra.txt"
     loaded = loading.load(folder)
     made = tiny.guard(loaded.model, [tiny.gate("text", 2), tiny.gate("vlm", 1, 3)])
-    markup = Markup(token_ids=[tiny.IMAGE], after=[made.config.markup.after[0]], pad_id=tiny.PAD)
+    markup = ImageMarkup(
+        token_ids=[tiny.IMAGE], after=[made.config.markup.after[0]], pad_id=tiny.PAD
+    )
     after = loaded.processor.tokenizer("\n").input_ids
     markup = markup.model_copy(update={"after": type(markup.after)(after)})
     made = Guard(made.config.model_copy(update={"markup": markup}), made.tensors)

@@ -19,14 +19,12 @@ from vlm_safeguard.evaluation.report import (
     PcaCloud,
     ReportData,
     cut_words,
-    plot_candidates,
     plot_gap,
-    plot_pca,
-    plot_separability,
     save_png,
     write_report,
 )
 from vlm_safeguard.evaluation.report import html as page_module
+from vlm_safeguard.evaluation.report.plots import plot_candidates, plot_pca, plot_separability
 from vlm_safeguard.utils.stats import wilson
 
 LAYERS = 30

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests import families, tiny
 from tests.families import Family
 from tests.tiny import generate
-from vlm_safeguard.artifact.config import Markup
+from vlm_safeguard.artifact.config import ImageMarkup
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
@@ -116,7 +116,9 @@ def guard_for(
         for text in (*wrapper, one.inner)
     )
     ids = loaded.processor.tokenizer.convert_tokens_to_ids(tokens)
-    markup = Markup(token_ids=ids, before=before, after=after, inner=inner, pad_id=families.PAD)
+    markup = ImageMarkup(
+        token_ids=ids, before=before, after=after, inner=inner, pad_id=families.PAD
+    )
     return tiny.changed(made, markup=markup)
 
 

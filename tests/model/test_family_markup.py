@@ -10,11 +10,11 @@ from torch import Tensor
 from tests import families
 from tests.families import FAMILIES, Family
 from tests.model.family_helpers import PROMPTS, loaded_of
+from vlm_safeguard.artifact.config import ImageMarkup
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.text_only import (
-    ImageMarkup,
     find_markup,
     image_token,
     text_columns,
@@ -147,7 +147,7 @@ def test_rows_of_tiles_and_what_stands_between_them() -> None:
     tokens = {tokenizer.decode([token]) for token in markup.token_ids}
     assert tokens == tags | {"<image>", "<fake_token_around_image>", "<global-img>"}
     assert [tokenizer.decode([token]) for token in markup.inner] == ["\n"]
-    assert markup.before == markup.after == ()
+    assert markup.before == markup.after == []
     seen = set()
     for size in SIZES:
         (reading,) = readings(loaded, [MULTILINE], size)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from tests import families, tiny
+from vlm_safeguard.artifact.config import ImageMarkup
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.text_only import (
-    ImageMarkup,
     find_markup,
     positions_of,
     text_columns,
@@ -18,11 +18,11 @@ from vlm_safeguard.model.text_only import (
 
 IMG, START, END = 90, 91, 92
 MARKUPS = {
-    "bare": ImageMarkup((IMG,)),
-    "after": ImageMarkup((IMG,), after=(END,)),
-    "before": ImageMarkup((IMG,), before=(START,)),
-    "both": ImageMarkup((IMG,), before=(START,), after=(END,)),
-    "longer": ImageMarkup((IMG, IMG + 5), before=(START, 7), after=(8, END)),
+    "bare": ImageMarkup(token_ids=[IMG]),
+    "after": ImageMarkup(token_ids=[IMG], after=[END]),
+    "before": ImageMarkup(token_ids=[IMG], before=[START]),
+    "both": ImageMarkup(token_ids=[IMG], before=[START], after=[END]),
+    "longer": ImageMarkup(token_ids=[IMG, IMG + 5], before=[START, 7], after=[8, END]),
 }
 WORDS = st.lists(st.integers(1, 80), max_size=5)
 
@@ -62,7 +62,7 @@ def test_only_one_wrapper_goes_with_a_picture():
 
 def test_a_wrapper_must_touch_its_picture():
     """The newline in front of one picture's own wrapper is text of its neighbour."""
-    markup = ImageMarkup((IMG,), before=(5,), after=(6,))
+    markup = ImageMarkup(token_ids=[IMG], before=[5], after=[6])
     assert strip(markup, [1, 5, 5, IMG, 6, IMG, 2]) == [1, 5, 2]
 
 
@@ -74,7 +74,7 @@ def test_the_far_ends_of_a_wrapper_may_have_melted_with_the_text():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batches_padded_on_either_side(side):
     inputs = tiny.batch(tiny.PROMPTS, side)
-    markup = ImageMarkup((tiny.IMAGE,), after=(tiny.NEWLINE,))
+    markup = ImageMarkup(token_ids=[tiny.IMAGE], after=[tiny.NEWLINE])
     columns = text_columns(inputs["input_ids"], inputs["attention_mask"], markup)
     ids, mask = text_only(inputs["input_ids"], columns, tiny.PAD)
     expected = tiny.batch([tiny.without_pictures(prompt) for prompt in tiny.PROMPTS])
@@ -84,7 +84,7 @@ def test_batches_padded_on_either_side(side):
 
 def test_a_row_of_pictures_only_has_no_columns():
     inputs = tiny.batch([tiny.pictured([]), [5, 6]])
-    markup = ImageMarkup((tiny.IMAGE,), after=(tiny.NEWLINE,))
+    markup = ImageMarkup(token_ids=[tiny.IMAGE], after=[tiny.NEWLINE])
     columns = text_columns(inputs["input_ids"], inputs["attention_mask"], markup)
     assert columns.sum(1).tolist() == [0, 2]
 

@@ -74,7 +74,7 @@ def test_a_compiled_layer_in_place_of_a_layer_is_refused():
     with pytest.raises(GuardError), made.attach(model):  # its parameters' names differ as well
         pass
     with pytest.raises(GuardError, match=r"compiled at .*layers\.3"):
-        Session(made.config, made.tensors, made.image_markup, model)
+        Session(made.config, made.tensors, model)
 
 
 def _compiled(how, model):

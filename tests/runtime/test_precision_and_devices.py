@@ -69,7 +69,7 @@ def test_layers_whose_weights_are_elsewhere_between_calls():
     made, references = calibrated(model, tiny.PROMPTS)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=False)
     assert next(find_decoder(model).layers[2].parameters()).device.type == "meta"
-    session = Session(made.config, made.tensors, made.image_markup, model)
+    session = Session(made.config, made.tensors, model)
     try:
         tokens, logits = generate(model, tiny.batch(tiny.PROMPTS))
     finally:

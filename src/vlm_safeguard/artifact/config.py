@@ -106,8 +106,17 @@ class ModelIdentity(_Strict):
     layers: int = Field(ge=1, le=MAX_MODEL_LAYERS)
 
 
-class Markup(_Strict):
-    """How a picture is written in the token ids, see ``model.text_only.ImageMarkup``."""
+class ImageMarkup(_Strict):
+    """How a picture is written in the token ids: ``before``, image tokens, ``after``.
+
+    Attributes:
+        token_ids: ids that occur in pictures only: image tokens, ends of rows and tiles.
+        before, after: ids that the template writes around a picture and leaves out without one,
+            such as LLaVA's newline or Qwen's vision start and end.
+        inner: ids of ordinary text, such as a newline between two rows of tiles. They belong to a
+            picture only between two of its ``token_ids``.
+        pad_id: pads the text-only pass.
+    """
 
     token_ids: list[_TokenId] = Field(min_length=1, max_length=MAX_MARKUP_TOKENS)
     before: list[_TokenId] = Field(default=[], max_length=MAX_MARKUP_TOKENS)
@@ -115,13 +124,48 @@ class Markup(_Strict):
     inner: list[_TokenId] = Field(default=[], max_length=MAX_MARKUP_TOKENS)
     pad_id: _TokenId = 0
 
+    def kept(self, ids: list[int]) -> list[int]:
+        """Indices of ``ids`` that stay when pictures and their wrappers are taken out.
+
+        Of a wrapper, what stands next to the picture goes: the newlines at its far end may have
+        become one token with those of the text, and stay there as white space.
+        """
+        tokens, place = set(self.token_ids), 0
+        kept: list[int] = []
+        while place < len(ids):
+            if ids[place] not in tokens:
+                kept.append(place)
+                place += 1
+                continue
+            before = place - 1
+            for token in reversed(self.before):
+                if not kept or kept[-1] != before or ids[before] != token:
+                    break
+                kept.pop()
+                before -= 1
+            place = self._end(ids, place)
+            for token in self.after:
+                if place == len(ids) or ids[place] != token:
+                    break
+                place += 1
+        return kept
+
+    def _end(self, ids: list[int], place: int) -> int:
+        """One past the last token of the picture that stands at ``place``."""
+        end = place
+        while place < len(ids) and (ids[place] in self.token_ids or ids[place] in self.inner):
+            place += 1
+            if ids[place - 1] in self.token_ids:
+                end = place
+        return end
+
 
 class GuardConfig(_Strict):
     """Everything in ``guard.json``."""
 
     schema_version: Literal[2] = 2
     model: ModelIdentity
-    markup: Markup
+    markup: ImageMarkup
     gates: list[Gate] = Field(min_length=1, max_length=MAX_GATES)
     steering: Steering
     reads_pictures: bool = False  # the text-only pass includes the words in pictures

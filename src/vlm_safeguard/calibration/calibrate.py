@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from vlm_safeguard import method
-from vlm_safeguard.artifact.config import Gate, GuardConfig, ModelIdentity, Steering
+from vlm_safeguard.artifact.config import Gate, GuardConfig, ImageMarkup, ModelIdentity, Steering
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.conformal import CONFIDENCE, check_enough
 from vlm_safeguard.calibration.gate_fitting import GateFit, auc, bounded
@@ -139,7 +139,7 @@ class _Foundation:
     loaded: LoadedModel
     directions: dict[int, Tensor]
     pairs: Tensor
-    markup: Any
+    markup: ImageMarkup
     witness: GateFit
     in_vlm: GateFit
     reads_pictures: bool
@@ -171,7 +171,7 @@ class _Foundation:
                 hidden_size=decoder.hidden_size,
                 layers=len(decoder.layers),
             ),
-            markup=self.markup.settings(self.loaded.processor.tokenizer.pad_token_id),
+            markup=self.markup,
             gates=gates,
             steering=steering,
             reads_pictures=self.reads_pictures,

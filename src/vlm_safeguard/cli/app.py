@@ -15,7 +15,9 @@ from vlm_safeguard.cli import evaluation as cli_evaluation
 from vlm_safeguard.cli.options import (
     Device,
     Dtype,
+    FalsePositives,
     Json,
+    MaxNewTokens,
     Model,
     Quiet,
     check_folder,
@@ -51,10 +53,7 @@ def assemble(
 def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the guard.")],
-    max_false_positives: Annotated[
-        float,
-        typer.Option(min=0.001, max=0.5, help="Share of harmless requests that may be stopped."),
-    ] = Budget.false_positives,
+    max_false_positives: FalsePositives = Budget.false_positives,
     max_kl: Annotated[
         float,
         typer.Option(min=0.0, help="Mean KL divergence allowed on harmless requests, in nats."),
@@ -165,7 +164,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The prompt to answer.")],
     image: Annotated[Path | None, typer.Option(help="PNG, JPEG or WEBP picture.")] = None,
     guard: Annotated[Path | None, typer.Option(help="Guard folder to attach.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json_: Json = False,

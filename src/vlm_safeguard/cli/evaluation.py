@@ -11,7 +11,10 @@ from vlm_safeguard.calibration.budget import Budget
 from vlm_safeguard.cli.options import (
     Device,
     Dtype,
+    FalsePositives,
     Json,
+    JudgeName,
+    MaxNewTokens,
     Model,
     Quiet,
     check_folder,
@@ -61,7 +64,7 @@ def evaluate(
             help="Folder of published benchmarks, one per subfolder, or 'hub' to download them."
         ),
     ] = None,
-    judge: Annotated[str, typer.Option(help="Judge: phrases, llama-guard:NAME, ...")] = "phrases",
+    judge: JudgeName = "phrases",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Number of prompts per label and set.")
     ] = None,
@@ -78,7 +81,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Labelled responses, to correct attack success for judge errors."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 32,
+    max_new_tokens: MaxNewTokens = 32,
     batch: Annotated[int, typer.Option(min=1, max=4096)] = 32,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -159,7 +162,7 @@ def gap(
     per_set: Annotated[int | None, typer.Option(min=1, help="Number of prompts per label.")] = None,
     guard: Annotated[Path | None, typer.Option(help="Guard whose gates are read as well.")] = None,
     name: Annotated[str, typer.Option(help="Prefix of the file names.")] = "gap",
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 32,
+    max_new_tokens: MaxNewTokens = 32,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json_: Json = False,
@@ -196,10 +199,7 @@ def gates(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Markdown file to write.")
     ] = None,
-    max_fpr: Annotated[
-        float,
-        typer.Option(min=0.001, max=0.5, help="Share of harmless requests that may be stopped."),
-    ] = 0.02,
+    max_fpr: FalsePositives = 0.02,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json_: Json = False,
@@ -233,7 +233,7 @@ def gates(
 @app.command("judge")
 def judge_again(
     run: Annotated[Path, typer.Argument(help="Folder of a finished evaluation.")],
-    judge: Annotated[str, typer.Option(help="Judge: phrases, llama-guard:NAME, ...")],
+    judge: JudgeName,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="File for the verdicts (default: in the folder)."),
@@ -257,7 +257,7 @@ def validate_judge(
     labels: Annotated[
         Path, typer.Argument(help="JSONL file with prompt, response and label on each line.")
     ],
-    judge: Annotated[str, typer.Option(help="Judge: phrases, llama-guard:NAME, ...")] = "phrases",
+    judge: JudgeName = "phrases",
     json_: Json = False,
 ) -> None:
     """Compare a judge with labels: sensitivity, specificity and kappa.

@@ -17,6 +17,11 @@ from vlm_safeguard.utils.files import check_writable
 Model = Annotated[str, typer.Argument(help="Folder, hub name, 'embedded' or 'embedded-0.5b'.")]
 Dtype = Annotated[str, typer.Option(help="Model dtype: float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Device to run the model on, for example cpu or cuda.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=4096)]
+FalsePositives = Annotated[
+    float, typer.Option(min=0.001, max=0.5, help="Share of harmless requests that may be stopped.")
+]
+JudgeName = Annotated[str, typer.Option(help="Judge: phrases, llama-guard:NAME, ...")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Do not report progress on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 

@@ -1,8 +1,7 @@
-"""Samples prompts evenly and removes duplicates."""
+"""Samples prompts evenly."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
@@ -54,18 +53,3 @@ def _staggered(items: list[Prompt]) -> list[Prompt]:
         start = n % len(members)
         ordered += members[start:] + members[:start]
     return ordered
-
-
-def drop_repeats(prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
-    """``prompts`` without those whose like came before, and how many were dropped.
-
-    Alike are prompts with the same letters and digits, whatever their case, punctuation and white
-    space, with the same picture (by its path or description) and the same label: AdvBench recurs
-    inside other sets, and would be counted as often. Where two sets disagree about the label of
-    the same words, both stay. Reworded questions are not repeats.
-    """
-    kept: dict[tuple[str, object, str], Prompt] = {}
-    for prompt in prompts:
-        letters = re.sub(r"[\W_]+", "", prompt.prompt.casefold()) or prompt.prompt
-        kept.setdefault((letters, prompt.picture, prompt.label), prompt)
-    return list(kept.values()), len(prompts) - len(kept)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from vlm_safeguard.errors import DemoError
 
@@ -208,6 +208,19 @@ def _from_hub(base: BaseLLM, cache: Path, progress: Progress) -> Path | None:
     if not _is(found, base):
         raise DemoError(_another(found, base))
     return found
+
+
+def load_llm(
+    base: BaseLLM, cache: Path, progress: Progress = lambda _: None
+) -> tuple[PreTrainedModel, Any]:
+    """The language model (float32) and tokenizer of a GGUF file, fetched first if need be."""
+    config, state, tokenizer = read_gguf(fetch_gguf(base, cache, progress), base.pad_token)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(state, assign=True)
+    # The buffers of the rotary embedding are in no checkpoint.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval(), tokenizer
 
 
 def read_gguf(path: Path, pad_token: str) -> tuple[PretrainedConfig, dict[str, Tensor], Any]:

@@ -17,10 +17,19 @@ Conversation = Sequence[Mapping[str, Any]]
 _Turn = tuple[str, list[str | None], list[Image.Image]]
 
 
-def conversation(prompt: str, images: int = 0) -> list[dict[str, Any]]:
-    """A prompt as one user message in the chat format of transformers, pictures first."""
-    parts: list[dict[str, Any]] = [{"type": "image"} for _ in range(images)]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+def _templated(processor: Any, turns: Sequence[tuple[str, Sequence[str | None]]]) -> str:
+    """Turns through the chat template, ready for an answer: roles and parts, None for a picture."""
+    messages = [
+        {
+            "role": role,
+            "content": [
+                {"type": "image"} if part is None else {"type": "text", "text": part}
+                for part in parts
+            ],
+        }
+        for role, parts in turns
+    ]
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 def render(processor: Any, prompt: str, pictures: int = 0) -> str:
@@ -32,11 +41,7 @@ def render(processor: Any, prompt: str, pictures: int = 0) -> str:
     """
 
     def rendered(count: int) -> str:
-        return str(
-            processor.apply_chat_template(
-                conversation(prompt, count), add_generation_prompt=True, tokenize=False
-            )
-        )
+        return _templated(processor, [("user", [*[None] * count, prompt])])
 
     if pictures:
         return rendered(pictures)
@@ -191,17 +196,7 @@ def _rendered(processor: Any, turns: Sequence[_Turn]) -> str:
         pictures = words.count(None)
         if words[:pictures] == [None] * pictures and len(words) == pictures + 1:
             return render(processor, str(words[-1]), pictures)
-    content = [
-        {
-            "role": role,
-            "content": [
-                {"type": "image"} if word is None else {"type": "text", "text": word}
-                for word in words
-            ],
-        }
-        for role, words in messages
-    ]
-    return str(processor.apply_chat_template(content, add_generation_prompt=True, tokenize=False))
+    return _templated(processor, messages)
 
 
 def encode(

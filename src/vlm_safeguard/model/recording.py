@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def record(
     layers: int | None = None,
     decoder: Decoder | None = None,
     read_pictures: bool = False,
+    run: Callable[[list[int]], None] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Record the hidden states at the last prompt token after each decoder layer.
@@ -54,6 +55,8 @@ def record(
         decoder: the verified decoder. Required for a guarded model, because the guard does not
             allow the forward pass that verifies it.
         read_pictures: for a guard that reads pictures, see ``encode``.
+        run: runs the model on the items of a batch, given by their indices, in place of one forward
+            pass. The first pass is recorded; its inputs are padded on the left.
         progress: where progress is reported; by default nowhere.
 
     Returns:
@@ -75,20 +78,25 @@ def record(
     def keep(layer: int) -> Any:
         def see(output: Any) -> None:
             # Batches are padded on the left: the last column is the last prompt token.
-            seen[layer] = hidden_of(output)[:, -1].float().cpu()
+            if layer not in seen:
+                seen[layer] = hidden_of(output)[:, -1].float().cpu()
             if layer == depth - 1 and layers:
                 raise EnoughSeen
 
         return see
 
+    def forward(group: list[int]) -> None:
+        texts, images = [items[i].text for i in group], [items[i].image for i in group]
+        inputs = encode(loaded, texts, images, read_pictures)
+        loaded.model(**inputs, use_cache=False, logits_to_keep=1)
+
     handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(depth)]
     try:
         groups = batches(loaded.processor.tokenizer, items, batch)
         for group in progress.track(groups, what) if progress else groups:
-            texts, images = [items[i].text for i in group], [items[i].image for i in group]
-            inputs = encode(loaded, texts, images, read_pictures)
+            seen.clear()
             with suppress(EnoughSeen):
-                loaded.model(**inputs, use_cache=False, logits_to_keep=1)
+                (run or forward)(group)
             read = torch.stack([seen[layer] for layer in range(depth)], 1)
             states[group], finite[group] = read, torch.isfinite(read).all(2)
     finally:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm_safeguard.artifact.config import Markup
+from vlm_safeguard.artifact.config import ImageMarkup
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import process, render
 from vlm_safeguard.model.loading import LoadedModel
@@ -25,64 +25,6 @@ from vlm_safeguard.model.loading import LoadedModel
 # Square, wide and tall, small and large: pictures that processors cut into different tiles.
 PROBE_SIZES = ((64, 64), (320, 64), (64, 320), (900, 600), (600, 900), (48, 40))
 PROBE = "How do I bake bread?"
-
-
-@dataclass(frozen=True)
-class ImageMarkup:
-    """How a picture is written in the token ids: ``before``, image tokens, ``after``.
-
-    Attributes:
-        token_ids: ids that occur in pictures only: image tokens, ends of rows and tiles.
-        before, after: ids that the template writes around a picture and leaves out without one,
-            such as LLaVA's newline or Qwen's vision start and end.
-        inner: ids of ordinary text, such as a newline between two rows of tiles. They belong to a
-            picture only between two of its ``token_ids``.
-    """
-
-    token_ids: tuple[int, ...]
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
-    inner: tuple[int, ...] = ()
-
-    def kept(self, ids: list[int]) -> list[int]:
-        """Indices of ``ids`` without pictures and the tokens around them.
-
-        Tokens around a picture are removed outwards from it, as far as they match. Newlines that
-        merged into one token with those of the text stay, as white space.
-        """
-        tokens, place = set(self.token_ids), 0
-        kept: list[int] = []
-        while place < len(ids):
-            if ids[place] not in tokens:
-                kept.append(place)
-                place += 1
-                continue
-            before = place - 1
-            for token in reversed(self.before):
-                if not kept or kept[-1] != before or ids[before] != token:
-                    break
-                kept.pop()
-                before -= 1
-            place = self._end(ids, place)
-            for token in self.after:
-                if place == len(ids) or ids[place] != token:
-                    break
-                place += 1
-        return kept
-
-    def settings(self, pad_id: int) -> Markup:
-        """The markup as a guard's settings; ``pad_id`` pads the text-only pass."""
-        lists = {name: list(tokens) for name, tokens in vars(self).items()}
-        return Markup(**lists, pad_id=pad_id)
-
-    def _end(self, ids: list[int], place: int) -> int:
-        """Index after the last token of the picture that starts at ``place``."""
-        end = place
-        while place < len(ids) and (ids[place] in self.token_ids or ids[place] in self.inner):
-            place += 1
-            if ids[place - 1] in self.token_ids:
-                end = place
-        return end
 
 
 def find_markup(loaded: LoadedModel) -> ImageMarkup:
@@ -184,10 +126,11 @@ def _markup(tokenizer: Any, blocks: list[_Block], special: set[int]) -> ImageMar
         if len(before) > 1 or len(after) > 1:
             return None
     return ImageMarkup(
-        tuple(sorted(inside & special)),
-        before.pop(),
-        after.pop(),
-        tuple(sorted(inside - special)),
+        token_ids=sorted(inside & special),
+        before=list(before.pop()),
+        after=list(after.pop()),
+        inner=sorted(inside - special),
+        pad_id=tokenizer.pad_token_id,
     )
 
 

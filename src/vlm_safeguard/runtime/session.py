@@ -17,7 +17,6 @@ from torch import Tensor
 from vlm_safeguard.artifact.config import GuardConfig
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.residual_stream import find_decoder
-from vlm_safeguard.model.text_only import ImageMarkup
 from vlm_safeguard.runtime import validation
 from vlm_safeguard.runtime.attestation import Attestation, Decision, attest, decisions_of
 from vlm_safeguard.runtime.compiling import uncompiled, untraced
@@ -35,15 +34,13 @@ class Session:
     ``decisions`` and ``attestation`` describe the last request.
     """
 
-    def __init__(
-        self, config: GuardConfig, tensors: dict[str, Tensor], markup: ImageMarkup, model: Any
-    ) -> None:
+    def __init__(self, config: GuardConfig, tensors: dict[str, Tensor], model: Any) -> None:
         """Attach the guard. If this fails, the model is left as it was.
 
         Raises:
             GuardError: a guard is attached already, or a part of the model is compiled.
         """
-        self.config, self.markup, self.model = config, markup, model
+        self.config, self.model = config, model
         decoder = find_decoder(model)
         self._gates = Gates(config.gates, tensors)
         self._steerer = Steerer(config.steering, tensors, bool(self._gates.layers("text")))
@@ -146,7 +143,7 @@ class Session:
         validation.check_adapters(self.model, self._adapters)
         validation.check_only_pictures(self._other_tokens, ids, options)
         if self.config.reads_pictures and text is None:
-            validation.check_no_unread_picture(self.markup, ids, options)
+            validation.check_no_unread_picture(self.config.markup, ids, options)
         request, mask = validation.begin(
             self.config,
             ids,
@@ -158,7 +155,7 @@ class Session:
         if self._reads_text:
             if text is None:
                 text = validation.derive_text(
-                    self.model, self.config, self.markup, ids, mask, options.get("inputs_embeds")
+                    self.model, self.config.markup, ids, mask, options.get("inputs_embeds")
                 )
             validation.check_rows(request, text)
             self._pass = reading = TextPass(request, self._layers, self._gates, self._steerer)

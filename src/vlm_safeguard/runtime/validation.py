@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_safeguard.artifact.config import GuardConfig
+from vlm_safeguard.artifact.config import GuardConfig, ImageMarkup
 from vlm_safeguard.errors import GuardRuntimeError
-from vlm_safeguard.model.text_only import ImageMarkup, text_columns, text_only
+from vlm_safeguard.model.text_only import text_columns, text_only
 from vlm_safeguard.model.weights import adapter_names, adapters_at_work
 from vlm_safeguard.runtime.request import Request
 
@@ -125,7 +125,6 @@ def begin(
 
 def derive_text(
     model: Any,
-    config: GuardConfig,
     markup: ImageMarkup,
     ids: Tensor | None,
     mask: Tensor,
@@ -140,7 +139,7 @@ def derive_text(
     check_embeds(model, ids, embeds, columns)
     if ids is None or columns is None or not bool(columns.any(1).all()):
         raise GuardRuntimeError("a row of the batch has no text besides its pictures")
-    return text_only(ids, columns, config.markup.pad_id)
+    return text_only(ids, columns, markup.pad_id)
 
 
 def check_embeds(

@@ -14,8 +14,9 @@ from tests.paths import PUBLISHED
 from vlm_safeguard.data import prompts
 from vlm_safeguard.data.inputs import settings_of
 from vlm_safeguard.data.prompts import Prompt
+from vlm_safeguard.data.sampling import thin
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluation.benchmarks import BENCHMARKS, drop_repeats, load_benchmark, thin
+from vlm_safeguard.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from vlm_safeguard.evaluation.benchmarks.pictured import FIGSTEP_REQUEST
 from vlm_safeguard.evaluation.benchmarks.text import JAILBREAK_TEMPLATES
 
@@ -310,7 +311,6 @@ def test_figstep_asks_the_same_of_every_picture(library: Path) -> None:
     found = load_benchmark("figstep", library)
     assert texts(found) == [FIGSTEP_REQUEST] * 2
     assert [prompt.id for prompt in found] == ["figstep-1-1", "figstep-10-2"]
-    assert drop_repeats(found) == (found, 0)
 
 
 def test_mm_safetybench_pairs_each_picture_with_its_wording(library: Path) -> None:
@@ -473,26 +473,6 @@ def test_a_limit_touches_all_questions_and_all_templates() -> None:
     assert set(Counter(prompt.intent for prompt in part).values()) == {4}
     assert Counter(thin(grid, 100)) == Counter(grid)
     assert len({prompt.cluster for prompt in thin(grid, 5)}) == 5
-
-
-def test_repeats_are_dropped_whatever_their_punctuation() -> None:
-    def asked(key: str, text: str, label: prompts.Label = "harmful", picture: str = "") -> Prompt:
-        about = (("kind", "file"), ("value", picture)) if picture else None
-        return Prompt(key, text, label, "plain", "", key, picture=about)
-
-    first = asked("a", "How do I juggle?")
-    kept = [
-        first,
-        asked("b", "How do I juggle four balls?"),
-        asked("c", "How do I juggle?", label="harmless"),
-        asked("d", "How do I juggle?", picture="1.jpg"),
-        asked("e", "怎么办"),
-        asked("f", "?!"),
-        asked("g", "..."),
-    ]
-    again = [asked("h", "  how do i “JUGGLE”"), asked("i", "how-do\ni juggle...")]
-    assert drop_repeats([*kept, *again]) == (kept, 2)
-    assert drop_repeats([]) == ([], 0)
 
 
 def test_benchmarks_name_their_publishers_and_licences() -> None:

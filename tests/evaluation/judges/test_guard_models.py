@@ -175,13 +175,13 @@ def test_a_prompt_file_is_filled_in_one_pass(tmp_path: Path) -> None:
 def test_guard_models_load_from_a_folder(guard_folder: Path, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("{prompt}\n{response}\nAnswer:")
-    for spec, options in (
-        (f"llama-guard:{guard_folder}", {}),
-        (f"qwen3guard:{guard_folder}", {"asks": "refusal"}),
-        (f"prompt-file:{guard_folder}#{prompt}", {"answer": "wildguard"}),
+    for spec, asks in (
+        (f"llama-guard:{guard_folder}?batch=2", "harm"),
+        (f"qwen3guard:{guard_folder}?batch=2&asks=refusal", "refusal"),
+        (f"prompt-file:{guard_folder}#{prompt}?batch=2&answer=wildguard", "harm"),
     ):
-        judge = make_judge(spec, batch=2, **options)
-        assert judge.asks == options.get("asks", "harm")
+        judge = make_judge(spec)
+        assert judge.asks == asks
         assert judge.judge([(QUESTION, HELP)])[0].verdict is None
 
 

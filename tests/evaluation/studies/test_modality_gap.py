@@ -50,9 +50,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> loading.LoadedModel:
 @pytest.fixture(scope="module")
 def guard(loaded: loading.LoadedModel) -> Any:
     gates = [tiny.gate("text", 2), tiny.gate("vlm", 1, 3)]
-    made, own = tiny.guard(loaded.model, gates), find_markup(loaded)
-    markup = own.settings(tiny.PAD)
-    return tiny.changed(made, markup=markup)
+    return tiny.changed(tiny.guard(loaded.model, gates), markup=find_markup(loaded))
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 from vlm_safeguard.data.prompts import Prompt
-from vlm_safeguard.data.sampling import drop_repeats, thin
+from vlm_safeguard.data.sampling import thin
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.benchmarks import own, pictured, text
 from vlm_safeguard.evaluation.benchmarks.folders import Folder
 
-__all__ = [
-    "BENCHMARKS",
-    "PROMPTS",
-    "Benchmark",
-    "benchmark_of",
-    "drop_repeats",
-    "load_benchmark",
-    "thin",
-]
+__all__ = ["BENCHMARKS", "PROMPTS", "Benchmark", "benchmark_of", "load_benchmark"]
 
 PROMPTS = "prompts:"  # and a file: a benchmark of the user's own
 

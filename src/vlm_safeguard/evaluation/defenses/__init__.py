@@ -1,15 +1,14 @@
-"""Defences by name, one file each: the guard, published defences, and none."""
+"""Defences by name: none, the guard as it is, and others in one file each."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.defenses import (
     erase,
     goal_priority,
-    guarded,
-    none,
     paper_formula,
     self_reminder,
 )
@@ -17,8 +16,8 @@ from vlm_safeguard.evaluation.defenses.base import Defence
 from vlm_safeguard.guard import Guard
 
 BY_TEXT = {"self-reminder": self_reminder.build, "goal-priority": goal_priority.build}
-BY_GUARD = {
-    "guard": guarded.build,
+BY_GUARD: dict[str, Callable[[Guard], Defence]] = {
+    "guard": lambda guard: Defence("guard", guard=guard),
     "paper-formula": paper_formula.build,
     "erase-ablation": erase.build,
 }
@@ -51,7 +50,7 @@ def make_defence(
                 "-o GUARD` and name its folder"
             )
         return BY_GUARD[name](Guard.from_pretrained(Path(guard)))
-    return none.build()
+    return Defence("none")
 
 
 __all__ = ["BY_GUARD", "DEFENCES", "Defence", "make_defence"]

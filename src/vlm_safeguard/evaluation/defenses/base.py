@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from vlm_safeguard.guard import Guard
 
 
-def unchanged(text: str) -> str:
-    """The request as it came."""
-    return text
-
-
 @dataclass(frozen=True)
 class Defence:
     """``reword`` is applied to the text of every request; ``guard`` is attached to the model."""
 
     name: str
-    reword: Callable[[str], str] = unchanged
+    reword: Callable[[str], str] = str  # as it came
     guard: Guard | None = None

@@ -5,11 +5,12 @@ The guard's gate decides where; the component along the directions goes and noth
 
 from __future__ import annotations
 
+from vlm_safeguard.artifact.config import Steering
 from vlm_safeguard.evaluation.defenses.base import Defence
-from vlm_safeguard.evaluation.defenses.variants import with_steering
+from vlm_safeguard.evaluation.defenses.variants import changed
 from vlm_safeguard.guard import Guard
 
 
 def build(guard: Guard) -> Defence:
-    name = "erase-ablation"
-    return Defence(name, guard=with_steering(guard, mode="erase"))
+    steering = Steering.model_validate(guard.config.steering.model_dump() | {"mode": "erase"})
+    return Defence("erase-ablation", guard=changed(guard, steering=steering))

@@ -6,13 +6,26 @@ at every position. The directions and layers are those of our guard; alpha is 1 
 
 from __future__ import annotations
 
+import torch
+
+from vlm_safeguard.artifact.config import Gate, Steering
 from vlm_safeguard.evaluation.defenses.base import Defence
-from vlm_safeguard.evaluation.defenses.variants import paper_formula
+from vlm_safeguard.evaluation.defenses.variants import changed
 from vlm_safeguard.guard import Guard
 
 ALPHA = 1.0
 
 
 def build(guard: Guard) -> Defence:
-    name = "paper-formula"
-    return Defence(name, guard=paper_formula(guard, ALPHA))
+    layers = guard.config.steering.layers
+    steering = Steering(
+        mode="add", query="pass", positions="all", layers=layers, rank=1, alpha=ALPHA
+    )
+    tensors = {}
+    for layer in layers:
+        tensors[f"directions.{layer}"] = guard.tensors[f"directions.{layer}"][:1].contiguous()
+        tensors[f"anchor.{layer}"] = guard.tensors[f"anchor.{layer}"][:1].contiguous()
+    tensors["gate.0"] = torch.cat([tensors[f"directions.{n}"] for n in layers])
+    gate = Gate(source="vlm", layers=layers, thresholds=[0.0] * len(layers), per_layer=True)
+    made = changed(guard, tensors, steering=steering, gates=[gate], reads_pictures=False)
+    return Defence("paper-formula", guard=made)

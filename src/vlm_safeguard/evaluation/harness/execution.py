@@ -160,8 +160,8 @@ def running(
     models = list(_models(plan))  # a model or guard that cannot be read leaves no folder behind
     busy = f"another run is at work in {output}: wait for it or name another folder"
     with held(output / LOCK, busy):
-        asked = plan.as_dict() | {"guard_sha256": _guard_digest(plan)}
-        claim(output, asked, _digests(plan, models))
+        digest = file_digest(Path(plan.guard) / "guard.json", "the guard") if plan.guard else ""
+        claim(output, plan.as_dict() | {"guard_sha256": digest}, _digests(plan, models))
         tasks = []
         for name, setting in pairs:
             folder = plan.folder(name)
@@ -244,10 +244,6 @@ def _digests(plan: Plan, models: Sequence[Model]) -> dict[str, str]:
     if of_judge is not None:
         found["file of the judge"] = file_digest(of_judge, "the judge's file")
     return found
-
-
-def _guard_digest(plan: Plan) -> str:
-    return file_digest(Path(plan.guard) / "guard.json", "the guard") if plan.guard else ""
 
 
 def names(given: Sequence[str], all_of: Sequence[str]) -> tuple[str, ...]:

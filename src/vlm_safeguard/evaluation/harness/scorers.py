@@ -40,21 +40,18 @@ def _rate(name: str, hits: tuple[str, ...], label: str | None) -> MetricProtocol
     """Share of scores of a label with one of the verdicts ``hits``, with its Wilson interval
     clustered by question: the one of ``results``."""
 
+    def counts(one: SampleScore) -> bool:
+        if label is None:
+            return True
+        # Where no judge was asked, only the text check has spoken, of a garbled answer.
+        return (one.sample_metadata or {}).get("label") == label and one.score.reason != NOT_ASKED
+
     def measure(scores: list[SampleScore]) -> Value:
-        chosen = [s for s in scores if label is None or (_label(s) == label and _asked(s))]
+        chosen = [s for s in scores if counts(s)]
         clusters = [str((s.sample_metadata or {}).get("cluster")) for s in chosen]
         return clustered_wilson([s.score.value in hits for s in chosen], clusters).as_dict(name)
 
     return measure
-
-
-def _label(score: SampleScore) -> str:
-    return str((score.sample_metadata or {}).get("label"))
-
-
-def _asked(score: SampleScore) -> bool:
-    """Whether a judge was asked; otherwise only the text check has spoken, of a garbled answer."""
-    return score.score.reason != NOT_ASKED
 
 
 @metric

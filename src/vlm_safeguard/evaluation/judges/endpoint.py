@@ -13,11 +13,11 @@ import re
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
@@ -32,9 +32,6 @@ from vlm_safeguard.evaluation.judges.judgement import (
     screened,
     unscored,
 )
-
-if TYPE_CHECKING:
-    from vlm_safeguard.utils.progress import Progress
 
 Family = Literal["general", "llama-guard", "qwen3guard"]
 
@@ -82,8 +79,6 @@ class EndpointJudge:
         backoff: Seconds before the first retry, doubled each time, at most 30.
         concurrency: Requests under way at once.
         max_tokens: Tokens of the answer.
-        extra: More fields of the request, for example ``{"seed": 0}``.
-        progress: Told of every answer.
 
     Raises:
         JudgeError: the address is none, the key's variable is not set, or the options do not fit.
@@ -103,8 +98,6 @@ class EndpointJudge:
         backoff: float = 1.0,
         concurrency: int = 4,
         max_tokens: int = MAX_TOKENS,
-        extra: Mapping[str, Any] | None = None,
-        progress: Progress | None = None,
     ) -> None:
         self._url = _checked(base_url)
         self._where = f"{self._url} (model {model})"
@@ -137,7 +130,7 @@ class EndpointJudge:
             self.name += f", {max_tokens} tokens"
         if family == "qwen3guard" and controversial == "safe":
             self.name += ", controversial counted as safe"
-        self._body = {"model": model, "temperature": 0, "max_tokens": max_tokens, **(extra or {})}
+        self._body = {"model": model, "temperature": 0, "max_tokens": max_tokens}
         self._timeout, self._backoff = timeout, backoff
         self._retrying = Retrying(
             stop=stop_after_attempt(retries + 1),
@@ -145,7 +138,7 @@ class EndpointJudge:
             wait=self._pause,
             reraise=True,
         )
-        self.concurrency, self._progress = concurrency, progress
+        self.concurrency = concurrency
         # No redirect is followed: it would carry the key to another host.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
         try:
@@ -186,9 +179,7 @@ class EndpointJudge:
                 found.append(self._one(pairs[0], first=True))
                 self._known = True
         with ThreadPoolExecutor(self.concurrency) as pool:
-            rest = pool.map(self._one, pairs[len(found) :])
-            found += self._progress.track(rest, self.name) if self._progress else rest
-        return found
+            return found + list(pool.map(self._one, pairs[len(found) :]))
 
     def _one(self, pair: Pair, first: bool = False) -> Judgement:
         body = json.dumps(self._body | {"messages": self.messages(*pair)}).encode()

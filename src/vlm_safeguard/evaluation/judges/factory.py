@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,19 @@ SPECS = {
 }
 
 
-def make_judge(spec: str, **options: Any) -> Judge:
+def make_judge(spec: str) -> Judge:
     """The judge that ``spec`` names, for example ``endpoint:http://localhost:8000/v1#my-model``.
 
     Args:
         spec: One of the forms in ``SPECS``, with options at its end or none:
-            ``...#my-model?timeout=120&key_variable=OPENAI_API_KEY`` (see ``options``).
-        options: Keyword arguments of that judge; they go before those in the spec.
+            ``...#my-model?timeout=120&key_variable=OPENAI_API_KEY`` (see ``judge_options``).
 
     Raises:
         JudgeError: the spec is of no known form, an option is not the judge's, or the judge
             cannot be made.
         DataError: its file cannot be read.
     """
-    spec, given = split(spec)
-    options = given | options
+    spec, options = split(spec)
     kind, _, rest = spec.partition(":")
     if kind not in SPECS:
         raise JudgeError(f"unknown judge {spec!r}: use one of {', '.join(SPECS.values())}")
@@ -58,11 +55,6 @@ def make_judge(spec: str, **options: Any) -> Judge:
         complete = bool(left and right)
     if not complete:
         raise JudgeError(f"the judge {spec!r} is not of the form {SPECS[kind]}")
-    known = inspect.signature(make).parameters
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        own = ", ".join(n for n, p in known.items() if p.kind is p.KEYWORD_ONLY) or "none"
-        raise JudgeError(f"the judge {kind} has no option {unknown[0]!r}: its options are {own}")
     return make(*arguments, **options)
 
 

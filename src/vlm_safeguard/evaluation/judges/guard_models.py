@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.judges import parse
@@ -28,12 +28,11 @@ from vlm_safeguard.evaluation.judges.judgement import (
     unscored,
 )
 
-if TYPE_CHECKING:
-    from vlm_safeguard.utils.progress import Progress
-
 # Stand-ins for prompt and response: what a template does to them, it does to any text.
 PROBES = ("qzprobeprompt", "qzproberesponse")
 PLACEHOLDERS = ("{prompt}", "{response}")
+
+BATCH = 8  # responses judged at a time
 
 Answer = Literal["yes-no", "wildguard"]
 
@@ -176,10 +175,9 @@ class GuardModelJudge:
         parts: Model and tokenizer.
         frame: Writes the judge prompt.
         read: Reads the model's answer.
-        asks: What the verdict is about (see ``base.Asks``).
+        asks: What the verdict is about (see ``judgement.Asks``).
         max_new_tokens: Tokens of the answer.
         batch: Responses judged at a time.
-        progress: Told of every batch.
 
     Raises:
         JudgeError: the tokenizer has neither a padding nor an end token.
@@ -193,13 +191,12 @@ class GuardModelJudge:
         asks: Asks,
         *,
         max_new_tokens: int = 32,
-        batch: int = 8,
-        progress: Progress | None = None,
+        batch: int = BATCH,
     ) -> None:
         self.name = parts.name
         self.asks: Asks = asks
         self._parts, self._frame, self._read = parts, frame, read
-        self._new, self._batch, self._progress = max_new_tokens, batch, progress
+        self._new, self._batch = max_new_tokens, batch
         tokenizer = parts.tokenizer
         if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
             raise JudgeError(f"the tokenizer of {parts.name} has no padding token")
@@ -269,7 +266,7 @@ class GuardModelJudge:
         ready = {i: item for i, item in enumerate(prepared) if not isinstance(item, Judgement)}
         order = sorted(ready, key=lambda i: -len(ready[i]))  # a lack of memory shows at once
         groups = [order[n : n + self._batch] for n in range(0, len(order), self._batch)]
-        for group in self._progress.track(groups, self.name) if self._progress else groups:
+        for group in groups:
             answers = self._generate([ready[i] for i in group])
             found |= {i: self._read(said) for i, said in zip(group, answers, strict=True)}
         return [found[i] for i in range(len(pairs))]
@@ -304,24 +301,17 @@ class GuardModelJudge:
         return answers
 
 
-def llama_guard(
-    name: str,
-    *,
-    dtype: str = "float32",
-    device: str = "cpu",
-    batch: int = 8,
-    progress: Progress | None = None,
-) -> GuardModelJudge:
+def llama_guard(name: str, *, batch: int = BATCH, **place: str) -> GuardModelJudge:
     """Llama Guard 1 to 4. ``LlamaGuard-7b`` finds a third of HarmBench's jailbreaks: validate.
+
+    ``place``: ``dtype`` and ``device``, see ``load_guard``; likewise for the judges below.
 
     Raises:
         JudgeError: the model cannot be loaded or has no chat template.
     """
-    parts = load_guard(name, dtype, device)
+    parts = load_guard(name, **place)
     frame = ChatTemplate(parts.tokenizer, name)
-    return GuardModelJudge(
-        parts, frame, parse.llama_guard, "harm", max_new_tokens=32, batch=batch, progress=progress
-    )
+    return GuardModelJudge(parts, frame, parse.llama_guard, "harm", batch=batch)
 
 
 def qwen3guard(
@@ -329,22 +319,18 @@ def qwen3guard(
     *,
     asks: Asks = "harm",
     controversial: parse.Reading = "unsafe",
-    dtype: str = "float32",
-    device: str = "cpu",
-    batch: int = 8,
-    progress: Progress | None = None,
+    batch: int = BATCH,
+    **place: str,
 ) -> GuardModelJudge:
     """Qwen3Guard-Gen. ``asks`` and ``controversial`` as in ``parse.qwen3guard``.
 
     Raises:
         JudgeError: the model cannot be loaded or has no chat template.
     """
-    parts = load_guard(name, dtype, device)
+    parts = load_guard(name, **place)
     frame = ChatTemplate(parts.tokenizer, name)
     read = partial(parse.qwen3guard, asks=asks, controversial=controversial)
-    judge = GuardModelJudge(
-        parts, frame, read, asks, max_new_tokens=96, batch=batch, progress=progress
-    )
+    judge = GuardModelJudge(parts, frame, read, asks, max_new_tokens=96, batch=batch)
     if controversial == "safe" and asks == "harm":  # other verdicts, another judge
         judge.name += ", controversial counted as safe"
     return judge
@@ -356,29 +342,23 @@ def prompt_file(
     *,
     answer: Answer = "yes-no",
     asks: Asks = "harm",
-    dtype: str = "float32",
-    device: str = "cpu",
-    batch: int = 8,
-    progress: Progress | None = None,
+    batch: int = BATCH,
+    **place: str,
 ) -> GuardModelJudge:
     """A guard model whose prompt is in ``file``: HarmBench's classifiers, or WildGuard.
 
     Raises:
         DataError: the file cannot be read or lacks a placeholder.
-        JudgeError: the model cannot be loaded, ``answer`` is unknown, or a model that only says
-            yes or no is asked for refusals.
+        JudgeError: the model cannot be loaded, or a model that only says yes or no is asked for
+            refusals.
     """
-    if answer not in ("yes-no", "wildguard"):
-        raise JudgeError(f"unknown answer {answer!r}: use 'yes-no' or 'wildguard'")
     if answer == "yes-no" and asks == "refusal":
         raise JudgeError("a model that says yes or no judges harm, not refusal")
     frame = PromptFile(file)
-    parts = load_guard(name, dtype, device)
+    parts = load_guard(name, **place)
     read = parse.yes_no if answer == "yes-no" else partial(parse.wildguard, asks=asks)
     new = 4 if answer == "yes-no" else 32
-    judge = GuardModelJudge(
-        parts, frame, read, asks, max_new_tokens=new, batch=batch, progress=progress
-    )
+    judge = GuardModelJudge(parts, frame, read, asks, max_new_tokens=new, batch=batch)
     # Another prompt, or another reading of the answer, gives other verdicts.
     digest = hashlib.sha256(frame.text.encode()).hexdigest()[:8]
     judge.name += f" with {file.name} ({digest})"

@@ -48,7 +48,7 @@ class Validation:
     """A judge against labels of responses to one kind of prompts.
 
     Attributes:
-        judge, asks: Whose verdicts, and on what (see ``base.Asks``).
+        judge, asks: Whose verdicts, and on what (see ``judgement.Asks``).
         prompts: "harmful", where attack successes are sought (label "complied"), or "harmless",
             where refusals are.
         n: Labelled responses to them.
@@ -126,9 +126,6 @@ def validate(
     judge: Judge,
     rows: Sequence[Labelled],
     prompts: Prompts = "harmful",
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
 ) -> Validation:
     """Hold ``judge`` against the labelled responses to ``prompts`` among ``rows``.
 
@@ -159,9 +156,7 @@ def validate(
     other = [verdict for verdict in OUTCOMES if verdict not in (sought, "unscored")]
     hits, misses = count((sought,), (sought,)), count((sought,), other)
     alarms, rejections = count(negative, (sought,)), count(negative, other)
-    kappa, low, high = cohen_kappa(
-        ((hits, misses), (alarms, rejections)), resamples=resamples, seed=seed
-    )
+    kappa, low, high = cohen_kappa(((hits, misses), (alarms, rejections)))
     return Validation(
         judge=judge.name,
         asks=judge.asks,
@@ -209,7 +204,7 @@ def _part(what: str, found: Validation) -> str:
 
 
 def cohen_kappa(
-    table: tuple[tuple[int, int], tuple[int, int]], *, resamples: int = 2000, seed: int = 0
+    table: tuple[tuple[int, int], tuple[int, int]], resamples: int = 2000
 ) -> tuple[float | None, float | None, float | None]:
     """Cohen's kappa (1960) of a 2x2 table of counts, with its 95% bootstrap interval.
 
@@ -223,7 +218,7 @@ def cohen_kappa(
     value = _kappa(counts[None] / n)[0]
     if np.isnan(value):
         return None, None, None
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn = generator.multinomial(int(n), counts.ravel() / n, size=resamples).reshape(-1, 2, 2)
     low, high = np.nanquantile(_kappa(drawn / n), (0.025, 0.975))
     return float(value), float(low), float(high)

@@ -4,10 +4,7 @@ from vlm_safeguard.evaluation.report.html import Example, ReportData, write_repo
 from vlm_safeguard.evaluation.report.labels import cut_words
 from vlm_safeguard.evaluation.report.plots import (
     PcaCloud,
-    plot_candidates,
     plot_gap,
-    plot_pca,
-    plot_separability,
     plot_tradeoff,
     save_png,
 )
@@ -17,10 +14,7 @@ __all__ = [
     "PcaCloud",
     "ReportData",
     "cut_words",
-    "plot_candidates",
     "plot_gap",
-    "plot_pca",
-    "plot_separability",
     "plot_tradeoff",
     "save_png",
     "write_report",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -230,7 +229,8 @@ def plot_candidates(calibration: Mapping[str, Any], *, stacked: bool = False) ->
     """
     ranked = rank_candidates(calibration)[:TOP_CANDIDATES]
     each, width = (0.56, 4.4) if stacked else (0.33, 9.6)
-    figure = _figure((width, 1.5 + each * max(len(ranked), 2)))
+    size = (width, 1.5 + each * max(len(ranked), 2))
+    figure = Figure(figsize=size, layout="constrained")
     axis = figure.add_subplot()
     rounds = (
         ("asr", "n", 0.12, "white", "first round"),
@@ -284,12 +284,6 @@ def _dots(
         label = None  # one entry in the legend
 
 
-def _figure(size: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _panels(
     count: int,
     stacked: bool,
@@ -299,7 +293,7 @@ def _panels(
     share: bool = False,
 ) -> tuple[Figure, list[Any]]:
     """A figure of ``count`` panels: side by side, or one over the other for a phone."""
-    figure = _figure(narrow if stacked else wide)
+    figure = Figure(figsize=narrow if stacked else wide, layout="constrained")
     rows, columns = (count, 1) if stacked else (1, count)
     if stacked:
         figure.set_layout_engine("constrained", h_pad=0.12)

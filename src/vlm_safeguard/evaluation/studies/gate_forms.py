@@ -86,16 +86,16 @@ def study(
         for form in progress.track(FORMS, "forms of gate"):
             for source in ("text", "vlm"):
                 gate = _fit(recorded, source, form, budget)
-                for setting in SETTINGS:
-                    states = held["text" if source == "text" else setting]
-                    rows.append(_judge(form.name, source, setting, gate, states))
+                # The text-only witness reads the same in every setting: one row of it is enough.
+                for setting in SETTINGS if source == "vlm" else SETTINGS[:1]:
+                    rows.append(_judge(form.name, source, setting, gate, held[setting]))
         witness, in_vlm = fit_gates(recorded, budget)
         scores = bound_scores(
             loaded, witness, in_vlm, evenly(data.bound, effort.bound), folder, progress
         )
         gates = bounded((witness, in_vlm), scores, budget.false_positives)
         together = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
-    return _without_repeats(rows), together
+    return rows, together
 
 
 def _held(
@@ -147,11 +147,6 @@ def _together(gates: tuple[GateFit, ...], text: States, states: States) -> dict[
         name: wilson(int(opened[chosen].sum()), int(chosen.sum()))
         for name, chosen in (("found", states.harmful), ("stopped", ~states.harmful))
     }
-
-
-def _without_repeats(rows: list[Row]) -> list[Row]:
-    """The rows without repeats: the text gate scores the same in every setting."""
-    return [row for row in rows if row.source == "vlm" or row.setting == "text"]
 
 
 def facts(rows: list[Row], together: Mapping[Any, dict[str, Rate]]) -> dict[str, Any]:

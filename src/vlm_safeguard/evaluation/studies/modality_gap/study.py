@@ -17,11 +17,11 @@ from vlm_safeguard import method
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.refusals import Verdict, judge
 from vlm_safeguard.data import prompts
-from vlm_safeguard.data.inputs import Query, batches
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.ocr import reader
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import thin
-from vlm_safeguard.errors import DataError, ModelError
+from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.report import cut_words
 from vlm_safeguard.evaluation.studies.modality_gap.conditions import (
     CONDITIONS,
@@ -33,8 +33,8 @@ from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import prepare, render_conversation
 from vlm_safeguard.model.fingerprint import template_digest
 from vlm_safeguard.model.loading import LoadedModel
-from vlm_safeguard.model.recording import anchor_states
-from vlm_safeguard.model.residual_stream import find_decoder, hidden_of, watch_layer
+from vlm_safeguard.model.recording import anchor_states, record
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.weights import weights_digest
 from vlm_safeguard.runtime.gate import make_gate
 from vlm_safeguard.utils.progress import Progress
@@ -187,7 +187,6 @@ def obstacle(loaded: LoadedModel, talks: Sequence[Talk], max_new_tokens: int) ->
     return None
 
 
-@torch.inference_mode()
 def observe(
     loaded: LoadedModel,
     talks: Sequence[Talk],
@@ -202,41 +201,28 @@ def observe(
     Raises:
         ModelError: a state is NaN or Inf.
     """
-    decoder = find_decoder(loaded.model)
-    states = torch.empty(len(talks), len(decoder.layers), decoder.hidden_size)
     said = [""] * len(talks)
-    seen: dict[int, Tensor] = {}
 
-    def keep(layer: int) -> Any:
-        def see(output: Any) -> None:
-            # The first call is the prompt's. It is padded on the left: q is the last column.
-            if layer not in seen:
-                seen[layer] = hidden_of(output)[:, -1].float().cpu()
+    def respond(group: list[int]) -> None:
+        inputs = inputs_of(loaded, [talks[i] for i in group])
+        out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        texts = loaded.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        for index, one in zip(group, texts, strict=True):
+            said[index] = one.strip()
 
-        return see
-
-    handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(len(decoder.layers))]
-    asked = [_as_request(talk) for talk in talks]
-    try:
-        groups = batches(loaded.processor.tokenizer, asked, batch)
-        for group in progress.track(groups, what) if progress else groups:
-            seen.clear()
-            inputs = inputs_of(loaded, [talks[i] for i in group])
-            out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            states[group] = torch.stack([seen[layer] for layer in range(len(decoder.layers))], 1)
-            new = out[:, inputs["input_ids"].shape[1] :]
-            texts = loaded.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-            for index, one in zip(group, texts, strict=True):
-                said[index] = one.strip()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not torch.isfinite(states).all():
-        raise ModelError(
-            f"{loaded.name}: states hold NaN or Inf ({what}). Its weights are damaged, or its "
-            "dtype overflows (try --dtype float32)"
+    with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
+        states = record(
+            loaded,
+            [_as_request(talk) for talk in talks],
+            Path(folder),
+            what=what,
+            batch=batch,
+            decoder=find_decoder(loaded.model),
+            run=respond,
+            progress=progress,
         )
-    return states, said
+        return states.clone(), said
 
 
 def _as_request(talk: Talk) -> Query:
