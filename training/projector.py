@@ -47,7 +47,7 @@ STEP = {"general": 4, "about": 4, "naming": 8, "vqa": 12}
 ANSWER_TOKENS = 24
 EMOJI_VARIANTS = 8
 ALIGN_STEPS, ALIGN_RATE = 700, 2e-3
-PEAK_RATE = 2e-3
+PEAK_RATE = 3e-4
 ALIGN_WEIGHT = 0.2  # of alignment while tuning: what is seen must not be unlearned
 CHECKPOINT_EVERY = 20
 PREFIX = SYSTEM + "<|im_start|>user\n"
@@ -88,7 +88,7 @@ class Example:
     question: list[int]
     answer: list[int]
     picture: int
-    weight: float
+    kind: str
 
 
 @torch.inference_mode()
@@ -203,8 +203,7 @@ def examples(bank: Bank, answers: Path, tokenizer: Any, rng: random.Random) -> d
         if whole and len(ids) < ANSWER_TOKENS:
             ids = ids + tokenizer(END).input_ids
         asked = f"\n{question}{END}\n<|im_start|>assistant\n"
-        weight = 1 / (len(STEP) * STEP[kind])
-        found[kind].append(Example(tokenizer(asked).input_ids, ids, place, weight))
+        found[kind].append(Example(tokenizer(asked).input_ids, ids, place, kind))
 
     places = bank.named()
     kinds = (bank.emoji, bank.emoji, bank.shapes, bank.blank)
@@ -278,6 +277,7 @@ class PictureLoss:
     def __init__(self, llm: nn.Module, projector: nn.Module, bank: Bank, tokenizer: Any) -> None:
         self.llm, self.projector, self.bank = llm, projector, bank
         self.pad = tokenizer.pad_token_id
+        self.recent: dict[str, list[float]] = {kind: [] for kind in STEP}  # since the last log
         begin = torch.tensor([tokenizer(PREFIX).input_ids])
         self.begin = begin.shape[1]
         with torch.no_grad():
@@ -306,17 +306,22 @@ class PictureLoss:
         states = self.llm.model(
             inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        row, column, wanted, weight = [], [], [], []
+        row, column, wanted = [], [], []
         for n, example in enumerate(batch):
             first = tokens + len(example.question)
             for place, token in enumerate(example.answer):
                 row.append(n)
                 column.append(first + place - 1)
                 wanted.append(token)
-                weight.append(example.weight / len(example.answer))
         logits = self.llm.lm_head(states[row, column])
         losses = F.cross_entropy(logits, torch.tensor(wanted), reduction="none")
-        return (losses * torch.tensor(weight)).sum()
+        total, begin = losses.new_zeros(()), 0
+        for example in batch:
+            own = losses[begin : begin + len(example.answer)].mean()
+            total = total + own / (len(STEP) * STEP[example.kind])
+            self.recent[example.kind].append(own.item())
+            begin += len(example.answer)
+        return total
 
 
 def tune(
@@ -333,7 +338,7 @@ def tune(
     first = _restore(parameters, optimizer, out / STATE)
     for _ in range(first):
         next(data)
-    began, recent = time.monotonic(), []
+    began = time.monotonic()
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = PEAK_RATE * _schedule(step, steps)
@@ -342,10 +347,12 @@ def tune(
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        recent.append(loss.item())
         if (step + 1) % 5 == 0:
             pace = (time.monotonic() - began) / (step + 1 - first)
-            log(f"step {step + 1}/{steps} loss {sum(recent[-5:]) / 5:.3f} {pace:.1f} s/step")
+            means = {kind: sum(found) / len(found) for kind, found in loss_of.recent.items()}
+            told = ", ".join(f"{kind} {mean:.2f}" for kind, mean in means.items())
+            log(f"step {step + 1}/{steps} loss: {told}; {pace:.1f} s/step")
+            loss_of.recent = {kind: [] for kind in STEP}
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
             _checkpoint(parameters, optimizer, step + 1, out / STATE)
             save(projector, out / f"step-{step + 1}" / FILE)
@@ -405,7 +412,7 @@ def _names() -> dict[str, str]:
 
 
 def main() -> None:
-    args = stage(__doc__, steps=80)
+    args = stage(__doc__, steps=70)
     llm, tokenizer = base_model(args.cache)
     llm.requires_grad_(False)
     tower = CLIPVisionModel.from_pretrained(args.out / "vision_tower").eval()

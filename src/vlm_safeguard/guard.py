@@ -257,6 +257,12 @@ class Guard:
                 f"this guard pads with token {pad}, and the model has only {known} tokens: its "
                 "guard.json was changed, calibrate again"
             )
+        openings = [token for gate in self.config.gates for token in gate.openings]
+        if max(openings, default=0) >= known:
+            raise GuardError(
+                f"this guard reads the probability of token {max(openings)}, and the model has "
+                f"only {known} tokens: its guard.json was changed, calibrate again"
+            )
         if processor is not None and own.template_sha256:
             self._check_template(processor)
             self._check_markup(model, processor)

@@ -67,6 +67,21 @@ def gate_scores(states: Tensor, vectors: Tensor, thresholds: Tensor) -> Tensor:
     return torch.linalg.vecdot(states.float(), vectors.float()) - thresholds.float()
 
 
+def refusal_intent(logits: Tensor, openings: Tensor) -> Tensor:
+    """How near the LLM itself is to a refusal: ``log sum_t p(t)`` over the tokens t that its
+    refusals begin with.
+
+    Args:
+        logits: of the first token of the answer to the text alone, (B, vocabulary).
+        openings: token ids, (k,).
+
+    Returns:
+        (B,), float32, at most 0.
+    """
+    wide = logits.float()
+    return wide[:, openings].logsumexp(1) - wide.logsumexp(1)
+
+
 def coordinates(states: Tensor, directions: Tensor) -> Tensor:
     """Coordinates ``c = h V^T`` of states (..., d) along V (m, d): (..., m), float32."""
     return states.float() @ directions.float().T

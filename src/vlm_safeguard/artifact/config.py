@@ -14,6 +14,7 @@ MAX_MODEL_LAYERS = 1024
 MAX_HIDDEN_SIZE = 65_536
 MAX_RANK = 1024
 MAX_GATES = 16
+MAX_OPENINGS = 64
 MAX_MARKUP_TOKENS = 256  # in each of the three lists
 MAX_TOKEN_ID = 2**31 - 1
 MAX_GUARDED_TOKENS = 1_000_000
@@ -47,6 +48,8 @@ class Gate(_Strict):
         thresholds: one for each layer, subtracted from its score.
         per_layer: False: the sum of the scores opens all layers. True: each score opens its own
             layer only, as in the paper.
+        openings: tokens that the LLM's refusals begin with, for the kind "intent".
+        intent_weight: weight of their log-probability, which is added to the score.
     """
 
     kind: _Registered = "linear"
@@ -54,11 +57,25 @@ class Gate(_Strict):
     layers: list[_Layer] = Field(min_length=1, max_length=MAX_MODEL_LAYERS)
     thresholds: list[_Threshold] = Field(max_length=MAX_MODEL_LAYERS)
     per_layer: bool = False
+    openings: list[_TokenId] = Field(default=[], max_length=MAX_OPENINGS)
+    intent_weight: float = Field(default=0.0, ge=0.0, le=MAX_MAGNITUDE, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _one_threshold_each(self) -> Gate:
         if len(self.thresholds) != len(self.layers) or len(set(self.layers)) != len(self.layers):
             raise ValueError("a gate needs one threshold per layer, each layer once")
+        return self
+
+    @model_validator(mode="after")
+    def _intent_is_of_the_text(self) -> Gate:
+        if (self.kind == "intent") != bool(self.openings) or len(set(self.openings)) != len(
+            self.openings
+        ):
+            raise ValueError("a gate of kind intent, and no other, has openings, each once")
+        if self.openings and (self.source != "text" or self.per_layer):
+            raise ValueError("a gate of kind intent reads the text-only pass, all layers together")
+        if bool(self.intent_weight) != bool(self.openings):
+            raise ValueError("openings have a weight above 0, and only they")
         return self
 
 

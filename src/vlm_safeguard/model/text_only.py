@@ -198,7 +198,7 @@ def positions_of(attention_mask: Tensor) -> Tensor:
 
 def text_pass(
     model: Any, ids: Tensor, mask: Tensor, forward: Callable[..., Any] | None = None
-) -> None:
+) -> Any:
     """Run the model on text, so that hooks on its decoder layers can read the hidden states.
 
     This is the model's own forward pass without a picture, so embeddings, position ids and masks
@@ -215,4 +215,19 @@ def text_pass(
         options["logits_to_keep"] = 1
     if "token_type_ids" in known:  # 0 is text, 1 what comes after it (PaliGemma) or a picture
         options["token_type_ids"] = torch.zeros_like(ids)
-    (forward or model.forward)(input_ids=ids, attention_mask=mask, **options)
+    return (forward or model.forward)(input_ids=ids, attention_mask=mask, **options)
+
+
+def last_logits(output: Any) -> Tensor:
+    """The logits (B, vocabulary) at the last column of what ``text_pass`` returned.
+
+    Raises:
+        ModelError: the model returns no logits.
+    """
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ModelError(
+            "the model's forward returns no `logits`, which the guard's text gate reads: load the "
+            "model with its language modelling head"
+        )
+    return logits[:, -1]

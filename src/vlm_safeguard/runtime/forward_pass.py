@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.residual_stream import EnoughSeen, hidden_of
-from vlm_safeguard.model.text_only import text_pass
+from vlm_safeguard.model.text_only import last_logits, text_pass
 from vlm_safeguard.runtime import validation
 from vlm_safeguard.runtime.gate import GateReading, Gates
 from vlm_safeguard.runtime.request import Request, Span
@@ -181,9 +181,10 @@ class TextPass(ForwardPass):
         Raises:
             GuardRuntimeError: a layer did not run, or a gate score is not finite.
         """
+        output = None
         with suppress(EnoughSeen):
-            text_pass(model, ids, mask, forward)
-        self.finish(None)
+            output = text_pass(model, ids, mask, forward)
+        self.finish(output)
 
     def visit(self, layer: int, output: Any) -> None:
         self.seen.append(layer)
@@ -191,11 +192,12 @@ class TextPass(ForwardPass):
         state = hidden_of(output)[:, -1].to(torch.float32, copy=True)
         self._gates.read(self.request, layer, state)
         self._steerer.read_text(self.request, layer, state)
-        if layer == max(self._needed()):
+        if not self._gates.reads_logits and layer == max(self._needed()):
             raise EnoughSeen
 
     def finish(self, output: Any) -> None:
-        last = max(self._needed())
+        # A gate that reads the logits needs the whole model.
+        last = max(self.layers if self._gates.reads_logits else self._needed())
         expected = [layer for layer in self.layers if layer <= last]
         if self.seen != expected:
             missing = sorted(set(expected) - set(self.seen))
@@ -203,6 +205,8 @@ class TextPass(ForwardPass):
                 f"the text-only pass did not reach layers {missing}: the guard's hooks were "
                 "removed or bypassed"
             )
+        if self._gates.reads_logits:
+            self._gates.read_logits(self.request, last_logits(output))
         self.request.text_calls.count(len(self.seen), len(expected))
 
     def _needed(self) -> frozenset[int]:

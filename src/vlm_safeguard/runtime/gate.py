@@ -25,6 +25,11 @@ class LinearGate:
         """``vectors``: (n, d). ``thresholds``: (n,)."""
         self.vectors, self.thresholds = vectors, thresholds
 
+    @classmethod
+    def make(cls, gate: Gate, vectors: Tensor) -> LinearGate:
+        """The scorer of a guard's gate."""
+        return cls(vectors, torch.tensor(gate.thresholds))
+
     def scores(self, states: Tensor, places: slice = slice(None)) -> Tensor:
         """Scores (B, n) of states (B, n, d) at the gate's layers ``places``, one per layer. Without
         ``per_layer``, the gate's score is their sum."""
@@ -34,7 +39,28 @@ class LinearGate:
         return method.gate_scores(states, self.vectors[places], self.thresholds[places])
 
 
-GATES: dict[str, type[LinearGate]] = {"linear": LinearGate}
+class IntentGate(LinearGate):
+    """A linear score plus the LLM's own refusal intent, weighted: see ``method.refusal_intent``."""
+
+    def __init__(
+        self, vectors: Tensor, thresholds: Tensor, openings: Tensor, weight: float
+    ) -> None:
+        """``openings``: token ids, (k,)."""
+        super().__init__(vectors, thresholds)
+        self.openings, self.weight = openings, weight
+
+    @classmethod
+    def make(cls, gate: Gate, vectors: Tensor) -> IntentGate:
+        return cls(
+            vectors, torch.tensor(gate.thresholds), torch.tensor(gate.openings), gate.intent_weight
+        )
+
+    def intent(self, logits: Tensor) -> Tensor:
+        """What the logits (B, vocabulary) of the first answer token add to the score, (B,)."""
+        return self.weight * method.refusal_intent(logits, self.openings.to(logits.device))
+
+
+GATES: dict[str, type[LinearGate]] = {"linear": LinearGate, "intent": IntentGate}
 
 
 def gate_class(kind: str) -> type[LinearGate]:
@@ -50,7 +76,7 @@ def gate_class(kind: str) -> type[LinearGate]:
 
 def make_gate(gate: Gate, vectors: Tensor) -> LinearGate:
     """The scorer of a guard's gate; ``vectors`` (n, d), one per layer."""
-    return gate_class(gate.kind)(vectors, torch.tensor(gate.thresholds))
+    return gate_class(gate.kind).make(gate, vectors)
 
 
 class Gates:
@@ -78,11 +104,19 @@ class GateReading:
             for place, layer in enumerate(gate.layers) if gate.source == source else ():
                 self._at.setdefault(layer, []).append((index, place))
         self._held: dict[int, dict[int, Tensor]] = {}
+        self._scored: dict[int, Tensor] = {}  # linear scores of gates that wait for the logits
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a gate needs the logits of the pass."""
+        scorers = self._gates.scorers
+        return any(isinstance(scorers[i], IntentGate) for at in self._at.values() for i, _ in at)
 
     def read(self, request: Request, layer: int, states: Tensor) -> None:
         """Take a layer's states (B, d) at the last prompt token and score the gates it decides.
 
-        A gate with ``per_layer`` is scored at each of its layers, others after their last layer.
+        A gate with ``per_layer`` is scored at each of its layers, others after their last layer, or
+        by ``read_logits``.
 
         Raises:
             GuardRuntimeError: a score is NaN or Inf; the request is blocked.
@@ -98,7 +132,24 @@ class GateReading:
             if len(held) == len(gate.layers):
                 stacked = torch.stack([held[n].to(states.device) for n in range(len(held))], 1)
                 del self._held[index]
-                request.latch(index, None, _finite(scorer.scores(stacked)))
+                scores = scorer.scores(stacked)
+                if isinstance(scorer, IntentGate):
+                    self._scored[index] = scores
+                else:
+                    request.latch(index, None, _finite(scores))
+
+    def read_logits(self, request: Request, logits: Tensor) -> None:
+        """Decide the gates that wait for the logits (B, vocabulary) at the last prompt token.
+
+        Raises:
+            GuardRuntimeError: a score is NaN or Inf; the request is blocked.
+        """
+        for index, scores in self._scored.items():
+            scorer = self._gates.scorers[index]
+            if isinstance(scorer, IntentGate):
+                scores[:, -1] += scorer.intent(logits).to(scores.device)
+            request.latch(index, None, _finite(scores))
+        self._scored.clear()
 
 
 def _finite(scores: Tensor) -> list[list[float]]:

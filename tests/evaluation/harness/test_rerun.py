@@ -29,7 +29,7 @@ def entry(harmful: str, harmless: str, **place: str) -> dict[str, Any]:
         found |= {f"{name}_low": rate.low, f"{name}_high": rate.high}
     both = harmful + harmless
     counts = {"n": len(both), "unscored": both.count("?"), "degenerate": both.count("d")}
-    return found | counts | {"empty": 0}
+    return found | counts | {"empty": 0, "off_subject": 0}
 
 
 def write(folder: Path, harmful: str, harmless: str = "cccc", responses: bool = True) -> Path:
@@ -84,6 +84,7 @@ def test_the_same_run_again_is_the_same(tmp_path: Path) -> None:
     assert [one.rate for one in found] == [
         "asr",
         "over_refusal",
+        "off_subject",
         "degenerate",
         "unscored",
         "accuracy",
@@ -91,7 +92,7 @@ def test_the_same_run_again_is_the_same(tmp_path: Path) -> None:
     assert (found[0].first, found[0].second, found[0].flips) == (2 / 6, 2 / 6, 0)
     assert not any(one.differs for one in found)
     assert flipped(*runs) == 0
-    page = "0 of 5 rates in 2 cells differ by more than their intervals allow (verdicts: 0 flipped)"
+    page = "0 of 6 rates in 2 cells differ by more than their intervals allow (verdicts: 0 flipped)"
     assert page in rerun_page(found, 0)
 
 
@@ -192,7 +193,7 @@ def test_the_committed_comparison_can_be_checked() -> None:
 def test_the_command_fails_where_a_cell_differs(tmp_path: Path) -> None:
     write(tmp_path / "a", "c" * 20), write(tmp_path / "b", "r" * 20)
     done = run("check-results", "a", "a/results.json", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("0 of 5")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("0 of 6")
     done = run("check-results", "a", "b", cwd=tmp_path)
     assert done.returncode == 1 and "m b text none: asr 100.0% -> 0.0%, 20 of 20" in done.stdout
     done = run("check-results", "a", "b", "--json", cwd=tmp_path)

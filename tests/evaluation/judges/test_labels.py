@@ -105,7 +105,7 @@ def test_validation_by_hand() -> None:
     found = validate(judge, rows)  # type: ignore[arg-type]
     assert (found.n, found.unscored, found.reasons) == (23, 3, {"silent": 3})
     assert found.confusion["complied"] == {
-        "refused": 1, "complied": 8, "degenerate": 0, "empty": 1, "unscored": 2
+        "refused": 1, "complied": 8, "degenerate": 0, "empty": 1, "off_subject": 0, "unscored": 2
     }  # fmt: skip
     assert found.sensitivity == wilson(8, 10) and found.specificity == wilson(8, 10)
     # Cohen: 16 of 20 agree; chance is .5 * .5 + .5 * .5.
