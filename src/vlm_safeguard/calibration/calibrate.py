@@ -107,8 +107,8 @@ def _gate_rates(fit: GateFit, settings: dict[str, States]) -> list[dict[str, Any
     cross-validated over all settings (``unseen``)."""
     rates: dict[str, dict[str, float]] = {"tpr": {}, "fpr": {}}
     for name, states in settings.items():
-        for kind, part in zip(("tpr", "fpr"), states.split(), strict=True):
-            opened = (fit.scores(part) > 0).double().mean().item()
+        for kind, scores in zip(("tpr", "fpr"), states.scores(fit), strict=True):
+            opened = (scores > 0).double().mean().item()
             rates[kind][name] = round(opened, 4)
     source = "text" if "text" in settings else "vlm"
     unseen = dict(zip(rates, (round(rate, 4) for rate in fit.unseen_rates), strict=True))
@@ -158,7 +158,14 @@ class _Foundation:
         for source, fit in (("text", self.witness), ("vlm", self.in_vlm)):
             # A pooled score has one threshold; it stands with the gate's first layer.
             cuts = [fit.threshold] + [0.0] * (len(fit.layers) - 1)
-            gate = {"source": source, "layers": list(fit.layers), "thresholds": cuts}
+            gate: dict[str, Any] = {
+                "kind": "intent" if fit.openings else "linear",
+                "source": source,
+                "layers": list(fit.layers),
+                "thresholds": cuts,
+                "openings": list(fit.openings),
+                "intent_weight": fit.intent_weight,
+            }
             tensors[f"gate.{len(gates)}"] = fit.vectors.contiguous()
             gates.append(Gate.model_validate(gate))
         config = GuardConfig(

@@ -6,10 +6,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from vlm_safeguard.calibration.attack_trials import answered, attack, per_question, within
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.generation import respond
-from vlm_safeguard.data.inputs import PICTURED, queries
+from vlm_safeguard.calibration.hidden_states import record_intent
+from vlm_safeguard.data.inputs import PICTURED, Query, queries
 from vlm_safeguard.data.prompts import CalibrationData
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.errors import GuardError
@@ -151,6 +154,15 @@ def _directions(
     # sign on a part of the anchors may differ.
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
         harmful, harmless = anchor_states(loaded, data.anchors, Path(folder), progress).clone()
+        asked = [Query(pair.harmful, None) for pair in data.anchors]
+        asked += [Query(pair.harmless, None) for pair in data.anchors]
+        what = "anchors, refusal intent"
+        intents = [
+            record_intent(loaded, asked, gate.openings, Path(folder), what, progress)[1]
+            if gate.openings
+            else None
+            for gate in guard.config.gates
+        ]
     checks = []
     flipped = [
         layer
@@ -163,7 +175,11 @@ def _directions(
         if gate.source != "text" or gate.per_layer:
             continue
         scorer = make_gate(gate, guard.tensors[f"gate.{index}"])
-        high, low = (scorer.scores(part[:, gate.layers]).sum(1) for part in (harmful, harmless))
+        scores = scorer.scores(torch.cat([harmful, harmless])[:, gate.layers]).sum(1)
+        intent = intents[index]
+        if intent is not None:
+            scores += gate.intent_weight * intent
+        high, low = scores.split(len(harmful))
         value = auc(high, low)
         checks.append(Check("separability", value > 0.9, f"AUC {value:.3f} on the anchors, text"))
     return checks

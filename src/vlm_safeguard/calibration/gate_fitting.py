@@ -9,12 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlm_safeguard.artifact.config import MAX_OPENINGS
 from vlm_safeguard.calibration.conformal import conformal_threshold
 from vlm_safeguard.runtime.gate import LinearGate
 
 Kind = Literal["first", "discriminant", "components"]
 KINDS: tuple[Kind, ...] = ("first", "discriminant", "components")
 COMPONENTS = 320  # leading principal components that a gate may use
+OFTEN, CONTRAST = 0.03, 4.0
 SHRINKAGE = 0.05  # of the within-class covariance towards a multiple of the identity
 
 
@@ -46,11 +48,13 @@ def threshold(harmful: Tensor, harmless: Tensor, budget: float) -> float:
 
 @dataclass(frozen=True)
 class GateFit:
-    """A fitted linear gate: its score is the sum of ``h_l . vectors_l`` minus ``threshold``.
+    """A fitted gate: its score is the sum of ``h_l . vectors_l``, plus ``intent_weight`` times the
+    refusal intent where it has ``openings``, minus ``threshold``.
 
     Attributes:
         layers: the layers it reads.
         vectors: one vector for each layer, (n, d).
+        openings: tokens that the LLM's refusals begin with, see ``method.refusal_intent``.
         spread: standard deviation of the scores of harmless prompts, cross-validated.
         unseen: cross-validated scores of harmful and harmless prompts, minus the threshold and
             divided by ``spread``.
@@ -59,6 +63,8 @@ class GateFit:
     layers: tuple[int, ...]
     vectors: Tensor
     threshold: float
+    openings: tuple[int, ...] = ()
+    intent_weight: float = 0.0
     spread: float = 1.0
     unseen: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
@@ -68,10 +74,20 @@ class GateFit:
         harmful, harmless = ((scores > 0).double().mean().item() for scores in self.unseen)
         return harmful, harmless
 
-    def scores(self, states: Tensor) -> Tensor:
-        """Scores (k,) of states (k, L, d); positive opens the gate."""
+    def scores(self, states: Tensor, intent: Tensor | None = None) -> Tensor:
+        """Scores (k,) of states (k, L, d) and, for a gate with ``openings``, refusal intents (k,);
+        positive opens the gate.
+
+        Raises:
+            ValueError: the gate has ``openings`` and there are no intents.
+        """
         gate = LinearGate(self.vectors, torch.zeros(len(self.layers)))
-        return gate.scores(states[:, list(self.layers)]).sum(1) - self.threshold
+        scores = gate.scores(states[:, list(self.layers)]).sum(1) - self.threshold
+        if not self.openings:
+            return scores
+        if intent is None:
+            raise ValueError("this gate reads the refusal intent too")
+        return scores + self.intent_weight * intent
 
 
 def fit_gate(
@@ -84,6 +100,8 @@ def fit_gate(
     *,
     kinds: Sequence[Kind] = KINDS,
     pooled: bool = True,
+    intents: tuple[Tensor, Tensor] | None = None,
+    openings: Sequence[int] = (),
 ) -> GateFit:
     """Fit the gate with the best true-positive rate within the false-positive budget.
 
@@ -97,6 +115,9 @@ def fit_gate(
     compared, and the threshold is set, by cross-validation: on the prompts that vectors are fitted
     to, harmful and harmless scores are further apart than on others.
 
+    With ``intents`` the score is the sum of the linear score and of the refusal intent, both in
+    units of their spread over harmless prompts.
+
     Args:
         harmful, harmless: states (k, L, d) of calibration prompts.
         harmful_fold, harmless_fold: fold of each prompt, (k,). Copies of a question share a fold.
@@ -105,12 +126,17 @@ def fit_gate(
         budget: allowed false-positive rate.
         kinds: the candidates to try.
         pooled: whether to try runs of layers too.
+        intents: refusal intents of the harmful and the harmless prompts, (k,) each. Those of
+            prompts with a negative fold are not looked at.
+        openings: the tokens that the intents are about.
 
     Raises:
         ValueError: the scores are not finite.
     """
     shared = set(harmful_fold.tolist()) & set(harmless_fold.tolist())
     folds = sorted(fold for fold in shared if fold >= 0)
+    judged = harmless_fold >= 0
+    towards, centre_of_intent, unit_of_intent = _standardised(intents, judged)
     depth = sorted(directions)
     choices: list[tuple[int, ...]] = [(layer,) for layer in depth]
     for width in (4, 8, 16) if pooled else ():
@@ -127,10 +153,13 @@ def fit_gate(
             unseen_harmful, unseen_harmless = [], []
             for fold, scores in zip(folds, parts, strict=True):
                 h, s = (torch.stack([scores[n][i] for n in layers]).sum(0) for i in (0, 1))
-                known = s[(harmless_fold != fold) & (harmless_fold >= 0)]
+                known = s[(harmless_fold != fold) & judged]
                 centre, spread = known.mean(), known.std().clamp(min=1e-12)
-                unseen_harmful.append((h[harmful_fold == fold] - centre) / spread)
-                unseen_harmless.append((s[harmless_fold == fold] - centre) / spread)
+                h, s = (h - centre) / spread, (s - centre) / spread
+                if towards:
+                    h, s = h + towards[0], s + towards[1]
+                unseen_harmful.append(h[harmful_fold == fold])
+                unseen_harmless.append(s[harmless_fold == fold])
             h, s = torch.cat(unseen_harmful), torch.cat(unseen_harmless)
             cut = threshold(h, s, budget)
             value = (h > cut).double().mean().item() + 0.1 * auc(h, s)  # AUC breaks ties
@@ -139,15 +168,47 @@ def fit_gate(
                 best_value = value
                 unit = float(s.std().clamp(min=1e-12))
                 margins = (h - cut) / unit, (s - cut) / unit
-                best = GateFit(layers, vectors, cut, unit, margins)
+                best = GateFit(layers, vectors, cut, spread=unit, unseen=margins)
     if best is None:
         raise ValueError("no gate can be judged: scores of the states are not finite")
     # Threshold and spread are in units of the spread of the harmless scores in each fold: convert
     # them to that of the final vectors.
-    seen = replace(best, threshold=0.0).scores(harmless[harmless_fold >= 0])
+    seen = replace(best, threshold=0.0).scores(harmless[judged])
     scale = float(seen.std())
     cut = float(seen.mean()) + best.threshold * scale
-    return replace(best, threshold=cut, spread=best.spread * scale)
+    best = replace(best, threshold=cut, spread=best.spread * scale)
+    if not towards:
+        return best
+    weight = scale / unit_of_intent
+    cut += weight * centre_of_intent
+    return replace(best, threshold=cut, openings=tuple(openings), intent_weight=weight)
+
+
+def _standardised(
+    intents: tuple[Tensor, Tensor] | None, judged: Tensor
+) -> tuple[tuple[Tensor, Tensor] | None, float, float]:
+    """Refusal intents in units of their spread over the judged harmless prompts, the mean and the
+    spread."""
+    if intents is None:
+        return None, 0.0, 1.0
+    known = intents[1][judged]
+    centre, unit = float(known.mean()), float(known.std().clamp(min=1e-12))
+    return ((intents[0] - centre) / unit, (intents[1] - centre) / unit), centre, unit
+
+
+def refusal_openings(harmful: Tensor, harmless: Tensor) -> list[int]:
+    """Tokens that the model's refusals begin with, learned from its most likely first token of the
+    answer to each anchor, (n,) each: no phrase list is needed, in any language.
+
+    An opening begins at least ``OFTEN`` of the answers to harmful anchors, ``CONTRAST`` times as
+    many as to harmless ones.
+    """
+    found = []
+    for token in harmful.unique().tolist():
+        often, seldom = (float((part == token).double().mean()) for part in (harmful, harmless))
+        if often >= OFTEN and often >= CONTRAST * seldom:
+            found.append(int(token))
+    return found[:MAX_OPENINGS]
 
 
 def bounded(gates: Sequence[GateFit], scores: Tensor, epsilon: float) -> tuple[GateFit, ...]:

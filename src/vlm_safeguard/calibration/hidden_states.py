@@ -13,12 +13,12 @@ from torch import Tensor
 from vlm_safeguard import method
 from vlm_safeguard.calibration.attack_trials import answered, within
 from vlm_safeguard.calibration.budget import Budget, Effort
-from vlm_safeguard.calibration.gate_fitting import GateFit, fit_gate
+from vlm_safeguard.calibration.gate_fitting import GateFit, fit_gate, refusal_openings
 from vlm_safeguard.data.inputs import PICTURED, Query, Setting, queries, query, spoken, told
-from vlm_safeguard.data.prompts import CalibrationData, Prompt
+from vlm_safeguard.data.prompts import AnchorPair, CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.model.loading import LoadedModel
-from vlm_safeguard.model.recording import anchor_states, record
+from vlm_safeguard.model.recording import record, record_with_logits
 from vlm_safeguard.utils.progress import Progress
 
 MAX_RANK = 64
@@ -34,10 +34,22 @@ class States:
     states: Tensor
     harmful: Tensor  # (k,) bool
     fold: Tensor  # (k,); a question and its copy in a template share a fold
+    intent: Tensor | None = None  # (k,) refusal intents, of text
 
     def split(self) -> tuple[Tensor, Tensor]:
         """States of the harmful and of the harmless prompts."""
         return self.states[self.harmful], self.states[~self.harmful]
+
+    def intents(self) -> tuple[Tensor, Tensor] | None:
+        """Refusal intents of the harmful and of the harmless prompts, if they were recorded."""
+        if self.intent is None:
+            return None
+        return self.intent[self.harmful], self.intent[~self.harmful]
+
+    def scores(self, fit: GateFit) -> tuple[Tensor, Tensor]:
+        """A gate's scores of the harmful and of the harmless prompts."""
+        found = fit.scores(self.states, self.intent)
+        return found[self.harmful], found[~self.harmful]
 
     def folds(self) -> tuple[Tensor, Tensor]:
         """Folds of the harmful and of the harmless prompts."""
@@ -51,12 +63,14 @@ class Recorded:
     Attributes:
         pairs: states of the N anchor pairs, (2, N, L, d): harmful, then harmless.
         directions: safety directions by layer.
+        openings: tokens that the model's refusals begin with; may be empty.
         text: states of the calibration prompts as text.
         pictured: states with a blank image and with a picture, by setting.
     """
 
     pairs: Tensor
     directions: dict[int, Tensor]
+    openings: list[int]
     text: States
     pictured: dict[str, States]
 
@@ -74,6 +88,24 @@ class Recorded:
         )
 
 
+def record_anchors(
+    loaded: LoadedModel, pairs: Sequence[AnchorPair], folder: Path, progress: Progress
+) -> tuple[Tensor, list[int]]:
+    """Record the anchors as text.
+
+    Returns:
+        States (2, N, L, d): harmful anchors, then their harmless partners; and the tokens that the
+        model's refusals begin with.
+    """
+    both = [Query(pair.harmful, None) for pair in pairs]
+    both += [Query(pair.harmless, None) for pair in pairs]
+    states, first = record_with_logits(
+        loaded, both, folder, lambda logits: logits.argmax(1), what="anchors", progress=progress
+    )
+    openings = refusal_openings(first[: len(pairs)], first[len(pairs) :])
+    return states.view(2, len(pairs), *states.shape[1:]), openings
+
+
 def record_calibration(
     loaded: LoadedModel,
     data: CalibrationData,
@@ -83,7 +115,7 @@ def record_calibration(
     progress: Progress,
 ) -> Recorded:
     """Record the states that gates are fitted to. They are memory-mapped from ``folder``."""
-    pairs = anchor_states(loaded, data.anchors, folder, progress)
+    pairs, openings = record_anchors(loaded, data.anchors, folder, progress)
     directions = {
         layer: method.safety_directions(pairs[0, :, layer], pairs[1, :, layer], MAX_RANK)
         for layer in range(pairs.shape[2])
@@ -92,13 +124,13 @@ def record_calibration(
     # Prompts whose label shows in their text: the text gate reads nothing else.
     worded = evenly([p for p in fit if told(p, reads_pictures)], effort.worded)
     said = [spoken(p, reads_pictures) for p in worded]
-    text = record_states(loaded, worded, said, "text", folder, progress)
+    text = record_states(loaded, worded, said, "text", folder, progress, openings)
     pictured: dict[str, States] = {}
     for setting in PICTURED:
         chosen = evenly(within(fit, setting), effort.pictured)
         seen = queries(chosen, setting)
         pictured[setting] = record_states(loaded, chosen, seen, setting, folder, progress)
-    return Recorded(pairs, directions, text, pictured)
+    return Recorded(pairs, directions, openings, text, pictured)
 
 
 def record_states(
@@ -108,12 +140,36 @@ def record_states(
     setting: Setting,
     folder: Path,
     progress: Progress,
+    openings: Sequence[int] = (),
 ) -> States:
-    """States of ``items`` when the model is given the requests ``asked``, one for each item."""
+    """States of ``items`` when the model is given the requests ``asked``, one for each item; with
+    ``openings`` also their refusal intents."""
     what = f"calibration prompts, {setting}"
-    states = record(loaded, asked, folder, what=what, progress=progress)
+    states, intent = record_intent(loaded, asked, openings, folder, what, progress)
     fold = [hashlib.sha256(p.cluster.encode()).digest()[0] % FOLDS for p in items]
-    return States(states, torch.tensor([p.harmful for p in items]), torch.tensor(fold))
+    return States(states, torch.tensor([p.harmful for p in items]), torch.tensor(fold), intent)
+
+
+def record_intent(
+    loaded: LoadedModel,
+    asked: Sequence[Query],
+    openings: Sequence[int],
+    folder: Path,
+    what: str,
+    progress: Progress,
+) -> tuple[Tensor, Tensor | None]:
+    """States of requests and, with ``openings``, their refusal intents."""
+    if not openings:
+        return record(loaded, asked, folder, what=what, progress=progress), None
+    tokens = torch.tensor(openings, device=loaded.device)
+    return record_with_logits(
+        loaded,
+        asked,
+        folder,
+        lambda logits: method.refusal_intent(logits, tokens),
+        what=what,
+        progress=progress,
+    )
 
 
 def with_anchors(text: States, pairs: Tensor) -> States:
@@ -125,10 +181,12 @@ def with_anchors(text: States, pairs: Tensor) -> States:
     count = pairs.shape[1]
     labels = torch.arange(2 * count) < count
     folds = torch.full((2 * count,), -1)
+    intent = None if text.intent is None else torch.cat([text.intent, torch.zeros(2 * count)])
     return States(
         torch.cat([text.states, pairs.flatten(0, 1)]),
         torch.cat([text.harmful, labels]),
         torch.cat([text.fold, folds]),
+        intent,
     )
 
 
@@ -139,8 +197,15 @@ def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
     harmful requests.
     """
     witness, in_vlm = (
-        fit_gate(*states.split(), *states.folds(), recorded.directions, budget.false_positives * s)
-        for states, s in (
+        fit_gate(
+            *states.split(),
+            *states.folds(),
+            recorded.directions,
+            budget.false_positives * share,
+            intents=states.intents(),
+            openings=recorded.openings,
+        )
+        for states, share in (
             (recorded.witness_states(), 1 - IN_VLM_SHARE),
             (recorded.vlm_states(), IN_VLM_SHARE),
         )
@@ -171,14 +236,15 @@ def bound_scores(
         Scores (n,) of n questions, in units of each gate's ``spread``.
     """
     mixed = [query(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
-    layers = 1 + max(*witness.layers, *in_vlm.layers)  # no gate reads a layer above
-    text, seen = (
-        record(loaded, asked, folder, what=what, layers=layers, progress=progress)
-        for asked, what in ((queries(items, "text"), "bound, text"), (mixed, "bound, pictures"))
+    layers = 1 + max(in_vlm.layers)  # no gate that sees pictures reads a layer above
+    text, intent = record_intent(
+        loaded, queries(items, "text"), witness.openings, folder, "bound, text", progress
     )
+    what = "bound, pictures"
+    seen = record(loaded, mixed, folder, what=what, layers=layers, progress=progress)
     scores = torch.stack(
         [
-            witness.scores(text) / witness.spread,
+            witness.scores(text, intent) / witness.spread,
             in_vlm.scores(text) / in_vlm.spread,
             in_vlm.scores(seen) / in_vlm.spread,
         ]

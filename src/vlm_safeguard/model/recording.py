@@ -23,6 +23,7 @@ from vlm_safeguard.model.residual_stream import (
     verify_residual_stream,
     watch_layer,
 )
+from vlm_safeguard.model.text_only import last_logits
 from vlm_safeguard.utils.progress import Progress
 
 
@@ -109,6 +110,35 @@ def record(
             "weights are damaged, or its dtype overflows (try --dtype float32)"
         )
     return states
+
+
+def record_with_logits(
+    loaded: LoadedModel,
+    items: Sequence[Query],
+    folder: Path,
+    read: Callable[[Tensor], Tensor],
+    *,
+    what: str = "states",
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As ``record``, in the same pass also what ``read`` finds in the logits of the answer's first
+    token.
+
+    Args:
+        read: takes logits (B, vocabulary), float32, and returns a value for each row, (B,).
+
+    Returns:
+        States (n, L, d), and values (n,).
+    """
+    found: dict[int, Tensor] = {}
+
+    def run(group: list[int]) -> None:
+        inputs = encode(loaded, [items[i].text for i in group], [items[i].image for i in group])
+        logits = last_logits(loaded.model(**inputs, use_cache=False, logits_to_keep=1))
+        found.update(zip(group, read(logits.float()).cpu(), strict=True))
+
+    states = record(loaded, items, folder, what=what, run=run, progress=progress)
+    return states, torch.stack([found[place] for place in range(len(items))])
 
 
 def anchor_states(

@@ -79,14 +79,21 @@ def test_the_study_finds_harm_where_it_is_planted(monkeypatch: pytest.MonkeyPatc
             found[row, 2, 0] += 8 * (one.text in harmful and not blank)
         return found
 
-    def anchors(*_: object) -> torch.Tensor:
+    def anchors(*_: object) -> tuple[torch.Tensor, list[int]]:
         found = torch.randn(2, 60, 4, 8, generator=generator)
         found[0, :, 2, 0] += 8
-        return found
+        return found, [5]
 
+    def recorded(
+        loaded: object, asked: list[Query], openings: list[int], *_: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        words = torch.tensor([-1.0 if one.text in harmful else -9.0 for one in asked])
+        return states(loaded, asked), words if openings else None
+
+    monkeypatch.setattr(hidden_states, "record", states)
     for module in (hidden_states, gate_forms):
-        monkeypatch.setattr(module, "record", states)
-    monkeypatch.setattr(hidden_states, "anchor_states", anchors)
+        monkeypatch.setattr(module, "record_intent", recorded)
+    monkeypatch.setattr(hidden_states, "record_anchors", anchors)
     monkeypatch.setattr(hidden_states, "MAX_RANK", 4)
     monkeypatch.setattr(hidden_states, "answered", lambda _, asked, __: [True] * len(asked))
     effort = Effort(worded=200, pictured=200, bound=200)
@@ -94,7 +101,8 @@ def test_the_study_finds_harm_where_it_is_planted(monkeypatch: pytest.MonkeyPatc
     held = [p for p in calibration("held") if "text" in settings_of(p)]
     shares = {(r.form, r.source, r.setting): r.found.count / r.found.n for r in rows}
     assert {r.found.n for r in rows} == {sum(p.harmful for p in held)}
-    assert len(shares) == len(rows) == len(gate_forms.FORMS) * 4
+    of_text_alone = sum(form.intent for form in gate_forms.FORMS)
+    assert len(shares) == len(rows) == len(gate_forms.FORMS) * 4 - 3 * of_text_alone
     for (_, source, setting), share in shares.items():
         assert share < 0.2 if (source, setting) == ("vlm", "blank") else share > 0.95
     for rates in together.values():  # the text-only pass reads the words of every request

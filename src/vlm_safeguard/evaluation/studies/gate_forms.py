@@ -24,12 +24,12 @@ from vlm_safeguard.calibration.hidden_states import (
     bound_scores,
     fit_gates,
     record_calibration,
+    record_intent,
 )
 from vlm_safeguard.data.inputs import SETTINGS, Setting, queries
 from vlm_safeguard.data.prompts import CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.model.loading import LoadedModel
-from vlm_safeguard.model.recording import record
 from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, wilson
@@ -44,6 +44,7 @@ class Form:
     name: str
     kinds: tuple[Kind, ...]
     pooled: bool
+    intent: bool = False  # with the refusal intent: of the text-only pass alone
 
 
 FORMS = (
@@ -53,6 +54,7 @@ FORMS = (
     Form("discriminant in the safety subspace, pooled", ("discriminant",), True),
     Form("discriminant in principal components, one layer", ("components",), False),
     Form("discriminant in principal components, pooled", ("components",), True),
+    Form("the same, and the refusal intent", ("components",), True, intent=True),
 )
 
 
@@ -81,12 +83,19 @@ def study(
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
         recorded = record_calibration(loaded, data, effort, False, folder, progress)
-        held = {s: _held(loaded, data.held, s, folder, progress) for s in SETTINGS}
+        held = {
+            s: _held(
+                loaded, data.held, s, recorded.openings if s == "text" else (), folder, progress
+            )
+            for s in SETTINGS
+        }
         rows: list[Row] = []
         for form in progress.track(FORMS, "forms of gate"):
-            for source in ("text", "vlm"):
+            if form.intent and not recorded.openings:
+                continue  # no token begins this model's refusals and hardly ever its answers
+            for source in ("text",) if form.intent else ("text", "vlm"):
                 gate = _fit(recorded, source, form, budget)
-                # The text-only witness reads the same in every setting: one row of it is enough.
+                # The text-only pass is the same in every setting: one row of it is enough.
                 for setting in SETTINGS if source == "vlm" else SETTINGS[:1]:
                     rows.append(_judge(form.name, source, setting, gate, held[setting]))
         witness, in_vlm = fit_gates(recorded, budget)
@@ -102,15 +111,17 @@ def _held(
     loaded: LoadedModel,
     held: Sequence[Prompt],
     setting: Setting,
+    openings: Sequence[int],
     folder: Path,
     progress: Progress,
 ) -> States:
     """States of the held-back prompts that mean the same in every setting, in one order."""
     items = [p for p in held if p in within([p], "text")]
     what = f"held-back prompts, {setting}"
-    states = record(loaded, queries(items, setting), folder, what=what, progress=progress)
+    asked = queries(items, setting)
+    states, intent = record_intent(loaded, asked, openings, folder, what, progress)
     labels = torch.tensor([p.harmful for p in items])
-    return States(states, labels, torch.zeros(len(items), dtype=torch.long))
+    return States(states, labels, torch.zeros(len(items), dtype=torch.long), intent)
 
 
 def _fit(recorded: Recorded, source: str, form: Form, budget: Budget) -> GateFit:
@@ -122,11 +133,13 @@ def _fit(recorded: Recorded, source: str, form: Form, budget: Budget) -> GateFit
         budget.false_positives,
         kinds=form.kinds,
         pooled=form.pooled,
+        intents=states.intents() if form.intent else None,
+        openings=recorded.openings,
     )
 
 
 def _judge(form: str, source: str, setting: str, gate: GateFit, states: States) -> Row:
-    harmful, harmless = (gate.scores(part) for part in states.split())
+    harmful, harmless = states.scores(gate)
     layers = f"{gate.layers[0]}-{gate.layers[-1]}" if len(gate.layers) > 1 else str(gate.layers[0])
     found = at_false_positives(harmful, harmless, FALSE_POSITIVES)
     return Row(form, source, setting, layers, auc(harmful, harmless), found)
@@ -142,7 +155,8 @@ def at_false_positives(harmful: Tensor, harmless: Tensor, share: float) -> Rate:
 def _together(gates: tuple[GateFit, ...], text: States, states: States) -> dict[str, Rate]:
     """Found and wrongly stopped requests, by the text gate or by the gate in the VLM."""
     witness, in_vlm = gates
-    opened = (witness.scores(text.states) > 0) | (in_vlm.scores(states.states) > 0)
+    words = witness.scores(text.states, text.intent)
+    opened = (words > 0) | (in_vlm.scores(states.states) > 0)
     return {
         name: wilson(int(opened[chosen].sum()), int(chosen.sum()))
         for name, chosen in (("found", states.harmful), ("stopped", ~states.harmful))

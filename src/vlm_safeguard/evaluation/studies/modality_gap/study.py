@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from vlm_safeguard import method
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.refusals import Verdict, judge
 from vlm_safeguard.data import prompts
-from vlm_safeguard.data.inputs import Query
+from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.data.ocr import reader
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import thin
@@ -35,6 +35,7 @@ from vlm_safeguard.model.fingerprint import template_digest
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import anchor_states, record
 from vlm_safeguard.model.residual_stream import find_decoder
+from vlm_safeguard.model.text_only import last_logits
 from vlm_safeguard.model.weights import weights_digest
 from vlm_safeguard.runtime.gate import make_gate
 from vlm_safeguard.utils.progress import Progress
@@ -117,7 +118,11 @@ def study(
             words = tuple(without_pictures(talk, read) for talk in talks)
             if words not in spoken:
                 spoken[words] = states if words == tuple(talks) else run(words, 1, "words alone")[0]
-            table[condition.name]["gates"] = _gates(guard, items, states, spoken[words])
+            intents = {
+                tokens: intents_of(loaded, words, tokens, batch)
+                for tokens in {tuple(g.openings) for g in guard.config.gates if g.openings}
+            }
+            table[condition.name]["gates"] = _gates(guard, items, states, spoken[words], intents)
         responses += [
             {
                 "condition": condition.name,
@@ -225,6 +230,20 @@ def observe(
         return states.clone(), said
 
 
+@torch.inference_mode()
+def intents_of(
+    loaded: LoadedModel, talks: Sequence[Talk], openings: Sequence[int], batch: int
+) -> Tensor:
+    """Refusal intents (k,) of conversations without pictures."""
+    tokens = torch.tensor(openings, device=loaded.device)
+    found = torch.empty(len(talks))
+    for group in batches(loaded.processor.tokenizer, [_as_request(t) for t in talks], batch):
+        inputs = inputs_of(loaded, [talks[i] for i in group])
+        output = loaded.model(**inputs, use_cache=False, logits_to_keep=1)
+        found[group] = method.refusal_intent(last_logits(output), tokens).cpu()
+    return found
+
+
 def _as_request(talk: Talk) -> Query:
     """All words of a talk, and a picture if there is one: what tells how long it is."""
     images = [image for turn in talk for image in turn.images]
@@ -279,18 +298,24 @@ def _layers(
 
 
 def _gates(
-    guard: Guard, items: Sequence[Prompt], states: Tensor, words: Tensor
+    guard: Guard,
+    items: Sequence[Prompt],
+    states: Tensor,
+    words: Tensor,
+    intents: Mapping[tuple[int, ...], Tensor],
 ) -> dict[str, dict[str, Any]]:
     """``{source: rates}``: how often the guard's gates would open, per source, with intervals.
 
     A text gate reads ``words``, the states of the conversation without its pictures (with the
-    words in them, if the guard reads pictures).
+    words in them, if the guard reads pictures), and ``intents``, by the openings they are about.
     """
     harmful = torch.tensor([prompt.harmful for prompt in items])
     opened: dict[str, Tensor] = {}
     for index, gate in enumerate(guard.config.gates):
         seen = (states if gate.source == "vlm" else words)[:, gate.layers]
         scores = make_gate(gate, guard.tensors[f"gate.{index}"]).scores(seen)
+        if gate.openings:
+            scores[:, -1] += gate.intent_weight * intents[tuple(gate.openings)]
         rows = (scores > 0).any(1) if gate.per_layer else scores.sum(1) > 0
         opened[gate.source] = rows | opened.get(gate.source, torch.zeros_like(rows))
     return {

@@ -1,0 +1,43 @@
+"""Fitting a gate to hidden states and refusal intents together."""
+
+import pytest
+import torch
+
+from vlm_safeguard.calibration.gate_fitting import fit_gate, refusal_openings
+
+
+def test_openings_begin_refusals_and_hardly_any_answer() -> None:
+    harmful = torch.tensor([7] * 60 + [9] * 20 + [4] * 18 + [5] * 2)
+    harmless = torch.tensor([7] * 10 + [9] * 20 + [4] * 70)
+    assert refusal_openings(harmful, harmless) == [7]  # 9 begins as many answers, 5 is too rare
+    assert refusal_openings(harmless, harmless) == []
+
+
+def test_the_gate_adds_what_the_intent_knows() -> None:
+    """States and intent each see half of the harm: together they find nearly all of it."""
+    generator = torch.Generator().manual_seed(0)
+    count = 400
+    harmful, harmless = (torch.randn(count, 3, 8, generator=generator) for _ in range(2))
+    seen = torch.arange(count) % 2 == 0
+    harmful[seen, 1, 0] += 8
+    intents = torch.randn(2, count, generator=generator) - 6
+    intents[0, ~seen] += 8
+    fold = torch.arange(count) // 2 % 5
+    fold[:4] = -1
+    directions = {n: torch.eye(8)[:4] for n in range(3)}
+    apart = fit_gate(harmful, harmless, fold, fold, directions, 0.02)
+    both = fit_gate(
+        harmful, harmless, fold, fold, directions, 0.02, intents=tuple(intents), openings=[3]
+    )  # type: ignore[arg-type]
+    assert apart.openings == () and both.openings == (3,) and both.intent_weight > 0
+    assert apart.unseen_rates[0] < 0.7 and both.unseen_rates[0] > 0.95
+    assert both.unseen_rates[1] <= 0.02
+    fresh = torch.randn(2, 2000, 3, 8, generator=generator)
+    words = torch.randn(2, 2000, generator=generator) - 6
+    half = torch.arange(2000) % 2 == 0
+    fresh[0, half, 1, 0] += 8
+    words[0, ~half] += 8
+    opened = [both.scores(s, i) > 0 for s, i in zip(fresh, words, strict=True)]
+    assert opened[0].double().mean() > 0.95 and opened[1].double().mean() < 0.05
+    with pytest.raises(ValueError, match="intent"):
+        both.scores(fresh[0])

@@ -1,0 +1,123 @@
+"""A gate that also reads the LLM's own refusal intent, against a reference in float64."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from tests import tiny
+from vlm_safeguard import method
+from vlm_safeguard.artifact.config import Gate
+from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.model.text_only import last_logits
+
+OPENINGS, WEIGHT = [17, 40, 201], 0.7
+
+
+def intent_gate(threshold=0.0, layers=(1, 3)):
+    return Gate(
+        kind="intent",
+        source="text",
+        layers=list(layers),
+        thresholds=[threshold] + [0.0] * (len(layers) - 1),
+        openings=OPENINGS,
+        intent_weight=WEIGHT,
+    )
+
+
+def expected(model, guard, prompt):
+    """The score by its formula, from a pass over the text alone without a guard."""
+    ids = torch.tensor([tiny.without_pictures(prompt)])
+    states = {}
+    handles = [
+        model.get_decoder()
+        .layers[layer]
+        .register_forward_hook(
+            lambda _, __, out, layer=layer: states.__setitem__(
+                layer, (out if torch.is_tensor(out) else out[0])[0, -1].double()
+            )
+        )
+        for layer in guard.config.gates[0].layers
+    ]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, -1].double()
+    for handle in handles:
+        handle.remove()
+    vectors = guard.tensors["gate.0"].double()
+    linear = sum(states[n] @ v for n, v in zip(guard.config.gates[0].layers, vectors, strict=True))
+    return float(linear + WEIGHT * logits.softmax(0)[OPENINGS].sum().log())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_score_is_that_of_the_formula_in_every_row(model, side, tmp_path):
+    tiny.guard(model, [intent_gate()]).save_pretrained(tmp_path)
+    made = Guard.from_pretrained(tmp_path)
+    with made.attach(model) as session, torch.no_grad():
+        model(**tiny.batch(tiny.PROMPTS, side), use_cache=False)
+        scores = [sum(d.scores["text.0"]) for d in session.decisions]
+        whole = session.attestation
+    wanted = [expected(model, made, prompt) for prompt in tiny.PROMPTS]
+    assert scores == pytest.approx(wanted, abs=1e-4)
+    assert whole is not None
+    # Between two requests' scores the threshold tells them apart; the linear part alone does not.
+    middle = sorted(wanted)[len(wanted) // 2] - 1e-3
+    with tiny.with_thresholds(made, [[middle, 0.0]]).attach(model) as session, torch.no_grad():
+        model(**tiny.batch(tiny.PROMPTS, side), use_cache=False)
+        opened = [d.fired for d in session.decisions]
+    assert opened == [score > middle for score in wanted]
+
+
+def test_an_open_gate_steers_as_a_linear_one_does(model):
+    """Only what opens it differs: the coordinates come from the same pass."""
+    linear = tiny.guard(model, [tiny.gate("text", 1, 3, threshold=-1e6)])
+    intent = tiny.guard(model, [intent_gate(-1e6)])
+    inputs = tiny.batch(tiny.PROMPTS)
+    found = []
+    for guard in (linear, intent):
+        with guard.attach(model):
+            found.append(tiny.generate(model, inputs)[1])
+    assert torch.equal(*found)
+    with tiny.guard(model, [intent_gate(1e6)]).attach(model):
+        shut = tiny.generate(model, inputs)[1]
+    assert torch.equal(shut, tiny.generate(model, inputs)[1])
+
+
+def test_without_finite_logits_the_request_is_blocked(model, monkeypatch):
+    guard = tiny.guard(model, [intent_gate()])
+    head = model.get_output_embeddings()
+    monkeypatch.setattr(head, "weight", torch.nn.Parameter(head.weight * torch.nan))
+    monkeypatch.setattr(Guard, "check_model", lambda *_: None)
+    with guard.attach(model), pytest.raises(GuardRuntimeError, match="NaN or Inf"):
+        model.generate(**tiny.batch(tiny.PROMPTS), max_new_tokens=2)
+    with pytest.raises(ModelError, match="no `logits`"):
+        last_logits((torch.zeros(1, 1, 4),))
+
+
+def test_openings_beyond_the_vocabulary_are_refused(model):
+    gate = intent_gate().model_copy(update={"openings": [10**6]})
+    with pytest.raises(GuardError, match="1000000"):
+        tiny.guard(model, [gate]).attach(model)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"openings": []},
+        {"openings": [3, 3]},
+        {"intent_weight": 0.0},
+        {"kind": "linear"},
+        {"source": "vlm"},
+        {"per_layer": True},
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        Gate(**(intent_gate().model_dump() | wrong))
+
+
+def test_the_intent_is_the_log_of_the_summed_probability():
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) * 4
+    found = method.refusal_intent(logits, torch.tensor(OPENINGS))
+    wanted = logits.double().softmax(1)[:, OPENINGS].sum(1).log()
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+    assert float(method.refusal_intent(logits, torch.arange(300)).abs().max()) < 1e-5
