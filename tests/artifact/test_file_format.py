@@ -113,6 +113,7 @@ def test_too_many_gates_files_and_too_large_thresholds(folder):
         ({"gates": raw["gates"][:1] * 17}, "gates"),
         ({"data_sha256": {str(n): "0" * 64 for n in range(65)}}, "data_sha256"),
         ({"gates": [raw["gates"][0] | {"thresholds": [1.1e20, 0.0]}]}, "thresholds"),
+        ({"gates": [raw["gates"][0] | {"openings": list(range(65))}]}, "openings"),
     ]:
         edit(folder, **(raw | changes))
         with pytest.raises(GuardError, match=said):
@@ -205,7 +206,12 @@ def guards(draw):
             assume(set(layers) & set(steered))
         elif source == "vlm" and tokens == 1:
             assume(max(layers) <= max(steered))
-        gates.append(Gate(source=source, layers=layers, thresholds=cuts, per_layer=alone))
+        intent = {}
+        if source == "text" and not alone and draw(st.booleans()):
+            openings = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, unique=True))
+            weight = draw(st.floats(1e-9, 1e20))
+            intent = {"kind": "intent", "openings": openings[:64], "intent_weight": weight}
+        gates.append(Gate(source=source, layers=layers, thresholds=cuts, per_layer=alone, **intent))
         tensors[f"gate.{index}"] = torch.randn(len(layers), width, generator=generator)
     steering = Steering(
         mode=mode,

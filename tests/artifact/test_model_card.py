@@ -103,9 +103,9 @@ def test_facts_are_on_the_page() -> None:
     assert rows(page, "Directions per layer") == [["Directions per layer", "3"]]
     assert rows(page, "0")[0] == [
         "0",
-        "the text-only reading",
+        "the text-only pass",
         "0, 3",
-        "sum over the layers",
+        "sum over the layers, and 1.5 times the refusal intent",
         "0.5",
     ]
     assert 'Guard.from_pretrained("someone/a-guard")' in page

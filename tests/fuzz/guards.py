@@ -36,7 +36,8 @@ def seal(settings: dict[str, Any], blob: bytes) -> Files:
 
 
 def sound(kind: str, seed: int = 0) -> Files:
-    """A guard of one kind: "restore", "add" (one gate per layer), "old" (schema 1)."""
+    """A guard of one kind: "restore" (a gate that reads the refusal intent), "add" (one gate per
+    layer), "old" (schema 1)."""
     chance = np.random.default_rng(seed)
     width, rank, layers = 12, 3, [1, 2, 4]
     mode = "restore" if kind == "old" else kind
@@ -45,6 +46,8 @@ def sound(kind: str, seed: int = 0) -> Files:
         {"source": "text", "layers": [0, 3], "thresholds": [0.5, 0.0], "per_layer": False},
         {"source": "vlm", "layers": [2], "thresholds": [-1.25], "per_layer": False},
     ]
+    if kind == "restore":
+        gates[0] |= {"kind": "intent", "openings": [7, 40], "intent_weight": 1.5}
     if kind == "add":
         steering |= {"alpha": 0.5, "query": "pass", "positions": "all", "tokens": None}
         gates[0] |= {"per_layer": True, "layers": [1, 3]}

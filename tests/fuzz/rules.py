@@ -98,8 +98,18 @@ def check_settings(data: bytes) -> dict[str, Any]:
     gates, depth = raw["gates"], model["layers"]
     must(isinstance(gates, list) and 1 <= len(gates) <= 16, "1 to 16 gates")
     for gate in gates:
-        check_keys(gate, {"source", "layers", "thresholds"}, {"per_layer", "kind"}, "gate")
-        must(gate.get("kind", "linear") == "linear", "kind of a gate")
+        more = {"per_layer", "kind", "openings", "intent_weight"}
+        check_keys(gate, {"source", "layers", "thresholds"}, more, "gate")
+        kind, openings = gate.get("kind", "linear"), gate.get("openings", [])
+        must(kind in ("linear", "intent"), "kind of a gate")
+        must(isinstance(openings, list) and len(openings) <= 64, "openings are a short list")
+        must(all(is_int(n, 0, 2**31 - 1) for n in openings), "openings hold token ids")
+        must(len(set(openings)) == len(openings), "each opening once")
+        weight = gate.get("intent_weight", 0)
+        must(is_number(weight, 1e20) and weight >= 0, "weight of the intent")
+        must((kind == "intent") == bool(openings) == bool(weight), "an intent gate has an intent")
+        alone = bool(gate.get("per_layer", False))
+        must(not openings or (gate["source"] == "text" and not alone), "intent is of the text")
         must(gate["source"] in ("text", "vlm"), "source of a gate")
         must(type(gate.get("per_layer", False)) is bool, "per_layer")
         must(layer_list(gate["layers"], depth, 1), "layers of a gate")

@@ -142,10 +142,10 @@ class ImageMarkup(_Strict):
     pad_id: _TokenId = 0
 
     def kept(self, ids: list[int]) -> list[int]:
-        """Indices of ``ids`` that stay when pictures and their wrappers are taken out.
+        """Indices of ``ids`` without pictures and the tokens around them.
 
-        Of a wrapper, what stands next to the picture goes: the newlines at its far end may have
-        become one token with those of the text, and stay there as white space.
+        Tokens around a picture are removed outwards from it, as far as they match. Newlines that
+        merged into one token with those of the text stay, as white space.
         """
         tokens, place = set(self.token_ids), 0
         kept: list[int] = []

@@ -106,9 +106,9 @@ def _settings(config: GuardConfig) -> str:
     gates = [
         (
             str(index),
-            "the text-only reading" if gate.source == "text" else "the request with its picture",
+            "the text-only pass" if gate.source == "text" else "the request with its picture",
             _ranges(gate.layers),
-            "layer by layer" if gate.per_layer else "sum over the layers",
+            _score(gate),
             _thresholds(gate),
         )
         for index, gate in enumerate(config.gates)
@@ -125,6 +125,13 @@ def _settings(config: GuardConfig) -> str:
             table(("Steering", "Value"), _steering(config.steering)),
         ]
     )
+
+
+def _score(gate: Gate) -> str:
+    if gate.per_layer:
+        return "layer by layer"
+    intent = f", and {gate.intent_weight:.3g} times the refusal intent" if gate.openings else ""
+    return f"sum over the layers{intent}"
 
 
 def _thresholds(gate: Gate) -> str:
