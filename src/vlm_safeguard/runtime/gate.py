@@ -104,13 +104,13 @@ class GateReading:
             for place, layer in enumerate(gate.layers) if gate.source == source else ():
                 self._at.setdefault(layer, []).append((index, place))
         self._held: dict[int, dict[int, Tensor]] = {}
+        # Whether a gate needs the logits of the pass.
+        self.reads_logits = any(
+            isinstance(gates.scorers[index], IntentGate)
+            for index, gate in enumerate(gates.settings)
+            if gate.source == source
+        )
         self._scored: dict[int, Tensor] = {}  # linear scores of gates that wait for the logits
-
-    @property
-    def reads_logits(self) -> bool:
-        """Whether a gate needs the logits of the pass."""
-        scorers = self._gates.scorers
-        return any(isinstance(scorers[i], IntentGate) for at in self._at.values() for i, _ in at)
 
     def read(self, request: Request, layer: int, states: Tensor) -> None:
         """Take a layer's states (B, d) at the last prompt token and score the gates it decides.
