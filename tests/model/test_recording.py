@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import checkpoint
+from tests import checkpoint, tiny
 from vlm_safeguard.data import drawings
 from vlm_safeguard.data.inputs import Query, batches
+from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.model.recording import record
 from vlm_safeguard.model.residual_stream import find_decoder
+from vlm_safeguard.model.text_only import find_markup
 
 ITEMS = [Query(text, None) for text in ("Hi", "How do I water the plants?", "Tell me more.")]
 ITEMS += [Query("What is in this picture?", drawings.blank()), Query("Hello", None)]
@@ -46,3 +48,26 @@ def test_batches_hold_all_once_by_length_in_tokens_and_pictures_apart(loaded: Lo
     groups = batches(loaded.processor.tokenizer, items, 2)
     assert groups == [[6, 5], [4, 3], [1, 0], [2]]
     assert batches(loaded.processor.tokenizer, [], 2) == []
+
+
+def test_the_requests_own_pass_is_recorded_under_guard_and_in_generate(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    """Not the guard's text-only pass before it, nor the decoding steps after it."""
+    model, decoder = loaded.model, find_decoder(loaded.model)
+    wanted = record(loaded, ITEMS, tmp_path).clone()
+    shut = tiny.guard(
+        model, [tiny.gate("text", len(decoder.layers) - 1, threshold=1e9)], layers=[1]
+    )
+    # What is read of a picture differs between this checkpoint and the bare tiny model.
+    shut = tiny.changed(shut, markup=find_markup(loaded))
+    with shut.attach(model):
+        guarded = record(loaded, ITEMS, tmp_path, decoder=decoder).clone()
+    torch.testing.assert_close(guarded, wanted, atol=1e-3, rtol=1e-3)
+
+    def respond(group: list[int]) -> None:
+        texts, images = [ITEMS[i].text for i in group], [ITEMS[i].image for i in group]
+        model.generate(**encode(loaded, texts, images), max_new_tokens=3, do_sample=False)
+
+    generated = record(loaded, ITEMS, tmp_path, run=respond)
+    torch.testing.assert_close(generated, wanted, atol=1e-3, rtol=1e-3)

@@ -57,7 +57,8 @@ def record(
             allow the forward pass that verifies it.
         read_pictures: for a guard that reads pictures, see ``encode``.
         run: runs the model on the items of a batch, given by their indices, in place of one forward
-            pass. The first pass is recorded; its inputs are padded on the left.
+            pass. The last pass over more than one token is recorded, so not the steps of
+            ``generate``; its inputs are padded on the left.
         progress: where progress is reported; by default nowhere.
 
     Returns:
@@ -78,9 +79,11 @@ def record(
 
     def keep(layer: int) -> Any:
         def see(output: Any) -> None:
-            # Batches are padded on the left: the last column is the last prompt token.
-            if layer not in seen:
-                seen[layer] = hidden_of(output)[:, -1].float().cpu()
+            # Batches are padded on the left: the last column is the last prompt token. A guard's
+            # text-only pass comes before the request's own; decoding steps are one column wide.
+            hidden = hidden_of(output)
+            if hidden.shape[1] > 1:
+                seen[layer] = hidden[:, -1].float().cpu()
             if layer == depth - 1 and layers:
                 raise EnoughSeen
 
