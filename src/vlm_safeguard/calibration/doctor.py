@@ -12,14 +12,14 @@ from vlm_safeguard.calibration.attack_trials import answered, attack, per_questi
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.calibration.hidden_states import record_intent
-from vlm_safeguard.data.inputs import PICTURED, Query, queries
+from vlm_safeguard.data.inputs import PICTURED, queries
 from vlm_safeguard.data.prompts import CalibrationData
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.fingerprint import template_digest
 from vlm_safeguard.model.loading import LoadedModel
-from vlm_safeguard.model.recording import anchor_states
+from vlm_safeguard.model.recording import anchor_queries, anchor_states
 from vlm_safeguard.model.residual_stream import verify_residual_stream
 from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.runtime.gate import make_gate
@@ -154,8 +154,7 @@ def _directions(
     # sign on a part of the anchors may differ.
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
         harmful, harmless = anchor_states(loaded, data.anchors, Path(folder), progress).clone()
-        asked = [Query(pair.harmful, None) for pair in data.anchors]
-        asked += [Query(pair.harmless, None) for pair in data.anchors]
+        asked = anchor_queries(data.anchors)
         what = "anchors, refusal intent"
         intents = [
             record_intent(loaded, asked, gate.openings, Path(folder), what, progress)[1]

@@ -18,7 +18,7 @@ from vlm_safeguard.data.inputs import PICTURED, Query, Setting, queries, query, 
 from vlm_safeguard.data.prompts import AnchorPair, CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.model.loading import LoadedModel
-from vlm_safeguard.model.recording import record, record_with_logits
+from vlm_safeguard.model.recording import anchor_queries, record, record_with_logits
 from vlm_safeguard.utils.progress import Progress
 
 MAX_RANK = 64
@@ -97,10 +97,13 @@ def record_anchors(
         States (2, N, L, d): harmful anchors, then their harmless partners; and the tokens that the
         model's refusals begin with.
     """
-    both = [Query(pair.harmful, None) for pair in pairs]
-    both += [Query(pair.harmless, None) for pair in pairs]
     states, first = record_with_logits(
-        loaded, both, folder, lambda logits: logits.argmax(1), what="anchors", progress=progress
+        loaded,
+        anchor_queries(pairs),
+        folder,
+        lambda logits: logits.argmax(1),
+        what="anchors",
+        progress=progress,
     )
     openings = refusal_openings(first[: len(pairs)], first[len(pairs) :])
     return states.view(2, len(pairs), *states.shape[1:]), openings

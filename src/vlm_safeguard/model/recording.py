@@ -144,6 +144,12 @@ def record_with_logits(
     return states, torch.stack([found[place] for place in range(len(items))])
 
 
+def anchor_queries(pairs: Sequence[AnchorPair]) -> list[Query]:
+    """The anchors as text: the harmful ones, then their harmless partners in the same order."""
+    both = [pair.harmful for pair in pairs] + [pair.harmless for pair in pairs]
+    return [Query(text, None) for text in both]
+
+
 def anchor_states(
     loaded: LoadedModel, pairs: Sequence[AnchorPair], folder: Path, progress: Progress
 ) -> Tensor:
@@ -152,8 +158,5 @@ def anchor_states(
     Returns:
         States (2, N, L, d): harmful anchors, then their harmless partners in the same order.
     """
-    both = [pair.harmful for pair in pairs] + [pair.harmless for pair in pairs]
-    states = record(
-        loaded, [Query(text, None) for text in both], folder, what="anchors", progress=progress
-    )
+    states = record(loaded, anchor_queries(pairs), folder, what="anchors", progress=progress)
     return states.view(2, len(pairs), *states.shape[1:])

@@ -98,6 +98,7 @@ def study(
     items = every if per_set is None else thin(every, per_set)
     directions = _directions(loaded, progress)
     spoken: dict[tuple[Talk, ...], Tensor] = {}  # states of conversations without pictures
+    intents: dict[tuple[Talk, ...], dict[tuple[int, ...], Tensor]] = {}  # and refusal intents
     text: tuple[Tensor, list[Verdict]] | None = None
     table: dict[str, dict[str, Any]] = {}
     responses: list[dict[str, str]] = []
@@ -118,11 +119,13 @@ def study(
             words = tuple(without_pictures(talk, read) for talk in talks)
             if words not in spoken:
                 spoken[words] = states if words == tuple(talks) else run(words, 1, "words alone")[0]
-            intents = {
-                tokens: intents_of(loaded, words, tokens, batch)
-                for tokens in {tuple(g.openings) for g in guard.config.gates if g.openings}
-            }
-            table[condition.name]["gates"] = _gates(guard, items, states, spoken[words], intents)
+                intents[words] = {
+                    tokens: intents_of(loaded, words, tokens, batch)
+                    for tokens in {tuple(g.openings) for g in guard.config.gates if g.openings}
+                }
+            table[condition.name]["gates"] = _gates(
+                guard, items, states, spoken[words], intents[words]
+            )
         responses += [
             {
                 "condition": condition.name,
