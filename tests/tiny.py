@@ -129,7 +129,7 @@ def batch(prompts: Sequence[Sequence[int]], side: str = "left") -> dict[str, Ten
 
 
 def without_pictures(prompt: Sequence[int]) -> list[int]:
-    """The text-only reading, written down independently of the package."""
+    """The text-only prompt, written down independently of the package."""
     kept, place = [], 0
     while place < len(prompt):
         if prompt[place] == IMAGE:

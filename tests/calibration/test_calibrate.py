@@ -163,8 +163,8 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(
         hidden_states, "answered", lambda _, asked, __: [p != items[9] for p in asked]
     )
-    witness = GateFit((0,), torch.ones(1, 1), 0.0, spread=2.0)
+    text_gate = GateFit((0,), torch.ones(1, 1), 0.0, spread=2.0)
     in_vlm = GateFit((1,), torch.ones(1, 1), 0.0, spread=1.0)
     quiet, loaded = Progress(quiet=True), None
-    found = hidden_states.bound_scores(loaded, witness, in_vlm, items, tmp_path, quiet)  # type: ignore[arg-type]
+    found = hidden_states.bound_scores(loaded, text_gate, in_vlm, items, tmp_path, quiet)  # type: ignore[arg-type]
     assert found.tolist() == [20, 1, 2, 3, 4, 5, 6, 8, 1]

@@ -38,7 +38,7 @@ MULTILINE = "Say,\n\nwhat is this?\n"
 
 
 def readings(loaded: LoadedModel, prompts: list[str], size: tuple[int, int]) -> list[list[int]]:
-    """Rows of the text-only reading of pictured requests."""
+    """Rows of the text-only prompt of pictured requests."""
     inputs = encode(loaded, prompts, [families.photo(3, *size)] * len(prompts))
     return readings_of(inputs, find_markup(loaded))
 
@@ -90,7 +90,7 @@ CONVERSATIONS: dict[str, list[tuple[str, list[Part]]]] = {
 def reading_of_conversation(
     loaded: LoadedModel, markup: ImageMarkup, turns: list[tuple[str, list[Part]]]
 ) -> tuple[str, str]:
-    """The text-only reading of a conversation, and what the template makes of its text alone."""
+    """The text-only prompt of a conversation, and what the template makes of its text alone."""
 
     def rendered(pictured: bool) -> str:
         messages = [

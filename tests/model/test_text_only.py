@@ -1,4 +1,4 @@
-"""The text-only reading of padded batches of token ids."""
+"""The text-only prompt of padded batches of token ids."""
 
 import pytest
 import torch

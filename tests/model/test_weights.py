@@ -176,10 +176,10 @@ def test_int8_activations_are_steered_to_the_target(mode):
         module.register_forward_hook(keep)
         with torch.no_grad():
             model(**inputs)
-    witness, plain, steered = states[0], *states[-2:]  # before and after the guard's own hook
+    text_only, plain, steered = states[0], *states[-2:]  # before and after the guard's own hook
     rows = made.tensors["directions.2"].double()
     if mode == "add":
-        expected = plain @ rows.T + 0.5 * witness @ rows.T
+        expected = plain @ rows.T + 0.5 * text_only @ rows.T
     else:
         expected = (1.5 * made.tensors["anchor.2"].double()).expand(len(plain), -1)
     torch.testing.assert_close(steered @ rows.T, expected, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""A text-only reading that the caller gives: what the guard reads instead of the prompt's words."""
+"""A text-only prompt that the caller gives: what the guard reads instead of the prompt's words."""
 
 import pytest
 import torch

@@ -114,7 +114,7 @@ def _settings(config: GuardConfig) -> str:
         for index, gate in enumerate(config.gates)
     ]
     reads = "with the words that stand in pictures, if `encode` is told to read them"
-    reading = f" The text-only reading comes {reads}." if config.reads_pictures else ""
+    reading = f" The text-only prompt comes {reads}." if config.reads_pictures else ""
     return "\n\n".join(
         [
             "## Settings",
@@ -160,7 +160,7 @@ def _steering(steering: Steering) -> list[tuple[str, str]]:
         own = "the request's own text" if steering.reference == "text" else "harmful anchors' mean"
         rows.append(("Put back", own))
     if steering.mode == "add":
-        own = "the request itself" if steering.query == "pass" else "its text-only reading"
+        own = "the request itself" if steering.query == "pass" else "its text-only pass"
         rows.append(("Component of", own))
     tokens = "all" if steering.tokens is None else f"the first {steering.tokens}"
     whole = " and every prompt position" if steering.positions == "all" else ""

@@ -81,11 +81,11 @@ def calibrate(
         text, pictured = recorded.text, recorded.pictured
         fits = fit_gates(recorded, budget)
         scores = bound_scores(loaded, *fits, evenly(data.bound, effort.bound), folder, progress)
-        witness, in_vlm = bounded(fits, scores, budget.false_positives)
+        text_gate, in_vlm = bounded(fits, scores, budget.false_positives)
         table = _separability(text, pictured, directions)
-        gates = _gate_rates(witness, {"text": text}) + _gate_rates(in_vlm, pictured)
+        gates = _gate_rates(text_gate, {"text": text}) + _gate_rates(in_vlm, pictured)
         base = _Foundation(
-            loaded, directions, pairs, markup, witness, in_vlm, reads_pictures, data.sha256
+            loaded, directions, pairs, markup, text_gate, in_vlm, reads_pictures, data.sha256
         )
         guard, tried = search(loaded, base.build, list(data.fit), budget, effort, progress)
     proof = prove(loaded, guard, data.held, budget, effort, progress)
@@ -140,7 +140,7 @@ class _Foundation:
     directions: dict[int, Tensor]
     pairs: Tensor
     markup: ImageMarkup
-    witness: GateFit
+    text_gate: GateFit
     in_vlm: GateFit
     reads_pictures: bool
     data_sha256: Mapping[str, str]
@@ -155,7 +155,7 @@ class _Foundation:
             tensors[f"directions.{layer}"] = basis
             tensors[f"anchor.{layer}"] = method.coordinates(self.pairs[0, :, layer], basis).mean(0)
         gates: list[Gate] = []
-        for source, fit in (("text", self.witness), ("vlm", self.in_vlm)):
+        for source, fit in (("text", self.text_gate), ("vlm", self.in_vlm)):
             # A pooled score has one threshold; it stands with the gate's first layer.
             cuts = [fit.threshold] + [0.0] * (len(fit.layers) - 1)
             gate: dict[str, Any] = {

@@ -174,10 +174,8 @@ def _directions(
         if gate.source != "text" or gate.per_layer:
             continue
         scorer = make_gate(gate, guard.tensors[f"gate.{index}"])
-        scores = scorer.scores(torch.cat([harmful, harmless])[:, gate.layers]).sum(1)
-        intent = intents[index]
-        if intent is not None:
-            scores += gate.intent_weight * intent
+        states = torch.cat([harmful, harmless])[:, gate.layers]
+        scores = scorer.total(states, intents[index])
         high, low = scores.split(len(harmful))
         value = auc(high, low)
         checks.append(Check("separability", value > 0.9, f"AUC {value:.3f} on the anchors, text"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm_safeguard.artifact.config import MAX_OPENINGS
 from vlm_safeguard.calibration.conformal import conformal_threshold
-from vlm_safeguard.runtime.gate import LinearGate
+from vlm_safeguard.runtime.gate import IntentGate, LinearGate
 
 Kind = Literal["first", "discriminant", "components"]
 KINDS: tuple[Kind, ...] = ("first", "discriminant", "components")
@@ -81,13 +81,11 @@ class GateFit:
         Raises:
             ValueError: the gate has ``openings`` and there are no intents.
         """
-        gate = LinearGate(self.vectors, torch.zeros(len(self.layers)))
-        scores = gate.scores(states[:, list(self.layers)]).sum(1) - self.threshold
-        if not self.openings:
-            return scores
-        if intent is None:
-            raise ValueError("this gate reads the refusal intent too")
-        return scores + self.intent_weight * intent
+        none = torch.zeros(len(self.layers))
+        gate = LinearGate(self.vectors, none)
+        if self.openings:
+            gate = IntentGate(self.vectors, none, torch.tensor(self.openings), self.intent_weight)
+        return gate.total(states[:, list(self.layers)], intent) - self.threshold
 
 
 def fit_gate(

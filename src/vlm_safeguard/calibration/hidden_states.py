@@ -74,7 +74,7 @@ class Recorded:
     text: States
     pictured: dict[str, States]
 
-    def witness_states(self) -> States:
+    def text_only_states(self) -> States:
         """States that the text gate is fitted to: prompts as text, and anchors."""
         return with_anchors(self.text, self.pairs)
 
@@ -199,7 +199,7 @@ def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
     They share the false-positive budget. The text gate gets 90% of it, because it finds nearly all
     harmful requests.
     """
-    witness, in_vlm = (
+    text_gate, in_vlm = (
         fit_gate(
             *states.split(),
             *states.folds(),
@@ -209,16 +209,16 @@ def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
             openings=recorded.openings,
         )
         for states, share in (
-            (recorded.witness_states(), 1 - IN_VLM_SHARE),
+            (recorded.text_only_states(), 1 - IN_VLM_SHARE),
             (recorded.vlm_states(), IN_VLM_SHARE),
         )
     )
-    return witness, in_vlm
+    return text_gate, in_vlm
 
 
 def bound_scores(
     loaded: LoadedModel,
-    witness: GateFit,
+    text_gate: GateFit,
     in_vlm: GateFit,
     items: Sequence[Prompt],
     folder: Path,
@@ -231,7 +231,7 @@ def bound_scores(
     prompt as text by itself, no gate stops it, so it gets the lowest score.
 
     Args:
-        witness: the text gate.
+        text_gate: the text gate.
         in_vlm: the gate in the VLM.
         items: harmless prompts that no gate was fitted to.
 
@@ -241,13 +241,13 @@ def bound_scores(
     mixed = [query(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
     layers = 1 + max(in_vlm.layers)  # no gate that sees pictures reads a layer above
     text, intent = record_intent(
-        loaded, queries(items, "text"), witness.openings, folder, "bound, text", progress
+        loaded, queries(items, "text"), text_gate.openings, folder, "bound, text", progress
     )
     what = "bound, pictures"
     seen = record(loaded, mixed, folder, what=what, layers=layers, progress=progress)
     scores = torch.stack(
         [
-            witness.scores(text, intent) / witness.spread,
+            text_gate.scores(text, intent) / text_gate.spread,
             in_vlm.scores(text) / in_vlm.spread,
             in_vlm.scores(seen) / in_vlm.spread,
         ]

@@ -23,6 +23,7 @@ from vlm_safeguard.model.residual_stream import (
     verify_residual_stream,
     watch_layer,
 )
+from vlm_safeguard.model.shared_prefix import SharedPrefix
 from vlm_safeguard.model.text_only import last_logits
 from vlm_safeguard.utils.progress import Progress
 
@@ -67,6 +68,7 @@ def record(
     Raises:
         ModelError: the decoder cannot be verified, or a state is NaN or Inf.
     """
+    shared = SharedPrefix(loaded) if decoder is None and run is None else None
     decoder = decoder or verify_residual_stream(loaded.model)
     depth, width = layers or len(decoder.layers), decoder.hidden_size
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".states", delete=False) as handle:
@@ -92,7 +94,10 @@ def record(
     def forward(group: list[int]) -> None:
         texts, images = [items[i].text for i in group], [items[i].image for i in group]
         inputs = encode(loaded, texts, images, read_pictures)
-        loaded.model(**inputs, use_cache=False, logits_to_keep=1)
+        if shared:
+            shared.forward(inputs)
+        else:
+            loaded.model(**inputs, use_cache=False, logits_to_keep=1)
 
     handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(depth)]
     try:
@@ -133,11 +138,11 @@ def record_with_logits(
     Returns:
         States (n, L, d), and values (n,).
     """
-    found: dict[int, Tensor] = {}
+    shared, found = SharedPrefix(loaded), dict[int, Tensor]()
 
     def run(group: list[int]) -> None:
         inputs = encode(loaded, [items[i].text for i in group], [items[i].image for i in group])
-        logits = last_logits(loaded.model(**inputs, use_cache=False, logits_to_keep=1))
+        logits = last_logits(shared.forward(inputs))
         found.update(zip(group, read(logits.float()).cpu(), strict=True))
 
     states = record(loaded, items, folder, what=what, run=run, progress=progress)

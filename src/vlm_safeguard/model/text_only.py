@@ -49,7 +49,7 @@ def find_markup(loaded: LoadedModel) -> ImageMarkup:
     if markup is None:
         raise ModelError(
             f"{loaded.name}: what its template writes around a picture depends on the picture's "
-            "size, so the text-only reading cannot be derived from the token ids"
+            "size, so the text-only prompt cannot be derived from the token ids"
         )
     for row, block in zip(rows, blocks, strict=True):
         reading = [row[i] for i in markup.kept(row)]
@@ -158,7 +158,7 @@ def _says(tokenizer: Any, ids: list[int], plain: list[int]) -> bool:
 def _unlike(name: str) -> ModelError:
     return ModelError(
         f"{name}: its chat template words a request with a picture differently beyond the "
-        "picture itself, so the text-only reading cannot be derived from the token ids"
+        "picture itself, so the text-only prompt cannot be derived from the token ids"
     )
 
 

@@ -38,6 +38,14 @@ class LinearGate:
             self.thresholds = self.thresholds.to(states.device)
         return method.gate_scores(states, self.vectors[places], self.thresholds[places])
 
+    def total(self, states: Tensor, intent: Tensor | None = None) -> Tensor:
+        """Scores (B,) of states (B, n, d) at all layers of a gate without ``per_layer``.
+
+        Args:
+            intent: refusal intents (B,), for a gate that reads them.
+        """
+        return self.scores(states).sum(1)
+
 
 class IntentGate(LinearGate):
     """A linear score plus the LLM's own refusal intent, weighted: see ``method.refusal_intent``."""
@@ -54,6 +62,11 @@ class IntentGate(LinearGate):
         return cls(
             vectors, torch.tensor(gate.thresholds), torch.tensor(gate.openings), gate.intent_weight
         )
+
+    def total(self, states: Tensor, intent: Tensor | None = None) -> Tensor:
+        if intent is None:
+            raise ValueError("this gate reads the refusal intent too")
+        return super().total(states) + self.weight * intent
 
     def intent(self, logits: Tensor) -> Tensor:
         """What the logits (B, vocabulary) of the first answer token add to the score, (B,)."""

@@ -235,7 +235,7 @@ def check_only_pictures(
     tokens: Mapping[int, str], ids: Tensor | None, options: Mapping[str, Any]
 ) -> None:
     """Refuse a request with a video or with sound: the guard was calibrated on pictures, and the
-    text-only reading takes out nothing else.
+    text-only prompt leaves out nothing else.
 
     ``tokens`` as from ``other_tokens``, ``ids`` (B, T) of the whole prompt, if it has any.
 

@@ -98,11 +98,11 @@ def study(
                 # The text-only pass is the same in every setting: one row of it is enough.
                 for setting in SETTINGS if source == "vlm" else SETTINGS[:1]:
                     rows.append(_judge(form.name, source, setting, gate, held[setting]))
-        witness, in_vlm = fit_gates(recorded, budget)
+        text_gate, in_vlm = fit_gates(recorded, budget)
         scores = bound_scores(
-            loaded, witness, in_vlm, evenly(data.bound, effort.bound), folder, progress
+            loaded, text_gate, in_vlm, evenly(data.bound, effort.bound), folder, progress
         )
-        gates = bounded((witness, in_vlm), scores, budget.false_positives)
+        gates = bounded((text_gate, in_vlm), scores, budget.false_positives)
         together = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
     return rows, together
 
@@ -125,7 +125,7 @@ def _held(
 
 
 def _fit(recorded: Recorded, source: str, form: Form, budget: Budget) -> GateFit:
-    states = recorded.witness_states() if source == "text" else recorded.vlm_states()
+    states = recorded.text_only_states() if source == "text" else recorded.vlm_states()
     return fit_gate(
         *states.split(),
         *states.folds(),
@@ -154,8 +154,8 @@ def at_false_positives(harmful: Tensor, harmless: Tensor, share: float) -> Rate:
 
 def _together(gates: tuple[GateFit, ...], text: States, states: States) -> dict[str, Rate]:
     """Found and wrongly stopped requests, by the text gate or by the gate in the VLM."""
-    witness, in_vlm = gates
-    words = witness.scores(text.states, text.intent)
+    text_gate, in_vlm = gates
+    words = text_gate.scores(text.states, text.intent)
     opened = (words > 0) | (in_vlm.scores(states.states) > 0)
     return {
         name: wilson(int(opened[chosen].sum()), int(chosen.sum()))

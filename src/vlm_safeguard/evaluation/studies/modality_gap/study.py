@@ -316,10 +316,12 @@ def _gates(
     opened: dict[str, Tensor] = {}
     for index, gate in enumerate(guard.config.gates):
         seen = (states if gate.source == "vlm" else words)[:, gate.layers]
-        scores = make_gate(gate, guard.tensors[f"gate.{index}"]).scores(seen)
-        if gate.openings:
-            scores[:, -1] += gate.intent_weight * intents[tuple(gate.openings)]
-        rows = (scores > 0).any(1) if gate.per_layer else scores.sum(1) > 0
+        scorer = make_gate(gate, guard.tensors[f"gate.{index}"])
+        intent = intents.get(tuple(gate.openings))
+        if gate.per_layer:
+            rows = (scorer.scores(seen) > 0).any(1)
+        else:
+            rows = scorer.total(seen, intent) > 0
         opened[gate.source] = rows | opened.get(gate.source, torch.zeros_like(rows))
     return {
         source: wilson(int(rows[harmful].sum()), int(harmful.sum())).as_dict("tpr")
