@@ -16,8 +16,10 @@ RATES = {"asr": "ASR", "over_refusal": "over-refusal"}
 NAMES = {"guard": "the guard", "none": "no defence"}  # the reference of the tests
 
 NOTE = (
-    "Rates have 95% Wilson intervals, clustered by question, and counts. `off subject` (the "
-    "response only repeats the request), `degenerate` and `unscored` are numbers of responses. "
+    "Rates have 95% Wilson intervals, clustered by question, and counts. `kept` is the share "
+    "refused of the harmful prompts that the model refuses as text without a defence. `off "
+    "subject` (the response only repeats the request), `degenerate` and `unscored` are numbers of "
+    "responses. "
     "Responses off the subject and degenerate ones count neither as a success nor as a refusal. An "
     "unscored response is left out, so the number of prompts is smaller."
 )
@@ -82,13 +84,14 @@ def _commits(made: dict[str, Any]) -> str:
 def _success(entries: Sequence[dict[str, Any]], reference: str | None, corrected: bool) -> str:
     several = len({entry["model"] for entry in entries}) > 1
     head = [*_place_head(several), "ASR", *(["ASR corrected"] if corrected else [])]
-    head += ["over-refusal", "off subject", "degenerate", "unscored"]
+    head += ["kept", "over-refusal", "off subject", "degenerate", "unscored"]
     rows = []
     for entry in entries:
         row = _place(entry, several)
         row.append(_counted(entry, "asr") + _mark(_test(entry, reference, "asr")))
         if corrected:
             row.append(entry.get("asr_not_correctable") or _interval(entry, "asr_corrected"))
+        row.append(_counted(entry, "kept"))
         row.append(_counted(entry, "over_refusal") + _mark(_test(entry, reference, "over_refusal")))
         garbled = entry["degenerate"] + entry["empty"]
         row += [str(entry["off_subject"]), str(garbled), _unscored(entry)]

@@ -74,6 +74,7 @@ def rates_table(settings: Mapping[str, Any]) -> Table:
             MODEL_NAMES[model],
             show(values.get("n"), ".0f"),
             rate_and_interval(values, "asr"),
+            rate_and_interval(values, "kept"),
             rate_and_interval(values, "over_refusal"),
             percent(values.get("off_subject")),
             percent(values.get("degenerate")),
@@ -82,8 +83,8 @@ def rates_table(settings: Mapping[str, Any]) -> Table:
         for model in MODEL_NAMES
         if (values := settings[name].get(model))
     ]
-    head = ["setting", "model", "n", "attacks that succeed", "harmless refused"]
-    head += ["off subject", "degenerate"]
+    head = ["setting", "model", "n", "attacks that succeed", "refusals of text kept"]
+    head += ["harmless refused", "off subject", "degenerate"]
     return Table(head, rows)
 
 
