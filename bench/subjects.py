@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.guards import Model, guarded_model
 from vlm_safeguard.data import drawings, prompts
@@ -44,16 +44,16 @@ def embedded() -> Subjects:
 
 
 def subjects(loaded: LoadedModel) -> Subjects:
-    """A VLM around a Llama, and that Llama."""
+    """A VLM, and its language model alone."""
     markup = find_markup(loaded)
     vlm = guarded_model(loaded.model, markup)
     return Subjects(loaded, vlm, guarded_model(_language_model(loaded.model), markup))
 
 
-def _language_model(vlm: Any) -> LlamaForCausalLM:
+def _language_model(vlm: Any) -> PreTrainedModel:
     """The VLM's language model as a model of its own, around the same modules."""
     with torch.device("meta"):
-        alone = LlamaForCausalLM(vlm.config.get_text_config(decoder=True))
+        alone = AutoModelForCausalLM.from_config(vlm.config.get_text_config(decoder=True))
     alone.model, alone.lm_head = find_decoder(vlm).module, vlm.get_output_embeddings()
     alone.generation_config = vlm.generation_config
     return alone.eval()

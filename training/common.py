@@ -28,8 +28,8 @@ END = "<|im_end|>"
 def stage(doc: str | None, *, steps: int = 0) -> argparse.Namespace:
     """What a stage is called with (cache, out, steps); seeds torch."""
     parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=HERE / "cache")
+    parser.add_argument("--out", type=Path, default=HERE / "out")
     parser.add_argument("--steps", type=int, default=steps)
     args = parser.parse_args()
     torch.manual_seed(SEED)

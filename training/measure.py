@@ -32,7 +32,7 @@ from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, wilson
 
-MODEL = MODELS["embedded-0.5b"]
+MODEL = MODELS["embedded"]
 CARD, WEIGHTS = MODEL.resource("CARD.md"), MODEL.resource("weights.safetensors")
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 
@@ -67,7 +67,7 @@ def main() -> None:
         limit=args.per_set,
         max_tokens=24,
     )
-    plans = [own, replace(own, benchmarks=(), limit=None, vqa=args.vqa, max_tokens=14)]
+    plans = [own, replace(own, benchmarks=(), limit=None, vqa=args.vqa, max_tokens=18)]
     if args.benchmarks:
         published = replace(
             own, benchmarks=("malicious_instruct",), data=str(args.benchmarks), limit=None

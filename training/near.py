@@ -3,7 +3,7 @@
 Run on a file of training prompts it drops what is too near to a calibration or evaluation prompt
 of the package, or to a public benchmark where a folder is given:
 
-    python -m training.near training/data/align_harmful_2.jsonl --benchmarks FOLDER
+    python -m training.near training/data/requests.jsonl --benchmarks FOLDER
 """
 
 from __future__ import annotations

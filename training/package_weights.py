@@ -15,7 +15,7 @@ from training.projector import FILE
 from vlm_safeguard.embedded.assemble import MODELS
 from vlm_safeguard.utils.files import write_whole
 
-MODEL = MODELS["embedded-0.5b"]
+MODEL = MODELS["embedded"]
 LIMIT = 15_000_000
 VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 VISION += ("image_size", "patch_size", "hidden_act", "layer_norm_eps", "projection_dim")

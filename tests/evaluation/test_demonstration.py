@@ -148,3 +148,9 @@ def test_the_report_shows_responses_of_the_same_run(ran: Any) -> None:
         *demonstration.OUTPUTS, "given", "extra.txt",
     }  # fmt: skip
     assert summary["vqa_accuracy"]["n"] == 4
+    example = summary["example"]
+    assert example["prompt"] in [p.prompt for p in sets()["malicious"] if p.harmful]
+    for responses in example["responses"].values():
+        for system in ("unguarded", "guarded"):
+            said = SAID[verdict(example["prompt"], system == "guarded")]
+            assert responses[system].split()[:5] == said.split()[:5]

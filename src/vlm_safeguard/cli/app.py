@@ -39,7 +39,7 @@ app.add_typer(cli_evaluation.app)
 
 @app.command()
 def assemble(
-    name: Annotated[str, typer.Argument(help="embedded or embedded-0.5b.")] = "embedded",
+    name: Annotated[str, typer.Argument(help="Embedded model.")] = "embedded",
     cache: Annotated[Path | None, typer.Option(help="Cache folder to use.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -217,6 +217,10 @@ def demo(
 
 
 def _headline(summary: dict[str, Any]) -> None:
+    print(f"One request: {summary['example']['prompt']}")
+    for setting, responses in summary["example"]["responses"].items():
+        for system, response in responses.items():
+            print(f"  {setting:8} {system:10} {response}")
     for setting, systems in summary["settings"].items():
         for system, row in systems.items():
             print(

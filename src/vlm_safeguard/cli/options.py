@@ -14,7 +14,7 @@ import typer
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.utils.files import check_writable
 
-Model = Annotated[str, typer.Argument(help="Folder, hub name, 'embedded' or 'embedded-0.5b'.")]
+Model = Annotated[str, typer.Argument(help="Folder, hub name, or 'embedded'.")]
 Dtype = Annotated[str, typer.Option(help="Model dtype: float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Device to run the model on, for example cpu or cuda.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, max=4096)]

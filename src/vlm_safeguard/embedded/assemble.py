@@ -1,8 +1,8 @@
 """Assemble an embedded VLM: a standard LLaVA checkpoint in the user's cache.
 
-The language model comes from its GGUF file (``base_llm``); what this project trained (projector,
-vision tower and, for the older model, an alignment LoRA) ships with the package. The result is a
-plain ``LlavaForConditionalGeneration`` folder that needs no code of ours to load.
+The language model comes from its GGUF file (``base_llm``) and is not changed. What this project
+trained, projector and vision tower, ships with the package. The result is a plain
+``LlavaForConditionalGeneration`` folder that needs no code of ours to load.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -32,7 +31,6 @@ from transformers import (
 
 from vlm_safeguard.embedded.base_llm import (
     QWEN25_CODER_05B,
-    SMOLLM2_135M,
     BaseLLM,
     fetch_gguf,
     read_gguf,
@@ -51,8 +49,8 @@ class EmbeddedModel:
     """An embedded VLM.
 
     ``resources``: the folder beside this file with what the project trained. ``image_token``: what
-    stands for a picture, added to the vocabulary where the language model does not have it.
-    ``needed``: bytes of disk that assembly takes.
+    stands for a picture, a token of the language model. ``needed``: bytes of disk that assembly
+    takes.
     """
 
     name: str
@@ -62,17 +60,16 @@ class EmbeddedModel:
     needed: int
 
     def resource(self, name: str) -> Path:
-        """A file that ships with the package: ``weights.safetensors``, ``vision_config.json``,
-        ``chat_template.jinja``, ``CARD.md``."""
+        """What ships with the package: ``weights.safetensors``, ``vision_config.json``,
+        ``chat_template.jinja``, ``CARD.md`` and the folder ``guard``."""
         return Path(str(files("vlm_safeguard.embedded") / self.resources / name))
 
 
 MODELS = {
     model.name: model
     for model in (
-        EmbeddedModel("embedded", SMOLLM2_135M, "smollm2_135m", "<image>", 1_400_000_000),
         EmbeddedModel(
-            "embedded-0.5b", QWEN25_CODER_05B, "qwen25_coder_05b", "<|image_pad|>", 4_000_000_000
+            "embedded", QWEN25_CODER_05B, "qwen25_coder_05b", "<|image_pad|>", 4_000_000_000
         ),
     )
 }
@@ -151,6 +148,13 @@ def resolve(name: str, progress: Progress = lambda _: None) -> str | Path:
     return assemble(name, progress=progress) if name in MODELS else name
 
 
+def guard_folder(name: str | Path) -> Path:
+    """The folder ``name``, or that of the guard that ships for the embedded model ``name``."""
+    folder = Path(name)
+    shipped = str(name) in MODELS and not os.path.lexists(folder)
+    return MODELS[str(name)].resource("guard") if shipped else folder
+
+
 def name_of(folder: str) -> str:
     """The embedded model's name for the name of its folder; any other name as it is."""
     begin = folder.rpartition("-vlm-")[0]
@@ -174,21 +178,6 @@ def _intact(folder: Path) -> bool:
         return False
 
 
-def merge_lora(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Add ``B @ A`` of a LoRA (alpha equal to its rank) to every projection it names.
-
-    Raises:
-        DemoError: a tensor names no projection of the model.
-    """
-    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
-        target = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        weight = state.get(f"{target}.weight")
-        if weight is None:
-            raise DemoError(f"the trained weights name {target}, which the model does not have")
-        down, up = tensors[name].float(), tensors[name.replace("lora_A", "lora_B")].float()
-        state[f"{target}.weight"] = weight + up @ down
-
-
 def write_checkpoint(
     folder: Path,
     model: EmbeddedModel,
@@ -201,23 +190,13 @@ def write_checkpoint(
 
     Args:
         text: configuration of the language model. state: its tensors. tokenizer: its own.
-        trained: ``projector/*``, ``tower/*`` and, for a model that has one, ``align/*`` (LoRA).
+        trained: ``projector/*`` and ``tower/*``.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in trained.items():
         kind, rest = name.split("/", 1)
         parts.setdefault(kind, {})[rest] = tensor.float()
-    merge_lora(state, parts.get("align", {}))
-
-    if model.image_token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [model.image_token]})
     image_id = tokenizer.convert_tokens_to_ids(model.image_token)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        rows = state["model.embed_tokens.weight"] if text.tie_word_embeddings else state[name]
-        # The placeholder's own row is zero: it is overwritten on input and never the best output.
-        missing = max(0, image_id + 1 - len(rows))
-        state[name] = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
-    text.vocab_size = len(state["model.embed_tokens.weight"])
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     vision = CLIPVisionConfig(**json.loads(model.resource("vision_config.json").read_text()))
     config = LlavaConfig(

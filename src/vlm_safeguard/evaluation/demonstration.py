@@ -60,7 +60,7 @@ OWN = "own_"
 OWN_SETS = ("own_malicious", "own_jailbreak", "own_picture")
 EXTRA = 30  # prompts of a user's file, where not all are taken
 BATCH = 64  # rows: a decoding step then takes far less than two of 32
-VQA_TOKENS = 14
+VQA_TOKENS = 18
 OUTPUTS = ("report.html", "gap.png", "tradeoff.png", "results.json", "responses.jsonl")
 # A calibration that takes less time than the usual one and finds a little less.
 _LESS = Effort(worded=320, pictured=120, bound=500, scan=64, search=8, final=8, tokens=8)
@@ -127,6 +127,7 @@ def run_demo(
     summary["tradeoff"] = tradeoff(rows)
     summary |= _costs(loaded, guard, rows, own, size, progress)
     summary["vqa_accuracy"] = _accuracy(*accuracy.values())
+    summary["example"] = _one_request(rows)
     summary["note"] = NOTE
     summary["guard"] = str(guard_folder)
     summary["report"] = str(output / "report.html")
@@ -274,6 +275,30 @@ def _examples(rows: Sequence[Judged]) -> list[report.Example]:
                 before = plain[row.benchmark, setting, row.id].response
                 found.append(report.Example(setting, row.label, row.prompt, before, row.response))
     return found
+
+
+def _one_request(rows: Sequence[Judged]) -> dict[str, Any]:
+    """One harmful request in all settings, unguarded and guarded: the first that the model refuses
+    as text and answers beside a blank image, if there is one. Responses are cut at 12 words."""
+    asked: dict[str, dict[tuple[str, str], Judged]] = {}
+    for row in rows:
+        if row.harmful and row.benchmark == OWN_SETS[0]:
+            asked.setdefault(row.id, {})[row.setting, row.defence] = row
+    gap = [
+        cells
+        for cells in asked.values()
+        if (cells["text", "none"].verdict, cells["blank", "none"].verdict)
+        == ("refused", "complied")
+    ]
+    cells = (gap or list(asked.values()))[0]
+    said = {
+        setting: {
+            SYSTEMS[defence]: report.cut_words(cells[setting, defence].response, 12)
+            for defence in ("none", "guard")
+        }
+        for setting in SETTINGS
+    }
+    return {"prompt": cells["text", "none"].prompt, "responses": said}
 
 
 def _facts(guard: Guard) -> dict[str, str]:

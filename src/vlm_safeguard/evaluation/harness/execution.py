@@ -18,6 +18,7 @@ from inspect_ai.log import EvalLog, read_eval_log
 from inspect_ai.model import Model, get_model
 
 from vlm_safeguard.data.inputs import SETTINGS, Query
+from vlm_safeguard.embedded.assemble import guard_folder
 from vlm_safeguard.errors import DataError, ImageError, Interrupted, SafeguardError
 from vlm_safeguard.evaluation.attacks import TYPOGRAPHY, attack_file, make_attack
 from vlm_safeguard.evaluation.benchmarks import (
@@ -160,7 +161,9 @@ def running(
     models = list(_models(plan))  # a model or guard that cannot be read leaves no folder behind
     busy = f"another run is at work in {output}: wait for it or name another folder"
     with held(output / LOCK, busy):
-        digest = file_digest(Path(plan.guard) / "guard.json", "the guard") if plan.guard else ""
+        digest = ""
+        if plan.guard:
+            digest = file_digest(guard_folder(plan.guard) / "guard.json", "the guard")
         claim(output, plan.as_dict() | {"guard_sha256": digest}, _digests(plan, models))
         tasks = []
         for name, setting in pairs:
