@@ -155,7 +155,8 @@ def test_a_model_that_no_guard_helps_ends_with_the_reason_and_leaves_nothing(
     output = tmp_path / "new" / "out"
     assert run(monkeypatch, tmp_path / "model", "--data", sets, "-o", output) == 1
     said = capsys.readouterr()
-    assert "error: no guard: on held-back prompts with images" in said.err and "Traceback" not in said.err
+    assert "error: no guard: on held-back prompts with images" in said.err
+    assert "Traceback" not in said.err
     assert said.out == "" and not output.parent.exists()
 
 
