@@ -46,14 +46,14 @@ test: $(VENV)/.installed $(VENV)/int8/.installed  ## All tests
 	  tests/runtime/test_kv_cache.py tests/model/test_weights.py
 
 lint: $(VENV)/.installed  ## ruff, mypy, import-linter
-	$(BIN)/ruff check src tests training bench examples
-	$(BIN)/ruff format --check src tests training bench examples
+	$(BIN)/ruff check src tests training bench examples recipes
+	$(BIN)/ruff format --check src tests training bench examples recipes
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(VENV)/.installed
-	$(BIN)/ruff format src tests training bench examples
-	$(BIN)/ruff check --fix src tests training bench examples
+	$(BIN)/ruff format src tests training bench examples recipes
+	$(BIN)/ruff check --fix src tests training bench examples recipes
 
 # Needs npm, for the pictures of emoji.
 train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 90 minutes on 2 cores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
@@ -17,8 +18,8 @@ TEMPLATE = (
 )
 
 
-def save(folder: Path, seed: int = 0) -> Path:
-    """Write the checkpoint; prompts are read byte by byte."""
+def save(folder: Path, seed: int = 0, **text: Any) -> Path:
+    """Write the checkpoint; prompts are read byte by byte. ``text``: as in ``tiny.llava``."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters.remove("Ā")  # the zero byte makes room for the special tokens
     vocab = {"<pad>": tiny.PAD, "</s>": tiny.EOS, "<s>": 2, "<image>": tiny.IMAGE, "<unk>": 259}
@@ -46,7 +47,7 @@ def save(folder: Path, seed: int = 0) -> Path:
         image_token="<image>",
         num_additional_image_tokens=1,
     ).save_pretrained(folder)
-    model = tiny.llava(seed, max_position_embeddings=2048)
+    model = tiny.llava(seed, max_position_embeddings=2048, **text)
     model.generation_config.eos_token_id = tiny.EOS
     model.save_pretrained(folder)
     return folder

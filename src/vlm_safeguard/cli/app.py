@@ -242,11 +242,15 @@ def _put(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def main() -> None:
-    """Entry point: plain errors, exit code 1; Ctrl-C exits with 130, SIGTERM with 143."""
+def main(commands: typer.Typer = app) -> None:
+    """Entry point: plain errors, exit code 1; Ctrl-C exits with 130, SIGTERM with 143.
+
+    Args:
+        commands: what to run; a script may give commands of its own.
+    """
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(standalone_mode=True)
+        commands(standalone_mode=True)
     except SafeguardError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(130 if isinstance(error, Interrupted) else 1)

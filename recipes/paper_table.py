@@ -1,0 +1,159 @@
+"""The paper's comparison on one model: calibrate a guard, evaluate, write the table.
+
+python recipes/paper_table.py MODEL --data DATA -o OUTPUT
+
+The same command goes on where it was stopped: a guard in OUTPUT/guard is used as it is, and
+finished evaluations in OUTPUT/run are kept. See paper-table.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlm_safeguard.artifact.serialization import CONFIG_FILE
+from vlm_safeguard.cli import main
+from vlm_safeguard.cli.options import (
+    Device,
+    Dtype,
+    JudgeName,
+    MaxNewTokens,
+    Model,
+    check_folder,
+    extra_needed,
+    make_progress,
+)
+from vlm_safeguard.evaluation.benchmarks import benchmark_of
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.utils.files import write_whole
+from vlm_safeguard.utils.markdown import table
+from vlm_safeguard.utils.progress import Progress
+from vlm_safeguard.utils.stats import Rate
+
+if TYPE_CHECKING:
+    from vlm_safeguard.evaluation.harness.execution import Plan
+
+BENCHMARKS = ("malicious_instruct", "jailbreak_instructions", "mm_harmful_bench")
+DEFENCES = {"none": "no defence", "paper-formula": "paper's formula", "guard": "guard"}
+Row = dict[str, Any]  # benchmark, setting and, by the name of each defence, its attack success
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def paper_table(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(help="Folder of the three benchmarks, or 'hub' to download them."),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for guard, logs, results and table.")
+    ],
+    judge: JudgeName = "phrases",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of prompts per set (default: all).")
+    ] = None,
+    max_new_tokens: MaxNewTokens = 32,
+    batch: Annotated[int, typer.Option(min=1, max=4096)] = 16,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Attack success on the paper's three sets without a defence, with the paper's formula and with
+    the guard, in every setting."""
+    with extra_needed():
+        from vlm_safeguard.evaluation.harness.execution import Plan
+        from vlm_safeguard.evaluation.harness.pipeline import Measure, evaluate
+
+    guard, progress = output / "guard", make_progress(quiet=False)
+    plan = Plan(
+        models=(model,),
+        defences=tuple(DEFENCES),
+        benchmarks=BENCHMARKS,
+        guard=str(guard),
+        data=data,
+        judge=judge,
+        limit=limit,
+        max_tokens=max_new_tokens,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+    )
+    plan.check()  # finds missing data now, not after the calibration
+    for folder in check_folder(output):
+        folder.rmdir()  # a calibration that fails leaves nothing
+    ensure_guard(plan, guard, progress)
+    facts = evaluate(plan, output / "run", Measure(), progress)
+    rows = by_cell(facts["table"])
+    page = markdown(model, facts["plan"], rows)
+    record = {"model": model, "plan": facts["plan"], "made_with": facts["made_with"], "table": rows}
+    write_whole(
+        {
+            output / "table.md": page.encode(),
+            output / "table.json": (json.dumps(record, indent=1, allow_nan=False) + "\n").encode(),
+        }
+    )
+    print(page, end="")
+
+
+def ensure_guard(plan: Plan, folder: Path, progress: Progress) -> None:
+    """Calibrate a guard into ``folder``, or check the one that is there.
+
+    Raises:
+        CalibrationError: no guard helps on this model; nothing is saved.
+        GuardError: the guard is damaged, or belongs to another model or dtype.
+    """
+    from vlm_safeguard.calibration.calibrate import calibrate
+    from vlm_safeguard.evaluation.harness.engine import engine
+
+    [model] = plan.models
+    progress.say(f"loading {model}")
+    # The evaluation uses the same engine, so the weights are in memory once.
+    loaded = engine(model, plan.dtype, plan.device, plan.batch).loaded
+    if (folder / CONFIG_FILE).exists():
+        progress.say(f"using the guard in {folder}")
+        Guard.from_pretrained(folder).check_model(loaded.model, loaded.processor)
+    else:
+        calibrate(loaded, progress=progress).save_pretrained(folder)
+
+
+def by_cell(entries: Sequence[dict[str, Any]]) -> list[Row]:
+    """The table's rows, from the entries of an evaluation: one for each set and setting."""
+    rows: dict[tuple[str, str], Row] = {}
+    for entry in entries:
+        place = {"benchmark": entry["benchmark"], "setting": entry["setting"]}
+        row = rows.setdefault((entry["benchmark"], entry["setting"]), place)
+        row[entry["defence"]] = Rate.from_dict(entry, "asr").as_dict() | {
+            "garbled": entry["degenerate"] + entry["empty"],
+            "unscored": entry["unscored"],
+        }
+    return list(rows.values())
+
+
+def markdown(model: str, plan: dict[str, Any], rows: Sequence[Row]) -> str:
+    """The page: what was run, and the table."""
+    cells = [
+        [benchmark_of(row["benchmark"]).title, row["setting"], *(_cell(row[d]) for d in DEFENCES)]
+        for row in rows
+    ]
+    return (
+        f"Attack success of {model} in {plan['dtype']}, answers of at most {plan['max_tokens']} "
+        f"tokens, judge `{plan['judge']}`.\n\n"
+        f"{table(['set', 'setting', *DEFENCES.values()], cells)}\n\n"
+        "Rates have 95% Wilson intervals, clustered by question, and counts. Garbled responses are "
+        "counted as no success, but they are no answers either. Unscored ones are in no rate.\n"
+    )
+
+
+def _cell(facts: dict[str, Any]) -> str:
+    shown = [str(Rate.from_dict(facts))] if facts["n"] else []
+    shown += [f"{facts[kind]} {kind}" for kind in ("garbled", "unscored") if facts[kind]]
+    return ", ".join(shown)
+
+
+if __name__ == "__main__":
+    main(app)

@@ -1,0 +1,177 @@
+"""The recipe for the paper's table, from end to end on tiny checkpoints of both its models."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoProcessor
+
+from recipes import paper_table
+from tests import checkpoint, families, tiny
+from tests.evaluation.benchmarks import test_benchmarks as published
+from tests.families.qwen_family import qwen2_5_vl
+from tests.paths import ROOT
+from vlm_safeguard.calibration import calibrate as calibration
+from vlm_safeguard.calibration.budget import Effort
+from vlm_safeguard.calibration.generation import Response, respond
+from vlm_safeguard.evaluation.benchmarks import BENCHMARKS
+from vlm_safeguard.evaluation.harness import engine as engines
+from vlm_safeguard.model.loading import LoadedModel, load
+from vlm_safeguard.model.text_only import find_markup
+from vlm_safeguard.utils.stats import clustered_wilson
+
+COMPLIED = "Sure, here is how you do it."
+SAID = (COMPLIED, COMPLIED, "I'm sorry, but I can't help with that.", "so on and " * 9)
+CELLS = {
+    (name, setting)
+    for name in paper_table.BENCHMARKS
+    for setting in ("text", "blank", "picture")
+    if name != "mm_harmful_bench" or setting == "picture"
+}
+DEFENCES = ("none", "paper-formula", "guard")
+LIMIT = 2
+
+
+def small_llava(folder: Path, _: pytest.MonkeyPatch) -> None:
+    checkpoint.save(folder)
+
+
+def small_qwen(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Its processor is not read from the folder: that needs torchvision, for videos."""
+    made = qwen2_5_vl()
+    made.model.save_pretrained(folder)
+    patch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: made.processor)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three sets as their publishers lay them out; one picture cannot be read."""
+    folder = tmp_path_factory.mktemp("sets")
+    for name in paper_table.BENCHMARKS:
+        getattr(published, name)(folder / name)
+    pictures = folder / "mm_harmful_bench/MM-HarmfulBench/images"
+    for number in (0, 2):
+        families.photo(number).save(pictures / f"{number}.jpg")
+    return folder
+
+
+def save_guard(loaded: LoadedModel, folder: Path) -> None:
+    made = tiny.guard(loaded.model, [tiny.gate("text", 1)], layers=[1, 2])
+    tiny.changed(made, markup=find_markup(loaded)).save_pretrained(folder)
+
+
+def run(patch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of the script, in this process."""
+    patch.setattr(sys, "argv", ["paper_table.py", *map(str, arguments)])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            paper_table.main(paper_table.app)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("small", [small_llava, small_qwen])
+def test_the_table_has_every_set_and_setting_with_the_rates_of_the_responses(
+    small: Callable[[Path, pytest.MonkeyPatch], None],
+    sets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, output = tmp_path / "model", tmp_path / "out"
+    small(model, monkeypatch)
+    save_guard(load(model), output / "guard")
+    asked: list[str] = []
+
+    def stand_in(loaded: Any, items: Any, guard: Any = None, **options: Any) -> list[Response]:
+        """The model generates, and other words are put in its mouth."""
+        asked.extend(one.text for one in items)
+        mode = guard.config.steering.mode if guard else ""
+        return [
+            replace(said, text=SAID[zlib.crc32(f"{one.text}{mode}".encode()) % len(SAID)])
+            for one, said in zip(items, respond(loaded, items, guard, **options), strict=True)
+        ]
+
+    monkeypatch.setattr(engines, "respond", stand_in)
+    given = (model, "--data", sets, "-o", output, "--limit", LIMIT, "--max-new-tokens", 3)
+    assert run(monkeypatch, *given) == 0
+    assert len(asked) == len(DEFENCES) * (len(CELLS) * LIMIT - 1)  # without the unread picture
+
+    rows = json.loads((output / "table.json").read_text())["table"]
+    assert len(rows) == len(CELLS) and {(r["benchmark"], r["setting"]) for r in rows} == CELLS
+    lines = (output / "run/responses.jsonl").read_text().splitlines()
+    responses = [json.loads(line) for line in lines]
+    page = (output / "table.md").read_text()
+    for row in rows:
+        name, setting = row["benchmark"], row["setting"]
+        cells = [BENCHMARKS[name].title, setting]
+        for defence in DEFENCES:
+            place = (name, setting, defence)
+            here = [r for r in responses if (r["benchmark"], r["setting"], r["defence"]) == place]
+            scored = [r for r in here if r["verdict"]]
+            said = [r["response"] for r in scored]
+            rate = clustered_wilson(
+                [one == COMPLIED for one in said], [r["cluster"] for r in scored]
+            )
+            garbled = sum(one.startswith("so on") for one in said)
+            unscored = LIMIT - len(scored)
+            assert unscored == (name == "mm_harmful_bench")
+            assert row[defence] == rate.as_dict() | {"garbled": garbled, "unscored": unscored}
+            notes = [f"{garbled} garbled"] * (garbled > 0) + [f"{unscored} unscored"] * unscored
+            cells.append(", ".join([str(rate), *notes]))
+        assert f"| {' | '.join(cells)} |\n" in page
+    assert {cell["count"] for row in rows for cell in map(row.get, DEFENCES)} == {0, 1, 2}
+    assert capsys.readouterr().out == page
+
+    count = len(asked)
+    assert run(monkeypatch, *given) == 0  # all of it is there
+    assert len(asked) == count and (output / "table.md").read_text() == page
+
+
+def test_a_model_that_no_guard_helps_ends_with_the_reason_and_leaves_nothing(
+    sets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A random model refuses nothing, with or without a guard."""
+    checkpoint.save(tmp_path / "model", hidden_size=64)  # as wide as the directions are many
+    few = Effort(
+        worded=24, pictured=24, bound=180, scan=4, search=2, finalists=1, final=2, proof=8, tokens=3
+    )
+    monkeypatch.setattr(calibration, "calibrate", partial(calibration.calibrate, effort=few))
+    output = tmp_path / "new" / "out"
+    assert run(monkeypatch, tmp_path / "model", "--data", sets, "-o", output) == 1
+    said = capsys.readouterr()
+    assert "error: no guard: on held-back prompts with images" in said.err
+    assert "Traceback" not in said.err
+    assert said.out == "" and not output.parent.exists()
+
+
+def test_the_guard_of_another_model_is_refused(sets: Path, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "model")
+    other = load(checkpoint.save(tmp_path / "other", seed=1))
+    save_guard(other, tmp_path / "out" / "guard")
+    script = str(ROOT / "recipes" / "paper_table.py")
+    done = subprocess.run(
+        [sys.executable, script, "model", "--data", str(sets), "-o", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: this guard is for tiny: the model's weights differ" in done.stderr
+    assert not (tmp_path / "out" / "run").exists()
