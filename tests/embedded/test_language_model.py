@@ -9,27 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_safeguard.embedded.assemble import MODELS, assemble, default_cache
+from vlm_safeguard.embedded.assemble import MODELS, default_cache
 from vlm_safeguard.embedded.base_llm import load_llm
-from vlm_safeguard.errors import DemoError
 from vlm_safeguard.model.chat import prepare
-from vlm_safeguard.model.loading import LoadedModel, load
+from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.text_only import find_markup
 
 pytestmark = pytest.mark.embedded
 NAME = "embedded"
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-
-
-@pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
-    try:
-        folder = assemble(NAME)
-    except DemoError as error:
-        if "could not fetch" in str(error):
-            pytest.skip("the language model's file is neither here nor to be had")
-        raise
-    return load(folder)
 
 
 @pytest.fixture(scope="module")
