@@ -215,6 +215,7 @@ def test_the_doctor_knows_good_directions_from_flipped_ones(
         data, quiet = prompts.CalibrationData.packaged(), Progress(quiet=True)
         found = {check.name: check for check in doctor._directions(loaded, one, data, quiet)}
         assert found["sign"].ok is good
+        assert found["separability"].ok  # the gate has vectors of its own
 
 
 def test_a_guard_refuses_changed_weights(loaded: LoadedModel, guard: Guard) -> None:
