@@ -8,8 +8,8 @@ PACKAGED := src/vlm_safeguard/embedded/qwen25_coder_05b
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
-# glibc gives buffers above 32 MB back to the kernel each time and faults them in again: with large
-# vocabularies that is half of the time.
+# glibc gives buffers above 32 MB back to the kernel each time and faults them in again: in training
+# that took half of the time.
 export MALLOC_MMAP_THRESHOLD_ ?= 8000000000
 export MALLOC_TRIM_THRESHOLD_ ?= 16000000000
 

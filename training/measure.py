@@ -22,6 +22,7 @@ from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.embedded.assemble import MODELS, assemble
 from vlm_safeguard.embedded.base_llm import sha256_file
+from vlm_safeguard.evaluation.demonstration import VQA_TOKENS
 from vlm_safeguard.evaluation.harness import results
 from vlm_safeguard.evaluation.harness.engine import engine
 from vlm_safeguard.evaluation.harness.execution import Plan
@@ -67,7 +68,7 @@ def main() -> None:
         limit=args.per_set,
         max_tokens=24,
     )
-    plans = [own, replace(own, benchmarks=(), limit=None, vqa=args.vqa, max_tokens=18)]
+    plans = [own, replace(own, benchmarks=(), limit=None, vqa=args.vqa, max_tokens=VQA_TOKENS)]
     if args.benchmarks:
         published = replace(
             own, benchmarks=("malicious_instruct",), data=str(args.benchmarks), limit=None

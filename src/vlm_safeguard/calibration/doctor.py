@@ -6,8 +6,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from vlm_safeguard.calibration.attack_trials import answered, attack, per_question, within
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.generation import respond
@@ -19,7 +17,7 @@ from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.fingerprint import template_digest
 from vlm_safeguard.model.loading import LoadedModel
-from vlm_safeguard.model.recording import anchor_queries, anchor_states
+from vlm_safeguard.model.recording import anchor_queries
 from vlm_safeguard.model.residual_stream import verify_residual_stream
 from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.runtime.gate import make_gate
@@ -153,15 +151,15 @@ def _directions(
     # All anchors are used: in the lowest layers the last token holds little about harm, so the
     # sign on a part of the anchors may differ.
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
-        harmful, harmless = anchor_states(loaded, data.anchors, Path(folder), progress).clone()
         asked = anchor_queries(data.anchors)
-        what = "anchors, refusal intent"
-        intents = [
-            record_intent(loaded, asked, gate.openings, Path(folder), what, progress)[1]
-            if gate.openings
-            else None
-            for gate in guard.config.gates
-        ]
+        # One pass gives the states and the refusal intents; gates seldom differ in their openings.
+        kinds = {tuple(gate.openings) for gate in guard.config.gates if gate.openings} or {()}
+        recorded = {
+            openings: record_intent(loaded, asked, openings, Path(folder), "anchors", progress)
+            for openings in kinds
+        }
+        states = next(iter(recorded.values()))[0].clone()
+    harmful, harmless = states.split(len(data.anchors))
     checks = []
     flipped = [
         layer
@@ -174,8 +172,8 @@ def _directions(
         if gate.source != "text" or gate.per_layer:
             continue
         scorer = make_gate(gate, guard.tensors[f"gate.{index}"])
-        states = torch.cat([harmful, harmless])[:, gate.layers]
-        scores = scorer.total(states, intents[index])
+        intent = recorded[tuple(gate.openings)][1] if gate.openings else None
+        scores = scorer.total(states[:, gate.layers], intent)
         high, low = scores.split(len(harmful))
         value = auc(high, low)
         checks.append(Check("separability", value > 0.9, f"AUC {value:.3f} on the anchors, text"))
