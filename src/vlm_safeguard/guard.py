@@ -314,7 +314,7 @@ class Guard:
         batch = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return BatchFeature(prepare(processor, batch, self.config.reads_pictures, "left"))
 
-    def attach(self, model: Any, processor: Any = None) -> Session:
+    def attach(self, model: Any, processor: Any = None, monitor: bool = False) -> Session:
         """Guard every ``generate`` and forward call of ``model`` from now on.
 
         Outside of ``generate``, a forward call without a cache starts a request and must contain
@@ -326,6 +326,7 @@ class Guard:
         Args:
             processor: the model's processor. If given, its chat template and the tokens it writes
                 around pictures are checked too.
+            monitor: only watch: gates decide and are reported, and the model answers unguarded.
 
         Returns:
             A context manager that detaches the guard at the end of its ``with`` block. Without a
@@ -336,7 +337,7 @@ class Guard:
             GuardError: the guard belongs to another model, or a guard is attached already.
         """
         self.check_model(model, processor)
-        return Session(self.config, self.tensors, model)
+        return Session(self.config, self.tensors, model, monitor)
 
 
 def reads_pictures(guard: Guard | None) -> bool:

@@ -12,6 +12,7 @@ import typer
 
 from vlm_safeguard.calibration.budget import Budget
 from vlm_safeguard.cli import evaluation as cli_evaluation
+from vlm_safeguard.cli import serving as cli_serving
 from vlm_safeguard.cli.options import (
     Device,
     Dtype,
@@ -35,6 +36,7 @@ app = typer.Typer(
     help="An inference-time safety guard for vision-language models.",
 )
 app.add_typer(cli_evaluation.app)
+app.add_typer(cli_serving.app)
 
 
 @app.command()

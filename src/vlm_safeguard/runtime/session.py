@@ -25,7 +25,7 @@ from vlm_safeguard.runtime.gate import Gates
 from vlm_safeguard.runtime.hooks import Hooks
 from vlm_safeguard.runtime.owner_thread import OwnerThread
 from vlm_safeguard.runtime.request import Request
-from vlm_safeguard.runtime.steering import Steerer
+from vlm_safeguard.runtime.steering import NoSteering, Steerer
 
 
 class Session:
@@ -34,8 +34,13 @@ class Session:
     ``decisions`` and ``attestation`` describe the last request.
     """
 
-    def __init__(self, config: GuardConfig, tensors: dict[str, Tensor], model: Any) -> None:
+    def __init__(
+        self, config: GuardConfig, tensors: dict[str, Tensor], model: Any, monitor: bool = False
+    ) -> None:
         """Attach the guard. If this fails, the model is left as it was.
+
+        Args:
+            monitor: gates decide, and nothing is steered.
 
         Raises:
             GuardError: a guard is attached already, or a part of the model is compiled.
@@ -43,7 +48,8 @@ class Session:
         self.config, self.model = config, model
         decoder = find_decoder(model)
         self._gates = Gates(config.gates, tensors)
-        self._steerer = Steerer(config.steering, tensors, bool(self._gates.layers("text")))
+        steerer = NoSteering if monitor else Steerer
+        self._steerer = steerer(config.steering, tensors, bool(self._gates.layers("text")))
         self._reads_text = bool(self._gates.layers("text") | self._steerer.reads_text)
         self._layers = sorted(
             self._gates.layers("text") | self._gates.layers("vlm") | self._steerer.layers

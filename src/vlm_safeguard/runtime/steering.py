@@ -212,6 +212,14 @@ class Steerer:
         return doses[layer]
 
 
+class NoSteering(Steerer):
+    """Steers no layer and reads no coordinates: for a guard that only watches."""
+
+    def __init__(self, settings: Steering, tensors: Mapping[str, Tensor], text_gates: bool) -> None:
+        super().__init__(settings, tensors, text_gates)
+        self.layers = self.reads_text = self.reads_pass = frozenset()
+
+
 def steer_step(dose: Dose, hidden: Tensor) -> Tensor:
     """All of a decoding step's (B, 1, d) with the dose in its open rows."""
     if dose.index is None:

@@ -1,0 +1,143 @@
+"""The commands of the server: ``serve`` and ``audit``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vlm_safeguard.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Quiet,
+    load_model,
+    make_progress,
+    print_json,
+)
+from vlm_safeguard.errors import SafeguardError
+
+app = typer.Typer()
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder, hub name, or 'embedded'.")] = "embedded",
+    guard: Annotated[
+        str | None, typer.Option(help="Guard folder or hub name (default: the embedded model's).")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    mode: Annotated[
+        Literal["enforce", "refuse", "monitor"],
+        typer.Option(help="Steer the answer, refuse at once, or only watch."),
+    ] = "enforce",
+    served_name: Annotated[
+        str | None, typer.Option(help="Model name in the API (default: MODEL).")
+    ] = None,
+    refusal: Annotated[
+        str, typer.Option(help="Answer in mode refuse.")
+    ] = "I can't help with that request.",
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Requests answered together.")] = 8,
+    waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait (429 beyond).")] = 64,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds for a whole request.")] = 300.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest prompt, in tokens, images included.")
+    ] = 4096,
+    audit: Annotated[Path | None, typer.Option(help="File of the audit log.")] = None,
+    audit_content: Annotated[
+        bool, typer.Option("--audit-content", help="Also log requests and answers in full.")
+    ] = False,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Serve MODEL under a guard, with OpenAI's chat API.
+
+    API keys come from the environment: VLM_SAFEGUARD_API_KEYS may ask, VLM_SAFEGUARD_TRUSTED_KEYS
+    also see gate scores (both separated by commas). Without keys it listens on loopback only.
+    """
+    from vlm_safeguard.guard import Guard
+
+    try:
+        import uvicorn
+
+        from vlm_safeguard.server.app import create_app
+        from vlm_safeguard.server.audit import AuditLog
+        from vlm_safeguard.server.auth import KEYS, TRUSTED_KEYS, keys_from
+        from vlm_safeguard.server.engine import Engine
+        from vlm_safeguard.server.settings import Settings
+        from vlm_safeguard.server.telemetry import JsonFormatter, Telemetry
+    except ModuleNotFoundError as error:
+        raise SafeguardError(
+            f"serving needs {error.name}: pip install 'vlm-safeguard[serve]'"
+        ) from error
+
+    if guard is None and not model.startswith("embedded"):
+        raise SafeguardError(
+            "name a guard with --guard; `vlm-safeguard calibrate MODEL -o guard/` makes one"
+        )
+    if audit_content and audit is None:
+        raise SafeguardError("--audit-content needs --audit FILE")
+    settings = Settings(
+        model=served_name or model,
+        mode=mode,
+        refusal=refusal,
+        batch=batch,
+        waiting=waiting,
+        deadline=deadline,
+        max_tokens=max_tokens,
+        default_tokens=min(Settings.default_tokens, max_tokens),
+        max_prompt_tokens=max_prompt_tokens,
+        api_keys=keys_from(KEYS),
+        trusted_keys=keys_from(TRUSTED_KEYS),
+    )
+    if settings.open and host not in _LOOPBACK:
+        raise SafeguardError(
+            f"{host} is not loopback: set {KEYS} or {TRUSTED_KEYS}, so that not everybody may ask"
+        )
+    log = AuditLog(audit, audit_content) if audit else None
+    progress = make_progress(quiet)
+    artifact = Guard.from_pretrained(guard or "embedded")
+    loaded = load_model(model, dtype, device, progress)
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
+    engine = Engine(loaded, artifact, settings, Telemetry())
+    progress.say("attaching the guard")
+    engine.start()
+    progress.say(f"ready: http://{host}:{port}/v1 ({settings.model}, mode {mode})")
+    uvicorn.run(
+        create_app(engine, log),
+        host=host,
+        port=port,
+        http="h11",  # bounds the headers of a request at 64 KiB
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=waiting + 2 * batch + 16,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=int(deadline),
+    )
+
+
+@app.command()
+def audit(
+    log: Annotated[Path, typer.Argument(help="File of the audit log.")],
+    json_: Json = False,
+) -> None:
+    """Summarize the audit log of a server, rotated files included."""
+    from vlm_safeguard.server.audit import entries, summarise
+
+    found = summarise(entries(log))
+    if json_:
+        print_json(found)
+        return
+    for name, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {count}" for key, count in value.items()) or "-"
+        print(f"{name:18} {value}")

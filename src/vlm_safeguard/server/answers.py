@@ -1,0 +1,117 @@
+"""Follows a batch token by token: sends text, and ends each row by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.server import errors
+from vlm_safeguard.server.job import Begun, Done, Failed, Job, Pictures, Text, Verdict
+from vlm_safeguard.server.settings import Settings
+from vlm_safeguard.server.text_stream import TextStream
+
+
+class Answers(StoppingCriteria):
+    """``generate`` calls it after every token. It says which rows have ended.
+
+    Args:
+        jobs: the requests, in batch order.
+        session: the attached guard; None without one.
+        settings: the mode and the refusal.
+        loaded: the model, for its end tokens, and the tokenizer.
+        pictures: counts of each request.
+        lengths: prompt tokens of each request.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        session: Any,
+        settings: Settings,
+        loaded: LoadedModel,
+        pictures: Sequence[Pictures],
+        lengths: Sequence[int],
+    ) -> None:
+        self._jobs, self._session, self._settings = jobs, session, settings
+        self._pictures, self._lengths = pictures, lengths
+        tokenizer = loaded.processor.tokenizer
+        self._streams = [TextStream(tokenizer, job.sampling.stop) for job in jobs]
+        self._ends = _end_tokens(loaded)
+        self._tokens = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Whether each row (B,) has ended."""
+        if self._tokens == 0:
+            self._begin()
+        self._tokens += 1
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if not self._jobs[row].ended:
+                self._add(row, token)
+        return torch.tensor([job.ended for job in self._jobs], device=input_ids.device)
+
+    def finish(self) -> None:
+        """Check that every request got its end."""
+        if not all(job.ended for job in self._jobs):
+            raise GuardRuntimeError("generation ended before its answers")
+
+    def _begin(self) -> None:
+        """The prompt was read: tell the verdicts, and end requests that need no more."""
+        refuse = self._settings.mode == "refuse"
+        for row, (job, verdict) in enumerate(zip(self._jobs, self._verdicts(), strict=True)):
+            refused = refuse and verdict is not None and verdict.fired and not job.gates_only
+            job.send(Begun(verdict, self._pictures[row], self._lengths[row], refused))
+            if job.gates_only:
+                job.send(Done("stop", 0))
+            elif refused:
+                job.send(Text(self._settings.refusal))
+                job.send(Done("content_filter", 0))
+
+    def _verdicts(self) -> list[Verdict | None]:
+        if self._session is None:
+            return [None] * len(self._jobs)
+        decisions = self._session.decisions
+        if len(decisions) != len(self._jobs):
+            raise GuardRuntimeError("the guard did not decide about every request")
+        return [
+            Verdict(
+                decision.fired,
+                tuple(
+                    name
+                    for name, opened in (("text", decision.by_text), ("vlm", decision.by_vlm))
+                    if opened
+                ),
+                decision.scores,
+            )
+            for decision in decisions
+        ]
+
+    def _add(self, row: int, token: int) -> None:
+        job, stream = self._jobs[row], self._streams[row]
+        if job.unwanted:
+            job.send(Failed(errors.too_late()))
+            return
+        ended = token in self._ends
+        if not ended:
+            self._say(job, stream.add(token))
+        if ended or stream.stopped or self._tokens >= job.sampling.max_tokens:
+            self._say(job, stream.end())
+            reason = "stop" if ended or stream.stopped else "length"
+            job.send(Done(reason, self._tokens))
+
+    @staticmethod
+    def _say(job: Job, text: str) -> None:
+        if text:
+            job.send(Text(text))
+
+
+def _end_tokens(loaded: LoadedModel) -> set[int]:
+    ends = loaded.model.generation_config.eos_token_id
+    if ends is None:
+        ends = loaded.processor.tokenizer.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends}

@@ -1,0 +1,355 @@
+"""The HTTP application: OpenAI's chat API, moderation by the gates, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from sse_starlette import EventSourceResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from vlm_safeguard.server import errors
+from vlm_safeguard.server.audit import AuditLog, digest
+from vlm_safeguard.server.conversation import read_messages
+from vlm_safeguard.server.engine import Engine
+from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server.exchange import Exchange, new_id
+from vlm_safeguard.server.gatekeeper import Gatekeeper
+from vlm_safeguard.server.job import Begun, Sampling
+from vlm_safeguard.server.schema import ChatRequest, Message, ModerationRequest
+from vlm_safeguard.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+CHAT, MODERATION = "chat", "moderation"
+_DISCONNECT_POLL = 0.25  # seconds
+
+
+def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
+    """The application around an engine that was started. Its shutdown closes the engine."""
+    settings = engine.settings
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(engine.close)
+
+    app = FastAPI(title="VLM-Safeguard", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(Gatekeeper, settings=settings)
+    _handle_errors(app)
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        """Whether the process lives."""
+        return JSONResponse(
+            {"status": "ok" if engine.alive else "dead"}, 200 if engine.alive else 503
+        )
+
+    @app.get("/ready")
+    def ready() -> JSONResponse:
+        """Whether the guard passed its last self-check."""
+        good = engine.alive and engine.ready.is_set()
+        return JSONResponse({"ready": good, "mode": settings.mode}, 200 if good else 503)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        """Metrics of Prometheus."""
+        return Response(generate_latest(engine.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        """The one model."""
+        return {"object": "list", "data": [_model(settings)]}
+
+    @app.get("/v1/models/{name:path}")
+    def model(name: str) -> dict[str, Any]:
+        """The one model, by its name."""
+        _check_model(name, settings)
+        return _model(settings)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        """Answer a conversation."""
+        _check_model(body.model, settings)
+        sampling = _sampling(body, settings)
+        conversation = await run_in_threadpool(read_messages, body.messages, settings)
+        exchange = Exchange(
+            engine,
+            conversation,
+            sampling,
+            endpoint=CHAT,
+            request_id=request.state.id,
+            audit=audit,
+            asked=digest(await request.body()),
+        )
+        begun = await _while_connected(request, exchange, exchange.begin())
+        answer = _Answer(settings, begun, request.state.trusted)
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            return EventSourceResponse(
+                _chunks(exchange, answer, usage), headers=answer.headers, ping=15, send_timeout=30
+            )
+        text = await _while_connected(request, exchange, _whole(exchange))
+        return JSONResponse(answer.completion(text, exchange), headers=answer.headers)
+
+    @app.post("/v1/moderations")
+    async def moderations(request: Request, body: ModerationRequest) -> Response:
+        """What the gates say about texts, or about one request with pictures."""
+        if not request.state.trusted:
+            raise RequestError(
+                403, "gate scores are shown to trusted keys only", "permission_denied"
+            )
+        results = []
+        asked = digest(await request.body())
+        for number, content in enumerate(_inputs(body, settings)):
+            message = Message(role="user", content=content)
+            conversation = await run_in_threadpool(read_messages, [message], settings)
+            exchange = Exchange(
+                engine,
+                conversation,
+                Sampling(max_tokens=1),
+                endpoint=MODERATION,
+                request_id=f"{request.state.id}-{number}",
+                audit=audit,
+                asked=asked,
+                gates_only=True,
+            )
+            begun = await _while_connected(request, exchange, exchange.begin())
+            await _while_connected(request, exchange, _whole(exchange))
+            results.append(_moderation(begun))
+        answer = {"id": new_id("modr"), "model": settings.model, "results": results}
+        return JSONResponse(answer, headers=_status_headers(settings, "gates-only"))
+
+    return app
+
+
+# -- requests ------------------------------------------------------------------------------------
+
+
+def _check_model(name: str, settings: Settings) -> None:
+    if name != settings.model:
+        raise RequestError(
+            404, f"this server has one model: {settings.model}", "not_found_error", "model"
+        )
+
+
+def _sampling(body: ChatRequest, settings: Settings) -> Sampling:
+    wanted = body.max_completion_tokens or body.max_tokens or settings.default_tokens
+    if wanted > settings.max_tokens:
+        raise RequestError(
+            400, f"at most {settings.max_tokens} tokens are answered", param="max_tokens"
+        )
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if any(not word or len(word) > 200 for word in stop):
+        raise RequestError(400, "a stop sequence has 1 to 200 characters", param="stop")
+    top_p = 1.0 if body.top_p is None else body.top_p
+    return Sampling(wanted, body.temperature or 0.0, top_p, body.seed, stop)
+
+
+def _inputs(body: ModerationRequest, settings: Settings) -> list[Any]:
+    if isinstance(body.input, str):
+        return [body.input]
+    if body.input and isinstance(body.input[0], str):
+        if len(body.input) > settings.batch:
+            raise RequestError(400, f"at most {settings.batch} texts are accepted", param="input")
+        return list(body.input)
+    if not body.input:
+        raise RequestError(400, "input is empty", param="input")
+    return [body.input]
+
+
+async def _while_connected(request: Request, exchange: Exchange, work: Any) -> Any:
+    """Await ``work``. If the client leaves, cancel the request."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=_DISCONNECT_POLL)
+            if not task.done() and await request.is_disconnected():
+                task.cancel()
+                raise RequestError(499, "the client closed the connection", "cancelled")
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+        if task.cancelled() or (task.done() and task.exception()):
+            exchange.abandon()
+
+
+async def _whole(exchange: Exchange) -> str:
+    return "".join([piece async for piece in exchange.texts()])
+
+
+# -- responses -----------------------------------------------------------------------------------
+
+
+class _Answer:
+    """The parts of a chat response that do not depend on its text."""
+
+    def __init__(self, settings: Settings, begun: Begun, trusted: bool) -> None:
+        self._settings, self._begun, self._trusted = settings, begun, trusted
+        self._id, self._created = new_id("chatcmpl"), int(time.time())
+        self.headers = _status_headers(settings, _status(settings, begun))
+
+    def _common(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._settings.model,
+            "system_fingerprint": None,
+        }
+
+    def completion(self, text: str, exchange: Exchange) -> dict[str, Any]:
+        if exchange.done is None:
+            raise errors.failed()
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "finish_reason": exchange.done.finish_reason,
+            "logprobs": None,
+        }
+        return self._common("chat.completion") | {
+            "choices": [choice],
+            "usage": self._usage(exchange),
+            "safeguard": self._safeguard(),
+        }
+
+    def chunk(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return self._common("chat.completion.chunk") | {"choices": [choice]}
+
+    def first(self) -> dict[str, Any]:
+        opened = self.chunk({"role": "assistant", "content": ""})
+        return opened | {"safeguard": self._safeguard()}
+
+    def last(self, exchange: Exchange) -> dict[str, Any]:
+        return self._common("chat.completion.chunk") | {
+            "choices": [],
+            "usage": self._usage(exchange),
+        }
+
+    def _usage(self, exchange: Exchange) -> dict[str, int]:
+        prompt = self._begun.prompt_tokens
+        answer = exchange.done.completion_tokens if exchange.done else 0
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answer,
+            "total_tokens": prompt + answer,
+        }
+
+    def _safeguard(self) -> dict[str, Any]:
+        begun, verdict = self._begun, self._begun.verdict
+        told: dict[str, Any] = {
+            "status": _status(self._settings, begun),
+            "mode": self._settings.mode,
+            "pictures": {
+                "sent": begun.pictures.sent,
+                "reached_model": begun.pictures.reached,
+                "words_read": begun.pictures.read,
+            },
+        }
+        if self._trusted and verdict is not None:
+            told |= {"fired": verdict.fired, "gates": list(verdict.gates), "scores": verdict.scores}
+        return told
+
+
+def _status(settings: Settings, begun: Begun) -> str:
+    if begun.verdict is None:
+        return "unguarded"
+    return "monitor" if settings.mode == "monitor" else "guarded"
+
+
+def _status_headers(settings: Settings, status: str) -> dict[str, str]:
+    return {"X-Safeguard-Status": status, "X-Safeguard-Mode": settings.mode}
+
+
+async def _chunks(
+    exchange: Exchange, answer: _Answer, usage: bool
+) -> AsyncIterator[dict[str, str]]:
+    """Frames of a stream. A failure in the middle is an error frame, and no ``[DONE]`` follows."""
+    try:
+        yield _frame(answer.first())
+        async for piece in exchange.texts():
+            yield _frame(answer.chunk({"content": piece}))
+        if exchange.done is None:
+            raise errors.failed()
+        yield _frame(answer.chunk({}, exchange.done.finish_reason))
+        if usage:
+            yield _frame(answer.last(exchange))
+        yield {"data": "[DONE]"}
+    except RequestError as error:
+        yield _frame(error.body)
+    finally:
+        exchange.abandon()
+
+
+def _frame(value: dict[str, Any]) -> dict[str, str]:
+    return {"data": json.dumps(value, ensure_ascii=False, allow_nan=False)}
+
+
+def _moderation(begun: Begun) -> dict[str, Any]:
+    """One result in OpenAI's form. A score is that of the gate's layer that says most."""
+    verdict = begun.verdict
+    if verdict is None:
+        raise errors.not_ready()
+    scores = {
+        name: max((s for s in row if s == s), default=None) for name, row in verdict.scores.items()
+    }
+    return {
+        "flagged": verdict.fired,
+        "categories": {"harmful": verdict.fired},
+        "category_scores": {
+            "harmful": max((s for s in scores.values() if s is not None), default=0.0)
+        },
+        "gates": list(verdict.gates),
+        "gate_scores": scores,
+    }
+
+
+def _model(settings: Settings) -> dict[str, Any]:
+    return {"id": settings.model, "object": "model", "created": 0, "owned_by": "vlm-safeguard"}
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+def _error(request: Request, error: RequestError) -> JSONResponse:
+    headers = {"X-Safeguard-Status": "failed" if error.status >= 500 else "rejected"}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body, error.status, headers)
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestError)
+    def known(request: Request, error: RequestError) -> JSONResponse:
+        return _error(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part)[:80] for part in first["loc"] if part != "body")[:200] or None
+        reason = "it is not supported" if first["type"] == "extra_forbidden" else first["msg"][:200]
+        return _error(request, RequestError(400, f"{where or 'body'}: {reason}", param=where))
+
+    @app.exception_handler(HTTPException)
+    def http(request: Request, error: HTTPException) -> JSONResponse:
+        reason = {404: "no such path", 405: "this method is not allowed here"}
+        text = reason.get(error.status_code, "the request cannot be read")
+        return _error(request, RequestError(error.status_code, text))
+
+    @app.exception_handler(Exception)
+    def unknown(request: Request, error: Exception) -> JSONResponse:
+        logger.error("unexpected error", extra={"error": type(error).__name__})
+        return _error(request, errors.failed())

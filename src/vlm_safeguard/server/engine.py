@@ -1,0 +1,237 @@
+"""The inference thread: answers requests in batches through a guarded model.
+
+The guard is attached once, for as long as the engine lives. Requests that arrive within a short
+window are answered by one ``generate`` call, each with its own gate, sampling and stop sequences.
+Others wait for the next window. Every failure ends a request without text, or stops its text.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+
+from vlm_safeguard.errors import ModelError, SafeguardError
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.model.chat import prepare
+from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.runtime.session import Session
+from vlm_safeguard.server import errors
+from vlm_safeguard.server.answers import Answers
+from vlm_safeguard.server.job import Failed, Job
+from vlm_safeguard.server.pictures import count_pictures, marker_of
+from vlm_safeguard.server.sampling import RowSampling
+from vlm_safeguard.server.self_check import SelfCheck
+from vlm_safeguard.server.settings import Settings
+from vlm_safeguard.server.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Answers ``Job``s in a thread of its own.
+
+    Args:
+        loaded: the model and its processor. The engine is their only user from now on.
+        guard: the guard to attach. None runs the model unguarded, for measurements of its cost;
+            the command line never does that.
+        settings: mode and limits.
+        telemetry: where counts go.
+
+    ``ready`` is set while the guard passes its self-check.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, guard: Guard | None, settings: Settings, telemetry: Telemetry
+    ) -> None:
+        self.loaded, self.guard, self.settings = loaded, guard, settings
+        self.telemetry = telemetry
+        self._marker = marker_of(loaded.processor)
+        self._session: Session | None = None
+        self.ready = threading.Event()
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._started: Exception | None = None
+        self._thread = threading.Thread(target=self._live, name="inference", daemon=True)
+
+    # -- from other threads ----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Attach the guard and run the first self-check.
+
+        Raises:
+            SafeguardError: the guard does not attach, or fails the check.
+        """
+        done = threading.Event()
+        self._on_start: Callable[[], None] = done.set
+        self._thread.start()
+        done.wait()
+        if self._started is not None:
+            raise self._started
+
+    @property
+    def alive(self) -> bool:
+        """Whether the inference thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a batch."""
+        return len(self._waiting)
+
+    def submit(self, job: Job) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: the guard is not ready, the engine shuts down, or the queue is full.
+        """
+        with self._changed:
+            if self._closing or not self.alive or not self.ready.is_set():
+                raise errors.not_ready()
+            if len(self._waiting) >= self.settings.waiting:
+                raise errors.too_busy(5)
+            self._waiting.append(job)
+            self._changed.notify_all()
+        self.telemetry.queue.set(len(self._waiting))
+
+    def close(self) -> None:
+        """Finish what was begun, fail what waits, detach the guard, and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    # -- the inference thread --------------------------------------------------------------------
+
+    def _live(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            if not self.ready.is_set():
+                self._started = error
+            logger.error("the inference thread ended", extra={"error": type(error).__name__})
+        finally:
+            self.ready.clear()
+            self._on_start()
+            while self._waiting:
+                self._waiting.popleft().send(Failed(errors.not_ready()))
+
+    def _serve(self) -> None:
+        guard, loaded = self.guard, self.loaded
+        monitor = self.settings.mode == "monitor"
+        check = SelfCheck(loaded, guard, monitor) if guard else None
+        attached = guard.attach(loaded.model, loaded.processor, monitor) if guard else nullcontext()
+        with attached as session:
+            self._session = session
+            if check and session:
+                check.run(session)
+            self._due = time.monotonic() + self.settings.check_every
+            self.ready.set()
+            self._on_start()
+            while not self._closing:
+                batch = self._next()
+                if batch:
+                    self._answer(batch)
+                if check and session and time.monotonic() > self._due:
+                    self._check(check, session)
+
+    def _check(self, check: SelfCheck, session: Session) -> None:
+        """Run the self-check. Nothing is accepted while it fails."""
+        self._due = time.monotonic() + self.settings.check_every
+        try:
+            check.run(session)
+        except Exception as error:
+            self.ready.clear()
+            self._due = time.monotonic() + min(5.0, self.settings.check_every)
+            with self._changed:
+                lost, self._waiting = list(self._waiting), deque()
+            for job in lost:
+                job.send(Failed(errors.not_ready()))
+            logger.error("self-check failed", extra={"error": type(error).__name__})
+            self.telemetry.self_check_failures.inc()
+        else:
+            self.ready.set()
+
+    def _next(self) -> list[Job]:
+        """Wait for a request, then for others that can share its batch."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing, self._pause())
+            if not self._waiting or self._closing:
+                return []
+            if len(self._waiting) < self.settings.batch:
+                self._changed.wait(self.settings.window)
+            kind = self._waiting[0].pictured, self._waiting[0].gates_only
+            taken: list[Job] = []
+            left: deque[Job] = deque()
+            for job in self._waiting:
+                if job.unwanted:
+                    job.send(Failed(errors.too_late()))
+                elif len(taken) < self.settings.batch and (job.pictured, job.gates_only) == kind:
+                    taken.append(job)
+                else:
+                    left.append(job)
+            self._waiting = left
+        self.telemetry.queue.set(len(left))
+        return taken
+
+    def _pause(self) -> float:
+        return max(0.0, self._due - time.monotonic())
+
+    def _answer(self, jobs: list[Job]) -> None:
+        """Answer a batch. If it fails, each request of which no text is out is tried alone."""
+        try:
+            self._generate(jobs)
+            return
+        except (ModelError, errors.RequestError) as error:
+            failure = error if isinstance(error, errors.RequestError) else _unusable(error)
+        except Exception as error:
+            failure = errors.failed()
+            # Without the message: it may quote the request.
+            logger.error("a batch failed", extra={"error": type(error).__name__})
+            if isinstance(error, SafeguardError):
+                self.telemetry.failures.inc()
+            self._due = 0.0  # look at the guard before anything else is answered
+        fresh = [job for job in jobs if not job.begun and not job.ended]
+        if len(jobs) > 1:
+            for job in fresh:
+                self._answer([job])
+        for job in jobs:
+            job.send(Failed(failure))
+
+    @torch.inference_mode()
+    def _generate(self, jobs: list[Job]) -> None:
+        loaded, settings = self.loaded, self.settings
+        conversations = [job.conversation.messages for job in jobs]
+        reads = self.guard is not None and self.guard.config.reads_pictures
+        inputs = prepare(loaded.processor, conversations, reads, "left")
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        longest = max(length for length in lengths)
+        if longest > settings.max_prompt_tokens:
+            raise errors.RequestError(
+                400,
+                f"the prompt has {longest} tokens, images included; at most "
+                f"{settings.max_prompt_tokens} are accepted",
+                param="messages",
+            )
+        pictures = count_pictures(loaded.processor, self._marker, jobs, inputs, reads)
+        answers = Answers(jobs, self._session, settings, loaded, pictures, lengths)
+        longest_answer = max(1 if job.gates_only else job.sampling.max_tokens for job in jobs)
+        loaded.model.generate(
+            **{key: value.to(loaded.device) for key, value in inputs.items()},
+            max_new_tokens=longest_answer,
+            do_sample=False,
+            logits_processor=[RowSampling([job.sampling for job in jobs])],
+            stopping_criteria=[answers],
+        )
+        answers.finish()
+
+
+def _unusable(error: ModelError) -> errors.RequestError:
+    """The processor or the chat template refuses the messages."""
+    return errors.RequestError(400, str(error)[:300], param="messages")

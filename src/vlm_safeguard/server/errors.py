@@ -1,0 +1,64 @@
+"""Errors with an HTTP status, in OpenAI's format. Messages never quote exceptions of libraries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_safeguard.errors import SafeguardError
+
+FAILED = "the guard or the model failed, and the answer is withheld"
+
+
+class RequestError(SafeguardError):
+    """A request that gets an error instead of an answer.
+
+    Attributes:
+        status: the HTTP status.
+        kind: OpenAI's error type.
+        param: the field that is wrong, if one is.
+        retry_after: seconds until another try makes sense.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.param, self.retry_after = status, kind, param, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": str(self),
+                "type": self.kind,
+                "param": self.param,
+                "code": self.status,
+            }
+        }
+
+
+def failed() -> RequestError:
+    """The guard or the model failed."""
+    return RequestError(500, FAILED, "guard_failed")
+
+
+def not_ready() -> RequestError:
+    """The guard does not pass its self-check."""
+    return RequestError(
+        503, "the guard does not pass its self-check; nothing is answered", "not_ready", None, 30
+    )
+
+
+def too_busy(seconds: int) -> RequestError:
+    """The queue is full."""
+    return RequestError(429, "too many requests wait; try again later", "queue_full", None, seconds)
+
+
+def too_late() -> RequestError:
+    """The deadline passed."""
+    return RequestError(504, "the request did not end within its deadline", "deadline_exceeded")

@@ -1,0 +1,81 @@
+"""Requests of the OpenAI chat API, as far as they are supported.
+
+Every field that is not listed is refused by name, because a client that sends it relies on it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextPart(_Strict):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(_Strict):
+    """A picture as a data URI. ``detail`` is accepted and has no effect."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(_Strict):
+    """A picture."""
+
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(_Strict):
+    """One turn. Pictures belong to the user."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(min_length=1)]
+    name: None = None
+    refusal: None = None
+
+
+class StreamOptions(_Strict):
+    """``include_usage``: the last chunk has the number of tokens."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ChatRequest(_Strict):
+    """Body of ``POST /v1/chat/completions``."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    n: Literal[1] | None = None
+    presence_penalty: Annotated[float | None, Field(ge=0, le=0)] = None
+    frequency_penalty: Annotated[float | None, Field(ge=0, le=0)] = None
+    logprobs: Literal[False] | None = None
+    user: str | None = None
+
+
+class ModerationRequest(_Strict):
+    """Body of ``POST /v1/moderations``: texts, or one request of texts and pictures."""
+
+    input: str | list[str] | Annotated[list[Part], Field(min_length=1)]
+    model: str | None = None
