@@ -151,8 +151,8 @@ def test_thin_takes_half_of_each_label_once() -> None:
 
 
 def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One for each question: the highest by any gate, of its copies too, and the lowest of all
-    where the model refuses the question by itself."""
+    """For each question, the highest of each gate, of its copies too, and the lowest of all where
+    the model refuses the question by itself."""
     items = [replace(p, cluster=str(n)) for n, p in enumerate(calibration("bound")[:10])]
     items[8] = replace(items[8], cluster="7")  # a wrapped copy of question 7
     text, seen = torch.zeros(10, 2, 1), torch.zeros(10, 2, 1)
@@ -167,4 +167,5 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
     in_vlm = GateFit((1,), torch.ones(1, 1), 0.0, spread=1.0)
     quiet, loaded = Progress(quiet=True), None
     found = hidden_states.bound_scores(loaded, text_gate, in_vlm, items, tmp_path, quiet)  # type: ignore[arg-type]
-    assert found.tolist() == [20, 1, 2, 3, 4, 5, 6, 8, 1]
+    assert found[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 0]
+    assert found[:, 1].tolist() == [20] + [0] * 8

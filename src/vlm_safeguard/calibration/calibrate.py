@@ -3,7 +3,8 @@
 1. Record the hidden states of the anchors, as text: the safety directions of each layer.
 2. Record the calibration prompts as text, with a blank image and with pictures, and fit the text
    gate and the gate in the VLM. Set the thresholds on other, harmless prompts, so that the
-   false-positive budget is kept with 95% confidence (``conformal``).
+   false-positive budget is kept with 95% confidence (``conformal``). Keep the gate in the VLM only
+   if it finds more than it costs the text gate.
 3. Try steering candidates on harmful calibration prompts with images, and keep the one under which
    fewest attacks succeed.
 4. Test the guard on held-back prompts. If it does not help, raise an error.
@@ -16,7 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from vlm_safeguard import method
 from vlm_safeguard.artifact.config import Gate, GuardConfig, ImageMarkup, ModelIdentity, Steering
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.conformal import CONFIDENCE, check_enough
-from vlm_safeguard.calibration.gate_fitting import GateFit, auc, bounded
+from vlm_safeguard.calibration.gate_fitting import GateFit, auc, useful_gates
 from vlm_safeguard.calibration.held_out import prove
 from vlm_safeguard.calibration.hidden_states import (
     States,
@@ -81,12 +82,13 @@ def calibrate(
         text, pictured = recorded.text, recorded.pictured
         fits = fit_gates(recorded, budget)
         scores = bound_scores(loaded, *fits, evenly(data.bound, effort.bound), folder, progress)
-        text_gate, in_vlm = bounded(fits, scores, budget.false_positives)
+        fitted = useful_gates(*fits, scores, budget.false_positives)
         table = _separability(text, pictured, directions)
-        gates = _gate_rates(text_gate, {"text": text}) + _gate_rates(in_vlm, pictured)
-        base = _Foundation(
-            loaded, directions, pairs, markup, text_gate, in_vlm, reads_pictures, data.sha256
-        )
+        gates = [
+            _gate_rates(source, gate, {"text": text} if source == "text" else pictured)
+            for source, gate in fitted.items()
+        ]
+        base = _Foundation(loaded, directions, pairs, markup, fitted, reads_pictures, data.sha256)
         guard, tried = search(loaded, base.build, list(data.fit), budget, effort, progress)
     proof = prove(loaded, guard, data.held, budget, effort, progress)
     results = {
@@ -102,7 +104,7 @@ def calibrate(
     return guard
 
 
-def _gate_rates(fit: GateFit, settings: dict[str, States]) -> list[dict[str, Any]]:
+def _gate_rates(source: str, fit: GateFit, settings: dict[str, States]) -> dict[str, Any]:
     """True- and false-positive rates of a gate: per setting on the prompts it was fitted on, and
     cross-validated over all settings (``unseen``)."""
     rates: dict[str, dict[str, float]] = {"tpr": {}, "fpr": {}}
@@ -110,9 +112,8 @@ def _gate_rates(fit: GateFit, settings: dict[str, States]) -> list[dict[str, Any
         for kind, scores in zip(("tpr", "fpr"), states.scores(fit), strict=True):
             opened = (scores > 0).double().mean().item()
             rates[kind][name] = round(opened, 4)
-    source = "text" if "text" in settings else "vlm"
     unseen = dict(zip(rates, (round(rate, 4) for rate in fit.unseen_rates), strict=True))
-    return [{"source": source, "layers": list(fit.layers), **rates, "unseen": unseen}]
+    return {"source": source, "layers": list(fit.layers), **rates, "unseen": unseen}
 
 
 def _separability(
@@ -140,13 +141,12 @@ class _Foundation:
     directions: dict[int, Tensor]
     pairs: Tensor
     markup: ImageMarkup
-    text_gate: GateFit
-    in_vlm: GateFit
+    gates: Mapping[Literal["text", "vlm"], GateFit]
     reads_pictures: bool
     data_sha256: Mapping[str, str]
 
     def build(self, steering: Steering) -> Guard:
-        """A guard with both fitted gates and this steering."""
+        """A guard with the fitted gates and this steering."""
         model = self.loaded.model
         decoder = find_decoder(model)
         tensors: dict[str, Tensor] = {}
@@ -155,7 +155,7 @@ class _Foundation:
             tensors[f"directions.{layer}"] = basis
             tensors[f"anchor.{layer}"] = method.coordinates(self.pairs[0, :, layer], basis).mean(0)
         gates: list[Gate] = []
-        for source, fit in (("text", self.text_gate), ("vlm", self.in_vlm)):
+        for source, fit in self.gates.items():
             # A pooled score has one threshold; it stands with the gate's first layer.
             cuts = [fit.threshold] + [0.0] * (len(fit.layers) - 1)
             gate: dict[str, Any] = {

@@ -234,6 +234,28 @@ def bounded(gates: Sequence[GateFit], scores: Tensor, epsilon: float) -> tuple[G
     )
 
 
+def useful_gates(
+    text_gate: GateFit, in_vlm: GateFit, scores: Tensor, epsilon: float
+) -> dict[Literal["text", "vlm"], GateFit]:
+    """The gates of a guard with their final thresholds: both, or the text gate alone.
+
+    Two gates share one false-positive budget, so a second one raises the threshold of the first. It
+    is left out if both together would find fewer requests than the text gate alone, even if they
+    never opened on the same one.
+
+    Args:
+        text_gate, in_vlm: the fitted gates.
+        scores: the highest score of each gate for each harmless question, (n, 2), in units of the
+            gate's spread.
+        epsilon: as in ``bounded``.
+    """
+    (alone,) = bounded([text_gate], scores[:, 0], epsilon)
+    both = bounded([text_gate, in_vlm], scores.max(1).values, epsilon)
+    if sum(gate.unseen_rates[0] for gate in both) <= alone.unseen_rates[0]:
+        return {"text": alone}
+    return {"text": both[0], "vlm": both[1]}
+
+
 def _project(
     inner: dict[int, tuple[Tensor, Tensor]], harmful: Tensor, harmless: Tensor
 ) -> dict[int, tuple[Tensor, Tensor]]:

@@ -224,7 +224,7 @@ def bound_scores(
     folder: Path,
     progress: Progress,
 ) -> Tensor:
-    """The scores that set the thresholds: for each harmless question, the highest of any gate.
+    """The scores that set the thresholds: for each harmless question, the highest of each gate.
 
     Each prompt is scored as text and with a picture, a blank and a drawn one in turn. A question
     and its copies in templates count as one, so that scores are independent. If the model refuses a
@@ -236,7 +236,8 @@ def bound_scores(
         items: harmless prompts that no gate was fitted to.
 
     Returns:
-        Scores (n,) of n questions, in units of each gate's ``spread``.
+        Scores (n, 2) of n questions by the text gate and by the gate in the VLM, each in units of
+        its ``spread``.
     """
     mixed = [query(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
     layers = 1 + max(in_vlm.layers)  # no gate that sees pictures reads a layer above
@@ -245,19 +246,18 @@ def bound_scores(
     )
     what = "bound, pictures"
     seen = record(loaded, mixed, folder, what=what, layers=layers, progress=progress)
-    scores = torch.stack(
-        [
-            text_gate.scores(text, intent) / text_gate.spread,
-            in_vlm.scores(text) / in_vlm.spread,
-            in_vlm.scores(seen) / in_vlm.spread,
-        ]
-    )
-    own = scores.max(0).values
+    by_text = text_gate.scores(text, intent) / text_gate.spread
+    by_vlm = torch.maximum(in_vlm.scores(text), in_vlm.scores(seen)) / in_vlm.spread
+    scores = torch.stack([by_text, by_vlm], 1)
     # Only the highest scores decide where a threshold lies.
-    top = own.argsort(descending=True)[: int(ASKED * len(items)) + 1].tolist()
+    count = int(ASKED * len(items)) + 1
+    top = sorted(
+        {n for column in scores.T for n in column.argsort(descending=True)[:count].tolist()}
+    )
     wanted = answered(loaded, [items[n] for n in top], False)
-    own[[n for n, is_answered in zip(top, wanted, strict=True) if not is_answered]] = own.min()
-    highest: dict[str, float] = {}
-    for prompt, score in zip(items, own.tolist(), strict=True):
-        highest[prompt.cluster] = max(score, highest.get(prompt.cluster, score))
-    return torch.tensor(list(highest.values()))
+    refused = [n for n, is_answered in zip(top, wanted, strict=True) if not is_answered]
+    scores[refused] = scores.min(0).values
+    highest: dict[str, Tensor] = {}
+    for prompt, score in zip(items, scores, strict=True):
+        highest[prompt.cluster] = torch.maximum(score, highest.get(prompt.cluster, score))
+    return torch.stack(list(highest.values()))

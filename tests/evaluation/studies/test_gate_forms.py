@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vlm_safeguard.calibration import hidden_states
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.conformal import allowed_exceedances
-from vlm_safeguard.calibration.gate_fitting import GateFit, bounded
+from vlm_safeguard.calibration.gate_fitting import GateFit, bounded, useful_gates
 from vlm_safeguard.data.inputs import Query, settings_of
 from vlm_safeguard.data.prompts import calibration
 from vlm_safeguard.evaluation.studies import gate_forms
@@ -55,6 +55,24 @@ def test_gates_move_together_until_the_budget_is_kept() -> None:
     expected = [float((part > shifts[0]).double().mean()) for part in (seen + 1, seen - 1)]
     assert moved[0].unseen_rates == pytest.approx(expected)
     assert expected[0] != pytest.approx(float((seen + 1 > 0).double().mean()))
+
+
+@pytest.mark.parametrize(("found_in_vlm", "kept"), [(0.0, ["text"]), (0.9, ["text", "vlm"])])
+def test_a_gate_in_the_vlm_stays_if_it_finds_more_than_it_costs(
+    found_in_vlm: float, kept: list[str]
+) -> None:
+    """Its scores of harmless questions are far above those of the text gate, so with it the text
+    gate's threshold moves from 0.99 to 2.99 units, past all harmful scores."""
+    harmless = torch.stack([torch.linspace(0, 1, 1000), torch.linspace(2, 3, 1000).flip(0)], 1)
+    text = GateFit((0,), torch.ones(1, 1), 0.0, unseen=(torch.linspace(0, 2, 100), torch.zeros(9)))
+    high = torch.full((100,), -9.0)
+    high[: int(100 * found_in_vlm)] = 9.0
+    in_vlm = GateFit((1,), torch.ones(1, 1), 0.0, unseen=(high, torch.zeros(9)))
+    gates = useful_gates(text, in_vlm, harmless, 0.02)
+    assert list(gates) == kept
+    allowed = allowed_exceedances(1000, 0.02)
+    highest = harmless[:, : len(kept)].max(1).values.sort(descending=True).values
+    assert gates["text"].threshold == pytest.approx(float(highest[allowed]))
 
 
 def test_the_page_shows_every_row_with_its_counts() -> None:

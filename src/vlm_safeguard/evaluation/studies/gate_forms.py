@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlm_safeguard.calibration.attack_trials import within
 from vlm_safeguard.calibration.budget import Budget, Effort
-from vlm_safeguard.calibration.gate_fitting import GateFit, Kind, auc, bounded, fit_gate
+from vlm_safeguard.calibration.gate_fitting import GateFit, Kind, auc, fit_gate, useful_gates
 from vlm_safeguard.calibration.hidden_states import (
     Recorded,
     States,
@@ -102,7 +102,7 @@ def study(
         scores = bound_scores(
             loaded, text_gate, in_vlm, evenly(data.bound, effort.bound), folder, progress
         )
-        gates = bounded((text_gate, in_vlm), scores, budget.false_positives)
+        gates = useful_gates(text_gate, in_vlm, scores, budget.false_positives)
         together = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
     return rows, together
 
@@ -152,11 +152,11 @@ def at_false_positives(harmful: Tensor, harmless: Tensor, share: float) -> Rate:
     return wilson(int((harmful > cut).sum()), len(harmful))
 
 
-def _together(gates: tuple[GateFit, ...], text: States, states: States) -> dict[str, Rate]:
-    """Found and wrongly stopped requests, by the text gate or by the gate in the VLM."""
-    text_gate, in_vlm = gates
-    words = text_gate.scores(text.states, text.intent)
-    opened = (words > 0) | (in_vlm.scores(states.states) > 0)
+def _together(gates: Mapping[Any, GateFit], text: States, states: States) -> dict[str, Rate]:
+    """Found and wrongly stopped requests, by any gate that calibration keeps."""
+    opened = gates["text"].scores(text.states, text.intent) > 0
+    if "vlm" in gates:
+        opened |= gates["vlm"].scores(states.states) > 0
     return {
         name: wilson(int(opened[chosen].sum()), int(chosen.sum()))
         for name, chosen in (("found", states.harmful), ("stopped", ~states.harmful))
@@ -199,7 +199,7 @@ def page(
         "",
         table(["Gate", "Read from", "Setting", "Layers", "AUC", "Found"], gates),
         "",
-        "The two gates that calibration chooses, counted if either opens, at their calibrated",
+        "The gates that calibration keeps, counted if any opens, at their calibrated",
         "thresholds. These are set on separate harmless prompts so that, with 95% confidence, at",
         f"most {budget.false_positives:.0%} of the harmless requests that the model would answer",
         "as text are stopped. The table counts every harmless request on which a gate opens, also",
