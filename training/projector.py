@@ -2,9 +2,9 @@
 
 The language model answers beside a picture: general requests as it answers them as text,
 instructions about what is shown as it answers them about the name (``training.answers``), names of
-what is shown, and easy-VQA questions. The projector starts from an alignment without the
-language model's passes, which costs minutes: each projected picture is drawn towards the word
-embeddings of its name. The alignment stays a part of the loss.
+what is shown, and easy-VQA questions. Beside its own loss a contrast draws each projected picture
+towards the word embeddings of its name, over many pictures, because it costs no pass of the
+language model.
 
 Nothing here is harmful and nothing is refused: safety beside pictures is trained neither in nor
 out. The language model's own weights are never changed.
@@ -41,13 +41,11 @@ from training.vision_tower import normalise
 FILE = "projector.safetensors"
 STATE = "train_state.safetensors"
 # Examples of each kind in a step; each kind has the same weight in the loss.
-STEP = {"general": 5, "about": 5, "naming": 11, "vqa": 9}
+STEP = {"general": 5, "about": 5, "naming": 8, "vqa": 10}
 ANSWER_TOKENS = 24
 EMOJI_VARIANTS = 8
-ALIGN_STEPS, ALIGN_RATE = 700, 2e-3
-TUNE_RATE = 1e-3
-ALIGNED = 256  # pictures drawn towards their names in each step
-ALIGN_WEIGHT = 0.2  # beside the language model's own loss
+PEAK_RATE = 2e-3
+CONTRAST_WEIGHT, CONTRASTED = 0.2, 192  # pictures contrasted with all names in each step
 CHECKPOINT_EVERY = 10
 PREFIX = SYSTEM + "<|im_start|>user\n"
 NAMING = (
@@ -120,33 +118,24 @@ def build_bank(tower: CLIPVisionModel, cache: Path) -> Bank:
     return Bank(features, names, range(first), range(first, second), range(second, len(features)))
 
 
-def new_projector(width: int, alignment: Alignment) -> nn.Sequential:
-    """LLaVA's two-layer projector. It begins near the middle of the names' word embeddings, because
-    torch's own start puts patches many times farther out than words."""
-    hidden = len(alignment.middle)
-    projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-    last = projector[2]
-    with torch.no_grad():
-        last.weight.mul_(0.25)
-        last.bias.copy_(alignment.middle)
-    return projector
+def new_projector(bank: Bank, hidden: int) -> nn.Sequential:
+    """LLaVA's two-layer projector, with torch's own start."""
+    width = bank.features.shape[2]
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
 
-class Alignment:
-    """Draws each projected picture towards the mean word embedding of its name.
+class Contrast:
+    """Draws the mean projected patch of each picture towards the word embeddings of its name.
 
-    The loss is the cross-entropy of the mean patch's cosines with all names (both less the mean of
-    the names, temperature 0.05), plus half of the patches' mean squared distance to the name, in
-    units of the names' squared length.
+    The loss is the cross-entropy of the cosines with all names (temperature 0.05); lengths are
+    left free.
     """
 
     def __init__(self, bank: Bank, words: Tensor, tokenizer: Any) -> None:
         self.bank = bank
         names = sorted(bank.named())
-        self.names = torch.stack([words[tokenizer(" " + name).input_ids].mean(0) for name in names])
-        self.middle = self.names.mean(0)
-        self.directions = F.normalize(self.names - self.middle, dim=1)
-        self.square = self.names.norm(dim=1).mean() ** 2
+        means = [words[tokenizer(" " + name).input_ids].mean(0) for name in names]
+        self.names = F.normalize(torch.stack(means), dim=1)
         number = {name: n for n, name in enumerate(names)}
         self.known = torch.tensor([n for n, name in enumerate(bank.name) if name])
         self.labels = torch.tensor([number[bank.name[n]] for n in self.known.tolist()])
@@ -157,28 +146,13 @@ class Alignment:
     def __call__(self, projector: nn.Module, step: int) -> tuple[Tensor, Tensor]:
         """The loss over a step's draw of pictures, and the share nearest to their own name."""
         self.generator.manual_seed(SEED + step)
-        drawn = torch.multinomial(self.weights, ALIGNED, generator=self.generator)
-        features, labels = self.bank.features[self.known[drawn]], self.labels[drawn]
+        drawn = torch.multinomial(self.weights, CONTRASTED, generator=self.generator)
+        features = self.bank.features[self.known[drawn]]
         noise = torch.randn(features.shape, generator=self.generator)
-        seen = projector(features + 0.1 * features.std() * noise)
-        cosines = F.normalize(seen.mean(1) - self.middle, dim=1) @ self.directions.T
-        apart = (seen - self.names[labels][:, None]).square().sum(-1).mean() / self.square
-        loss = F.cross_entropy(cosines / 0.05, labels) + 0.5 * apart
+        seen = projector(features + 0.1 * features.std() * noise).mean(1)
+        cosines, labels = F.normalize(seen, dim=1) @ self.names.T, self.labels[drawn]
+        loss = F.cross_entropy(cosines / 0.05, labels)
         return loss, (cosines.argmax(1) == labels).float().mean()
-
-
-def align(projector: nn.Module, alignment: Alignment) -> None:
-    """Train the projector on the alignment alone."""
-    optimizer = torch.optim.AdamW(projector.parameters(), weight_decay=0.01)
-    for step in range(ALIGN_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = ALIGN_RATE * _schedule(step, ALIGN_STEPS, warmup=20)
-        loss, named = alignment(projector, step)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 100 == 0:
-            log(f"alignment {step + 1}/{ALIGN_STEPS}: loss {loss:.2f}, named {named:.0%}")
 
 
 # -- examples ------------------------------------------------------------------------------------
@@ -320,7 +294,7 @@ class PictureLoss:
 def tune(
     projector: nn.Module,
     loss_of: PictureLoss,
-    alignment: Alignment,
+    contrast: Contrast,
     data: Iterator[list[Example]],
     steps: int,
     out: Path,
@@ -334,9 +308,9 @@ def tune(
     began = time.monotonic()
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = TUNE_RATE * _schedule(step, steps)
-        drawn, named = alignment(projector, ALIGN_STEPS + step)
-        (loss_of(next(data)) + ALIGN_WEIGHT * drawn).backward()
+            group["lr"] = PEAK_RATE * _schedule(step, steps)
+        apart, named = contrast(projector, step)
+        (loss_of(next(data)) + CONTRAST_WEIGHT * apart).backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -399,21 +373,18 @@ def _names() -> dict[str, str]:
 
 
 def main() -> None:
-    args = stage(__doc__, steps=100)
+    args = stage(__doc__, steps=80)
     llm, tokenizer = base_model(args.cache)
     llm.requires_grad_(False)
     tower = CLIPVisionModel.from_pretrained(args.out / "vision_tower").eval()
     bank = build_bank(tower, args.cache)
-    alignment = Alignment(bank, llm.get_input_embeddings().weight, tokenizer)
-    projector = new_projector(tower.config.hidden_size, alignment)
+    projector = new_projector(bank, llm.config.hidden_size)
     folder = args.out / "projector"
     pools = examples(bank, args.out / ANSWERS, tokenizer, random.Random(SEED))
     log(", ".join(f"{len(pool)} {kind}" for kind, pool in pools.items()))
-    if not (folder / STATE).exists():
-        align(projector, alignment)
-        save(projector, folder / "aligned" / FILE)
     loss_of = PictureLoss(llm, projector, bank, tokenizer)
-    tune(projector, loss_of, alignment, batches(pools, SEED), args.steps, folder)
+    contrast = Contrast(bank, llm.get_input_embeddings().weight, tokenizer)
+    tune(projector, loss_of, contrast, batches(pools, SEED), args.steps, folder)
     save(projector, folder / FILE)
 
 
