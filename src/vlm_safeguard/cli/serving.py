@@ -70,6 +70,7 @@ def serve(
         from vlm_safeguard.server.audit import AuditLog
         from vlm_safeguard.server.auth import KEYS, TRUSTED_KEYS, keys_from
         from vlm_safeguard.server.engine import Engine
+        from vlm_safeguard.server.listen import uvicorn_config
         from vlm_safeguard.server.settings import Settings
         from vlm_safeguard.server.telemetry import JsonFormatter, Telemetry
     except ModuleNotFoundError as error:
@@ -111,18 +112,7 @@ def serve(
     progress.say("attaching the guard")
     engine.start()
     progress.say(f"ready: http://{host}:{port}/v1 ({settings.model}, mode {mode})")
-    uvicorn.run(
-        create_app(engine, log),
-        host=host,
-        port=port,
-        http="h11",  # bounds the headers of a request at 64 KiB
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=waiting + 2 * batch + 16,
-        timeout_keep_alive=10,
-        timeout_graceful_shutdown=int(deadline),
-    )
+    uvicorn.Server(uvicorn_config(create_app(engine, log), settings, host, port)).run()
 
 
 @app.command()

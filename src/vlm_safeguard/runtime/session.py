@@ -109,6 +109,11 @@ class Session:
             return None
         return attest(self._reported, tuple(self._layers))
 
+    @property
+    def passes(self) -> int:
+        """Forward calls of the running request that came to their end under guard."""
+        return 0 if self._request is None else self._request.calls.passes
+
     # -- a request -------------------------------------------------------------------------------
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Answers(StoppingCriteria):
         loaded: the model, for its end tokens, and the tokenizer.
         pictures: counts of each request.
         lengths: prompt tokens of each request.
+        broken: rows whose logits are not finite, which ``RowSampling`` finds.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class Answers(StoppingCriteria):
         loaded: LoadedModel,
         pictures: Sequence[Pictures],
         lengths: Sequence[int],
+        broken: Set[int],
     ) -> None:
         self._jobs, self._session, self._settings = jobs, session, settings
-        self._pictures, self._lengths = pictures, lengths
+        self._pictures, self._lengths, self._broken = pictures, lengths, broken
         tokenizer = loaded.processor.tokenizer
         self._streams = [TextStream(tokenizer, job.sampling.stop) for job in jobs]
         self._ends = _end_tokens(loaded)
@@ -47,6 +49,9 @@ class Answers(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """Whether each row (B,) has ended."""
+        self._check_passes()
+        for row in self._broken:
+            self._jobs[row].send(Failed(errors.failed()))
         if self._tokens == 0:
             self._begin()
         self._tokens += 1
@@ -59,6 +64,11 @@ class Answers(StoppingCriteria):
         """Check that every request got its end."""
         if not all(job.ended for job in self._jobs):
             raise GuardRuntimeError("generation ended before its answers")
+
+    def _check_passes(self) -> None:
+        """A token is served only if a forward call under guard, and no other, made it."""
+        if self._session is not None and self._session.passes != self._tokens + 1:
+            raise GuardRuntimeError("a token was not made under guard")
 
     def _begin(self) -> None:
         """The prompt was read: tell the verdicts, and end requests that need no more."""

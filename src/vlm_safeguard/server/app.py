@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -20,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from vlm_safeguard.server import errors
 from vlm_safeguard.server.audit import AuditLog, digest
-from vlm_safeguard.server.conversation import read_messages
+from vlm_safeguard.server.conversation import Conversation, read_messages
 from vlm_safeguard.server.engine import Engine
 from vlm_safeguard.server.errors import RequestError
 from vlm_safeguard.server.exchange import Exchange, new_id
@@ -32,6 +34,7 @@ from vlm_safeguard.server.settings import Settings
 logger = logging.getLogger(__name__)
 CHAT, MODERATION = "chat", "moderation"
 _DISCONNECT_POLL = 0.25  # seconds
+_READERS = 4  # requests whose pictures are decoded at once, which bounds memory
 
 
 def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
@@ -43,26 +46,37 @@ def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
         yield
         await run_in_threadpool(engine.close)
 
-    app = FastAPI(title="VLM-Safeguard", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="VLM-Safeguard",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,  # the address would be made of the client's Host header
+    )
     app.add_middleware(Gatekeeper, settings=settings)
     _handle_errors(app)
+    readers = CapacityLimiter(_READERS)
+
+    async def read(messages: list[Message]) -> Conversation:
+        return await run_sync(read_messages, messages, settings, limiter=readers)
 
     @app.get("/health")
-    def health() -> JSONResponse:
+    async def health() -> JSONResponse:
         """Whether the process lives."""
         return JSONResponse(
             {"status": "ok" if engine.alive else "dead"}, 200 if engine.alive else 503
         )
 
     @app.get("/ready")
-    def ready() -> JSONResponse:
+    async def ready() -> JSONResponse:
         """Whether the guard passed its last self-check."""
         good = engine.alive and engine.ready.is_set()
         return JSONResponse({"ready": good, "mode": settings.mode}, 200 if good else 503)
 
     @app.get("/metrics")
-    def metrics() -> Response:
+    def metrics(request: Request) -> Response:
         """Metrics of Prometheus."""
+        _check_trusted(request)  # the counts tell whether a gate opened on the last request
         return Response(generate_latest(engine.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
@@ -81,7 +95,7 @@ def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
         """Answer a conversation."""
         _check_model(body.model, settings)
         sampling = _sampling(body, settings)
-        conversation = await run_in_threadpool(read_messages, body.messages, settings)
+        conversation = await read(body.messages)
         exchange = Exchange(
             engine,
             conversation,
@@ -95,24 +109,19 @@ def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
         answer = _Answer(settings, begun, request.state.trusted)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventSourceResponse(
-                _chunks(exchange, answer, usage), headers=answer.headers, ping=15, send_timeout=30
-            )
+            return _Stream(exchange, answer, usage)
         text = await _while_connected(request, exchange, _whole(exchange))
         return JSONResponse(answer.completion(text, exchange), headers=answer.headers)
 
     @app.post("/v1/moderations")
     async def moderations(request: Request, body: ModerationRequest) -> Response:
         """What the gates say about texts, or about one request with pictures."""
-        if not request.state.trusted:
-            raise RequestError(
-                403, "gate scores are shown to trusted keys only", "permission_denied"
-            )
+        _check_trusted(request)
         results = []
         asked = digest(await request.body())
         for number, content in enumerate(_inputs(body, settings)):
             message = Message(role="user", content=content)
-            conversation = await run_in_threadpool(read_messages, [message], settings)
+            conversation = await read([message])
             exchange = Exchange(
                 engine,
                 conversation,
@@ -133,6 +142,13 @@ def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
 
 
 # -- requests ------------------------------------------------------------------------------------
+
+
+def _check_trusted(request: Request) -> None:
+    if not request.state.trusted:
+        raise RequestError(
+            403, "what the gates say is shown to trusted keys only", "permission_denied"
+        )
 
 
 def _check_model(name: str, settings: Settings) -> None:
@@ -174,13 +190,11 @@ async def _while_connected(request: Request, exchange: Exchange, work: Any) -> A
         while not task.done():
             await asyncio.wait([task], timeout=_DISCONNECT_POLL)
             if not task.done() and await request.is_disconnected():
-                task.cancel()
                 raise RequestError(499, "the client closed the connection", "cancelled")
         return task.result()
     finally:
-        if not task.done():
+        if not task.done() or task.cancelled() or task.exception():
             task.cancel()
-        if task.cancelled() or (task.done() and task.exception()):
             exchange.abandon()
 
 
@@ -258,7 +272,11 @@ class _Answer:
             },
         }
         if self._trusted and verdict is not None:
-            told |= {"fired": verdict.fired, "gates": list(verdict.gates), "scores": verdict.scores}
+            scores = {
+                name: [score if score == score else None for score in row]  # NaN: not read
+                for name, row in verdict.scores.items()
+            }
+            told |= {"fired": verdict.fired, "gates": list(verdict.gates), "scores": scores}
         return told
 
 
@@ -270,6 +288,23 @@ def _status(settings: Settings, begun: Begun) -> str:
 
 def _status_headers(settings: Settings, status: str) -> dict[str, str]:
     return {"X-Safeguard-Status": status, "X-Safeguard-Mode": settings.mode}
+
+
+class _Stream(EventSourceResponse):
+    """The answer as server-sent events. Its end is the end of the request, also where the client
+    left before the first frame."""
+
+    def __init__(self, exchange: Exchange, answer: _Answer, usage: bool) -> None:
+        super().__init__(
+            _chunks(exchange, answer, usage), headers=answer.headers, ping=15, send_timeout=30
+        )
+        self._exchange = exchange
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._exchange.abandon()
 
 
 async def _chunks(
@@ -288,8 +323,9 @@ async def _chunks(
         yield {"data": "[DONE]"}
     except RequestError as error:
         yield _frame(error.body)
-    finally:
-        exchange.abandon()
+    except Exception as error:
+        logger.error("unexpected error", extra={"error": type(error).__name__})
+        yield _frame(errors.failed().body)
 
 
 def _frame(value: dict[str, Any]) -> dict[str, str]:
@@ -322,34 +358,24 @@ def _model(settings: Settings) -> dict[str, Any]:
 # -- errors --------------------------------------------------------------------------------------
 
 
-def _error(request: Request, error: RequestError) -> JSONResponse:
-    headers = {"X-Safeguard-Status": "failed" if error.status >= 500 else "rejected"}
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.body, error.status, headers)
+def _error(error: RequestError, **headers: str) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers | headers)
 
 
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     def known(request: Request, error: RequestError) -> JSONResponse:
-        return _error(request, error)
+        return _error(error)
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part)[:80] for part in first["loc"] if part != "body")[:200] or None
         reason = "it is not supported" if first["type"] == "extra_forbidden" else first["msg"][:200]
-        return _error(request, RequestError(400, f"{where or 'body'}: {reason}", param=where))
+        return _error(RequestError(400, f"{where or 'body'}: {reason}", param=where))
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> JSONResponse:
         reason = {404: "no such path", 405: "this method is not allowed here"}
         text = reason.get(error.status_code, "the request cannot be read")
-        return _error(request, RequestError(error.status_code, text))
-
-    @app.exception_handler(Exception)
-    def unknown(request: Request, error: Exception) -> JSONResponse:
-        logger.error("unexpected error", extra={"error": type(error).__name__})
-        return _error(request, errors.failed())
+        return _error(RequestError(error.status_code, text), **(error.headers or {}))

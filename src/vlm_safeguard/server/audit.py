@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,7 @@ class AuditLog:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
+            _drop_torn_line(path)
         except OSError as error:
             raise SafeguardError(f"cannot write the audit log {path}: {error.strerror}") from error
 
@@ -45,7 +47,9 @@ class AuditLog:
             if self.path.exists() and self.path.stat().st_size + len(line) > self._max_bytes:
                 self._rotate()
             with self.path.open("ab", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
                 if file.write(line) != len(line):
+                    file.truncate(size)  # the next line must not follow half of this one
                     raise OSError("the line was cut short")
 
     def _rotate(self) -> None:
@@ -57,6 +61,13 @@ class AuditLog:
 
     def _numbered(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a crash left without its end."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def digest(data: str | bytes) -> str:

@@ -20,10 +20,12 @@ _DATA_URI = re.compile(r"data:image/(?:png|jpe?g|webp);base64,", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the chat format of transformers, and how many pictures they hold."""
+    """Messages in the chat format of transformers; how many pictures they hold, and how many
+    pixels these have."""
 
     messages: list[dict[str, Any]]
     pictures: int
+    pixels: int = 0
 
 
 def read_messages(messages: Sequence[Message], settings: Settings) -> Conversation:
@@ -33,7 +35,7 @@ def read_messages(messages: Sequence[Message], settings: Settings) -> Conversati
         RequestError: a limit is exceeded, roles are in the wrong order, or a picture is refused.
     """
     _check_limits(messages, settings)
-    pictures = 0
+    pictures = pixels = 0
     turns: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
         if isinstance(message.content, str):
@@ -43,12 +45,14 @@ def read_messages(messages: Sequence[Message], settings: Settings) -> Conversati
         for place, part in enumerate(message.content):
             if isinstance(part, ImagePart):
                 where = f"messages[{number}].content[{place}].image_url.url"
-                parts.append({"type": "image", "image": _picture(part.image_url.url, where)})
+                image = _picture(part.image_url.url, where)
+                parts.append({"type": "image", "image": image})
                 pictures += 1
+                pixels += image.width * image.height
             else:
                 parts.append({"type": "text", "text": part.text})
         turns.append({"role": message.role, "content": parts})
-    return Conversation(turns, pictures)
+    return Conversation(turns, pictures, pixels)
 
 
 def _check_limits(messages: Sequence[Message], settings: Settings) -> None:

@@ -13,8 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from vlm_safeguard.errors import ModelError, SafeguardError
 from vlm_safeguard.guard import Guard
@@ -55,9 +57,10 @@ class Engine:
         self._session: Session | None = None
         self.ready = threading.Event()
         self._waiting: deque[Job] = deque()
+        self._taken: list[Job] = []
         self._changed = threading.Condition()
         self._closing = False
-        self._started: Exception | None = None
+        self._started: BaseException | None = None
         self._thread = threading.Thread(target=self._live, name="inference", daemon=True)
 
     # -- from other threads ----------------------------------------------------------------------
@@ -85,6 +88,11 @@ class Engine:
         """Requests that wait for a batch."""
         return len(self._waiting)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a batch is being answered."""
+        return bool(self._taken)
+
     def submit(self, job: Job) -> None:
         """Queue a request.
 
@@ -94,11 +102,13 @@ class Engine:
         with self._changed:
             if self._closing or not self.alive or not self.ready.is_set():
                 raise errors.not_ready()
-            if len(self._waiting) >= self.settings.waiting:
+            pixels = sum(one.conversation.pixels for one in (*self._waiting, job))
+            full = len(self._waiting) >= self.settings.waiting
+            if full or (self._waiting and pixels > self.settings.max_waiting_pixels):
                 raise errors.too_busy(5)
             self._waiting.append(job)
+            self.telemetry.queue.set(len(self._waiting))
             self._changed.notify_all()
-        self.telemetry.queue.set(len(self._waiting))
 
     def close(self) -> None:
         """Finish what was begun, fail what waits, detach the guard, and end the thread."""
@@ -112,15 +122,19 @@ class Engine:
     def _live(self) -> None:
         try:
             self._serve()
-        except Exception as error:
+        except BaseException as error:
             if not self.ready.is_set():
                 self._started = error
             logger.error("the inference thread ended", extra={"error": type(error).__name__})
         finally:
-            self.ready.clear()
+            with self._changed:  # no request is queued behind the last look at the queue
+                self._closing = True
+                self.ready.clear()
+                lost, self._waiting = list(self._waiting), deque()
+            for job in (*self._taken, *lost):
+                job.send(Failed(errors.not_ready()))
+            self._taken = []
             self._on_start()
-            while self._waiting:
-                self._waiting.popleft().send(Failed(errors.not_ready()))
 
     def _serve(self) -> None:
         guard, loaded = self.guard, self.loaded
@@ -135,9 +149,10 @@ class Engine:
             self.ready.set()
             self._on_start()
             while not self._closing:
-                batch = self._next()
-                if batch:
-                    self._answer(batch)
+                self._taken = self._next()
+                if self._taken:
+                    self._answer(self._taken)
+                self._taken = []
                 if check and session and time.monotonic() > self._due:
                     self._check(check, session)
 
@@ -177,7 +192,7 @@ class Engine:
                 else:
                     left.append(job)
             self._waiting = left
-        self.telemetry.queue.set(len(left))
+            self.telemetry.queue.set(len(left))
         return taken
 
     def _pause(self) -> float:
@@ -188,8 +203,8 @@ class Engine:
         try:
             self._generate(jobs)
             return
-        except (ModelError, errors.RequestError) as error:
-            failure = error if isinstance(error, errors.RequestError) else _unusable(error)
+        except errors.RequestError as error:
+            failure = error
         except Exception as error:
             failure = errors.failed()
             # Without the message: it may quote the request.
@@ -209,7 +224,7 @@ class Engine:
         loaded, settings = self.loaded, self.settings
         conversations = [job.conversation.messages for job in jobs]
         reads = self.guard is not None and self.guard.config.reads_pictures
-        inputs = prepare(loaded.processor, conversations, reads, "left")
+        inputs = self._prepare(conversations, reads)
         lengths = inputs["attention_mask"].sum(1).tolist()
         longest = max(length for length in lengths)
         if longest > settings.max_prompt_tokens:
@@ -220,18 +235,24 @@ class Engine:
                 param="messages",
             )
         pictures = count_pictures(loaded.processor, self._marker, jobs, inputs, reads)
-        answers = Answers(jobs, self._session, settings, loaded, pictures, lengths)
+        sampling = RowSampling([job.sampling for job in jobs])
+        answers = Answers(jobs, self._session, settings, loaded, pictures, lengths, sampling.broken)
         longest_answer = max(1 if job.gates_only else job.sampling.max_tokens for job in jobs)
         loaded.model.generate(
             **{key: value.to(loaded.device) for key, value in inputs.items()},
             max_new_tokens=longest_answer,
             do_sample=False,
-            logits_processor=[RowSampling([job.sampling for job in jobs])],
+            logits_processor=[sampling],
             stopping_criteria=[answers],
         )
         answers.finish()
+        if sampling.broken:
+            logger.error("logits were not finite", extra={"rows": len(sampling.broken)})
+            self.telemetry.failures.inc()
+            self._due = 0.0
 
-
-def _unusable(error: ModelError) -> errors.RequestError:
-    """The processor or the chat template refuses the messages."""
-    return errors.RequestError(400, str(error)[:300], param="messages")
+    def _prepare(self, conversations: list[Any], reads: bool) -> dict[str, torch.Tensor]:
+        try:
+            return prepare(self.loaded.processor, conversations, reads, "left")
+        except (ModelError, TemplateError):  # their texts quote the request and the library
+            raise errors.unusable() from None

@@ -31,6 +31,15 @@ class RequestError(SafeguardError):
         self.status, self.kind, self.param, self.retry_after = status, kind, param, retry_after
 
     @property
+    def headers(self) -> dict[str, str]:
+        found = {"X-Safeguard-Status": "failed" if self.status >= 500 else "rejected"}
+        if self.retry_after is not None:
+            found["Retry-After"] = str(self.retry_after)
+        if self.status == 401:
+            found["WWW-Authenticate"] = "Bearer"
+        return found
+
+    @property
     def body(self) -> dict[str, Any]:
         return {
             "error": {
@@ -45,6 +54,13 @@ class RequestError(SafeguardError):
 def failed() -> RequestError:
     """The guard or the model failed."""
     return RequestError(500, FAILED, "guard_failed")
+
+
+def unusable() -> RequestError:
+    """The model's processor or chat template does not take the messages."""
+    return RequestError(
+        400, "the model's chat template or processor refuses these messages", param="messages"
+    )
 
 
 def not_ready() -> RequestError:

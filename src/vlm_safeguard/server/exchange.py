@@ -58,7 +58,7 @@ class Exchange:
         loop = asyncio.get_running_loop()
 
         def emit(event: Event) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop was closed: nobody listens any more
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         deadline = self._start + engine.settings.deadline
@@ -129,16 +129,16 @@ class Exchange:
             return
         self._closed = True
         self._job.cancelled.set()
-        self._count()
-        if self._audit is None:
-            return
         try:
-            self._audit.write(self._entry())
+            if self._audit is not None:
+                self._audit.write(self._entry())
         except OSError:
             self._outcome = "failed"
             raise RequestError(
                 503, "the audit log cannot be written, and nothing is answered", "not_ready"
             ) from None
+        finally:
+            self._count()
 
     def _count(self) -> None:
         told = self._engine.telemetry

@@ -9,9 +9,12 @@ import re
 import time
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 
+from vlm_safeguard.server import errors
 from vlm_safeguard.server.auth import is_trusted
+from vlm_safeguard.server.body import check_json
 from vlm_safeguard.server.errors import RequestError
 from vlm_safeguard.server.exchange import new_id
 from vlm_safeguard.server.settings import Settings
@@ -29,11 +32,14 @@ class Gatekeeper:
 
     def __init__(self, app: Any, settings: Settings) -> None:
         self._app, self._settings = app, settings
+        self._inside = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        if scope["type"] != "http":
+            return  # there is nothing else, and no key would be asked for
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         state = scope.setdefault("state", {})
@@ -47,14 +53,28 @@ class Gatekeeper:
                 MutableHeaders(scope=message)["X-Request-Id"] = state["id"]
             await send(message)
 
+        self._inside += 1
         try:
-            state["trusted"] = scope["path"] in _OPEN or is_trusted(headers, self._settings)
+            if scope["path"] in _OPEN:  # answered however busy the server is
+                state["trusted"] = False
+            else:
+                state["trusted"] = is_trusted(headers, self._settings)
+                if self._inside > self._settings.inside:
+                    raise errors.too_busy(5)
             body = await self._body(headers, receive)
+            if body:
+                await run_in_threadpool(check_json, body)
             if body is not None:  # else the client left
                 await self._app(scope, _replay(body, receive), reply)
         except RequestError as error:
             await _refuse(reply, error)
+        except Exception as error:
+            # It ends here, because uvicorn would log its text, which may quote the request.
+            logger.error("unexpected error", extra={"error": type(error).__name__})
+            if not status:
+                await _refuse(reply, errors.failed())
         finally:
+            self._inside -= 1
             told = {
                 "id": state["id"],
                 "method": scope["method"],
@@ -68,7 +88,7 @@ class Gatekeeper:
         most = self._settings.max_body
         too_large = RequestError(413, f"a request has at most {most} bytes")
         told = headers.get("content-length", "0")
-        if told.isdigit() and int(told[:20]) > most:
+        if told.isdecimal() and int(told[:20]) > most:
             raise too_large
         parts = bytearray()
 
@@ -105,13 +125,11 @@ def _replay(body: bytes, receive: Any) -> Any:
 
 async def _refuse(send: Any, error: RequestError) -> None:
     body = json.dumps(error.body).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"x-safeguard-status", b"rejected"),
-        (b"connection", b"close"),
-    ]
-    if error.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+    told = error.headers | {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",  # its body may not have been read
+    }
+    headers = [(name.lower().encode(), value.encode()) for name, value in told.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

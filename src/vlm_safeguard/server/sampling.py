@@ -16,19 +16,27 @@ from vlm_safeguard.server.job import Sampling
 
 
 class RowSampling(LogitsProcessor):
-    """Samples each row with its own temperature, top-p and seed."""
+    """Samples each row with its own temperature, top-p and seed.
+
+    Attributes:
+        broken: rows whose scores were not finite once. Their tokens mean nothing.
+    """
 
     def __init__(self, rows: Sequence[Sampling]) -> None:
         self._rows = rows
+        self.broken: set[int] = set()
         self._generators = {n: _generator(row) for n, row in enumerate(rows) if row.temperature}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, vocabulary) with one finite entry in every sampled row."""
-        if not self._generators:
+        # The largest is NaN if any is, and -inf if no token is left.
+        self.broken.update((~torch.isfinite(scores.amax(1))).nonzero()[:, 0].tolist())
+        sampled = {n: made for n, made in self._generators.items() if n not in self.broken}
+        if not sampled:
             return scores
         chosen = scores.clone()
-        for n, generator in self._generators.items():
-            token = _sample(scores[n].float().cpu(), self._rows[n], generator)
+        for n, generator in sampled.items():
+            token = _sample(scores[n].double().cpu(), self._rows[n], generator)
             chosen[n] = -torch.inf
             chosen[n, token] = 0.0
         return chosen
@@ -44,8 +52,11 @@ def _generator(row: Sampling) -> torch.Generator:
 
 
 def _sample(scores: Tensor, row: Sampling, generator: torch.Generator) -> int:
-    """A token of (vocabulary,) scores: the fewest likely ones that reach top-p together count."""
-    chances, tokens = torch.softmax(scores / row.temperature, 0).sort(descending=True)
+    """A token of (vocabulary,) float64 scores: the fewest likely ones that reach top-p together
+    count."""
+    # The largest is 0, so that the smallest temperature divides nothing into infinity - infinity.
+    scores = (scores - scores.max()) / row.temperature
+    chances, tokens = torch.softmax(scores, 0).sort(descending=True)
     before = chances.cumsum(0) - chances
     chances = torch.where(before < row.top_p, chances, 0.0)
     return int(tokens[torch.multinomial(chances, 1, generator=generator)])

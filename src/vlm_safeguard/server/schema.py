@@ -35,14 +35,17 @@ class ImagePart(_Strict):
     image_url: ImageURL
 
 
+# The first wrong item ends the check of a list: one message for each of 100,000 helps nobody.
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Parts = Annotated[list[Part], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
 class Message(_Strict):
     """One turn. Pictures belong to the user."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: str | Parts
     name: None = None
     refusal: None = None
 
@@ -58,7 +61,7 @@ class ChatRequest(_Strict):
     """Body of ``POST /v1/chat/completions``."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -66,7 +69,7 @@ class ChatRequest(_Strict):
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: str | Annotated[Texts, Field(max_length=4)] | None = None
     n: Literal[1] | None = None
     presence_penalty: Annotated[float | None, Field(ge=0, le=0)] = None
     frequency_penalty: Annotated[float | None, Field(ge=0, le=0)] = None
@@ -77,5 +80,5 @@ class ChatRequest(_Strict):
 class ModerationRequest(_Strict):
     """Body of ``POST /v1/moderations``: texts, or one request of texts and pictures."""
 
-    input: str | list[str] | Annotated[list[Part], Field(min_length=1)]
+    input: str | Texts | Parts
     model: str | None = None

@@ -20,6 +20,7 @@ class Settings:
         batch: requests that are answered together, at most.
         window: seconds that the first request of a batch waits for others.
         waiting: requests that may wait. One more gets status 429.
+        max_waiting_pixels: pixels of all pictures that may wait, 3 bytes each.
         deadline: seconds until a request that has not ended is given up, waiting included.
         max_tokens: tokens of an answer, at most; and where the request does not say.
         max_prompt_tokens: tokens of a prompt with its pictures, at most.
@@ -39,6 +40,7 @@ class Settings:
     batch: int = 8
     window: float = 0.02
     waiting: int = 64
+    max_waiting_pixels: int = 200_000_000
     deadline: float = 300.0
     max_tokens: int = 1024
     default_tokens: int = 256
@@ -51,6 +53,11 @@ class Settings:
     check_every: float = 60.0
     api_keys: frozenset[str] = frozenset()
     trusted_keys: frozenset[str] = frozenset()
+
+    @property
+    def inside(self) -> int:
+        """Requests that the server works on at once, at most, whether they wait or are read."""
+        return self.waiting + 2 * self.batch + 16
 
     @property
     def open(self) -> bool:

@@ -1,0 +1,69 @@
+"""How the server listens: bounds that uvicorn does not set by itself."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+import uvicorn
+from sse_starlette.sse import AppStatus
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from vlm_safeguard.server.settings import Settings
+
+_HEADER_SECONDS = 10.0
+_MAX_HEADERS = 65_536  # bytes of the headers of a request
+
+
+class PromptHeaders(H11Protocol):
+    """Closes a connection whose request line and headers do not arrive in time."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._start_timer()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE and self.conn.our_state is h11.IDLE:
+            # A part of a request; the timer runs from its first byte.
+            if self._timer is None and self.conn.trailing_data[0]:
+                self._start_timer()
+        else:
+            self._stop_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def uvicorn_config(app: Any, settings: Settings, host: str, port: int) -> uvicorn.Config:
+    """The configuration of uvicorn for the application."""
+    # Else sse_starlette cuts every stream short when the server is told to stop. They end at their
+    # deadline.
+    AppStatus.disable_automatic_graceful_drain()
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=PromptHeaders,
+        h11_max_incomplete_event_size=_MAX_HEADERS,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # The gatekeeper answers at settings.inside. This only bounds open connections.
+        limit_concurrency=8 * settings.inside,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=int(settings.deadline) + 10,
+    )
