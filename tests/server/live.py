@@ -70,7 +70,9 @@ def wait_until(true: Any, seconds: float = 10.0) -> bool:
 
 
 @contextmanager
-def serving(folder: Path, audit: Path | None = None, **settings: Any) -> Iterator[Live]:
+def serving(
+    folder: Path, audit: Path | None = None, audit_content: bool = True, **settings: Any
+) -> Iterator[Live]:
     """A server on the checkpoint in ``folder``; ``settings`` as in ``Settings``."""
     loaded = load(folder)
     guard = open_guard(loaded.model)
@@ -82,7 +84,7 @@ def serving(folder: Path, audit: Path | None = None, **settings: Any) -> Iterato
     engine = Engine(loaded, guard, Settings(**chosen | settings), Telemetry())
     engine.start()
     witness.reset()  # the self-check asked with a guard that only watches
-    app = create_app(engine, AuditLog(audit, content=True) if audit else None)
+    app = create_app(engine, AuditLog(audit, audit_content) if audit else None)
     server = uvicorn.Server(uvicorn_config(app, engine.settings, "127.0.0.1", 0))
     thread = threading.Thread(target=server.run, name="http", daemon=True)
     thread.start()

@@ -13,6 +13,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer._tokenizer
+        self._tokens: list[int] = []
+        self._decoded = ""
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = [word for word in stop if word]
         self._held = ""
@@ -20,12 +22,20 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """The text that is certain after one more token; "" if none is."""
-        return self._cut(self._stream.step(self._tokenizer, token) or "")
+        piece = self._stream.step(self._tokenizer, token) or ""
+        self._tokens.append(token)
+        self._decoded += piece
+        return self._cut(piece)
 
     def end(self) -> str:
-        """The rest of the text."""
+        """The rest of the text. The stream waits for the end of a character that was cut."""
+        if self.stopped:
+            return ""
+        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        cut = whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
+        text = self._cut(cut)
         rest, self._held = self._held, ""
-        return rest
+        return text + rest
 
     def _cut(self, piece: str) -> str:
         text = self._held + piece

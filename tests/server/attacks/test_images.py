@@ -37,7 +37,17 @@ def test_the_type_in_the_address_means_nothing(live, kind):
 
 @pytest.mark.parametrize(
     "data",
-    ["%", "iVBORw0KGgo", "iVBO Rw0=", "iVBORw0=\n", "====", "A", "é", "iVBORw0KGgo=garbage=", "\x00"],
+    [
+        "%",
+        "iVBORw0KGgo",
+        "iVBO Rw0=",
+        "iVBORw0=\n",
+        "====",
+        "A",
+        "é",
+        "iVBORw0KGgo=garbage=",
+        "\x00",
+    ],
 )
 def test_bad_base64(live, data):
     assert_clear(live.chat([part("data:image/png;base64," + data)]), 400)
