@@ -28,7 +28,7 @@ from vlm_safeguard.server.errors import RequestError
 from vlm_safeguard.server.exchange import Exchange, new_id
 from vlm_safeguard.server.gatekeeper import Gatekeeper
 from vlm_safeguard.server.job import Begun, Sampling
-from vlm_safeguard.server.schema import ChatRequest, Message, ModerationRequest
+from vlm_safeguard.server.schema import ChatRequest, ErrorBody, Message, ModerationRequest
 from vlm_safeguard.server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
         redirect_slashes=False,  # the address would be made of the client's Host header
     )
     app.add_middleware(Gatekeeper, settings=settings)

@@ -37,7 +37,17 @@ def test_the_type_in_the_address_means_nothing(live, kind):
 
 @pytest.mark.parametrize(
     "data",
-    ["%", "iVBORw0KGgo", "iVBO Rw0=", "iVBORw0=\n", "====", "A", "é", "iVBORw0KGgo=garbage=", "\x00"],
+    [
+        "%",
+        "iVBORw0KGgo",
+        "iVBO Rw0=",
+        "iVBORw0=\n",
+        "====",
+        "A",
+        "é",
+        "iVBORw0KGgo=garbage=",
+        "\x00",
+    ],
 )
 def test_bad_base64(live, data):
     assert_clear(live.chat([part("data:image/png;base64," + data)]), 400)
@@ -68,7 +78,8 @@ ADDRESSES = [
     "jar:http://a!/b", "blob:http://a/b", "javascript:alert(1)", "/etc/passwd", "../../etc/passwd",
     "~/.ssh/id_rsa", "C:\\Windows\\win.ini", "\\\\host\\share\\a.png", "a.png", "", " ", "data:",
     "data:,hi", "data:text/html;base64,PGI+", "data:image/svg+xml;base64,PHN2Zy8+",
-    "data:image/gif;base64,R0lGODlh", "data:image/png,raw", "data:image/png;charset=utf-8;base64,AA",
+    "data:image/gif;base64,R0lGODlh", "data:image/png,raw",
+    "data:image/png;charset=utf-8;base64,AA",
     "data:application/octet-stream;base64,AAAA", " data:image/png;base64,AAAA",
     "data:image/png;base64 ,AAAA", "url(data:image/png;base64,AAAA)",
     "data:image/png;base64;base64,AAAA", "http://a/data:image/png;base64,AAAA",
