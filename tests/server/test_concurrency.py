@@ -1,10 +1,12 @@
 """Many requests at once: whose answer is whose, the bounds of the queue, deadlines, the end."""
 
+import asyncio
 import json
 import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import pytest
 import uvicorn
@@ -12,6 +14,7 @@ from sse_starlette.sse import AppStatus
 
 from tests.server.live import serving, wait_until
 from tests.server.raw import connect, head, read_all, status_of
+from vlm_safeguard.server.app import _Stream
 from vlm_safeguard.server.conversation import Conversation
 from vlm_safeguard.server.errors import RequestError
 from vlm_safeguard.server.job import Failed, Job, Sampling
@@ -174,6 +177,37 @@ def test_shutdown_finishes_what_was_begun(folder, stream):
             assert answer.json()["usage"]["completion_tokens"] > 0
         assert live.witness.unguarded == 0
         assert wait_until(lambda: not live.engine.alive)
+
+
+def test_a_client_that_left_before_the_first_frame():
+    """The stream never began, and its request ends all the same."""
+    ended = []
+
+    class Gone:
+        def abandon(self):
+            ended.append(True)
+
+        def texts(self):
+            raise AssertionError("nobody listens")
+
+    class Unused:
+        headers: ClassVar[dict[str, str]] = {}
+
+        def first(self):
+            return {}
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        await asyncio.sleep(1)
+
+    async def run():
+        stream = _Stream(Gone(), Unused(), False)
+        await asyncio.wait_for(stream({"type": "http", "method": "POST"}, receive, send), 5)
+
+    asyncio.run(run())
+    assert ended
 
 
 def test_the_last_word_of_a_queue(folder):

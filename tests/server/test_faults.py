@@ -12,6 +12,7 @@ import torch
 from tests.server.live import serving, wait_until
 from tests.server.raw import chat_bytes
 from vlm_safeguard.model.residual_stream import find_decoder
+from vlm_safeguard.server import app
 from vlm_safeguard.server.audit import AuditLog, entries
 from vlm_safeguard.server.self_check import SelfCheck
 
@@ -66,13 +67,17 @@ def together(live, contents, **fields):
     found = [None] * len(contents)
     take = live.engine._next
 
+    def whole():
+        waiting = list(live.engine._waiting)
+        first = bool(waiting) and waiting[0].sampling.max_tokens == 1
+        return first or len(waiting) == len(contents) or live.engine._closing
+
     def take_all():
-        wait_until(lambda: live.engine.waiting == len(contents) or live.engine._closing)
-        live.engine._next = take
+        wait_until(whole)
         return take()
 
     live.engine._next = take_all
-    live.chat()  # the last that is taken as it comes
+    live.chat(max_tokens=1)  # the thread may already wait in the engine's own
 
     def ask(place):
         found[place] = live.chat(contents[place], **fields)
@@ -82,6 +87,7 @@ def together(live, contents, **fields):
         thread.start()
     for thread in threads:
         thread.join()
+    live.engine._next = take
     return found
 
 
@@ -267,6 +273,32 @@ def test_a_template_that_refuses_is_a_wrong_request(live):
     assert answer.status_code == 400
     assert "secret" not in answer.text
     assert "template" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_of_the_server_itself_tells_nothing(live, monkeypatch, caplog, stream):
+    """Neither the answer nor the log has the exception's text, which may quote the request."""
+
+    def fail(*_):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(live.engine, "submit", fail)
+    answer = live.chat("hi", headers={"X-Request-Id": "mine"}, stream=stream)
+    assert_failed(answer)
+    assert answer.headers["x-request-id"] == "mine"
+    assert "secret" not in answer.text + caplog.text
+    assert "unexpected error" in caplog.text
+
+
+def test_a_fault_in_the_middle_of_a_stream_is_an_error_frame(live, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(app._Answer, "chunk", fail)
+    monkeypatch.setattr(app._Answer, "first", lambda self: {"choices": []})
+    told = frames(live)
+    assert told[-1]["error"]["type"] == "guard_failed" and "[DONE]" not in told
+    assert "secret" not in json.dumps(told) + caplog.text
 
 
 def kill(thread) -> None:

@@ -14,7 +14,7 @@ from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
@@ -74,7 +74,7 @@ def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
         good = engine.alive and engine.ready.is_set()
         return JSONResponse({"ready": good, "mode": settings.mode}, 200 if good else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics(request: Request) -> Response:
         """Metrics of Prometheus."""
         _check_trusted(request)  # the counts tell whether a gate opened on the last request
