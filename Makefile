@@ -19,7 +19,7 @@ BENCHMARKS ?= ../shared/benchmarks
 PUBLISHED := $(if $(filter hub,$(BENCHMARKS))$(wildcard $(BENCHMARKS)),malicious_instruct jailbreak_instructions mm_harmful_bench)
 SETS := own_malicious own_jailbreak own_picture $(PUBLISHED)
 
-.PHONY: demo test lint format train guard results results-check throughput gates gap bench clean
+.PHONY: demo test attack lint format train guard results results-check throughput gates gap bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,10 @@ test: $(VENV)/.installed $(VENV)/int8/.installed  ## All tests
 	PYTHONPATH=$(VENV)/int8 $(BIN)/python -c "import torchao, hqq"
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/int8 $(BIN)/python -m pytest -k "int8 or quantised" \
 	  tests/runtime/test_kv_cache.py tests/model/test_weights.py
+
+# Interrupted, it goes on where it was: rm $(VENV)/attack.json begins anew.
+attack: $(VENV)/.installed  ## 100,000 hostile inputs for the parsers, 5,000 requests to a live server
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.attack_run --state $(VENV)/attack.json
 
 lint: $(VENV)/.installed  ## ruff, mypy, import-linter
 	$(BIN)/ruff check src tests training bench examples recipes

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 
 # What an error may never tell: heap addresses, paths, modules and exceptions of libraries.
-_LEAKS = re.compile(
-    r"0x[0-9a-f]{6,}|/root/|/work/|/tmp/|site-packages|\.py\b|Traceback|Error\(|Exception"
+LEAKS = re.compile(
+    r"(?<!\d)0x[0-9a-f]{6,}|/root/|/work/|/tmp/|site-packages|\.py\b|Traceback|Error\(|Exception"
     r"|pydantic|PIL|torch|jinja|transformers|Processor|errno|line \d+ column"
 )
 
@@ -22,7 +22,7 @@ def assert_clear(answer: httpx.Response, *statuses: int) -> dict[str, Any]:
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == answer.status_code
-    assert not _LEAKS.search(answer.text), answer.text[:500]
+    assert not LEAKS.search(answer.text), answer.text[:500]
     assert len(answer.content) < 2000
     assert answer.headers["x-safeguard-status"] == "rejected"
     assert answer.headers["x-request-id"]

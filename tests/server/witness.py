@@ -17,7 +17,9 @@ from vlm_safeguard.model.residual_stream import find_decoder, hidden_of
 
 
 class Witness:
-    """Counts rows of forward calls that gave logits: each is a token that could be served.
+    """Counts rows of logits that left the model: each is a token that could be served.
+
+    What the guard withholds by raising an error does not count.
 
     Attributes:
         guarded: rows of calls in which every steered layer's output was changed in every row.
@@ -37,10 +39,10 @@ class Witness:
         self.guarded = self.unguarded = 0
 
     def _model_class(self, own: type) -> type:
-        @wraps(own.forward)  # type: ignore[attr-defined]
-        def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(model: Any, *args: Any, **kwargs: Any) -> Any:
             self._changed.clear()
-            output = own.forward(model, *args, **kwargs)  # type: ignore[attr-defined]
+            output = own.__call__(model, *args, **kwargs)  # type: ignore[operator]
+            # The guard let these logits out.
             rows = len(output.logits)
             if all(self._changed.get(layer, False) for layer in self._steered):
                 self.guarded += rows
@@ -48,7 +50,7 @@ class Witness:
                 self.unguarded += rows
             return output
 
-        return type(own.__name__, (own,), {"forward": forward})
+        return type(own.__name__, (own,), {"__call__": call})
 
     def _layer_class(self, own: type, number: int) -> type:
         @wraps(own.forward)  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -112,7 +113,8 @@ def serve(
     progress.say("attaching the guard")
     engine.start()
     progress.say(f"ready: http://{host}:{port}/v1 ({settings.model}, mode {mode})")
-    uvicorn.Server(uvicorn_config(create_app(engine, log), settings, host, port)).run()
+    with suppress(KeyboardInterrupt):  # uvicorn has shut down in order by then
+        uvicorn.Server(uvicorn_config(create_app(engine, log), settings, host, port)).run()
 
 
 @app.command()

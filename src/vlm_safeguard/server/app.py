@@ -14,7 +14,7 @@ from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
@@ -28,7 +28,7 @@ from vlm_safeguard.server.errors import RequestError
 from vlm_safeguard.server.exchange import Exchange, new_id
 from vlm_safeguard.server.gatekeeper import Gatekeeper
 from vlm_safeguard.server.job import Begun, Sampling
-from vlm_safeguard.server.schema import ChatRequest, Message, ModerationRequest
+from vlm_safeguard.server.schema import ChatRequest, ErrorBody, Message, ModerationRequest
 from vlm_safeguard.server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
         redirect_slashes=False,  # the address would be made of the client's Host header
     )
     app.add_middleware(Gatekeeper, settings=settings)
@@ -73,7 +74,7 @@ def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
         good = engine.alive and engine.ready.is_set()
         return JSONResponse({"ready": good, "mode": settings.mode}, 200 if good else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics(request: Request) -> Response:
         """Metrics of Prometheus."""
         _check_trusted(request)  # the counts tell whether a gate opened on the last request

@@ -67,7 +67,8 @@ class Gatekeeper:
             if body is not None:  # else the client left
                 await self._app(scope, _replay(body, receive), reply)
         except RequestError as error:
-            await _refuse(reply, error)
+            if not status:
+                await _refuse(reply, error)
         except Exception as error:
             # It ends here, because uvicorn would log its text, which may quote the request.
             logger.error("unexpected error", extra={"error": type(error).__name__})

@@ -27,12 +27,17 @@ class PromptHeaders(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE and self.conn.our_state is h11.IDLE:
-            # A part of a request; the timer runs from its first byte.
-            if self._timer is None and self.conn.trailing_data[0]:
-                self._start_timer()
-        else:
+        self._look()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._look()  # a part of the next request may be here already
+
+    def _look(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
             self._stop_timer()
+        elif self._timer is None and self.conn.trailing_data[0]:
+            self._start_timer()  # at the first byte of a request
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()

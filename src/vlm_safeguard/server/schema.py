@@ -70,11 +70,26 @@ class ChatRequest(_Strict):
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
     stop: str | Annotated[Texts, Field(max_length=4)] | None = None
-    n: Literal[1] | None = None
+    n: Annotated[int | None, Field(ge=1, le=1)] = None
     presence_penalty: Annotated[float | None, Field(ge=0, le=0)] = None
     frequency_penalty: Annotated[float | None, Field(ge=0, le=0)] = None
     logprobs: Literal[False] | None = None
     user: str | None = None
+
+
+class Error(BaseModel):
+    """What is wrong, in OpenAI's form."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorBody(BaseModel):
+    """Body of every answer with a status of 400 or above."""
+
+    error: Error
 
 
 class ModerationRequest(_Strict):

@@ -1,0 +1,92 @@
+"""Who may ask, who sees what the gates say, and what the modes answer."""
+
+import pytest
+
+from tests.server.live import serving
+
+KEYS = {"api_keys": frozenset({"asks"}), "trusted_keys": frozenset({"sees", "s\u00e9es"})}
+PATHS = [
+    ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"),
+    ("GET", "/openapi.json"),
+    ("GET", "/nowhere"), ("GET", "/health/"), ("GET", "/health%2f"), ("GET", "//ready"),
+    ("POST", "/v1/chat/completions"), ("POST", "/v1/moderations"), ("OPTIONS", "/v1/models"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def live(folder):
+    with serving(folder, mode="refuse", refusal="No.", **KEYS) as server:
+        yield server
+
+
+def key(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {name}"}
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {}, key("other"), key("ask"), key("askss"), key("asks,sees"), key("ASKS"),
+        {"Authorization": "Basic YXNrczo="}, {"Authorization": "asks"},
+        {"Authorization": "Bearer"}, {"X-API-Key": "asks"},
+        {"Authorization": b"Bearer \xff\xfe"}, {"Cookie": "key=asks"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_key_no_answer(live, method, path, headers):
+    answer = live.client.request(method, path, headers=headers)
+    assert answer.status_code == 401
+    assert answer.json()["error"]["type"] == "invalid_api_key"
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.headers["x-request-id"]
+
+
+def test_the_body_of_a_stranger_is_not_read(live):
+    answer = live.client.post("/v1/chat/completions", content=b"[" * 1_000_000)
+    assert answer.status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_probes_need_no_key(live, path):
+    assert live.client.get(path).status_code == 200
+
+
+def test_scores_are_for_trusted_keys(live):
+    told = live.chat(headers=key("asks")).json()["safeguard"]
+    assert set(told) == {"status", "mode", "pictures"}
+    told = live.chat(headers=key("sees")).json()["safeguard"]
+    assert told["fired"] is True and told["gates"] == ["text"] and told["scores"]["text.0"][0] > 0
+
+
+def test_scores_in_a_stream_are_for_trusted_keys(live):
+    for name, seen in (("asks", False), ("sees", True)):
+        answer = live.chat(headers=key(name), stream=True)
+        assert ("scores" in answer.text) == ("fired" in answer.text) == seen
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/v1/moderations"])
+def test_counts_and_moderation_are_for_trusted_keys(live, path):
+    method, body = ("GET", None) if path == "/metrics" else ("POST", {"input": "hi"})
+    assert live.client.request(method, path, json=body, headers=key("asks")).status_code == 403
+    assert live.client.request(method, path, json=body, headers=key("sees")).status_code == 200
+
+
+def test_refuse_mode_generates_nothing(live):
+    before = live.witness.guarded
+    answer = live.chat(headers=key("asks"), max_tokens=50).json()
+    assert answer["choices"][0]["message"]["content"] == "No."
+    assert answer["choices"][0]["finish_reason"] == "content_filter"
+    assert live.witness.guarded - before == 1  # the prompt was read, which decided
+    assert live.witness.unguarded == 0
+
+
+def test_monitor_says_so(folder):
+    with serving(folder, mode="monitor") as live:
+        answer = live.chat()
+        assert answer.headers["x-safeguard-status"] == "monitor"
+        assert answer.json()["safeguard"]["status"] == "monitor"
+        assert answer.json()["safeguard"]["fired"] is True
+        assert live.client.get("/ready").json()["mode"] == "monitor"
+        # The witness sees what a guard that only watches leaves alone.
+        assert live.witness.unguarded == 4 and live.witness.guarded == 0
