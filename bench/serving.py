@@ -1,0 +1,189 @@
+"""`python -m bench.serving`: throughput and latency of the server, guarded and not.
+
+Three servers share one model in turn: guarded, unguarded, and guarded without batches. Each round
+sends the same requests to each of them, from several clients at once. Requests have the proportions
+of LLaVA-1.5: about 600 tokens of pictures to 50 of text. The guard is the one that ships, without
+the reading of words in pictures, which costs what OCR costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from bench.subjects import Subjects, embedded
+from bench.timing import Spread, as_json, ratios, spread
+from vlm_safeguard.data import drawings, prompts
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.server.app import create_app
+from vlm_safeguard.server.engine import Engine
+from vlm_safeguard.server.listen import uvicorn_config
+from vlm_safeguard.server.settings import Settings
+from vlm_safeguard.server.telemetry import Telemetry
+from vlm_safeguard.utils.files import write_whole
+from vlm_safeguard.utils.markdown import table
+
+IMAGES, QUESTIONS = 36, 4  # 576 tokens of pictures, about 50 of text
+TOKENS = 25
+SERVERS = ("guarded", "unguarded", "guarded, batch 1")
+
+
+@dataclass(frozen=True)
+class Load:
+    """One round against one server: requests a second, and the latency of each request."""
+
+    rate: float
+    seconds: list[float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs"))
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=2, help="of each client in a round")
+    given = parser.parse_args()
+    subject = embedded()
+    found = {
+        clients: measure(subject, clients, given.requests, given.rounds)
+        for clients in given.clients
+    }
+    (given.output / "assets").mkdir(parents=True, exist_ok=True)
+    text = json.dumps(as_json({n: _facts(rounds) for n, rounds in found.items()}), indent=1) + "\n"
+    files = {"assets/bench-serving.json": text, "bench-serving.md": page(found, given.rounds)}
+    write_whole({given.output / name: content.encode() for name, content in files.items()})
+    print(given.output / "bench-serving.md")
+
+
+def measure(subject: Subjects, clients: int, requests: int, rounds: int) -> dict[str, list[Load]]:
+    """Every server in every round, in an order that turns."""
+    shipped = Guard.from_pretrained("embedded")
+    config = shipped.config.model_copy(update={"reads_pictures": False})
+    guard = Guard(config, shipped.tensors)
+    found: dict[str, list[Load]] = {name: [] for name in SERVERS}
+    for number in range(rounds + 1):
+        for name in SERVERS[number % 3 :] + SERVERS[: number % 3]:
+            batch = 1 if name.endswith("batch 1") else 8
+            with serving(subject, None if name == "unguarded" else guard, batch, clients) as url:
+                loaded = load(url, clients, requests)
+            print(f"{clients} clients, {name}: {loaded.rate:.3f}/s", file=sys.stderr)
+            if number:  # the first round warms up
+                found[name].append(loaded)
+    return found
+
+
+@contextmanager
+def serving(subject: Subjects, guard: Guard | None, batch: int, clients: int) -> Iterator[str]:
+    """A server on a free port; its address."""
+    settings = Settings(
+        model="bench", batch=batch, waiting=2 * clients + 8, max_images=IMAGES, deadline=3600.0,
+        check_every=1e9,
+    )  # fmt: skip
+    engine = Engine(subject.loaded, guard, settings, Telemetry())
+    engine.start()
+    server = uvicorn.Server(uvicorn_config(create_app(engine), settings, "127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def load(url: str, clients: int, requests: int) -> Load:
+    """Each client asks one request after the other; every answer is checked to be whole."""
+    bodies = [_body(number) for number in range(clients)]
+
+    def ask(body: dict[str, Any]) -> list[float]:
+        seconds = []
+        with httpx.Client(timeout=None) as client:
+            for _ in range(requests):
+                start = time.perf_counter()
+                answer = client.post(f"{url}/v1/chat/completions", json=body)
+                answer.raise_for_status()
+                seconds.append(time.perf_counter() - start)
+        return seconds
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        found = [seconds for each in pool.map(ask, bodies) for seconds in each]
+    return Load(len(found) / (time.perf_counter() - start), found)
+
+
+def _body(number: int) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    drawings.blank().save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    pairs = prompts.anchors()
+    text = " ".join(pairs[(number + n) % len(pairs)].harmless for n in range(QUESTIONS))
+    content = [*[picture] * IMAGES, {"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    return {"model": "bench", "messages": messages, "max_tokens": TOKENS}
+
+
+def _facts(rounds: dict[str, list[Load]]) -> dict[str, Any]:
+    """Rates, latencies, and the rate beside that of the unguarded server, round by round."""
+    facts: dict[str, Any] = {}
+    for name, loads in rounds.items():
+        seconds = sorted(s for one in loads for s in one.seconds)
+        facts[name] = {
+            "rate": spread([one.rate for one in loads]),
+            "ratio": ratios([one.rate for one in loads], [one.rate for one in rounds["unguarded"]]),
+            "latency": {p: seconds[int(p / 100 * (len(seconds) - 1))] for p in (50, 90, 99)},
+        }
+    return facts
+
+
+def page(found: dict[int, dict[str, list[Load]]], rounds: int) -> str:
+    """The measurements as Markdown."""
+    rows = []
+    for clients, servers in found.items():
+        for name, facts in _facts(servers).items():
+            latency = facts["latency"]
+            rows.append(
+                [
+                    str(clients),
+                    name,
+                    _shown(facts["rate"]),
+                    _shown(facts["ratio"]),
+                    *(f"{latency[p]:.1f}" for p in (50, 90, 99)),
+                ]
+            )
+    head = ["Clients", "Server", "Requests/s", "Ratio to unguarded", "p50 s", "p90 s", "p99 s"]
+    lines = [
+        "# What the guard costs a server",
+        "",
+        f"`python -m bench.serving --rounds {rounds}` on the embedded model, on a CPU. Requests hold",
+        f"{IMAGES} pictures of 16 tokens and about 50 tokens of text, the proportions of LLaVA-1.5,",
+        f"and ask for {TOKENS} tokens. The guard is the one that ships, without OCR. Medians and",
+        "quartiles over the rounds; ratios are taken round by round.",
+        "",
+        table(head, rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Spread) -> str:
+    return f"{value.median:.3g} [{value.low:.3g}, {value.high:.3g}]"
+
+
+if __name__ == "__main__":
+    main()
