@@ -171,10 +171,10 @@ def page(found: dict[int, dict[str, list[Load]]], rounds: int) -> str:
     lines = [
         "# What the guard costs a server",
         "",
-        f"`python -m bench.serving --rounds {rounds}` on the embedded model, on a CPU. Requests hold",
-        f"{IMAGES} pictures of 16 tokens and about 50 tokens of text, the proportions of LLaVA-1.5,",
-        f"and ask for {TOKENS} tokens. The guard is the one that ships, without OCR. Medians and",
-        "quartiles over the rounds; ratios are taken round by round.",
+        f"`python -m bench.serving --rounds {rounds}` on the embedded model, on a CPU. Requests",
+        f"hold {IMAGES} pictures of 16 tokens and about 50 tokens of text, the proportions of",
+        f"LLaVA-1.5, and ask for {TOKENS} tokens. The guard is the one that ships, without OCR.",
+        "Medians and quartiles over the rounds; ratios are taken round by round.",
         "",
         table(head, rows),
     ]
