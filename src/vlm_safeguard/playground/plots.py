@@ -42,7 +42,7 @@ _STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "vlm-safeguard",  # the same data gives the same bytes
 }
-_WIDTH = 4.6  # inches
+_WIDTH = 4.1  # inches: letters stay legible on a phone
 _CLOUDS = (("harmful anchors", _HARMFUL, "^"), ("harmless anchors", _HARMLESS, "o"))
 
 
@@ -84,10 +84,12 @@ def plot_scores(gates: Sequence[Gate], decision: Decision) -> str:
         colour = _HARMFUL if row.score > 0 else _HARMLESS
         height, alpha = (0.36, 1.0) if row.decides else (0.2, 0.5)
         axis.barh(place, row.score, height, color=colour, alpha=alpha)
+        # The threshold, beside the bar alone: a line through all rows would cross their labels.
+        axis.vlines(0, place - height / 2 - 0.05, place + height / 2 + 0.05, _INK, linewidth=1.5)
         state = f": {'open' if row.score > 0 else 'shut'}" if row.decides else ""
         axis.annotate(
             f"{row.label}  {row.score:+.2f}{state}",
-            (0, place - 0.28),
+            (0, place - height / 2 - 0.08),
             xycoords=("axes fraction", "data"),
             va="bottom",
             fontweight="bold" if row.decides else "normal",
@@ -96,10 +98,9 @@ def plot_scores(gates: Sequence[Gate], decision: Decision) -> str:
     reach = 1.15 * max([abs(row.score) for row in rows] + [1e-6])
     axis.set_xlim(-reach, reach)
     axis.set_ylim(max(len(rows), 1) - 0.6, -0.75)
-    axis.axvline(0, color=_INK, linewidth=1.2)
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
-    axis.grid(visible=False, axis="y")
+    axis.grid(visible=False)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.set_xlabel("shut  ←  score minus threshold  →  open")
     return _svg(figure)
@@ -109,7 +110,7 @@ def plot_scores(gates: Sequence[Gate], decision: Decision) -> str:
 def plot_map(anchors: AnchorMap, verdict: Verdict | None) -> str:
     """The anchors on two principal axes, and where a request falls: with its picture and, if the
     guard read it so, as text."""
-    figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 3.9), layout="constrained")
     axis = figure.add_subplot()
     for (label, colour, marker), points in zip(_CLOUDS, anchors.points.tolist(), strict=True):
         x, y = zip(*points, strict=True)

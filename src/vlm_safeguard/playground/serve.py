@@ -31,6 +31,7 @@ def make_app(desk: Desk) -> FastAPI:
         dark=None,
         language="en-US",
         on_air=None,
+        reconnect_timeout=30.0,  # a busy machine is slow to come back
         tailwind=False,
         show_welcome_message=False,
     )
