@@ -12,6 +12,7 @@ import typer
 
 from vlm_safeguard.calibration.budget import Budget
 from vlm_safeguard.cli import evaluation as cli_evaluation
+from vlm_safeguard.cli import playground as cli_playground
 from vlm_safeguard.cli import serving as cli_serving
 from vlm_safeguard.cli.options import (
     Device,
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_evaluation.app)
 app.add_typer(cli_serving.app)
+app.add_typer(cli_playground.app)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""The playground: a page in the browser that shows unguarded and guarded answers side by side."""

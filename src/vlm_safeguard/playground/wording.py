@@ -1,0 +1,31 @@
+"""Says in words what the guard decided."""
+
+from __future__ import annotations
+
+from vlm_safeguard.artifact.config import Gate
+from vlm_safeguard.runtime.attestation import Decision
+
+GATE_NAMES = {"text": "text gate", "vlm": "gate in the VLM"}
+_READS = {"text": "it reads the request as text", "vlm": "it reads the request as asked"}
+
+
+def verdict(decision: Decision) -> str:
+    """One or two short sentences."""
+    if not decision.fired:
+        return "No gate opened. The guard changes nothing, so both answers are the same."
+    opened = [
+        f"the {GATE_NAMES[source]} ({_READS[source]})"
+        for source, by in (("text", decision.by_text), ("vlm", decision.by_vlm))
+        if by
+    ]
+    if len(opened) == 1:
+        return f"Opened: {opened[0]}. The guard steers the answer."
+    return f"Opened: {opened[0]} and {opened[1]}. The guard steers the answer."
+
+
+def gate_title(gate: Gate) -> str:
+    """Which gate it is and what it reads."""
+    layers = ", ".join(map(str, gate.layers[:4])) + (", …" if len(gate.layers) > 4 else "")
+    read = f"layer{'s' if len(gate.layers) > 1 else ''} {layers}"
+    name = GATE_NAMES[gate.source]
+    return f"{name[0].upper()}{name[1:]}: {read}{' and refusal intent' if gate.openings else ''}"

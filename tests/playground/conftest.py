@@ -1,0 +1,41 @@
+"""A tiny checkpoint and its guard, in folders: a text gate that always opens, one in the VLM that
+never does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests import checkpoint, tiny
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.model.loading import LoadedModel, load
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its guard, loaded and as folders."""
+
+    model: Path
+    guard: Path
+    loaded: LoadedModel
+    artifact: Guard
+
+
+@pytest.fixture(scope="package")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    folder = tmp_path_factory.mktemp("playground")
+    path = checkpoint.save(folder / "model")
+    loaded = load(path)
+    gates = [tiny.gate("text", 1, 3, threshold=-1e3), tiny.gate("vlm", 3, threshold=1e3)]
+    artifact = tiny.guard(loaded.model, gates)
+    artifact.save_pretrained(folder / "guard")
+    return Subject(path, folder / "guard", loaded, artifact)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing goes into the user's cache."""
+    monkeypatch.setenv("VLM_SAFEGUARD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
