@@ -14,10 +14,12 @@ from tests.fuzz.mutations import bytewise, dump, json_aware
 from tests.server.attacks import pictures
 
 TEXTS = [
-    "hi", "what is in the picture?", "<image>", "</s>", "{{ 7*7 }}", "\u200b\u202e", "\ud800",
-    "e" + "\u0301" * 30, "\x00", "a" * 3000, "",
+    "hi", "what is in the picture?", "<image>", "</s>", "{{ 7*7 }}", "\u200b\u202e", "\x00",
+    "e" + "\u0301" * 30, "",
 ]  # fmt: skip
-_PICTURES = [*pictures.accepted().values(), *pictures.refused().values()]
+_BAD_TEXTS = ["\ud800", "a" * 3000]
+_SOUND = list(pictures.accepted().values())
+_PICTURES = [*_SOUND, *pictures.refused().values()]
 _SMALL = [data for data in _PICTURES if 0 < len(data) < 20_000]
 
 
@@ -25,14 +27,15 @@ def conversation(chance: random.Random) -> dict[str, Any]:
     """A sound chat request."""
     messages: list[Any] = []
     if chance.random() < 0.3:
-        messages.append({"role": "system", "content": chance.choice(TEXTS)})
+        messages.append({"role": "system", "content": text(chance)})
     for _ in range(chance.choice([0, 0, 1, 3])):
-        messages.append({"role": "user", "content": chance.choice(TEXTS)})
-        messages.append({"role": "assistant", "content": chance.choice(TEXTS)})
-    parts: list[Any] = [{"type": "text", "text": chance.choice(TEXTS)}]
+        messages.append({"role": "user", "content": text(chance)})
+        messages.append({"role": "assistant", "content": text(chance)})
+    parts: list[Any] = [{"type": "text", "text": text(chance)}]
     for _ in range(chance.choice([0, 0, 1, 2])):
         kind = chance.choice(["png", "jpeg", "webp"])
-        parts.insert(0, pictures.part(pictures.uri(picture(chance), kind)))
+        data = chance.choice(_SOUND) if chance.random() < 0.8 else picture(chance)
+        parts.insert(0, pictures.part(pictures.uri(data, kind)))
     messages.append({"role": "user", "content": parts})
     body: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 1}
     if chance.random() < 0.4:
@@ -40,6 +43,10 @@ def conversation(chance: random.Random) -> dict[str, Any]:
     if chance.random() < 0.2:
         body |= {"stop": chance.choice(["a", ["a", "b"]]), "stream": False}
     return body
+
+
+def text(chance: random.Random) -> str:
+    return chance.choice(_BAD_TEXTS if chance.random() < 0.03 else TEXTS)
 
 
 def picture(chance: random.Random) -> bytes:
@@ -52,7 +59,7 @@ def request(number: int, seed: int) -> bytes:
     """A request body: sound, changed as JSON, or changed byte by byte."""
     chance = random.Random(f"{seed}:request:{number}")
     body: Any = conversation(chance)
-    for _ in range(chance.choice([0, 1, 1, 2, 3])):
+    for _ in range(chance.choice([0, 0, 1, 2])):
         try:
             body = json_aware(body, chance)
         except (IndexError, TypeError, KeyError, AttributeError, RecursionError, ValueError):
@@ -61,7 +68,7 @@ def request(number: int, seed: int) -> bytes:
         data = dump(body).encode("utf-8", "surrogatepass")
     except RecursionError:
         data = b"[" * 2000
-    if chance.random() < 0.3:
+    if chance.random() < 0.2:
         data = bytewise(data, json.dumps(conversation(chance)).encode(), chance)
     return data
 
