@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from vlm_safeguard.server.settings import Settings
 from vlm_safeguard.server.telemetry import Telemetry
 from vlm_safeguard.utils.files import write_whole
 from vlm_safeguard.utils.markdown import table
+from vlm_safeguard.utils.network import address, listen
 
 IMAGES, QUESTIONS = 36, 4  # 576 tokens of pictures, about 50 of text
 TOKENS = 25
@@ -95,13 +97,14 @@ def serving(subject: Subjects, guard: Guard | None, batch: int, clients: int) ->
     )  # fmt: skip
     engine = Engine(subject.loaded, guard, settings, Telemetry())
     engine.start()
-    server = uvicorn.Server(uvicorn_config(create_app(engine), settings, "127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, daemon=True)
+    server = uvicorn.Server(uvicorn_config(create_app(engine), settings))
+    listener = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=partial(server.run, sockets=[listener]), daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield address(listener, "127.0.0.1")
     finally:
         server.should_exit = True
         thread.join()

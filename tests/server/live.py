@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vlm_safeguard.server.engine import Engine
 from vlm_safeguard.server.listen import uvicorn_config
 from vlm_safeguard.server.settings import Settings
 from vlm_safeguard.server.telemetry import Telemetry
+from vlm_safeguard.utils.network import listen
 
 MODEL = "tiny"
 STEERED = (2, 4)
@@ -85,11 +87,13 @@ def serving(
     engine.start()
     witness.reset()  # the self-check asked with a guard that only watches
     app = create_app(engine, AuditLog(audit, audit_content) if audit else None)
-    server = uvicorn.Server(uvicorn_config(app, engine.settings, "127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, name="http", daemon=True)
+    server = uvicorn.Server(uvicorn_config(app, engine.settings))
+    listener = listen("127.0.0.1", 0)
+    run = partial(server.run, sockets=[listener])
+    thread = threading.Thread(target=run, name="http", daemon=True)
     thread.start()
     assert wait_until(lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    port = listener.getsockname()[1]
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
         try:
             yield Live(engine, witness, server, client, port, audit)

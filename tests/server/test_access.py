@@ -1,5 +1,7 @@
 """Who may ask, who sees what the gates say, and what the modes answer."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.server.live import serving
@@ -90,3 +92,31 @@ def test_monitor_says_so(folder):
         assert live.client.get("/ready").json()["mode"] == "monitor"
         # The witness sees what a guard that only watches leaves alone.
         assert live.witness.unguarded == 4 and live.witness.guarded == 0
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "evil.example:8000"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+    ],
+)
+def test_without_keys_no_page_of_another_site_may_ask(shared, headers):
+    """A site can lead its name to 127.0.0.1, and any page can send requests there."""
+    assert shared.chat(headers=headers).status_code == 403
+    own = {"Host": f"localhost:{shared.port}", "Origin": f"http://localhost:{shared.port}"}
+    assert shared.chat(headers=own).status_code == 200
+
+
+def test_requests_within_the_window_share_a_batch(folder):
+    """The first waits for others until the window ends or the batch is full."""
+    with serving(folder, window=2.0, batch=3) as live:
+        sizes = []
+        generate = live.engine._generate
+        live.engine._generate = lambda jobs: (sizes.append(len(jobs)), generate(jobs))[1]
+        with ThreadPoolExecutor(3) as pool:
+            replies = list(pool.map(lambda n: live.chat(f"{n}"), range(3)))
+    assert [reply.status_code for reply in replies] == [200] * 3
+    assert sizes == [3]

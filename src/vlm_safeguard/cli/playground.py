@@ -33,12 +33,12 @@ def playground(
     requests.
     """
     from vlm_safeguard.guard import Guard
+    from vlm_safeguard.utils.network import LOOPBACK, address, listen
 
     try:
         from vlm_safeguard.playground.anchors import anchor_map
         from vlm_safeguard.playground.answers import Answerer
         from vlm_safeguard.playground.desk import Desk
-        from vlm_safeguard.playground.loopback import listen
         from vlm_safeguard.playground.serve import serve
     except ModuleNotFoundError as error:
         raise SafeguardError(
@@ -49,6 +49,11 @@ def playground(
         raise SafeguardError(
             "name a guard with --guard; `vlm-safeguard calibrate MODEL -o guard/` makes one"
         )
+    if host not in LOOPBACK:
+        raise SafeguardError(
+            f"{host} is not loopback: the playground shows unguarded answers and is for this "
+            "machine only (`vlm-safeguard serve` is for others)"
+        )
     with listen(host, port) as listener:  # before long work: a taken port shows at once
         progress = make_progress(quiet)
         artifact = Guard.from_pretrained(guard or "embedded")
@@ -56,6 +61,5 @@ def playground(
         artifact.check_model(loaded.model, loaded.processor)
         answerer = Answerer(loaded, artifact, max_new_tokens)
         anchors = anchor_map(loaded, artifact, answerer.layer, progress)
-        name = f"[{host}]" if ":" in host else host
-        progress.say(f"ready: http://{name}:{listener.getsockname()[1]} (Ctrl-C ends it)")
+        progress.say(f"ready: {address(listener, host)} (Ctrl-C ends it)")
         serve(Desk(answerer, anchors, model, guard or "embedded"), listener)

@@ -21,7 +21,6 @@ from vlm_safeguard.cli.options import (
 from vlm_safeguard.errors import SafeguardError
 
 app = typer.Typer()
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @app.command()
@@ -63,6 +62,7 @@ def serve(
     also see gate scores (both separated by commas). Without keys it listens on loopback only.
     """
     from vlm_safeguard.guard import Guard
+    from vlm_safeguard.utils.network import LOOPBACK, address, listen
 
     try:
         import uvicorn
@@ -98,23 +98,25 @@ def serve(
         api_keys=keys_from(KEYS),
         trusted_keys=keys_from(TRUSTED_KEYS),
     )
-    if settings.open and host not in _LOOPBACK:
+    if settings.open and host not in LOOPBACK:
         raise SafeguardError(
             f"{host} is not loopback: set {KEYS} or {TRUSTED_KEYS}, so that not everybody may ask"
         )
     log = AuditLog(audit, audit_content) if audit else None
-    progress = make_progress(quiet)
-    artifact = Guard.from_pretrained(guard or "embedded")
-    loaded = load_model(model, dtype, device, progress)
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
-    engine = Engine(loaded, artifact, settings, Telemetry())
-    progress.say("attaching the guard")
-    engine.start()
-    progress.say(f"ready: http://{host}:{port}/v1 ({settings.model}, mode {mode})")
-    with suppress(KeyboardInterrupt):  # uvicorn has shut down in order by then
-        uvicorn.Server(uvicorn_config(create_app(engine, log), settings, host, port)).run()
+    with listen(host, port) as listener:  # before long work: a taken port shows at once
+        progress = make_progress(quiet)
+        artifact = Guard.from_pretrained(guard or "embedded")
+        loaded = load_model(model, dtype, device, progress)
+        handler = logging.StreamHandler()
+        handler.setFormatter(JsonFormatter())
+        logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
+        engine = Engine(loaded, artifact, settings, Telemetry())
+        progress.say("attaching the guard")
+        engine.start()
+        progress.say(f"ready: {address(listener, host)}/v1 ({settings.model}, mode {mode})")
+        server = uvicorn.Server(uvicorn_config(create_app(engine, log), settings))
+        with suppress(KeyboardInterrupt):  # uvicorn has shut down in order by then
+            server.run(sockets=[listener])
 
 
 @app.command()

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 
 from vlm_safeguard.server.errors import RequestError
 from vlm_safeguard.server.settings import Settings
+from vlm_safeguard.utils.network import asked_from_here
 
 KEYS, TRUSTED_KEYS = "VLM_SAFEGUARD_API_KEYS", "VLM_SAFEGUARD_TRUSTED_KEYS"
 
@@ -23,9 +24,14 @@ def is_trusted(headers: Headers, settings: Settings) -> bool:
     """Check the key in the headers of a request. Returns whether it may see gate scores.
 
     Raises:
-        RequestError: no key, or a wrong one.
+        RequestError: no key, or a wrong one; without keys, a request that another site's page or
+            name led here.
     """
     if settings.open:
+        if not asked_from_here(headers.get("host", ""), headers.get("origin")):
+            raise RequestError(
+                403, "without API keys, only this machine may ask", "permission_denied"
+            )
         return True
     kind, _, key = headers.get("authorization", "").partition(" ")
     given = key.strip() if kind.lower() == "bearer" else ""

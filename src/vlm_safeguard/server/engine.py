@@ -179,8 +179,10 @@ class Engine:
             self._changed.wait_for(lambda: self._waiting or self._closing, self._pause())
             if not self._waiting or self._closing:
                 return []
-            if len(self._waiting) < self.settings.batch:
-                self._changed.wait(self.settings.window)
+            self._changed.wait_for(
+                lambda: len(self._waiting) >= self.settings.batch or self._closing,
+                self.settings.window,
+            )
             kind = self._waiting[0].pictured, self._waiting[0].gates_only
             taken: list[Job] = []
             left: deque[Job] = deque()

@@ -52,15 +52,13 @@ class PromptHeaders(H11Protocol):
             self._timer = None
 
 
-def uvicorn_config(app: Any, settings: Settings, host: str, port: int) -> uvicorn.Config:
-    """The configuration of uvicorn for the application."""
+def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
+    """The configuration of uvicorn for the application. The socket is given to ``run``."""
     # Else sse_starlette cuts every stream short when the server is told to stop. They end at their
     # deadline.
     AppStatus.disable_automatic_graceful_drain()
     return uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=PromptHeaders,
         h11_max_incomplete_event_size=_MAX_HEADERS,
         ws="none",
