@@ -11,6 +11,7 @@ import pytest
 from tests import checkpoint, tiny
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import LoadedModel, load
+from vlm_safeguard.model.text_only import find_markup
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     path = checkpoint.save(folder / "model")
     loaded = load(path)
     gates = [tiny.gate("text", 1, 3, threshold=-1e3), tiny.gate("vlm", 3, threshold=1e3)]
-    artifact = tiny.guard(loaded.model, gates)
+    # The markup of this processor, not of the token ids that other tests write by hand.
+    artifact = tiny.changed(tiny.guard(loaded.model, gates), markup=find_markup(loaded))
     artifact.save_pretrained(folder / "guard")
     return Subject(path, folder / "guard", loaded, artifact)
 
