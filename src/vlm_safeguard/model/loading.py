@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from vlm_safeguard.errors import ModelError
+from vlm_safeguard.model.checkpoint import read_model
 from vlm_safeguard.model.weights import input_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +48,8 @@ def load(
 
     Raises:
         ModelError: the folder is missing or not a model, the model takes no images, the checkpoint
-            needs its own code, the weights cannot be read, or the device cannot be used.
+            needs its own code, the weights cannot be read, a tensor is missing, unexpected or of
+            another shape, or the device cannot be used.
     """
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
@@ -63,9 +65,7 @@ def load(
                 "guards vision-language models (for example LLaVA)"
             )
         processor = AutoProcessor.from_pretrained(str(name), **options)
-        model = AutoModelForImageTextToText.from_pretrained(
-            str(name), dtype=DTYPES[dtype], **options
-        )
+        model = read_model(str(name), dtype=DTYPES[dtype], **options)
     except ModelError:
         raise
     except Exception as error:  # transformers, safetensors and json each raise their own kinds
