@@ -246,15 +246,15 @@ class Guard:
             )
         if weights_digest(model) != own.weights_sha256:
             raise GuardError(
-                f"this guard is for {own.name}: the model's weights differ{_dtype_hint(model)}. A "
-                "guard belongs to the weights it was calibrated on, of one revision; run "
-                "`vlm-safeguard calibrate` on these"
+                f"this guard is for {own.name}{_revision(own.revision)}: the model's weights "
+                f"differ{_dtype_hint(model)}. A guard belongs to the weights it was calibrated on, "
+                "of one revision; run `vlm-safeguard calibrate` on these"
             )
         if own.dtype and dtype_name(model) != own.dtype:
             raise GuardError(
                 f"this guard is for {own.name} in {own.dtype}, and the model is in {model.dtype}: "
-                "its thresholds were set on states of that type. Load the model in "
-                f"{own.dtype}, or calibrate on this one"
+                "its thresholds were set on states of that type. Load the model with "
+                f'dtype="{own.dtype}" (--dtype {own.dtype}), or calibrate on this one'
             )
         pad, known = self.config.markup.pad_id, len(model.get_input_embeddings().weight)
         if pad >= known:
@@ -377,6 +377,10 @@ def _may_write_card(path: Path) -> bool:
         return MARK.encode() in read_limited(path, _MAX_CARD)
     except OSError:
         return False
+
+
+def _revision(recorded: str) -> str:
+    return f" of revision {recorded}" if recorded else ""
 
 
 def _dtype_hint(model: Any) -> str:
