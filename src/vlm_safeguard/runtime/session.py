@@ -26,6 +26,7 @@ from vlm_safeguard.runtime.hooks import Hooks
 from vlm_safeguard.runtime.owner_thread import OwnerThread
 from vlm_safeguard.runtime.request import Request
 from vlm_safeguard.runtime.steering import Steerer
+from vlm_safeguard.runtime.streams import ended_on_error
 
 
 class Session:
@@ -107,6 +108,10 @@ class Session:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """``model.generate`` under guard: the request begins with the whole prompt."""
+        with ended_on_error(kwargs.get("streamer")):
+            return self._guarded_generate(*args, **kwargs)
+
+    def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
         self._owner.take()
         if self._in_generate:
             raise GuardRuntimeError("generate inside generate is not guarded")
