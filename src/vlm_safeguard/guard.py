@@ -19,6 +19,7 @@ from vlm_safeguard.errors import GuardError
 from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_digest
 from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.picture_inputs import picture_inputs
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.model.weights import quantised, weights_digest
@@ -325,7 +326,8 @@ class Guard:
 
         Args:
             processor: the model's processor. If given, its chat template and the tokens it writes
-                around pictures are checked too.
+                around pictures are checked too, and requests with pictures must have every input
+                that it makes for them.
 
         Returns:
             A context manager that detaches the guard at the end of its ``with`` block. Without a
@@ -336,7 +338,8 @@ class Guard:
             GuardError: the guard belongs to another model, or a guard is attached already.
         """
         self.check_model(model, processor)
-        return Session(self.config, self.tensors, model)
+        needed = None if processor is None else picture_inputs(model, processor)
+        return Session(self.config, self.tensors, model, needed)
 
 
 def reads_pictures(guard: Guard | None) -> bool:
