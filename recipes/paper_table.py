@@ -18,17 +18,17 @@ import typer
 from vlm_safeguard.artifact.serialization import CONFIG_FILE
 from vlm_safeguard.cli import main
 from vlm_safeguard.cli.options import (
-    Device,
-    Dtype,
     JudgeName,
     MaxNewTokens,
     Model,
     check_folder,
     extra_needed,
+    loads_models,
     make_progress,
 )
 from vlm_safeguard.evaluation.benchmarks import benchmark_of
 from vlm_safeguard.guard import Guard
+from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.utils.files import write_whole
 from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
@@ -45,6 +45,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
+@loads_models
 def paper_table(
     model: Model,
     data: Annotated[
@@ -60,8 +61,8 @@ def paper_table(
     ] = None,
     max_new_tokens: MaxNewTokens = 32,
     batch: Annotated[int, typer.Option(min=1, max=4096)] = 16,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    *,
+    options: LoadOptions,
 ) -> None:
     """Attack success on the paper's three sets without a defence, with the paper's formula and with
     the guard, in every setting."""
@@ -80,8 +81,7 @@ def paper_table(
         limit=limit,
         max_tokens=max_new_tokens,
         batch=batch,
-        dtype=dtype,
-        device=device,
+        loading=options,
     )
     plan.check()  # finds missing data now, not after the calibration
     for folder in check_folder(output):
@@ -89,8 +89,10 @@ def paper_table(
     ensure_guard(plan, guard, progress)
     facts = evaluate(plan, output / "run", Measure(), progress)
     rows = by_cell(facts["table"])
-    page = markdown(model, facts["plan"], rows)
-    record = {"model": model, "plan": facts["plan"], "made_with": facts["made_with"], "table": rows}
+    used = facts["loaded"][model]
+    page = markdown(model, used["dtype"], facts["plan"], rows)
+    record = {"model": model, "loaded": used, "plan": facts["plan"]}
+    record |= {"made_with": facts["made_with"], "table": rows}
     write_whole(
         {
             output / "table.md": page.encode(),
@@ -113,7 +115,7 @@ def ensure_guard(plan: Plan, folder: Path, progress: Progress) -> None:
     [model] = plan.models
     progress.say(f"loading {model}")
     # The evaluation uses the same engine, so the weights are in memory once.
-    loaded = engine(model, plan.dtype, plan.device, plan.batch).loaded
+    loaded = engine(model, plan.loading, plan.batch).loaded
     if (folder / CONFIG_FILE).exists():
         progress.say(f"using the guard in {folder}")
         Guard.from_pretrained(folder).check_model(loaded.model, loaded.processor)
@@ -134,14 +136,14 @@ def by_cell(entries: Sequence[dict[str, Any]]) -> list[Row]:
     return list(rows.values())
 
 
-def markdown(model: str, plan: dict[str, Any], rows: Sequence[Row]) -> str:
+def markdown(model: str, dtype: str, plan: dict[str, Any], rows: Sequence[Row]) -> str:
     """The page: what was run, and the table."""
     cells = [
         [benchmark_of(row["benchmark"]).title, row["setting"], *(_cell(row[d]) for d in DEFENCES)]
         for row in rows
     ]
     return (
-        f"Attack success of {model} in {plan['dtype']}, answers of at most {plan['max_tokens']} "
+        f"Attack success of {model} in {dtype}, answers of at most {plan['max_tokens']} "
         f"tokens, judge `{plan['judge']}`.\n\n"
         f"{table(['set', 'setting', *DEFENCES.values()], cells)}\n\n"
         "Rates have 95% Wilson intervals, clustered by question, and counts. Garbled responses are "

@@ -22,7 +22,7 @@ from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.embedded.assemble import MODELS, assemble
 from vlm_safeguard.embedded.base_llm import sha256_file
-from vlm_safeguard.evaluation.demonstration import VQA_TOKENS
+from vlm_safeguard.evaluation.demonstration import LOADING, VQA_TOKENS
 from vlm_safeguard.evaluation.harness import results
 from vlm_safeguard.evaluation.harness.engine import engine
 from vlm_safeguard.evaluation.harness.execution import Plan
@@ -67,6 +67,7 @@ def main() -> None:
         benchmarks=("own_malicious", "own_jailbreak", "own_picture"),
         limit=args.per_set,
         max_tokens=24,
+        loading=LOADING,
     )
     plans = [own, replace(own, benchmarks=(), limit=None, vqa=args.vqa, max_tokens=VQA_TOKENS)]
     if args.benchmarks:
@@ -74,7 +75,7 @@ def main() -> None:
             own, benchmarks=("malicious_instruct",), data=str(args.benchmarks), limit=None
         )
         plans.append(published)
-    loaded = engine(own.models[0], own.dtype, own.device, own.batch).loaded
+    loaded = engine(own.models[0], own.loading, own.batch).loaded
     rows, accuracy = answers(plans, progress)
     [vqa] = [one["none"] for one in accuracy.values()]
     given = [f"--per-set {args.per_set}"] if args.per_set else []

@@ -19,6 +19,7 @@ from vlm_safeguard.errors import GuardError
 from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_digest
 from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.picture_inputs import picture_inputs
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.model.weights import quantised, weights_digest
@@ -246,15 +247,15 @@ class Guard:
             )
         if weights_digest(model) != own.weights_sha256:
             raise GuardError(
-                f"this guard is for {own.name}: the model's weights differ{_dtype_hint(model)}. A "
-                "guard belongs to the weights it was calibrated on, of one revision; run "
-                "`vlm-safeguard calibrate` on these"
+                f"this guard is for {own.name}{_revision(own.revision)}: the model's weights "
+                f"differ{_dtype_hint(model)}. A guard belongs to the weights it was calibrated on, "
+                "of one revision; run `vlm-safeguard calibrate` on these"
             )
         if own.dtype and dtype_name(model) != own.dtype:
             raise GuardError(
                 f"this guard is for {own.name} in {own.dtype}, and the model is in {model.dtype}: "
-                "its thresholds were set on states of that type. Load the model in "
-                f"{own.dtype}, or calibrate on this one"
+                "its thresholds were set on states of that type. Load the model with "
+                f'dtype="{own.dtype}" (--dtype {own.dtype}), or calibrate on this one'
             )
         pad, known = self.config.markup.pad_id, len(model.get_input_embeddings().weight)
         if pad >= known:
@@ -325,7 +326,8 @@ class Guard:
 
         Args:
             processor: the model's processor. If given, its chat template and the tokens it writes
-                around pictures are checked too.
+                around pictures are checked too, and requests with pictures must have every input
+                that it makes for them.
             monitor: only watch: gates decide and are reported, and the model answers unguarded.
 
         Returns:
@@ -337,7 +339,8 @@ class Guard:
             GuardError: the guard belongs to another model, or a guard is attached already.
         """
         self.check_model(model, processor)
-        return Session(self.config, self.tensors, model, monitor)
+        needed = None if processor is None else picture_inputs(model, processor)
+        return Session(self.config, self.tensors, model, needed, monitor)
 
 
 def reads_pictures(guard: Guard | None) -> bool:
@@ -378,6 +381,10 @@ def _may_write_card(path: Path) -> bool:
         return MARK.encode() in read_limited(path, _MAX_CARD)
     except OSError:
         return False
+
+
+def _revision(recorded: str) -> str:
+    return f" of revision {recorded}" if recorded else ""
 
 
 def _dtype_hint(model: Any) -> str:

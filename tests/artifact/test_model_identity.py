@@ -53,6 +53,14 @@ def test_one_changed_layer_is_noticed(made):
         made.check_model(model)
 
 
+def test_the_revision_is_for_people(made):
+    identity = made.config.model.model_copy(update={"revision": "0123abc"})
+    guard = tiny.changed(made, model=identity)
+    guard.check_model(tiny.llava())  # loaded from nowhere
+    with pytest.raises(GuardError, match="for tiny of revision 0123abc: the model's weights"):
+        guard.check_model(tiny.llava(seed=1))
+
+
 def test_weights_of_another_type_are_named(made):
     model = tiny.llava()
     with torch.no_grad():

@@ -20,6 +20,7 @@ from vlm_safeguard.evaluation.benchmarks import load_benchmark
 from vlm_safeguard.evaluation.harness import engine as engines
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model import loading
+from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import clustered_wilson
 
@@ -67,7 +68,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ]
 
     def load(*given: Any, **options: Any) -> Any:
-        loads.append(given)
+        loads.append((*given, LoadOptions(**options)))
         return loading.load(*given, **options)
 
     size = demonstration.Size(

@@ -68,7 +68,7 @@ def sound(kind: str, seed: int = 0) -> Files:
             "config_sha256": digests[0],
             "weights_sha256": digests[1],
             "template_sha256": digests[2],
-            **({"dtype": "bfloat16"} if seed % 2 else {}),
+            **({"dtype": "bfloat16", "revision": "v1"} if seed % 2 else {}),
             "hidden_size": width,
             "layers": 6,
         },

@@ -80,11 +80,10 @@ def check_settings(data: bytes) -> dict[str, Any]:
     must(isinstance(raw.get("reads_pictures", False), bool), "reads_pictures is true or false")
     model = raw["model"]
     digests = {"config_sha256", "weights_sha256"}
-    check_keys(
-        model, {"name", "template_sha256", "hidden_size", "layers"} | digests, {"dtype"}, "model"
-    )
+    needed = {"name", "template_sha256", "hidden_size", "layers"} | digests
+    check_keys(model, needed, {"dtype", "revision"}, "model")
     must(model.get("dtype", "") in ("", "float32", "bfloat16", "float16"), "type")
-    must(is_name(model["name"]), "name")
+    must(is_name(model["name"]) and is_name(model.get("revision", "")), "name and revision")
     must(all(is_digest(model[name]) for name in digests), "digests")
     must(model["template_sha256"] == "" or is_digest(model["template_sha256"]), "template")
     must(is_int(model["hidden_size"], 1, 65536) and is_int(model["layers"], 1, 1024), "size")

@@ -224,6 +224,19 @@ def test_a_quantised_checkpoint(tmp_path):
         holds([reference], *generate(loaded.model, {"input_ids": ids}, eos_token_id=-1))
 
 
+def test_int8_by_its_name(tmp_path):
+    pytest.importorskip("torchao")
+    folder = checkpoint.save(tmp_path)
+    loaded = load(folder, quantization="int8")
+    labels = [label for label, _ in stored(loaded.model)]
+    assert any("layers.0.mlp.up_proj" in label and "qdata" in label for label in labels)
+    made = tiny.always(loaded.model, tokens=None)
+    ids = torch.tensor([tiny.words(0, 6)])
+    with made.attach(loaded.model, loaded.processor):
+        tokens, _ = generate(loaded.model, {"input_ids": ids}, eos_token_id=-1)
+    assert tokens.shape == (1, tiny.NEW)
+
+
 def test_packed_weights_are_refused():
     """They are in no tensor that could be told from another model's."""
     model = tiny.llava()

@@ -112,13 +112,17 @@ class Steering(_Strict):
 
 
 class ModelIdentity(_Strict):
-    """The model a guard belongs to. ``template_sha256`` or ``dtype`` is "" if not recorded."""
+    """The model a guard belongs to. ``template_sha256`` or ``dtype`` is "" if not recorded.
+
+    ``revision``: the model's commit on the hub, for people; "" if it was a folder.
+    """
 
     name: _Name
     config_sha256: _Sha256
     weights_sha256: _Sha256
     template_sha256: _Sha256OrNone
     dtype: _DtypeOrNone = ""
+    revision: _Name = ""
     hidden_size: int = Field(ge=1, le=MAX_HIDDEN_SIZE)
     layers: int = Field(ge=1, le=MAX_MODEL_LAYERS)
 

@@ -93,6 +93,7 @@ def _identity(config: GuardConfig) -> str:
         ("Weights (a sample), SHA-256", _digest(model.weights_sha256)),
         ("Chat template, SHA-256", _digest(model.template_sha256)),
         ("Type", model.dtype or "not recorded"),
+        *([("Revision", _code(model.revision))] if model.revision else []),
         ("Tensors of this guard, SHA-256", _digest(config.tensors_sha256)),
     ]
     data = [(_code(name), _digest(value)) for name, value in sorted(config.data_sha256.items())]

@@ -175,6 +175,7 @@ class _Foundation:
                 weights_sha256=weights_digest(model),
                 template_sha256=template_digest(self.loaded.processor),
                 dtype=dtype_name(model),
+                revision=self.loaded.revision,
                 hidden_size=decoder.hidden_size,
                 layers=len(decoder.layers),
             ),

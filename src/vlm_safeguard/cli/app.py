@@ -15,8 +15,6 @@ from vlm_safeguard.cli import evaluation as cli_evaluation
 from vlm_safeguard.cli import playground as cli_playground
 from vlm_safeguard.cli import serving as cli_serving
 from vlm_safeguard.cli.options import (
-    Device,
-    Dtype,
     FalsePositives,
     Json,
     MaxNewTokens,
@@ -25,10 +23,12 @@ from vlm_safeguard.cli.options import (
     check_folder,
     extra_needed,
     load_model,
+    loads_models,
     make_progress,
     print_json,
 )
 from vlm_safeguard.errors import Interrupted, SafeguardError
+from vlm_safeguard.model.load_options import LoadOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -54,6 +54,7 @@ def assemble(
 
 
 @app.command()
+@loads_models
 def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the guard.")],
@@ -70,8 +71,8 @@ def calibrate(
         bool,
         typer.Option("--read-pictures", help="Also read text in pictures (needs the extra 'ocr')."),
     ] = False,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    *,
+    options: LoadOptions,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -85,7 +86,7 @@ def calibrate(
         folder.rmdir()  # a calibration that fails leaves nothing
     progress = make_progress(quiet)
     own = CalibrationData.from_folder(data) if data else None  # before the model is loaded
-    loaded = load_model(model, dtype, device, progress)
+    loaded = load_model(model, options, progress)
     budget = Budget(max_false_positives, max_kl)
     guard = run(loaded, data=own, budget=budget, reads_pictures=read_pictures, progress=progress)
     guard.save_pretrained(output)
@@ -103,13 +104,14 @@ def calibrate(
 
 
 @app.command()
+@loads_models
 def doctor(
     model: Model,
     guard: Annotated[
         Path | None, typer.Argument(help="Guard folder to check on the model.")
     ] = None,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    *,
+    options: LoadOptions,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -119,7 +121,7 @@ def doctor(
 
     progress = make_progress(quiet)
     artifact = Guard.from_pretrained(guard) if guard else None
-    loaded = load_model(model, dtype, device, progress)
+    loaded = load_model(model, options, progress)
     found = describe(loaded)
     checks = diagnose(loaded, artifact, progress=progress) if artifact else examine(found)
     if json_:
@@ -163,14 +165,15 @@ def push(
 
 
 @app.command()
+@loads_models
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The prompt to answer.")],
     image: Annotated[Path | None, typer.Option(help="PNG, JPEG or WEBP picture.")] = None,
     guard: Annotated[Path | None, typer.Option(help="Guard folder to attach.")] = None,
     max_new_tokens: MaxNewTokens = 128,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    *,
+    options: LoadOptions,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -184,7 +187,7 @@ def generate(
     progress = make_progress(quiet)
     picture = open_image(image) if image else None
     artifact = Guard.from_pretrained(guard) if guard else None
-    loaded = load_model(model, dtype, device, progress)
+    loaded = load_model(model, options, progress)
     text, fired = stream(loaded, prompt, picture, artifact, max_new_tokens, None if json_ else _put)
     if json_:
         print_json({"response": text, "guarded": artifact is not None, "fired": fired})

@@ -9,8 +9,6 @@ import typer
 
 from vlm_safeguard.calibration.budget import Budget
 from vlm_safeguard.cli.options import (
-    Device,
-    Dtype,
     FalsePositives,
     Json,
     JudgeName,
@@ -20,10 +18,12 @@ from vlm_safeguard.cli.options import (
     check_folder,
     extra_needed,
     load_model,
+    loads_models,
     make_progress,
     print_json,
 )
 from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.model.load_options import LoadOptions
 
 app = typer.Typer()
 
@@ -33,6 +33,7 @@ DEFENCES_TO_COMPARE = ("none", "self-reminder", "goal-priority", "paper-formula"
 
 
 @app.command()
+@loads_models
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders or hub names, or 'embedded'.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for logs and results.")],
@@ -83,8 +84,8 @@ def evaluate(
     ] = None,
     max_new_tokens: MaxNewTokens = 32,
     batch: Annotated[int, typer.Option(min=1, max=4096)] = 32,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    *,
+    options: LoadOptions,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -107,8 +108,7 @@ def evaluate(
         vqa=vqa,
         max_tokens=max_new_tokens,
         batch=batch,
-        dtype=dtype,
-        device=device,
+        loading=options,
         defence_texts=tuple(_named_file(given) for given in defence_text or []),
         attack=attack,
     )
@@ -148,6 +148,7 @@ def check_results(
 
 
 @app.command()
+@loads_models
 def gap(
     model: Model,
     output: Annotated[
@@ -163,8 +164,8 @@ def gap(
     guard: Annotated[Path | None, typer.Option(help="Guard whose gates are read as well.")] = None,
     name: Annotated[str, typer.Option(help="Prefix of the file names.")] = "gap",
     max_new_tokens: MaxNewTokens = 32,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    *,
+    options: LoadOptions,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -176,7 +177,7 @@ def gap(
         raise SafeguardError(f"--name {name!r} is not a file name: set the folder with -o")
     progress = make_progress(quiet)
     artifact = Guard.from_pretrained(guard) if guard else None
-    loaded = load_model(model, dtype, device, progress)
+    loaded = load_model(model, options, progress)
     check_folder(output)
     found = study(
         loaded,
@@ -194,14 +195,15 @@ def gap(
 
 
 @app.command()
+@loads_models
 def gates(
     model: Model,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Markdown file to write.")
     ] = None,
     max_fpr: FalsePositives = 0.02,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    *,
+    options: LoadOptions,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -215,7 +217,7 @@ def gates(
             raise SafeguardError(f"{output} is a folder: name the page's file")
         check_folder(output.parent)
     progress = make_progress(quiet)
-    loaded = load_model(model, dtype, device, progress)
+    loaded = load_model(model, options, progress)
     budget = Budget(false_positives=max_fpr)
     rows, together = gate_forms.study(loaded, budget, Effort(), progress)
     text = gate_forms.page(model, rows, together, budget)

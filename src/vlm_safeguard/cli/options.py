@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.utils.files import check_writable
 
 Model = Annotated[str, typer.Argument(help="Folder, hub name, or 'embedded'.")]
-Dtype = Annotated[str, typer.Option(help="Model dtype: float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="Device to run the model on, for example cpu or cuda.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, max=4096)]
 FalsePositives = Annotated[
     float, typer.Option(min=0.001, max=0.5, help="Share of harmless requests that may be stopped.")
@@ -26,14 +28,45 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Do not report progress on 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
-def load_model(model: str, dtype: str, device: str, progress: Any) -> Any:
+def loads_models(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each field of ``LoadOptions``, in place of its parameter
+    ``options``."""
+
+    @wraps(command)
+    def with_options(**given: Any) -> None:
+        chosen = {field.name: given.pop(field.name) for field in fields(LoadOptions)}
+        command(**given, options=LoadOptions(**chosen))
+
+    parameters: list[inspect.Parameter] = []
+    for own in inspect.signature(command, eval_str=True).parameters.values():
+        parameters += _load_options() if own.name == "options" else [own]
+    # typer reads both.
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {one.name: one.annotation for one in parameters}
+    return with_options
+
+
+def _load_options() -> Iterator[inspect.Parameter]:
+    types = get_type_hints(LoadOptions)
+    for field in fields(LoadOptions):
+        flag = [f"--{field.name.replace('_', '-')}"] if types[field.name] is bool else []
+        option = typer.Option(*flag, help=field.metadata["help"])
+        yield inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=Annotated[types[field.name], option],
+        )
+
+
+def load_model(model: str, options: LoadOptions, progress: Any) -> Any:
     """Load a model; an embedded one by its name."""
     from vlm_safeguard.embedded.assemble import resolve
     from vlm_safeguard.model import loading
 
     name = resolve(model, progress.say)
     progress.say(f"loading {model}")
-    return loading.load(name, dtype, device)
+    return loading.load(name, **options.given())
 
 
 @contextmanager

@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-from vlm_safeguard.cli.options import Device, Dtype, MaxNewTokens, Quiet, load_model, make_progress
+from vlm_safeguard.cli.options import MaxNewTokens, Quiet, load_model, loads_models, make_progress
 from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.model.load_options import LoadOptions
 
 app = typer.Typer()
 
 
 @app.command()
+@loads_models
 def playground(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or 'embedded'.")] = "embedded",
     guard: Annotated[
@@ -23,8 +25,8 @@ def playground(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     max_new_tokens: MaxNewTokens = 64,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    *,
+    options: LoadOptions,
     quiet: Quiet = False,
 ) -> None:
     """Open a page with unguarded and guarded answers side by side.
@@ -57,7 +59,7 @@ def playground(
     with listen(host, port) as listener:  # before long work: a taken port shows at once
         progress = make_progress(quiet)
         artifact = Guard.from_pretrained(guard or "embedded")
-        loaded = load_model(model, dtype, device, progress)
+        loaded = load_model(model, options, progress)
         artifact.check_model(loaded.model, loaded.processor)
         answerer = Answerer(loaded, artifact, max_new_tokens)
         anchors = anchor_map(loaded, artifact, answerer.layer, progress)

@@ -10,20 +10,21 @@ from typing import Annotated, Literal
 import typer
 
 from vlm_safeguard.cli.options import (
-    Device,
-    Dtype,
     Json,
     Quiet,
     load_model,
+    loads_models,
     make_progress,
     print_json,
 )
 from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.model.load_options import LoadOptions
 
 app = typer.Typer()
 
 
 @app.command()
+@loads_models
 def serve(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or 'embedded'.")] = "embedded",
     guard: Annotated[
@@ -52,8 +53,8 @@ def serve(
     audit_content: Annotated[
         bool, typer.Option("--audit-content", help="Also log requests and answers in full.")
     ] = False,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    *,
+    options: LoadOptions,
     quiet: Quiet = False,
 ) -> None:
     """Serve MODEL under a guard, with OpenAI's chat API.
@@ -106,7 +107,7 @@ def serve(
     with listen(host, port) as listener:  # before long work: a taken port shows at once
         progress = make_progress(quiet)
         artifact = Guard.from_pretrained(guard or "embedded")
-        loaded = load_model(model, dtype, device, progress)
+        loaded = load_model(model, options, progress)
         handler = logging.StreamHandler()
         handler.setFormatter(JsonFormatter())
         logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])

@@ -35,6 +35,7 @@ from vlm_safeguard.evaluation.metrics.timing import time_ratios
 from vlm_safeguard.evaluation.metrics.tradeoff import tradeoff
 from vlm_safeguard.evaluation.metrics.utility import perplexity
 from vlm_safeguard.guard import Guard, reads_pictures
+from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import record
 from vlm_safeguard.model.residual_stream import find_decoder
@@ -61,6 +62,7 @@ OWN_SETS = ("own_malicious", "own_jailbreak", "own_picture")
 EXTRA = 30  # prompts of a user's file, where not all are taken
 BATCH = 64  # rows: a decoding step then takes far less than two of 32
 VQA_TOKENS = 18
+LOADING = LoadOptions("float32", "cpu")  # as the published figures were measured
 OUTPUTS = ("report.html", "gap.png", "tradeoff.png", "results.json", "responses.jsonl")
 # A calibration that takes less time than the usual one and finds a little less.
 _LESS = Effort(worded=320, pictured=120, bound=500, scan=64, search=8, final=8, tokens=8)
@@ -88,7 +90,7 @@ def run_demo(
     extra_sets = _extra_sets(extra)
     folder = assemble(progress=progress.say)
     progress.say("loading the embedded model")
-    loaded = engine(str(folder), Plan.dtype, Plan.device, BATCH).loaded
+    loaded = engine(str(folder), LOADING, BATCH).loaded
     guard_folder = guard_folder or output / "guard"
     if given is None:
         for name in OUTPUTS:  # of an earlier run: they tell of another guard
@@ -105,6 +107,7 @@ def run_demo(
         limit=size.per_set,
         max_tokens=size.tokens,
         batch=BATCH,
+        loading=LOADING,
     )
     plans = [own]
     if extra_sets:

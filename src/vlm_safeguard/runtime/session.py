@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vlm_safeguard.artifact.config import GuardConfig
 from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.model.picture_inputs import PictureInputs
 from vlm_safeguard.model.residual_stream import find_decoder
-from vlm_safeguard.runtime import validation
+from vlm_safeguard.runtime import media, validation
 from vlm_safeguard.runtime.attestation import Attestation, Decision, attest, decisions_of
 from vlm_safeguard.runtime.compiling import uncompiled, untraced
 from vlm_safeguard.runtime.forward_pass import ForwardPass, TextPass, begin_pass
@@ -26,6 +27,7 @@ from vlm_safeguard.runtime.hooks import Hooks
 from vlm_safeguard.runtime.owner_thread import OwnerThread
 from vlm_safeguard.runtime.request import Request
 from vlm_safeguard.runtime.steering import NoSteering, Steerer
+from vlm_safeguard.runtime.streams import ended_on_error
 
 
 class Session:
@@ -35,11 +37,17 @@ class Session:
     """
 
     def __init__(
-        self, config: GuardConfig, tensors: dict[str, Tensor], model: Any, monitor: bool = False
+        self,
+        config: GuardConfig,
+        tensors: dict[str, Tensor],
+        model: Any,
+        picture_inputs: PictureInputs | None = None,
+        monitor: bool = False,
     ) -> None:
         """Attach the guard. If this fails, the model is left as it was.
 
         Args:
+            picture_inputs: what a request with pictures needs; None if unknown.
             monitor: gates decide, and nothing is steered.
 
         Raises:
@@ -55,7 +63,8 @@ class Session:
             self._gates.layers("text") | self._gates.layers("vlm") | self._steerer.layers
         )
         self._hooks, self._owner = Hooks(model, decoder), OwnerThread()
-        self._other_tokens = validation.other_tokens(model)
+        self._picture_inputs = picture_inputs or PictureInputs()
+        self._other_tokens = media.other_tokens(model)
         self._adapters = validation.adapters(model)
         self._in_generate = False
         self._request: Request | None = None
@@ -118,6 +127,10 @@ class Session:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """``model.generate`` under guard: the request begins with the whole prompt."""
+        with ended_on_error(kwargs.get("streamer")):
+            return self._guarded_generate(*args, **kwargs)
+
+    def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
         self._owner.take()
         if self._in_generate:
             raise GuardRuntimeError("generate inside generate is not guarded")
@@ -152,9 +165,10 @@ class Session:
         ``text``: ids and mask of the request as text, if the caller passed them.
         """
         validation.check_adapters(self.model, self._adapters)
-        validation.check_only_pictures(self._other_tokens, ids, options)
+        media.check_only_pictures(self._other_tokens, ids, options)
+        media.check_picture_inputs(self._picture_inputs, self.config.markup, ids, options)
         if self.config.reads_pictures and text is None:
-            validation.check_no_unread_picture(self.config.markup, ids, options)
+            media.check_no_unread_picture(self.config.markup, ids, options)
         request, mask = validation.begin(
             self.config,
             ids,

@@ -5,7 +5,7 @@ Checks the settings of ``generate``, the prompt, and each later forward call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -37,8 +37,6 @@ _UNGUARDED = (
     "token_healing",
     "compile_config",
 )
-# What is no picture and no text: by the names of its token and parts of the names of its inputs.
-_OTHER = {"video": ("video",), "audio": ("audio", "input_features", "speech")}
 # The keywords of calls that hold several requests in one row (packing, continuous batching).
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "block_table", "cache")
 
@@ -217,65 +215,6 @@ def check_not_packed(options: Mapping[str, Any], mask: Tensor | None = None) -> 
             "several requests packed into one row (continuous batching, restarting positions) are "
             "not guarded: give each a row of its own"
         )
-
-
-def other_tokens(model: Any) -> dict[int, str]:
-    """Ids that stand for a video or for sound, as the model's configuration names them, and which
-    of the two."""
-    found: dict[int, str] = {}
-    for what in (*_OTHER, "image"):  # one token may stand for a picture too
-        for kind in ("id", "index"):
-            token = getattr(model.config, f"{what}_token_{kind}", None)
-            if isinstance(token, int):
-                found[token] = what
-    return {token: what for token, what in found.items() if what != "image"}
-
-
-def check_only_pictures(
-    tokens: Mapping[int, str], ids: Tensor | None, options: Mapping[str, Any]
-) -> None:
-    """Refuse a request with a video or with sound: the guard was calibrated on pictures, and the
-    text-only prompt leaves out nothing else.
-
-    ``tokens`` as from ``other_tokens``, ``ids`` (B, T) of the whole prompt, if it has any.
-
-    Raises:
-        GuardRuntimeError: there is such a token among the ids, or such an input.
-    """
-    found = {what for token, what in tokens.items() if _holds(ids, [token])}
-    for name, value in options.items():
-        if value is not None and not isinstance(value, bool):
-            found |= {what for what, parts in _OTHER.items() if any(p in name for p in parts)}
-    if "video" in found:
-        raise GuardRuntimeError(
-            "requests with videos are not guarded: the guard's gates were set on pictures. Pass "
-            "the frames as images"
-        )
-    if found:
-        raise GuardRuntimeError(
-            "requests with sound are not guarded: the guard's gates were set on text and pictures. "
-            "Pass what is said as text"
-        )
-
-
-def check_no_unread_picture(
-    markup: ImageMarkup, ids: Tensor | None, options: Mapping[str, Any]
-) -> None:
-    """Refuse a picture that nobody read, under a guard whose gates count on the words in it.
-
-    Raises:
-        GuardRuntimeError: there is a picture's token among the ids (B, T), or pixels.
-    """
-    if options.get("pixel_values") is not None or _holds(ids, markup.token_ids):
-        raise GuardRuntimeError(
-            "this guard reads the words in pictures, and they were not read: make the inputs with "
-            "guard.prepare(processor, messages), or pass the request as text, with the words of "
-            "its pictures, in text_input_ids"
-        )
-
-
-def _holds(ids: Tensor | None, tokens: Iterable[int]) -> bool:
-    return ids is not None and any(bool((ids == token).any()) for token in tokens)
 
 
 def check_padding_is_told(

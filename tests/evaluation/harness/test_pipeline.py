@@ -21,6 +21,7 @@ from vlm_safeguard.evaluation.harness import outputs as report
 from vlm_safeguard.evaluation.harness.pipeline import Measure, evaluate, extra_passes
 from vlm_safeguard.evaluation.harness.throughput import throughput
 from vlm_safeguard.evaluation.metrics import timing
+from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.model.loading import load
 from vlm_safeguard.utils.progress import Progress
 
@@ -76,7 +77,7 @@ def test_the_whole_command_writes_results(
         vqa=4,
         max_tokens=4,
         batch=3,
-        dtype="bfloat16",
+        loading=LoadOptions("bfloat16", "cpu"),
     )
     measure = Measure(pairs=2, rounds=2, labels=LABELS)
     write = report.write
@@ -105,7 +106,9 @@ def test_the_whole_command_writes_results(
     assert "| own_malicious | blank | goal-priority |" in page and "ASR corrected" in page
     for defence in ("none", "goal-priority"):  # a row of costs and one of speeds
         assert len([line for line in page.splitlines() if line.startswith(f"| {defence} |")]) == 2
-    assert facts["plan"]["dtype"] == "bfloat16"
+    assert (facts["plan"]["dtype"], facts["plan"]["device"]) == ("bfloat16", "cpu")
+    used = facts["loaded"][str(folder)]
+    assert used == {"dtype": "bfloat16", "device": "cpu", "revision": ""}
     logged = next((tmp_path / "out" / "logs").glob("*.eval"))
     assert read_eval_log(str(logged), header_only=True).eval.model_args["dtype"] == "bfloat16"
 

@@ -16,6 +16,7 @@ from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.embedded.assemble import resolve
 from vlm_safeguard.guard import Guard
+from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.utils.worker import Worker
 
@@ -71,13 +72,13 @@ class Engine:
 
 
 @lru_cache
-def engine(name: str, dtype: str, device: str, batch: int) -> Engine:
+def engine(name: str, options: LoadOptions, batch: int) -> Engine:
     """The engine of a model, loaded once per process however many defences share it, and closed
     when the process ends, also by an interrupt.
 
     Raises:
         ModelError, DemoError: the model cannot be loaded or assembled.
     """
-    made = Engine(load(resolve(name), dtype, device), batch)
+    made = Engine(load(resolve(name), **options.given()), batch)
     atexit.register(made.close)
     return made

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ from vlm_safeguard.evaluation.harness.run_identity import claim, file_digest, pr
 from vlm_safeguard.evaluation.harness.scorers import shared_judge
 from vlm_safeguard.evaluation.harness.tasks import make_task
 from vlm_safeguard.evaluation.judges.factory import judge_file
+from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.utils.locks import held
 
 LOCK = ".lock"
@@ -60,8 +61,7 @@ class Plan:
     vqa: int = 0  # easy-vqa questions for utility, 0 for none
     max_tokens: int = 32
     batch: int = 32
-    dtype: str = "float32"
-    device: str = "cpu"
+    loading: LoadOptions = field(default_factory=LoadOptions)
     defence_texts: tuple[tuple[str, str], ...] = ()
     attack: str | None = None
 
@@ -134,7 +134,8 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """All settings; what was added to plans later, only where it is given."""
         later = ("defence_texts", "attack")
-        return {key: value for key, value in vars(self).items() if value or key not in later}
+        facts = {key: value for key, value in vars(self).items() if value or key not in later}
+        return facts | facts.pop("loading").given()
 
 
 def run(plan: Plan, output: Path, display: str = "plain") -> list[EvalLog]:
@@ -219,7 +220,7 @@ def _models(plan: Plan) -> Iterator[Model]:
     for name in plan.models:
         for defence in plan.defences:
             arguments: dict[str, Any] = {"defence": defence, "batch": plan.batch}
-            arguments |= {"dtype": plan.dtype, "device": plan.device}
+            arguments |= plan.loading.given()
             if defence in BY_GUARD:
                 arguments["guard"] = plan.guard
             if defence in texts:

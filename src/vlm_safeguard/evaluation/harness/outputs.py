@@ -39,9 +39,8 @@ def summarise(
             "judge": plan.judge,
             "limit": plan.limit,
             "max_tokens": plan.max_tokens,
-            "dtype": plan.dtype,
-            "device": plan.device,
         }
+        | plan.loading.given()
         | ({"attack": plan.attack} if plan.attack else {})
         | ({"defence_texts": dict(plan.defence_texts)} if plan.defence_texts else {}),
         "made_with": commits(logs)

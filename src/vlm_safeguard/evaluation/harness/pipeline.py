@@ -30,6 +30,7 @@ from vlm_safeguard.evaluation.judges import JudgeErrors, judge_errors
 from vlm_safeguard.evaluation.metrics.timing import request_ratio, time_ratios
 from vlm_safeguard.evaluation.metrics.utility import perplexity
 from vlm_safeguard.guard import Guard
+from vlm_safeguard.model.fingerprint import dtype_name
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.runtime.steering import Steerer
 from vlm_safeguard.utils.progress import Progress
@@ -86,7 +87,7 @@ def answers(plans: Sequence[Plan], progress: Progress) -> tuple[list[Judged], di
     answered = progress.track(itertools.count(), "responses")
     for plan in plans:
         for name in plan.models:
-            one = engine(name, plan.dtype, plan.device, plan.batch)
+            one = engine(name, plan.loading, plan.batch)
             one.heard = lambda count: list(itertools.islice(answered, count))
         with (
             tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder,
@@ -109,9 +110,14 @@ def _measured(
 ) -> tuple[dict[str, Any], list[Judged]]:
     """What stands in the logs, and what the models cost."""
     facts, rows = outputs.summarise(plan, logs, errors)
-    facts |= {"costs": {}, "throughput": {}}
+    facts |= {"loaded": {}, "costs": {}, "throughput": {}}
     for model in plan.models:
-        loaded = engine(model, plan.dtype, plan.device, plan.batch).loaded
+        loaded = engine(model, plan.loading, plan.batch).loaded
+        facts["loaded"][model] = {
+            "dtype": dtype_name(loaded.model),
+            "device": loaded.device.type,
+            "revision": loaded.revision,
+        }
         facts["costs"][model] = {
             name: _costs(
                 loaded,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from inspect_ai.model import (
@@ -42,6 +43,7 @@ from vlm_safeguard.evaluation.harness.engine import engine
 from vlm_safeguard.evaluation.harness.results_page import PREFIX
 from vlm_safeguard.evaluation.harness.waiting import answer_of
 from vlm_safeguard.model.fingerprint import template_digest
+from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.model.weights import weights_digest
 
 MAX_TOKENS = 32
@@ -58,7 +60,8 @@ class VlmSafeguardAPI(ModelAPI):
         guard: folder of the guard, for the defences that need one.
         defence_text: file with the exact wording of a prompt-based defence.
         attack: ``template:FILE`` or ``typography`` (see ``vlm_safeguard.evaluation.attacks``).
-        batch: rows generated together. dtype, device: as in ``vlm_safeguard.model.loading.load``.
+        batch: rows generated together.
+        options: fields of ``LoadOptions``, such as dtype and device.
 
     Raises:
         DataError: an unknown argument, defence or attack.
@@ -75,22 +78,21 @@ class VlmSafeguardAPI(ModelAPI):
         defence_text: str | None = None,
         attack: str | None = None,
         batch: int = BATCH,
-        dtype: str = "float32",
-        device: str = "cpu",
-        **unknown: Any,
+        **options: Any,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
-        if unknown:
+        known = [field.name for field in fields(LoadOptions)]
+        if unknown := options.keys() - known:
             raise DataError(
-                f"unknown model argument {', '.join(unknown)}: known are defence, guard, "
-                "defence_text, attack, batch, dtype, device"
+                f"unknown model argument {', '.join(sorted(unknown))}: known are defence, guard, "
+                f"defence_text, attack, batch, {', '.join(known)}"
             )
         self.defence = make_defence(defence, guard, defence_text)
         self.attack = make_attack(attack) if attack else None
         # inspect looks it up for every model; where it finds none, it makes the provider once more,
         # with other arguments, which would load the model a second time.
         set_model_info(PREFIX + model_name, ModelInfo())
-        self.engine = engine(model_name, dtype, device, int(batch))
+        self.engine = engine(model_name, LoadOptions(**options), int(batch))
         loaded = self.engine.loaded
         # Every response is kept with what made it.
         self.provenance = {

@@ -1,0 +1,24 @@
+"""Ends the stream of a generation that failed, so that nobody waits for the rest of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+
+@contextmanager
+def ended_on_error(streamer: Any) -> Iterator[None]:
+    """Around a generation: end its ``streamer``, if it has one, on any exception.
+
+    transformers ends a streamer only after the last token. A ``TextIteratorStreamer`` would let the
+    thread that reads it wait for ever.
+    """
+    try:
+        yield
+    except BaseException:
+        end = getattr(streamer, "end", None)
+        if end is not None:
+            with suppress(Exception):  # the error of the generation is the one to report
+                end()
+        raise
