@@ -20,6 +20,7 @@ from torch import Tensor
 from vlm_safeguard.artifact.config import ImageMarkup
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import process, render
+from vlm_safeguard.model.control_tokens import ControlTokens
 from vlm_safeguard.model.loading import LoadedModel
 
 # Square, wide and tall, small and large: pictures that processors cut into different tiles.
@@ -44,7 +45,7 @@ def find_markup(loaded: LoadedModel) -> ImageMarkup:
     rows = [_ids(loaded, pictured, Image.new("RGB", size, (127, 127, 127))) for size in PROBE_SIZES]
     blocks = [_block(tokenizer, plain, row, image_id, loaded.name) for row in rows]
     # Tokens that no text can hold, because ``encode`` breaks them where a user types them.
-    special = set(tokenizer.get_added_vocab().values()) | {image_id}
+    special = ControlTokens.of(loaded.processor).ids | {image_id}
     markup = _markup(tokenizer, blocks, special)
     if markup is None:
         raise ModelError(
@@ -112,7 +113,7 @@ def _block(tokenizer: Any, plain: list[int], full: list[int], image_id: int, nam
 WRAPPER = 12  # tokens at most around a picture where the cut is not exact
 
 
-def _markup(tokenizer: Any, blocks: list[_Block], special: set[int]) -> ImageMarkup | None:
+def _markup(tokenizer: Any, blocks: list[_Block], special: frozenset[int]) -> ImageMarkup | None:
     """One markup for all blocks, or None if the tokens around pictures differ too much."""
     before, after = {b.before for b in blocks}, {b.after for b in blocks}
     inside = _same_kind(tokenizer, {token for b in blocks for token in b.inside}, special)
@@ -134,13 +135,13 @@ def _markup(tokenizer: Any, blocks: list[_Block], special: set[int]) -> ImageMar
     )
 
 
-def _up_to(wrap: tuple[int, ...], special: set[int]) -> tuple[int, ...]:
+def _up_to(wrap: tuple[int, ...], special: frozenset[int]) -> tuple[int, ...]:
     """The tokens of a wrapper before its first special token."""
     place = next((i for i, token in enumerate(wrap) if token in special), len(wrap))
     return wrap[:place]
 
 
-def _same_kind(tokenizer: Any, tokens: set[int], special: set[int]) -> set[int]:
+def _same_kind(tokenizer: Any, tokens: set[int], special: frozenset[int]) -> set[int]:
     """``tokens``, and special tokens that differ from one of them in numbers only: tags of rows and
     columns that no test picture has."""
     kinds = {
