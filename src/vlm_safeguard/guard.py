@@ -309,7 +309,9 @@ class Guard:
             in pictures, they include the conversation as text, which only a guarded model accepts.
 
         Raises:
-            ModelError: a message has another format, or the processor refuses the batch.
+            ImageError: a picture is no ``PIL.Image``, or is damaged, too large or too small.
+            ModelError: a message has another format, its text writes a control token all the same,
+                or the processor refuses the batch.
         """
         batch = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return BatchFeature(prepare(processor, batch, self.config.reads_pictures, "left"))

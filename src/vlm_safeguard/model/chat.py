@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
+from vlm_safeguard.data.image_io import as_picture
 from vlm_safeguard.data.ocr import reader, with_words
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.control_tokens import ControlTokens
@@ -78,10 +79,11 @@ def process(
 
     Args:
         texts: rendered requests.
-        pictures: the pictures of each request, in order.
+        pictures: the pictures of each request, in order, see ``as_picture``.
         padding_side: "left" or "right"; by default the tokenizer's own.
 
     Raises:
+        ImageError: a picture is no ``PIL.Image``, or is damaged, too large or too small.
         ModelError: the processor refuses the batch.
     """
     first = processor.tokenizer.bos_token
@@ -94,7 +96,7 @@ def process(
         options["padding_side"] = padding_side
     if any(pictures):
         # Row by row: some processors take a flat list for one row's.
-        options["images"] = [list(row) for row in pictures]
+        options["images"] = [list(map(as_picture, row)) for row in pictures]
     try:
         return dict(processor(text=list(texts), **options))
     except (ValueError, TypeError) as error:
@@ -126,6 +128,7 @@ def prepare(
         padding_side: "left" or "right"; by default the tokenizer's own.
 
     Raises:
+        ImageError: a picture is no ``PIL.Image``, or is damaged, too large or too small.
         ModelError: a message has another format, its text writes a control token all the same, or
             the processor refuses the batch.
         SafeguardError: pictures are to be read, but the OCR library is missing.
@@ -167,14 +170,12 @@ def _parsed(message: Any) -> _Turn:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
-        elif kind == "image" and isinstance(part.get("image"), Image.Image):
+        elif kind == "image":
             parts.append(None)
-            pictures.append(part["image"])
+            pictures.append(as_picture(part.get("image")))
         else:
-            given = type(part.get("image")).__name__ if kind == "image" else repr(kind)
             raise ModelError(
-                f"a part of a message is a text or a picture with a PIL.Image, got {given}: open "
-                "files and addresses yourself, so that no request can name them"
+                f"a part of a message is a text or an image with a PIL.Image, got {kind!r}"
             )
     return message["role"], parts, pictures
 
