@@ -327,7 +327,8 @@ class Guard:
 
         Args:
             processor: the model's processor. If given, its chat template and the tokens it writes
-                around pictures are checked too.
+                around pictures are checked too, and text gates stay shut where a picture comes
+                without words.
 
         Returns:
             A context manager that detaches the guard at the end of its ``with`` block. Without a
@@ -338,7 +339,7 @@ class Guard:
             GuardError: the guard belongs to another model, or a guard is attached already.
         """
         self.check_model(model, processor)
-        return Session(self.config, self.tensors, model)
+        return Session(self.config, self.tensors, model, processor)
 
 
 def reads_pictures(guard: Guard | None) -> bool:

@@ -180,6 +180,24 @@ def text_columns(input_ids: Tensor, attention_mask: Tensor, markup: ImageMarkup)
     return chosen.to(input_ids.device)
 
 
+def with_pictures(input_ids: Tensor | None, markup: ImageMarkup, rows: int) -> list[bool]:
+    """Which of the rows of a batch (B, T) hold a picture; none that is known without ids."""
+    if input_ids is None:
+        return [False] * rows
+    tokens = torch.tensor(markup.token_ids, device=input_ids.device)
+    found: list[bool] = torch.isin(input_ids, tokens).any(1).tolist()
+    return found
+
+
+def rows_of(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The tokens of each row of a padded batch (B, T)."""
+    chosen = mask.bool().tolist()
+    return [
+        [token for token, kept in zip(row, kept_of, strict=True) if kept]
+        for row, kept_of in zip(ids.tolist(), chosen, strict=True)
+    ]
+
+
 def text_only(input_ids: Tensor, columns: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
     """Text-only ids and mask of a batch, left-padded: both (B, T') for inputs (B, T)."""
     width = int(columns.sum(1).max())

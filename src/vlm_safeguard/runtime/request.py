@@ -79,6 +79,7 @@ class Request:
     prompt_width: int
     last_prompt: list[int]  # column of q in each row
     padding: list[int]  # prompt columns in each row that hold no token
+    wordless: frozenset[int] = frozenset()  # rows whose text says nothing: no text gate is read
     # By gate, then row: one score per layer, NaN if not read yet; whether it is open, per layer too
     # unless the gate is pooled.
     scores: dict[int, list[list[float]]] = field(default_factory=dict)
@@ -130,7 +131,12 @@ class Request:
 
     def latch(self, index: int, place: int | None, scores: list[list[float]]) -> None:
         """Keep a gate's scores and decisions for each row: of its layer number ``place``, or of all
-        its layers if None."""
+        its layers if None. Text gates stay shut for rows without words."""
+        if self.gates[index].source == "text":
+            scores = [
+                [math.nan] * len(values) if row in self.wordless else values
+                for row, values in enumerate(scores)
+            ]
         if place is None:
             self.scores[index] = scores
             opened = [[sum(values) > 0] for values in scores]

@@ -17,6 +17,8 @@ from torch import Tensor
 from vlm_safeguard.artifact.config import GuardConfig
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.residual_stream import find_decoder
+from vlm_safeguard.model.text_only import rows_of, with_pictures
+from vlm_safeguard.model.text_reader import TextReader
 from vlm_safeguard.runtime import validation
 from vlm_safeguard.runtime.attestation import Attestation, Decision, attest, decisions_of
 from vlm_safeguard.runtime.compiling import uncompiled, untraced
@@ -34,8 +36,13 @@ class Session:
     ``decisions`` and ``attestation`` describe the last request.
     """
 
-    def __init__(self, config: GuardConfig, tensors: dict[str, Tensor], model: Any) -> None:
+    def __init__(
+        self, config: GuardConfig, tensors: dict[str, Tensor], model: Any, processor: Any = None
+    ) -> None:
         """Attach the guard. If this fails, the model is left as it was.
+
+        Args:
+            processor: the model's. Without it, text gates read a request only as it stands.
 
         Raises:
             GuardError: a guard is attached already, or a part of the model is compiled.
@@ -45,6 +52,8 @@ class Session:
         self._gates = Gates(config.gates, tensors)
         self._steerer = Steerer(config.steering, tensors, bool(self._gates.layers("text")))
         self._reads_text = bool(self._gates.layers("text") | self._steerer.reads_text)
+        reads_words = processor is not None and self._gates.layers("text")
+        self._reader = TextReader(processor) if reads_words else None
         self._layers = sorted(
             self._gates.layers("text") | self._gates.layers("vlm") | self._steerer.layers
         )
@@ -158,13 +167,27 @@ class Session:
                     self.model, self.config.markup, ids, mask, options.get("inputs_embeds")
                 )
             validation.check_rows(request, text)
-            self._pass = reading = TextPass(request, self._layers, self._gates, self._steerer)
-            try:
-                reading.run(self.model, self._hooks.forward, *text)
-            finally:
-                self._pass = None
+            self._read_text(request, ids, *text)
         self._request = request
         return request
+
+    def _read_text(
+        self, request: Request, prompt: Tensor | None, ids: Tensor, mask: Tensor
+    ) -> None:
+        """Run the text-only pass.
+
+        ``prompt``: ids (B, T) of the whole prompt. ``ids``, ``mask`` (B, T'): of its text.
+        """
+        if self._reader is not None:
+            pictured = with_pictures(prompt, self.config.markup, request.rows)
+            for row, text in enumerate(rows_of(ids, mask)):
+                if pictured[row] and not self._reader.has_words(text):
+                    request.wordless |= {row}
+        self._pass = reading = TextPass(request, self._layers, self._gates, self._steerer)
+        try:
+            reading.run(self.model, self._hooks.forward, ids, mask)
+        finally:
+            self._pass = None
 
     # -- a forward call --------------------------------------------------------------------------
 
