@@ -327,8 +327,8 @@ class Guard:
 
         Args:
             processor: the model's processor. If given, its chat template and the tokens it writes
-                around pictures are checked too, and text gates stay shut where a picture comes
-                without words.
+                around pictures are checked too, and text gates also read the canonical form of a
+                text (no invisible characters), and stay shut where a picture comes without words.
 
         Returns:
             A context manager that detaches the guard at the end of its ``with`` block. Without a

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,6 +196,17 @@ def rows_of(ids: Tensor, mask: Tensor) -> list[list[int]]:
         [token for token, kept in zip(row, kept_of, strict=True) if kept]
         for row, kept_of in zip(ids.tolist(), chosen, strict=True)
     ]
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of tokens as a batch, left-padded: ids and mask (B, T)."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        mask[row, width - len(tokens) :] = 1
+    return ids, mask
 
 
 def text_only(input_ids: Tensor, columns: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:

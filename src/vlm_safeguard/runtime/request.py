@@ -14,10 +14,11 @@ Decisions are kept in lists on the host, so a decoding step does not wait for th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from vlm_safeguard.artifact.config import Gate
@@ -148,6 +149,39 @@ class Request:
                 known[row][place] = score
                 opened[row][place] = score > 0
         self.any_open = self.any_open or any(any(row) for row in opened)
+
+    def part(self, rows: Iterable[int]) -> Request:
+        """A request of some of the rows, to read another form of their text."""
+        return Request(
+            self.gates,
+            self.prompt_width,
+            [self.last_prompt[row] for row in rows],
+            [self.padding[row] for row in rows],
+        )
+
+    def take_worse(self, rows: Sequence[int], other: Request) -> None:
+        """Take what text gates read in another form of the text of ``rows``, where they score it
+        higher, and its coordinates where only it opened them."""
+        for layer, found in other.text_coordinates.items():
+            known, theirs = self.open_at(layer, "text"), other.open_at(layer, "text")
+            newly = [n for n, row in enumerate(rows) if theirs[n] and not known[row]]
+            if newly:
+                old = self.text_coordinates.get(layer, found.new_zeros(self.rows, found.shape[1]))
+                places = torch.tensor([rows[n] for n in newly], device=old.device)
+                taken = found[newly].to(old)
+                self.text_coordinates[layer] = old.index_copy(0, places, taken)
+        for index, gate in enumerate(self.gates):
+            for n, row in enumerate(rows) if gate.source == "text" else ():
+                known_scores, new_scores = self.scores[index][row], other.scores[index][n]
+                if gate.per_layer:
+                    worse = list(map(max, known_scores, new_scores))
+                    opened = [score > 0 for score in worse]
+                else:
+                    worse = max(known_scores, new_scores, key=sum)
+                    opened = [sum(worse) > 0]
+                self.scores[index][row], self.opened[index][row] = worse, opened
+        self.any_open = self.any_open or other.any_open
+        self.text_calls.count(other.text_calls.made, other.text_calls.expected)
 
     def open_at(self, layer: int, source: str | None = None, at_prompt: bool = False) -> list[bool]:
         """Which rows are open at a layer, by any gate or by those of one source.

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm_safeguard.artifact.config import GuardConfig
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.residual_stream import find_decoder
-from vlm_safeguard.model.text_only import rows_of, with_pictures
+from vlm_safeguard.model.text_only import padded, rows_of, with_pictures
 from vlm_safeguard.model.text_reader import TextReader
 from vlm_safeguard.runtime import validation
 from vlm_safeguard.runtime.attestation import Attestation, Decision, attest, decisions_of
@@ -174,15 +174,26 @@ class Session:
     def _read_text(
         self, request: Request, prompt: Tensor | None, ids: Tensor, mask: Tensor
     ) -> None:
-        """Run the text-only pass.
+        """Run the text-only pass, and one more over the rows whose text has another form.
 
         ``prompt``: ids (B, T) of the whole prompt. ``ids``, ``mask`` (B, T'): of its text.
         """
+        others: dict[int, list[int]] = {}
         if self._reader is not None:
             pictured = with_pictures(prompt, self.config.markup, request.rows)
             for row, text in enumerate(rows_of(ids, mask)):
                 if pictured[row] and not self._reader.has_words(text):
                     request.wordless |= {row}
+                elif (other := self._reader.other_form(text)) is not None:
+                    others[row] = other
+        self._text_pass(request, ids, mask)
+        if others:
+            part = request.part(others)
+            other_ids, other_mask = padded(list(others.values()), self.config.markup.pad_id)
+            self._text_pass(part, other_ids.to(ids.device), other_mask.to(ids.device))
+            request.take_worse(list(others), part)
+
+    def _text_pass(self, request: Request, ids: Tensor, mask: Tensor) -> None:
         self._pass = reading = TextPass(request, self._layers, self._gates, self._steerer)
         try:
             reading.run(self.model, self._hooks.forward, ids, mask)
