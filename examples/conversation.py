@@ -5,13 +5,12 @@ python examples/conversation.py MODEL GUARD PICTURE
 
 import sys
 
-from PIL import Image
-
 from vlm_safeguard import Guard, load
+from vlm_safeguard.data.image_io import open_image
 
 loaded = load(sys.argv[1])
 guard = Guard.from_pretrained(sys.argv[2])
-picture = {"type": "image", "image": Image.open(sys.argv[3]).convert("RGB")}
+picture = {"type": "image", "image": open_image(sys.argv[3])}
 messages = []
 with guard.attach(loaded.model, loaded.processor):
     for number, question in enumerate(("What is in this picture?", "What is it used for?")):

@@ -5,9 +5,8 @@ python examples/generate.py MODEL GUARD PICTURE
 
 import sys
 
-from PIL import Image
-
 from vlm_safeguard import Guard, load
+from vlm_safeguard.data.image_io import open_image
 
 loaded = load(sys.argv[1])
 guard = Guard.from_pretrained(sys.argv[2])
@@ -15,7 +14,7 @@ messages = [
     {
         "role": "user",
         "content": [
-            {"type": "image", "image": Image.open(sys.argv[3]).convert("RGB")},
+            {"type": "image", "image": open_image(sys.argv[3])},
             {"type": "text", "text": "What is in this picture?"},
         ],
     }

@@ -5,17 +5,18 @@ python examples/pipeline.py MODEL GUARD PICTURE
 
 import sys
 
-from PIL import Image
 from transformers import pipeline
 
 from vlm_safeguard import Guard, load
+from vlm_safeguard.data.image_io import open_image
 
 loaded = load(sys.argv[1])
 guard = Guard.from_pretrained(sys.argv[2])
 pipe = pipeline("image-text-to-text", model=loaded.model, processor=loaded.processor)
 session = guard.attach(loaded.model, loaded.processor)  # no `with`: for as long as you like
 try:
-    picture = Image.open(sys.argv[3]).convert("RGB")
+    # Never pass the pipeline a request as somebody sent it: it fetches addresses and opens paths.
+    picture = open_image(sys.argv[3])
     messages = [
         {
             "role": "user",

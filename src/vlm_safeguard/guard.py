@@ -19,7 +19,6 @@ from vlm_safeguard.errors import GuardError
 from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_digest
 from vlm_safeguard.model.loading import LoadedModel
-from vlm_safeguard.model.picture_inputs import picture_inputs
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.model.weights import quantised, weights_digest
@@ -310,7 +309,9 @@ class Guard:
             in pictures, they include the conversation as text, which only a guarded model accepts.
 
         Raises:
-            ModelError: a message has another format, or the processor refuses the batch.
+            ImageError: a picture is no ``PIL.Image``, or is damaged, too large or too small.
+            ModelError: a message has another format, its text writes a control token all the same,
+                or the processor refuses the batch.
         """
         batch = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return BatchFeature(prepare(processor, batch, self.config.reads_pictures, "left"))
@@ -327,7 +328,8 @@ class Guard:
         Args:
             processor: the model's processor. If given, its chat template and the tokens it writes
                 around pictures are checked too, and requests with pictures must have every input
-                that it makes for them.
+                that it makes for them. Text gates also read the canonical form of a text (no
+                invisible characters), and stay shut where a picture comes without words.
             monitor: only watch: gates decide and are reported, and the model answers unguarded.
 
         Returns:
@@ -339,8 +341,7 @@ class Guard:
             GuardError: the guard belongs to another model, or a guard is attached already.
         """
         self.check_model(model, processor)
-        needed = None if processor is None else picture_inputs(model, processor)
-        return Session(self.config, self.tensors, model, needed, monitor)
+        return Session(self.config, self.tensors, model, processor, monitor)
 
 
 def reads_pictures(guard: Guard | None) -> bool:

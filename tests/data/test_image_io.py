@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_safeguard.data import image_io
-from vlm_safeguard.data.image_io import MAX_BYTES, open_image
+from vlm_safeguard.data.image_io import LIMITS, Limits, as_picture, decode_image, open_image
 from vlm_safeguard.errors import ImageError
 
 # How an object of Python shows itself; a size such as 40x30 px is no address.
@@ -254,6 +254,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ((1, 1), "1x1 px: at least 8 px a side"),
         ((7, 300), "7x300 px: at least 8 px a side"),
         ((300, 7), "300x7 px: at least 8 px a side"),
+        ((5000, 1), "5000x1 px: at least 8 px a side"),
         ((8, 801), "8x801 px: one side is over 100 times the other"),
         ((5001, 5000), "5001x5000 px: more than 25 megapixels"),
         ((12000, 9000), "more than 25 megapixels"),
@@ -301,11 +302,66 @@ def test_sizes_at_the_limits_open() -> None:
 def test_file_size(tmp_path: Path) -> None:
     data = encoded(gradient())
     path = tmp_path / "large.png"
-    path.write_bytes(data.ljust(MAX_BYTES, b"\0"))
+    path.write_bytes(data.ljust(LIMITS.max_bytes, b"\0"))
     assert open_image(path).size == (40, 30)
-    path.write_bytes(data.ljust(MAX_BYTES + 1, b"\0"))
+    path.write_bytes(data.ljust(LIMITS.max_bytes + 1, b"\0"))
     assert refusal(path).startswith(f"{path}: more than 20 MB")
-    assert refusal(b"\0" * (MAX_BYTES + 1)).startswith("the picture: more than 20 MB")
+    assert refusal(b"\0" * (LIMITS.max_bytes + 1)).startswith("the picture: more than 20 MB")
+
+
+def test_a_server_sets_limits_of_its_own() -> None:
+    data = encoded(gradient(40, 20))
+    assert decode_image(data, Limits(len(data), 800, 20, 2)).size == (40, 20)
+    for limits, words in (
+        (Limits(max_bytes=len(data) - 1), "MB; save it smaller"),
+        (Limits(max_pixels=799), "40x20 px: more than 0.000799 megapixels"),
+        (Limits(min_side=21), "40x20 px: at least 21 px a side"),
+        (Limits(max_aspect=1), "40x20 px: one side is over 1 times the other"),
+    ):
+        with pytest.raises(ImageError, match=words):
+            decode_image(data, limits)
+
+
+@pytest.mark.parametrize("given", ["/etc/passwd", Path("/etc/passwd"), None, bytearray(b"x")])
+def test_bytes_that_somebody_sent_name_no_file(given: object) -> None:
+    with pytest.raises(ImageError, match=f"{type(given).__name__} instead of bytes"):
+        decode_image(given)  # type: ignore[arg-type]
+
+
+def test_animated_gif_and_svg_are_other_formats() -> None:
+    frames = [Image.new("P", (20, 20), n) for n in range(2)]
+    film = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20"><image href="/"/></svg>'
+    for data in (film, svg, b"<?xml version='1.0'?>" + svg):
+        assert refusal(data).startswith("the picture: not a PNG, JPEG or WebP picture")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_what_lies_behind_a_picture_is_not_read(kind: str) -> None:
+    """A polyglot: another format, or a page, in the same file."""
+    data = encoded(gradient(), kind)
+    for rest in (b"PK\x03\x04zip", b"<script>", encoded(Image.new("RGB", (90, 90)), "PNG")):
+        assert (np.asarray(open_image(data + rest)) == np.asarray(open_image(data))).all()
+    assert refusal(b"GIF89a" + data).startswith("the picture: not a PNG")
+
+
+def test_a_picture_in_a_request_is_a_decoded_rgb_one(tmp_path: Path) -> None:
+    rgb = gradient()
+    assert as_picture(rgb) is rgb
+    clear = Image.new("RGBA", (10, 10), (255, 0, 0, 0))
+    assert as_picture(clear).getpixel((5, 5)) == (255, 255, 255)
+    grey = Image.fromarray(np.full((9, 9), 40_000, np.uint16))
+    assert as_picture(grey).getpixel((5, 5)) == (156, 156, 156)
+    assert grey.mode == "I;16"
+    (tmp_path / "half.png").write_bytes(encoded(Image.effect_noise((64, 64), 80))[:400])
+    damaged = pytest.raises(ImageError, match="the picture: damaged or cut short")
+    with Image.open(tmp_path / "half.png") as half, damaged:
+        as_picture(half)
+    for size, words in (((1, 1), "at least 8 px"), ((5000, 9), "over 100 times the other")):
+        with pytest.raises(ImageError, match=words):
+            as_picture(Image.new("RGB", size))
+    with pytest.raises(ImageError, match="pixels are floats"):
+        as_picture(Image.fromarray(np.ones((9, 9), np.float32)))
 
 
 def test_warning_filters_of_the_caller_are_kept() -> None:

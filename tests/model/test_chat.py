@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tests import checkpoint, tiny
-from vlm_safeguard.errors import ModelError
+from vlm_safeguard.errors import ImageError, ModelError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model import chat
 from vlm_safeguard.model.loading import LoadedModel, load
@@ -80,8 +81,6 @@ def test_no_text_opens_a_turn_or_a_picture(loaded: LoadedModel) -> None:
         ([], "at least one message"),
         ([{"content": "no role"}], "needs a role"),
         ([{"role": "user"}], "text or a list"),
-        ([{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}], "got str"),
-        ([{"role": "user", "content": [{"type": "image", "url": "http://h/x.png"}]}], "NoneType"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "'image_url'"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "got 'text'"),
         ([{"role": "user", "content": ["bare"]}], "got None"),
@@ -92,6 +91,38 @@ def test_messages_of_another_form_are_refused(
 ) -> None:
     with pytest.raises(ModelError, match=reason):
         chat.prepare(loaded.processor, [messages])
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"image": "/etc/passwd"}, "str instead of a PIL.Image; open files with open_image"),
+        ({"image": "http://127.0.0.1/x.png"}, "str instead of a PIL.Image"),
+        ({"image": "data:image/png;base64,AAAA"}, "str instead of a PIL.Image"),
+        ({"image": Path("/etc/passwd")}, "PosixPath instead of a PIL.Image"),
+        ({"image": b"\x89PNG"}, "bytes instead of a PIL.Image"),
+        ({"url": "http://127.0.0.1/x.png"}, "NoneType instead of a PIL.Image"),
+        ({"path": "/etc/passwd"}, "NoneType instead of a PIL.Image"),
+        ({"image": np.ones((9, 9, 3))}, "ndarray instead of a PIL.Image; make one of 8-bit"),
+        ({"image": torch.ones(3, 9, 9)}, "Tensor instead of a PIL.Image; make one of 8-bit"),
+    ],
+)
+def test_only_decoded_pictures_become_pixels(
+    loaded: LoadedModel, part: dict[str, object], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(*_: object, **__: object) -> None:
+        raise AssertionError("transformers opened a picture")
+
+    monkeypatch.setattr("transformers.image_utils.load_image", fetched)
+    content = [{"type": "image", **part}, {"type": "text", "text": "What?"}]
+    with pytest.raises(ImageError, match=reason):
+        chat.prepare(loaded.processor, [[{"role": "user", "content": content}]])
+    if "image" in part:
+        with pytest.raises(ImageError, match=reason):
+            chat.encode(loaded, ["What?"], [part["image"]])  # type: ignore[list-item]
+        text = chat.render(loaded.processor, "What?", 1)
+        with pytest.raises(ImageError, match=reason):
+            chat.process(loaded.processor, [text], [[part["image"]]])  # type: ignore[list-item]
 
 
 def test_a_guard_prepares_what_its_generate_takes(

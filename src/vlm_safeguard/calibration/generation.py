@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Response:
         tokens: number of generated tokens.
         truncated: whether it ended at the token limit.
         fired: whether a gate opened; None without a guard.
-        score: the highest score of any gate, as a mean over its layers; None without a guard.
+        score: the highest score of any gate, as a mean over its layers; None if none was read.
     """
 
     text: str
@@ -71,5 +72,6 @@ def _gate(decision: Decision | None) -> tuple[bool | None, float | None]:
     """Whether a gate opened, and the highest score of any gate, as a mean over its layers."""
     if decision is None:
         return None, None
-    means = (sum(scores) / len(scores) for scores in decision.scores.values())
-    return decision.fired, max(means)
+    means = [sum(scores) / len(scores) for scores in decision.scores.values()]
+    read = [mean for mean in means if not math.isnan(mean)]  # a text gate may have nothing to read
+    return decision.fired, max(read, default=None)

@@ -9,8 +9,10 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
+from vlm_safeguard.data.image_io import as_picture
 from vlm_safeguard.data.ocr import reader, with_words
 from vlm_safeguard.errors import ModelError
+from vlm_safeguard.model.control_tokens import ControlTokens
 from vlm_safeguard.model.loading import LoadedModel
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -77,10 +79,11 @@ def process(
 
     Args:
         texts: rendered requests.
-        pictures: the pictures of each request, in order.
+        pictures: the pictures of each request, in order, see ``as_picture``.
         padding_side: "left" or "right"; by default the tokenizer's own.
 
     Raises:
+        ImageError: a picture is no ``PIL.Image``, or is damaged, too large or too small.
         ModelError: the processor refuses the batch.
     """
     first = processor.tokenizer.bos_token
@@ -93,7 +96,7 @@ def process(
         options["padding_side"] = padding_side
     if any(pictures):
         # Row by row: some processors take a flat list for one row's.
-        options["images"] = [list(row) for row in pictures]
+        options["images"] = [list(map(as_picture, row)) for row in pictures]
     try:
         return dict(processor(text=list(texts), **options))
     except (ValueError, TypeError) as error:
@@ -112,7 +115,8 @@ def prepare(
 ) -> dict[str, Tensor]:
     """Model inputs for conversations in the chat format of transformers, padded to one length.
 
-    Special tokens in a message's text are broken up, so that the text cannot start a turn.
+    Control tokens in a message's text are broken up, so that the text cannot start a turn or stand
+    for a picture. Other text is encoded as it is.
 
     Args:
         conversations: each is a list of messages ``{"role": ..., "content": ...}``. The content is
@@ -124,18 +128,18 @@ def prepare(
         padding_side: "left" or "right"; by default the tokenizer's own.
 
     Raises:
-        ModelError: a message has another format, or the processor refuses the batch.
+        ImageError: a picture is no ``PIL.Image``, or is damaged, too large or too small.
+        ModelError: a message has another format, its text writes a control token all the same, or
+            the processor refuses the batch.
         SafeguardError: pictures are to be read, but the OCR library is missing.
     """
     if not conversations or not all(conversations):
         raise ModelError("a conversation needs at least one message")
     parsed = [[_parsed(message) for message in messages] for messages in conversations]
-    texts = [_rendered(processor, turns) for turns in parsed]
-    pictures = [[i for turn in turns for i in turn[2]] for turns in parsed]
-    batch = process(processor, texts, pictures, padding_side)
+    batch = _encoded(processor, parsed, padding_side)
     if read_pictures:
-        spoken = [_rendered(processor, list(map(_spoken, turns))) for turns in parsed]
-        alone = process(processor, spoken, [[]] * len(spoken), "left")
+        spoken = [list(map(_spoken, turns)) for turns in parsed]
+        alone = _encoded(processor, spoken, "left")
         batch["text_input_ids"] = alone["input_ids"]
         batch["text_attention_mask"] = alone["attention_mask"]
     return {
@@ -147,7 +151,8 @@ def prepare(
 
 def render_conversation(processor: Any, conversation: Conversation) -> str:
     """Render a conversation with the chat template, with placeholders for pictures."""
-    return _rendered(processor, [_parsed(message) for message in conversation])
+    turns = [_parsed(message) for message in conversation]
+    return _rendered(processor, turns, ControlTokens.of(processor))
 
 
 def _parsed(message: Any) -> _Turn:
@@ -165,14 +170,12 @@ def _parsed(message: Any) -> _Turn:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
-        elif kind == "image" and isinstance(part.get("image"), Image.Image):
+        elif kind == "image":
             parts.append(None)
-            pictures.append(part["image"])
+            pictures.append(as_picture(part.get("image")))
         else:
-            given = type(part.get("image")).__name__ if kind == "image" else repr(kind)
             raise ModelError(
-                f"a part of a message is a text or a picture with a PIL.Image, got {given}: open "
-                "files and addresses yourself, so that no request can name them"
+                f"a part of a message is a text or an image with a PIL.Image, got {kind!r}"
             )
     return message["role"], parts, pictures
 
@@ -185,12 +188,54 @@ def _spoken(turn: _Turn) -> _Turn:
     return role, [said], []
 
 
-def _rendered(processor: Any, turns: Sequence[_Turn]) -> str:
-    """Render parsed turns with the chat template."""
+def _encoded(
+    processor: Any, conversations: Sequence[Sequence[_Turn]], padding_side: str | None
+) -> dict[str, Any]:
+    """Encode parsed conversations.
+
+    Raises:
+        ModelError: a text writes a control token, or the processor refuses the batch.
+    """
+    control = ControlTokens.of(processor)
+    texts = [_rendered(processor, turns, control) for turns in conversations]
+    pictures = [[i for turn in turns for i in turn[2]] for turns in conversations]
+    batch = process(processor, texts, pictures, padding_side)
+    for text, turns in zip(texts, conversations, strict=True):
+        _check_control(processor, text, turns, control)
+    return batch
+
+
+def _check_control(
+    processor: Any, text: str, turns: Sequence[_Turn], control: ControlTokens
+) -> None:
+    """Refuse a rendered text with other control tokens than the template itself writes.
+
+    Breaking them up in each text by itself is not always enough: two texts side by side can write
+    one, and so can letters that the tokenizer normalises.
+    """
+    same = [
+        (role, [part if part is None or not part.strip() else "x" for part in parts], pictures)
+        for role, parts, pictures in turns
+    ]
+    found, expected = (
+        control.count(processor.tokenizer(words, add_special_tokens=False)["input_ids"])
+        for words in (text, _rendered(processor, same, control))
+    )
+    if found != expected:
+        token = next(id for id in {**found, **expected} if found[id] != expected[id])
+        name = processor.tokenizer.convert_ids_to_tokens(token)
+        raise ModelError(
+            f"a message writes the control token {name!r} in pieces or in other letters: take it "
+            "out of the text"
+        )
+
+
+def _rendered(processor: Any, turns: Sequence[_Turn], control: ControlTokens) -> str:
+    """Render parsed turns with the chat template, control tokens in their texts broken up."""
     messages = []
     for role, parts, _ in turns:
-        words = [p if p is None else neutralise(processor.tokenizer, p) for p in parts]
-        messages.append((role, words))
+        words = [part if part is None else control.broken(part) for part in parts]
+        messages.append((control.broken(role), words))
     if len(messages) == 1 and messages[0][0] == "user":
         words = messages[0][1]
         pictures = words.count(None)
@@ -230,11 +275,3 @@ def encode(
     ]
     inputs = prepare(loaded.processor, conversations, read_pictures)
     return {key: value.to(loaded.device) for key, value in inputs.items()}
-
-
-def neutralise(tokenizer: Any, prompt: str) -> str:
-    """Break up special tokens in a text with a zero-width space."""
-    for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
-        if len(token) > 1 and token in prompt:
-            prompt = prompt.replace(token, token[0] + "\u200b" + token[1:])
-    return prompt

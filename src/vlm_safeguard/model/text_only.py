@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from vlm_safeguard.artifact.config import ImageMarkup
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import process, render
+from vlm_safeguard.model.control_tokens import ControlTokens
 from vlm_safeguard.model.loading import LoadedModel
 
 # Square, wide and tall, small and large: pictures that processors cut into different tiles.
@@ -44,7 +45,7 @@ def find_markup(loaded: LoadedModel) -> ImageMarkup:
     rows = [_ids(loaded, pictured, Image.new("RGB", size, (127, 127, 127))) for size in PROBE_SIZES]
     blocks = [_block(tokenizer, plain, row, image_id, loaded.name) for row in rows]
     # Tokens that no text can hold, because ``encode`` breaks them where a user types them.
-    special = set(tokenizer.get_added_vocab().values()) | {image_id}
+    special = ControlTokens.of(loaded.processor).ids | {image_id}
     markup = _markup(tokenizer, blocks, special)
     if markup is None:
         raise ModelError(
@@ -112,7 +113,7 @@ def _block(tokenizer: Any, plain: list[int], full: list[int], image_id: int, nam
 WRAPPER = 12  # tokens at most around a picture where the cut is not exact
 
 
-def _markup(tokenizer: Any, blocks: list[_Block], special: set[int]) -> ImageMarkup | None:
+def _markup(tokenizer: Any, blocks: list[_Block], special: frozenset[int]) -> ImageMarkup | None:
     """One markup for all blocks, or None if the tokens around pictures differ too much."""
     before, after = {b.before for b in blocks}, {b.after for b in blocks}
     inside = _same_kind(tokenizer, {token for b in blocks for token in b.inside}, special)
@@ -134,13 +135,13 @@ def _markup(tokenizer: Any, blocks: list[_Block], special: set[int]) -> ImageMar
     )
 
 
-def _up_to(wrap: tuple[int, ...], special: set[int]) -> tuple[int, ...]:
+def _up_to(wrap: tuple[int, ...], special: frozenset[int]) -> tuple[int, ...]:
     """The tokens of a wrapper before its first special token."""
     place = next((i for i, token in enumerate(wrap) if token in special), len(wrap))
     return wrap[:place]
 
 
-def _same_kind(tokenizer: Any, tokens: set[int], special: set[int]) -> set[int]:
+def _same_kind(tokenizer: Any, tokens: set[int], special: frozenset[int]) -> set[int]:
     """``tokens``, and special tokens that differ from one of them in numbers only: tags of rows and
     columns that no test picture has."""
     kinds = {
@@ -177,6 +178,35 @@ def text_columns(input_ids: Tensor, attention_mask: Tensor, markup: ImageMarkup)
         kept = markup.kept(ids[row][places].tolist())
         chosen[row, places[kept]] = True
     return chosen.to(input_ids.device)
+
+
+def with_pictures(input_ids: Tensor | None, markup: ImageMarkup, rows: int) -> list[bool]:
+    """Which of the rows of a batch (B, T) hold a picture; none that is known without ids."""
+    if input_ids is None:
+        return [False] * rows
+    tokens = torch.tensor(markup.token_ids, device=input_ids.device)
+    found: list[bool] = torch.isin(input_ids, tokens).any(1).tolist()
+    return found
+
+
+def rows_of(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The tokens of each row of a padded batch (B, T)."""
+    chosen = mask.bool().tolist()
+    return [
+        [token for token, kept in zip(row, kept_of, strict=True) if kept]
+        for row, kept_of in zip(ids.tolist(), chosen, strict=True)
+    ]
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of tokens as a batch, left-padded: ids and mask (B, T)."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        mask[row, width - len(tokens) :] = 1
+    return ids, mask
 
 
 def text_only(input_ids: Tensor, columns: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,11 @@ Decisions are kept in lists on the host, so a decoding step does not wait for th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from vlm_safeguard.artifact.config import Gate
@@ -79,6 +80,7 @@ class Request:
     prompt_width: int
     last_prompt: list[int]  # column of q in each row
     padding: list[int]  # prompt columns in each row that hold no token
+    wordless: frozenset[int] = frozenset()  # rows whose text says nothing: no text gate is read
     # By gate, then row: one score per layer, NaN if not read yet; whether it is open, per layer too
     # unless the gate is pooled.
     scores: dict[int, list[list[float]]] = field(default_factory=dict)
@@ -130,7 +132,12 @@ class Request:
 
     def latch(self, index: int, place: int | None, scores: list[list[float]]) -> None:
         """Keep a gate's scores and decisions for each row: of its layer number ``place``, or of all
-        its layers if None."""
+        its layers if None. Text gates stay shut for rows without words."""
+        if self.gates[index].source == "text":
+            scores = [
+                [math.nan] * len(values) if row in self.wordless else values
+                for row, values in enumerate(scores)
+            ]
         if place is None:
             self.scores[index] = scores
             opened = [[sum(values) > 0] for values in scores]
@@ -142,6 +149,39 @@ class Request:
                 known[row][place] = score
                 opened[row][place] = score > 0
         self.any_open = self.any_open or any(any(row) for row in opened)
+
+    def part(self, rows: Iterable[int]) -> Request:
+        """A request of some of the rows, to read another form of their text."""
+        return Request(
+            self.gates,
+            self.prompt_width,
+            [self.last_prompt[row] for row in rows],
+            [self.padding[row] for row in rows],
+        )
+
+    def take_worse(self, rows: Sequence[int], other: Request) -> None:
+        """Take what text gates read in another form of the text of ``rows``, where they score it
+        higher, and its coordinates where only it opened them."""
+        for layer, found in other.text_coordinates.items():
+            known, theirs = self.open_at(layer, "text"), other.open_at(layer, "text")
+            newly = [n for n, row in enumerate(rows) if theirs[n] and not known[row]]
+            if newly:
+                old = self.text_coordinates.get(layer, found.new_zeros(self.rows, found.shape[1]))
+                places = torch.tensor([rows[n] for n in newly], device=old.device)
+                taken = found[newly].to(old)
+                self.text_coordinates[layer] = old.index_copy(0, places, taken)
+        for index, gate in enumerate(self.gates):
+            for n, row in enumerate(rows) if gate.source == "text" else ():
+                known_scores, new_scores = self.scores[index][row], other.scores[index][n]
+                if gate.per_layer:
+                    worse = list(map(max, known_scores, new_scores))
+                    opened = [score > 0 for score in worse]
+                else:
+                    worse = max(known_scores, new_scores, key=sum)
+                    opened = [sum(worse) > 0]
+                self.scores[index][row], self.opened[index][row] = worse, opened
+        self.any_open = self.any_open or other.any_open
+        self.text_calls.count(other.text_calls.made, other.text_calls.expected)
 
     def open_at(self, layer: int, source: str | None = None, at_prompt: bool = False) -> list[bool]:
         """Which rows are open at a layer, by any gate or by those of one source.

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from vlm_safeguard.artifact.config import GuardConfig
 from vlm_safeguard.errors import GuardRuntimeError
-from vlm_safeguard.model.picture_inputs import PictureInputs
+from vlm_safeguard.model.picture_inputs import PictureInputs, picture_inputs
 from vlm_safeguard.model.residual_stream import find_decoder
+from vlm_safeguard.model.text_only import padded, rows_of, with_pictures
+from vlm_safeguard.model.text_reader import TextReader
 from vlm_safeguard.runtime import media, validation
 from vlm_safeguard.runtime.attestation import Attestation, Decision, attest, decisions_of
 from vlm_safeguard.runtime.compiling import uncompiled, untraced
@@ -41,13 +43,14 @@ class Session:
         config: GuardConfig,
         tensors: dict[str, Tensor],
         model: Any,
-        picture_inputs: PictureInputs | None = None,
+        processor: Any = None,
         monitor: bool = False,
     ) -> None:
         """Attach the guard. If this fails, the model is left as it was.
 
         Args:
-            picture_inputs: what a request with pictures needs; None if unknown.
+            processor: the model's. Without it, text gates read a request only as it stands, and
+                which inputs pictures need is unknown.
             monitor: gates decide, and nothing is steered.
 
         Raises:
@@ -59,11 +62,14 @@ class Session:
         steerer = NoSteering if monitor else Steerer
         self._steerer = steerer(config.steering, tensors, bool(self._gates.layers("text")))
         self._reads_text = bool(self._gates.layers("text") | self._steerer.reads_text)
+        known = processor is not None
+        reads_words = known and self._gates.layers("text")
+        self._reader = TextReader(processor) if reads_words else None
         self._layers = sorted(
             self._gates.layers("text") | self._gates.layers("vlm") | self._steerer.layers
         )
         self._hooks, self._owner = Hooks(model, decoder), OwnerThread()
-        self._picture_inputs = picture_inputs or PictureInputs()
+        self._picture_inputs = picture_inputs(model, processor) if known else PictureInputs()
         self._other_tokens = media.other_tokens(model)
         self._adapters = validation.adapters(model)
         self._in_generate = False
@@ -183,13 +189,38 @@ class Session:
                     self.model, self.config.markup, ids, mask, options.get("inputs_embeds")
                 )
             validation.check_rows(request, text)
-            self._pass = reading = TextPass(request, self._layers, self._gates, self._steerer)
-            try:
-                reading.run(self.model, self._hooks.forward, *text)
-            finally:
-                self._pass = None
+            self._read_text(request, ids, *text)
         self._request = request
         return request
+
+    def _read_text(
+        self, request: Request, prompt: Tensor | None, ids: Tensor, mask: Tensor
+    ) -> None:
+        """Run the text-only pass, and one more over the rows whose text has another form.
+
+        ``prompt``: ids (B, T) of the whole prompt. ``ids``, ``mask`` (B, T'): of its text.
+        """
+        others: dict[int, list[int]] = {}
+        if self._reader is not None:
+            pictured = with_pictures(prompt, self.config.markup, request.rows)
+            for row, text in enumerate(rows_of(ids, mask)):
+                if pictured[row] and not self._reader.has_words(text):
+                    request.wordless |= {row}
+                elif (other := self._reader.other_form(text)) is not None:
+                    others[row] = other
+        self._text_pass(request, ids, mask)
+        if others:
+            part = request.part(others)
+            other_ids, other_mask = padded(list(others.values()), self.config.markup.pad_id)
+            self._text_pass(part, other_ids.to(ids.device), other_mask.to(ids.device))
+            request.take_worse(list(others), part)
+
+    def _text_pass(self, request: Request, ids: Tensor, mask: Tensor) -> None:
+        self._pass = reading = TextPass(request, self._layers, self._gates, self._steerer)
+        try:
+            reading.run(self.model, self._hooks.forward, ids, mask)
+        finally:
+            self._pass = None
 
     # -- a forward call --------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from vlm_safeguard.evaluation.judges.judgement import (
     screened,
     unscored,
 )
+from vlm_safeguard.model.control_tokens import ControlTokens
 
 # Stand-ins for prompt and response: what a template does to them, it does to any text.
 PROBES = ("qzprobeprompt", "qzproberesponse")
@@ -208,12 +208,13 @@ class GuardModelJudge:
         bare = frame(*PROBES)
         self._marks = marks_of(bare, PROBES)
         # Tokens made of white space are ordinary text in some tokenizers.
-        added = {id for token, id in tokenizer.get_added_vocab().items() if token.strip()}
-        self._control = added | set(tokenizer.all_special_ids)
+        added = {token: id for token, id in tokenizer.get_added_vocab().items() if token.strip()}
+        ids = {*added.values(), *tokenizer.all_special_ids}
         # Nor does an unknown character control anything, where it has a token of its own.
         if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-            self._control.discard(tokenizer.unk_token_id)
-        self._allowed = self._controls(self._tokens(bare))
+            ids.discard(tokenizer.unk_token_id)
+        self._control = ControlTokens(frozenset(added), frozenset(ids))
+        self._allowed = self._control.count(self._tokens(bare))
 
     def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
         """One judgement for each (prompt, response).
@@ -228,11 +229,9 @@ class GuardModelJudge:
         return self._frame(self._safe(prompt), self._safe(response))
 
     def _safe(self, text: str) -> str:
-        from vlm_safeguard.model.chat import neutralise
-
         # Tokenizers cannot encode lone surrogates; templates strip what surrounds a text.
         text = text.encode("utf-8", "replace").decode("utf-8").strip()
-        return disarm(neutralise(self._parts.tokenizer, text), self._marks)
+        return disarm(self._control.broken(text), self._marks)
 
     def _tokens(self, rendered: str) -> list[int]:
         tokenizer, special = self._parts.tokenizer, self._frame.adds_special
@@ -241,16 +240,13 @@ class GuardModelJudge:
         ids: list[int] = tokenizer(rendered, add_special_tokens=special)["input_ids"]
         return ids
 
-    def _controls(self, ids: Sequence[int]) -> Counter[int]:
-        return Counter(id for id in ids if id in self._control)
-
     def _prepare(self, prompt: str, response: str) -> list[int] | Judgement:
         """Token ids of the judge prompt, or why there are none."""
         rendered = self.render(prompt, response)
         if any(self._safe(text) not in rendered for text in (prompt, response)):
             return unscored("the judge's chat template changes this prompt or response")
         ids = self._tokens(rendered)
-        if self._controls(ids) != self._allowed:
+        if self._control.count(ids) != self._allowed:
             return unscored("a control token of the judge survives in this prompt or response")
         config = self._parts.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)

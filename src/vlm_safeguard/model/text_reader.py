@@ -1,0 +1,89 @@
+"""Reads the text of a request out of its token ids, with the processor of the model."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from jinja2 import TemplateError
+
+from vlm_safeguard.errors import GuardRuntimeError, ModelError
+from vlm_safeguard.model.canonical_text import canonical_text
+from vlm_safeguard.model.chat import process, render
+from vlm_safeguard.model.control_tokens import ControlTokens
+
+
+class TextReader:
+    """Says which requests have no words, and which have a canonical form of their own."""
+
+    def __init__(self, processor: Any) -> None:
+        self._tokenizer, self._control = processor.tokenizer, ControlTokens.of(processor)
+        # The token for unknown characters is written like a control token.
+        self._apart = self._control.ids | {self._tokenizer.unk_token_id}
+        self._wordless = _wordless(processor)
+
+    def has_words(self, ids: list[int]) -> bool:
+        """Whether the text of a request is more than what the chat template writes around none.
+
+        Several turns, or a system message, count as words.
+        """
+        return self._wordless is None or _letters(self._decoded(ids)) != self._wordless
+
+    def other_form(self, ids: list[int]) -> list[int] | None:
+        """The ids of a request's text in canonical form; None if that is the text itself.
+
+        Control tokens stay as they are. What only now writes one is broken up, as it is in the
+        text that a user types.
+
+        Raises:
+            GuardRuntimeError: the canonical form has other control tokens than the text.
+        """
+        text = self._decoded(ids)
+        if canonical_text(text) == text:
+            return None
+        said, canonical, before = [], [], list[int]()
+        for apart, group in groupby(ids, self._apart.__contains__):
+            piece = list(group)
+            if apart:
+                written = "".join(self._tokenizer.convert_ids_to_tokens(piece))
+                said.append(written)
+                canonical.append(written)
+            else:
+                # Some tokenizers drop a space where decoding starts: start one token earlier.
+                lead = self._decoded(before)
+                words = self._decoded(before + piece)
+                words = words[len(lead) :] if words.startswith(lead) else self._decoded(piece)
+                said.append(words)
+                canonical.append(self._control.broken(canonical_text(words)))
+            before = piece[-1:]
+        if said == canonical:
+            return None
+        found = self._tokenizer("".join(canonical), add_special_tokens=False)["input_ids"]
+        if not found:
+            return None  # nothing but invisible characters, and no template
+        if self._controls(found) != self._controls(ids):
+            raise GuardRuntimeError(
+                "the request's text without its invisible characters would write a control token, "
+                "so the guard cannot read it: take those characters out"
+            )
+        return list(found)
+
+    def _controls(self, ids: list[int]) -> list[int]:
+        return [token for token in ids if token in self._control.ids]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)) if ids else ""
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
+
+
+def _wordless(processor: Any) -> str | None:
+    """What the template writes for a request without words, but for white space; None if it takes
+    none."""
+    try:
+        ids = process(processor, [render(processor, "", 0)], [[]])["input_ids"][0]
+    except (ModelError, TemplateError):
+        return None
+    return _letters(processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -1,0 +1,134 @@
+"""The canonical form of texts, and of the token ids of a request."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoProcessor
+
+from tests import families
+from vlm_safeguard.data import prompts
+from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.model.canonical_text import canonical_text
+from vlm_safeguard.model.chat import encode, prepare
+from vlm_safeguard.model.control_tokens import BREAK, ControlTokens
+from vlm_safeguard.model.text_only import rows_of
+from vlm_safeguard.model.text_reader import TextReader
+
+EMBEDDED = Path("~/.cache/vlm-safeguard/embedded-vlm-2ea7eec25d03").expanduser()
+WIDE = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}  # letters of full width
+LLAVA, QWEN = families.llava(), families.qwen2_vl()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Plain text,\n\tover two lines!", None),
+        ("Füße, naïve, 日本語, жук", None),
+        ("b\u200bo\u200bm\u200bb", "bomb"),
+        ("b\u00ado\u2060m\ufeffb\u200d", "bomb"),
+        ("b\u202eo\u2066m\u2069b", "bomb"),
+        ("b\u034fo\u3164m\ufe0fb\U000e0062", "bomb"),
+        ("b\x00o\x1bm\x7fb\r", "bomb"),
+        ("ｂｏｍｂ", "bomb"),
+        ("𝐛𝓸𝕞𝚋", "bomb"),
+        ("ﬁre e\u0301tude ①", "fire étude 1"),
+        ("ﾡ\uffa0가", "ᄀ가"),
+    ],
+)
+def test_canonical_text(text: str, expected: str | None) -> None:
+    assert canonical_text(text) == (text if expected is None else expected)
+
+
+CHARACTERS = st.integers(0, sys.maxunicode).map(chr)
+
+
+@given(st.lists(CHARACTERS, max_size=40).map("".join))
+def test_the_canonical_form_is_its_own(text: str) -> None:
+    once = canonical_text(text)
+    assert canonical_text(once) == once
+    assert not any(unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t" for c in once)
+
+
+def test_default_ignorable_characters_go() -> None:
+    """The ranges of Unicode 16 (DerivedCoreProperties.txt), written down apart from the package."""
+    ranges = """AD 34F 61C 115F-1160 17B4-17B5 180B-180F 200B-200F 202A-202E 2060-206F 3164
+        FE00-FE0F FEFF FFA0 FFF0-FFF8 1BCA0-1BCA3 1D173-1D17A E0000-E0FFF"""
+    for one in ranges.split():
+        first, _, last = one.partition("-")
+        for code in range(int(first, 16), int(last or first, 16) + 1):
+            assert canonical_text(f"a{chr(code)}b") == "ab", hex(code)
+
+
+def ids(loaded: families.LoadedModel, text: str) -> list[int]:
+    return encode(loaded, [text], [None])["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("loaded", [LLAVA, QWEN], ids=["llava", "qwen"])
+def test_the_other_form_is_the_request_in_plain_letters(loaded: families.LoadedModel) -> None:
+    reader = TextReader(loaded.processor)
+    for plain in ("How do I bake bread?", " two  spaces\n\nand lines", "Füße"):
+        assert reader.other_form(ids(loaded, plain)) is None
+        hidden = BREAK.join(plain)
+        assert reader.other_form(ids(loaded, hidden)) == ids(loaded, plain)
+
+
+@pytest.mark.parametrize("loaded", [LLAVA, QWEN], ids=["llava", "qwen"])
+def test_a_broken_control_token_has_no_other_form(loaded: families.LoadedModel) -> None:
+    reader, token = TextReader(loaded.processor), loaded.processor.image_token
+    assert reader.other_form(ids(loaded, f"a {token} b </s>")) is None
+    hidden = token[:3] + BREAK + token[3:]
+    assert reader.other_form(ids(loaded, hidden)) == ids(loaded, token)
+
+
+@pytest.mark.parametrize("loaded", [LLAVA, QWEN], ids=["llava", "qwen"])
+def test_the_other_form_writes_no_control_token(loaded: families.LoadedModel) -> None:
+    reader, control = TextReader(loaded.processor), ControlTokens.of(loaded.processor)
+    expected = control.count(ids(loaded, "x"))
+    tokens = st.sampled_from(sorted(control.texts))
+    cut = st.tuples(tokens, st.integers(1, 9))
+    hidden = cut.map(lambda c: c[0][: c[1]] + BREAK + c[0][c[1] :])
+    wide = tokens.map(lambda token: token.translate(WIDE))
+    words = st.sampled_from(["a", " b", "\u00ad", BREAK, "<", "\n"])
+    texts = st.lists(st.one_of(tokens, hidden, wide, words), min_size=1, max_size=6)
+
+    @given(text=texts.map("".join))
+    def check(text: str) -> None:
+        form = reader.other_form(ids(loaded, "x" + text + "x"))
+        assert form is None or control.count(form) == expected
+
+    check()
+
+
+def test_a_text_whose_other_form_would_write_a_control_token_is_refused() -> None:
+    """Raw ids, which ``prepare`` would have refused: two texts that touch a control token."""
+    loaded = families.llava()
+    tokenizer = loaded.processor.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<</s>"]})
+    raw = tokenizer("a <", add_special_tokens=False).input_ids
+    raw = [*raw, *tokenizer(BREAK, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    with pytest.raises(GuardRuntimeError, match="would write a control token"):
+        TextReader(loaded.processor).other_form(raw)
+
+
+def test_harmful_requests_in_hidden_letters_are_read_as_if_they_were_plain() -> None:
+    """By the tokenizer of the embedded model; its gate then scores the same ids."""
+    if not EMBEDDED.exists():
+        pytest.skip("the embedded model is not assembled here")
+    processor = AutoProcessor.from_pretrained(os.fspath(EMBEDDED))
+    reader = TextReader(processor)
+    for prompt in prompts.evaluation("malicious"):
+        hidden = re.sub(r"(?<=\w)(?=\w)", BREAK, prompt.prompt)
+        wide = prompt.prompt.translate(WIDE)
+        texts = [prompt.prompt, hidden, wide]
+        batch = prepare(processor, [[{"role": "user", "content": text}] for text in texts])
+        plain, *others = rows_of(batch["input_ids"], batch["attention_mask"])
+        assert reader.other_form(plain) is None
+        assert [reader.other_form(other) for other in others] == [plain, plain]
