@@ -31,8 +31,10 @@ STEERED = (2, 4)
 
 
 def open_guard(model: Any, threshold: float = -1e9) -> Guard:
-    """Opens for every request, and changes the stream of each, with a picture or without."""
-    return tiny.always(model, threshold, layers=list(STEERED), reference="anchor")
+    """Opens for every request, and changes the stream of each, with a picture or without, and with
+    words or without: a text gate stays shut for a picture without words."""
+    gates = [tiny.gate(source, 1, threshold=threshold) for source in ("text", "vlm")]
+    return tiny.guard(model, gates, layers=list(STEERED), reference="anchor")
 
 
 @dataclass

@@ -43,7 +43,7 @@ def connect(live: Any, timeout: float = 15.0) -> socket.socket:
 
 def head(length: int, *more: str, path: str = "/v1/chat/completions") -> bytes:
     """Request line and headers of a POST."""
-    lines = [f"POST {path} HTTP/1.1", "Host: here", "Content-Type: application/json"]
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     return "\r\n".join([*lines, f"Content-Length: {length}", *more, "", ""]).encode()
 
 

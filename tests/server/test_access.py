@@ -58,7 +58,11 @@ def test_scores_are_for_trusted_keys(live):
     told = live.chat(headers=key("asks")).json()["safeguard"]
     assert set(told) == {"status", "mode", "pictures"}
     told = live.chat(headers=key("sees")).json()["safeguard"]
-    assert told["fired"] is True and told["gates"] == ["text"] and told["scores"]["text.0"][0] > 0
+    assert (
+        told["fired"] is True
+        and told["gates"] == ["text", "vlm"]
+        and told["scores"]["text.0"][0] > 0
+    )
 
 
 def test_scores_in_a_stream_are_for_trusted_keys(live):

@@ -48,7 +48,7 @@ def test_a_served_request_leaves_digests_and_counts(folder: Path, tmp_path: Path
     first, second = entries(tmp_path / "log")
     assert first["outcome"] == second["outcome"] == "answered"
     assert first["answer_sha256"] == digest(said) and first["answer"] == said
-    assert first["fired"] and first["gates"] == ["text"] and first["completion_tokens"] == 4
+    assert first["fired"] and first["gates"] == ["text", "vlm"] and first["completion_tokens"] == 4
     found = summarise(entries(tmp_path / "log"))
     assert (found["requests"], found["gate_opened"], found["outcomes"]) == (2, 2, {"answered": 2})
     assert json.loads(run("audit", "log", "--json", cwd=tmp_path).stdout) == found

@@ -225,7 +225,7 @@ def test_a_pipeline_of_requests(folder):
     """Several requests in one packet get their answers in order."""
     with serving(folder) as live, connect(live) as connection:
         asked = b"".join(
-            b"GET %s HTTP/1.1\r\nHost: here\r\nX-Request-Id: r%d\r\n%s\r\n"
+            b"GET %s HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: r%d\r\n%s\r\n"
             % (path, n, b"Connection: close\r\n" if n == 2 else b"")
             for n, path in enumerate([b"/health", b"/v1/models", b"/ready"])
         )

@@ -66,7 +66,7 @@ def test_monitor_answers_as_the_model_does_and_says_what_it_saw(folder: Path) ->
     body = reply.json()
     assert body["choices"][0]["message"]["content"] == by_hand(folder, guarded=False)
     assert reply.headers["x-safeguard-status"] == body["safeguard"]["status"] == "monitor"
-    assert body["safeguard"]["fired"] and body["safeguard"]["gates"] == ["text"]
+    assert body["safeguard"]["fired"] and body["safeguard"]["gates"] == ["text", "vlm"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -99,7 +99,7 @@ def test_the_gates_judge_texts_and_pictures(folder: Path) -> None:
         empty = live.client.post("/v1/moderations", json={"input": []})
     assert [one["flagged"] for one in texts["results"]] == [True, True]
     [result] = pictured["results"]
-    assert result["gates"] == ["text"]
+    assert result["gates"] == ["text", "vlm"]
     assert result["gate_scores"]["text.0"] == pytest.approx(max(scores["text.0"]), abs=1e-4)
     assert empty.status_code == 400
 

@@ -11,7 +11,7 @@ from nicegui.events import UploadEventArguments
 from PIL import Image
 
 from vlm_safeguard.data.drawings import blank
-from vlm_safeguard.data.image_io import MAX_BYTES, open_image
+from vlm_safeguard.data.image_io import LIMITS, decode_image
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.errors import ImageError, SafeguardError
 from vlm_safeguard.playground.answers import SIDES, Done, Event, Side, Text, Verdict
@@ -23,7 +23,9 @@ from vlm_safeguard.playground.wording import verdict
 logger = logging.getLogger(__name__)
 TITLE = "VLM-Safeguard playground"
 MAX_PROMPT = 2000  # characters
-_TOO_LARGE = f"The picture was not taken: at most {MAX_BYTES // 10**6} MB, PNG, JPEG or WebP."
+_TOO_LARGE = (
+    f"The picture was not taken: at most {LIMITS.max_bytes // 10**6} MB, PNG, JPEG or WebP."
+)
 _THUMBNAIL = 360  # px
 _CSS = (files("vlm_safeguard.playground") / "page.css").read_text()
 _NOTES: dict[Side, str] = {
@@ -76,7 +78,7 @@ class Page:
                 self._upload = (
                     ui.upload(
                         auto_upload=True,
-                        max_file_size=MAX_BYTES,
+                        max_file_size=LIMITS.max_bytes,
                         on_upload=self._uploaded,
                         on_rejected=lambda: ui.notify(_TOO_LARGE, type="negative"),
                     )
@@ -154,9 +156,9 @@ class Page:
         """Take the bytes of an upload; neither its name nor its declared type is used."""
         self._upload.reset()
         try:
-            if event.file.size() > MAX_BYTES:
+            if event.file.size() > LIMITS.max_bytes:
                 raise ImageError(_TOO_LARGE)
-            picture = open_image(await event.file.read())
+            picture = decode_image(await event.file.read())
         except ImageError as error:
             ui.notify(str(error), type="negative")
             return

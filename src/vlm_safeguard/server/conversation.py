@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm_safeguard.data.image_io import MAX_BYTES, open_image
+from vlm_safeguard.data.image_io import LIMITS, decode_image
 from vlm_safeguard.errors import ImageError
 from vlm_safeguard.server.errors import RequestError
 from vlm_safeguard.server.schema import ImagePart, Message
@@ -92,13 +92,13 @@ def _picture(url: str, where: str) -> Any:
             "images are accepted as data URIs only: data:image/png;base64,... (png, jpeg or webp)",
             param=where,
         )
-    if (len(url) - head.end()) * 3 // 4 > MAX_BYTES:
-        raise RequestError(400, f"an image has at most {MAX_BYTES} bytes", param=where)
+    if (len(url) - head.end()) * 3 // 4 > LIMITS.max_bytes:
+        raise RequestError(400, f"an image has at most {LIMITS.max_bytes} bytes", param=where)
     try:
         data = base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError):
         raise RequestError(400, "the data URI is not valid base64", param=where) from None
     try:
-        return open_image(data)
+        return decode_image(data)
     except ImageError as error:
         raise RequestError(400, str(error), param=where) from None
