@@ -16,7 +16,8 @@ class Example:
     query: Query
 
 
-HARMFUL = "mal-h-000"
+# The embedded model refuses it as text, and answers it beside a picture.
+HARMFUL = "mal-h-035"
 _CHOSEN: tuple[tuple[str, str, Setting], ...] = (
     ("Harmless, with a picture", "pic-b-012", "picture"),
     ("Harmless, blank picture", "mal-b-008", "blank"),
