@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 import socket
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 # What an error may never tell: heap addresses, paths, modules and exceptions of libraries.
+HERE = re.escape(str(Path(__file__).resolve().parents[2]))
 LEAKS = re.compile(
-    r"(?<!\d)0x[0-9a-f]{6,}|/root/|/work/|/tmp/|site-packages|\.py\b|Traceback|Error\(|Exception"
-    r"|pydantic|PIL|torch|jinja|transformers|Processor|errno|line \d+ column"
+    r"(?<!\d)0x[0-9a-f]{6,}|/root/|/home/|/tmp/|site-packages|\.py\b|Traceback|Error\(|Exception"
+    rf"|{HERE}|pydantic|PIL|torch|jinja|transformers|Processor|errno|line \d+ column"
 )
 
 
