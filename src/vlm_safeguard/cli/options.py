@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
@@ -19,6 +19,10 @@ from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.utils.files import check_writable
 
 Model = Annotated[str, typer.Argument(help="Folder, hub name, or 'embedded'.")]
+GuardName = Annotated[
+    str | None, typer.Option(help="Guard folder or hub name (default: the embedded model's).")
+]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, max=4096)]
 FalsePositives = Annotated[
     float, typer.Option(min=0.001, max=0.5, help="Share of harmless requests that may be stopped.")
@@ -69,16 +73,36 @@ def load_model(model: str, options: LoadOptions, progress: Any) -> Any:
     return loading.load(name, **options.given())
 
 
+def guard_or_default(model: str, guard: str | None) -> str:
+    """The name of the guard of a command whose default is the embedded model.
+
+    Raises:
+        SafeguardError: another model comes without one.
+    """
+    if guard is None and not model.startswith("embedded"):
+        raise SafeguardError(
+            "name a guard with --guard; `vlm-safeguard calibrate MODEL -o guard/` makes one"
+        )
+    return guard or "embedded"
+
+
 @contextmanager
-def extra_needed() -> Iterator[None]:
-    """Around the import of the harness or of judges: what they need is an extra."""
+def extra_needed(
+    what: str = "evaluating",
+    extra: str = "eval",
+    modules: Collection[str] = ("inspect_ai", "httpx", "tenacity"),
+) -> Iterator[None]:
+    """Around imports that need an extra; by default those of the harness and of judges.
+
+    ``modules`` are what the extra brings; empty: a module that is missing is always of the extra.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("inspect_ai", "httpx", "tenacity"):
+        if modules and error.name not in modules:
             raise
         raise SafeguardError(
-            f"evaluating needs {error.name}: pip install 'vlm-safeguard[eval]'"
+            f"{what} needs {error.name}: pip install 'vlm-safeguard[{extra}]'"
         ) from error
 
 

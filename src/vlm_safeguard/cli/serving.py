@@ -10,8 +10,13 @@ from typing import Annotated, Literal
 import typer
 
 from vlm_safeguard.cli.options import (
+    GuardName,
     Json,
+    Model,
+    Port,
     Quiet,
+    extra_needed,
+    guard_or_default,
     load_model,
     loads_models,
     make_progress,
@@ -26,12 +31,10 @@ app = typer.Typer()
 @app.command()
 @loads_models
 def serve(
-    model: Annotated[str, typer.Argument(help="Folder, hub name, or 'embedded'.")] = "embedded",
-    guard: Annotated[
-        str | None, typer.Option(help="Guard folder or hub name (default: the embedded model's).")
-    ] = None,
+    model: Model = "embedded",
+    guard: GuardName = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    port: Port = 8000,
     mode: Annotated[
         Literal["enforce", "refuse", "monitor"],
         typer.Option(help="Steer the answer, refuse at once, or only watch."),
@@ -65,7 +68,7 @@ def serve(
     from vlm_safeguard.guard import Guard
     from vlm_safeguard.utils.network import LOOPBACK, address, listen
 
-    try:
+    with extra_needed("serving", "serve", ()):
         import uvicorn
 
         from vlm_safeguard.server.app import create_app
@@ -75,15 +78,8 @@ def serve(
         from vlm_safeguard.server.listen import uvicorn_config
         from vlm_safeguard.server.settings import Settings
         from vlm_safeguard.server.telemetry import JsonFormatter, Telemetry
-    except ModuleNotFoundError as error:
-        raise SafeguardError(
-            f"serving needs {error.name}: pip install 'vlm-safeguard[serve]'"
-        ) from error
 
-    if guard is None and not model.startswith("embedded"):
-        raise SafeguardError(
-            "name a guard with --guard; `vlm-safeguard calibrate MODEL -o guard/` makes one"
-        )
+    guard = guard_or_default(model, guard)
     if audit_content and audit is None:
         raise SafeguardError("--audit-content needs --audit FILE")
     settings = Settings(
@@ -106,7 +102,7 @@ def serve(
     log = AuditLog(audit, audit_content) if audit else None
     with listen(host, port) as listener:  # before long work: a taken port shows at once
         progress = make_progress(quiet)
-        artifact = Guard.from_pretrained(guard or "embedded")
+        artifact = Guard.from_pretrained(guard)
         loaded = load_model(model, options, progress)
         handler = logging.StreamHandler()
         handler.setFormatter(JsonFormatter())

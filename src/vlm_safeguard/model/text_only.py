@@ -198,27 +198,21 @@ def rows_of(ids: Tensor, mask: Tensor) -> list[list[int]]:
     ]
 
 
-def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of tokens as a batch, left-padded: ids and mask (B, T)."""
+def padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids (T,) as a batch, left-padded: ids and mask (B, T)."""
     width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id)
+    ids = rows[0].new_full((len(rows), width), pad_id)
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(rows):
-        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        ids[row, width - len(tokens) :] = tokens
         mask[row, width - len(tokens) :] = 1
     return ids, mask
 
 
 def text_only(input_ids: Tensor, columns: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
     """Text-only ids and mask of a batch, left-padded: both (B, T') for inputs (B, T)."""
-    width = int(columns.sum(1).max())
-    ids = input_ids.new_full((len(input_ids), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, (source, chosen) in enumerate(zip(input_ids, columns, strict=True)):
-        count = int(chosen.sum())
-        ids[row, width - count :] = source[chosen]
-        mask[row, width - count :] = 1
-    return ids, mask
+    rows = [source[chosen] for source, chosen in zip(input_ids, columns, strict=True)]
+    return padded(rows, pad_id)
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

@@ -13,14 +13,8 @@ def verdict(decision: Decision) -> str:
     """One or two short sentences."""
     if not decision.fired:
         return "No gate opened. The guard changes nothing, so both answers are the same."
-    opened = [
-        f"the {GATE_NAMES[source]} ({_READS[source]})"
-        for source, by in (("text", decision.by_text), ("vlm", decision.by_vlm))
-        if by
-    ]
-    if len(opened) == 1:
-        return f"Opened: {opened[0]}. The guard steers the answer."
-    return f"Opened: {opened[0]} and {opened[1]}. The guard steers the answer."
+    opened = [f"the {GATE_NAMES[source]} ({_READS[source]})" for source in decision.sources]
+    return f"Opened: {' and '.join(opened)}. The guard steers the answer."
 
 
 def gate_title(gate: Gate) -> str:

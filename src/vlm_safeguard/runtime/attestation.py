@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vlm_safeguard.runtime.request import Calls, Request
 
@@ -22,6 +23,11 @@ class Decision:
     by_text: bool
     by_vlm: bool
     scores: dict[str, list[float]]
+
+    @property
+    def sources(self) -> tuple[Literal["text", "vlm"], ...]:
+        """Where the gates that opened read: "text", "vlm"."""
+        return (*(("text",) if self.by_text else ()), *(("vlm",) if self.by_vlm else ()))
 
 
 @dataclass(frozen=True)

@@ -211,8 +211,8 @@ class Session:
         self._text_pass(request, ids, mask)
         if others:
             part = request.part(others)
-            other_ids, other_mask = padded(list(others.values()), self.config.markup.pad_id)
-            self._text_pass(part, other_ids.to(ids.device), other_mask.to(ids.device))
+            rows = [ids.new_tensor(other) for other in others.values()]
+            self._text_pass(part, *padded(rows, self.config.markup.pad_id))
             request.take_worse(list(others), part)
 
     def _text_pass(self, request: Request, ids: Tensor, mask: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Set
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import StoppingCriteria
 
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.runtime.attestation import Decision
 from vlm_safeguard.server import errors
 from vlm_safeguard.server.job import Begun, Done, Failed, Job, Pictures, Text, Verdict
 from vlm_safeguard.server.settings import Settings
@@ -88,18 +90,7 @@ class Answers(StoppingCriteria):
         decisions = self._session.decisions
         if len(decisions) != len(self._jobs):
             raise GuardRuntimeError("the guard did not decide about every request")
-        return [
-            Verdict(
-                decision.fired,
-                tuple(
-                    name
-                    for name, opened in (("text", decision.by_text), ("vlm", decision.by_vlm))
-                    if opened
-                ),
-                decision.scores,
-            )
-            for decision in decisions
-        ]
+        return [_verdict(decision) for decision in decisions]
 
     def _add(self, row: int, token: int) -> None:
         job, stream = self._jobs[row], self._streams[row]
@@ -118,6 +109,14 @@ class Answers(StoppingCriteria):
     def _say(job: Job, text: str) -> None:
         if text:
             job.send(Text(text))
+
+
+def _verdict(decision: Decision) -> Verdict:
+    scores = {
+        name: [None if math.isnan(score) else score for score in row]
+        for name, row in decision.scores.items()
+    }
+    return Verdict(decision.fired, decision.sources, scores)
 
 
 def _end_tokens(loaded: LoadedModel) -> set[int]:

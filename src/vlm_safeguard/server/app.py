@@ -273,11 +273,11 @@ class _Answer:
             },
         }
         if self._trusted and verdict is not None:
-            scores = {
-                name: [score if score == score else None for score in row]  # NaN: not read
-                for name, row in verdict.scores.items()
+            told |= {
+                "fired": verdict.fired,
+                "gates": list(verdict.gates),
+                "scores": verdict.scores,
             }
-            told |= {"fired": verdict.fired, "gates": list(verdict.gates), "scores": scores}
         return told
 
 
@@ -339,7 +339,8 @@ def _moderation(begun: Begun) -> dict[str, Any]:
     if verdict is None:
         raise errors.not_ready()
     scores = {
-        name: max((s for s in row if s == s), default=None) for name, row in verdict.scores.items()
+        name: max((s for s in row if s is not None), default=None)
+        for name, row in verdict.scores.items()
     }
     return {
         "flagged": verdict.fired,

@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 
 from vlm_safeguard.errors import ModelError, SafeguardError
-from vlm_safeguard.guard import Guard
+from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.runtime.session import Session
@@ -60,7 +59,8 @@ class Engine:
         self._taken: list[Job] = []
         self._changed = threading.Condition()
         self._closing = False
-        self._started: BaseException | None = None
+        self._settled = threading.Event()  # the start has succeeded or failed
+        self._start_error: BaseException | None = None
         self._thread = threading.Thread(target=self._live, name="inference", daemon=True)
 
     # -- from other threads ----------------------------------------------------------------------
@@ -71,12 +71,10 @@ class Engine:
         Raises:
             SafeguardError: the guard does not attach, or fails the check.
         """
-        done = threading.Event()
-        self._on_start: Callable[[], None] = done.set
         self._thread.start()
-        done.wait()
-        if self._started is not None:
-            raise self._started
+        self._settled.wait()
+        if self._start_error is not None:
+            raise self._start_error
 
     @property
     def alive(self) -> bool:
@@ -124,7 +122,7 @@ class Engine:
             self._serve()
         except BaseException as error:
             if not self.ready.is_set():
-                self._started = error
+                self._start_error = error
             logger.error("the inference thread ended", extra={"error": type(error).__name__})
         finally:
             with self._changed:  # no request is queued behind the last look at the queue
@@ -134,7 +132,7 @@ class Engine:
             for job in (*self._taken, *lost):
                 job.send(Failed(errors.not_ready()))
             self._taken = []
-            self._on_start()
+            self._settled.set()
 
     def _serve(self) -> None:
         guard, loaded = self.guard, self.loaded
@@ -147,7 +145,7 @@ class Engine:
                 check.run(session)
             self._due = time.monotonic() + self.settings.check_every
             self.ready.set()
-            self._on_start()
+            self._settled.set()
             while not self._closing:
                 self._taken = self._next()
                 if self._taken:
@@ -225,10 +223,10 @@ class Engine:
     def _generate(self, jobs: list[Job]) -> None:
         loaded, settings = self.loaded, self.settings
         conversations = [job.conversation.messages for job in jobs]
-        reads = self.guard is not None and self.guard.config.reads_pictures
+        reads = reads_pictures(self.guard)
         inputs = self._prepare(conversations, reads)
         lengths = inputs["attention_mask"].sum(1).tolist()
-        longest = max(length for length in lengths)
+        longest = max(lengths)
         if longest > settings.max_prompt_tokens:
             raise errors.RequestError(
                 400,

@@ -40,12 +40,12 @@ class Verdict:
     Attributes:
         fired: whether a gate opened.
         gates: the sources of the gates that opened: "text", "vlm".
-        scores: for each gate, one score per layer. A gate opens above 0.
+        scores: for each gate, one score per layer, None if it was not read. A gate opens above 0.
     """
 
     fired: bool
     gates: tuple[str, ...]
-    scores: dict[str, list[float]]
+    scores: dict[str, list[float | None]]
 
 
 @dataclass(frozen=True)
