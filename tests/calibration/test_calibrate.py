@@ -16,6 +16,7 @@ from vlm_safeguard.calibration import hidden_states, steering_search
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.calibrate import calibrate
 from vlm_safeguard.calibration.gate_fitting import GateFit, auc, fit_gate, threshold
+from vlm_safeguard.calibration.recognition import BY_PHRASES
 from vlm_safeguard.calibration.steering_search import candidates
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.prompts import calibration
@@ -114,7 +115,9 @@ def test_candidates_are_tried_on_attacks_that_succeed_with_either_picture(
     def blank(asked: Query) -> bool:
         return asked.image is not None and len(asked.image.getcolors(2) or "12") == 1
 
-    def succeed(loaded: object, guard: object, attacks: list[Query], tokens: int) -> list[bool]:
+    def succeed(
+        loaded: object, guard: object, attacks: list[Query], tokens: int, recogniser: object
+    ) -> list[bool]:
         """Every fifth with a blank image, every other with a picture."""
         hits = [n % (5 if blank(asked) else 2) == 0 for n, asked in enumerate(attacks)]
         won[:] = [asked for asked, hit in zip(attacks, hits, strict=True) if hit]
@@ -122,11 +125,11 @@ def test_candidates_are_tried_on_attacks_that_succeed_with_either_picture(
 
     monkeypatch.setattr(steering_search, "successes", succeed)
     effort = Effort(scan=40, search=12)
-    few = steering_search._successful(None, fit, effort, Progress(quiet=True))  # type: ignore[arg-type]
+    few = steering_search._successful(None, fit, effort, Progress(quiet=True), BY_PHRASES)  # type: ignore[arg-type]
     assert len(few) == 12 and all(attack in won for attack in few)
     assert 0 < sum(map(blank, few)) < 12
     more = replace(effort, search=30)  # more than the 14 that succeed: others fill up
-    few = steering_search._successful(None, fit, more, Progress(quiet=True))  # type: ignore[arg-type]
+    few = steering_search._successful(None, fit, more, Progress(quiet=True), BY_PHRASES)  # type: ignore[arg-type]
     assert len(few) == 30 and len(won) == 14 and all(attack in few for attack in won)
 
 
@@ -161,7 +164,7 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
     states = iter((text, seen))
     monkeypatch.setattr(hidden_states, "record", lambda *_, **__: next(states))
     monkeypatch.setattr(
-        hidden_states, "answered", lambda _, asked, __: [p != items[9] for p in asked]
+        hidden_states, "answered", lambda _, asked, *__: [p != items[9] for p in asked]
     )
     text_gate = GateFit((0,), torch.ones(1, 1), 0.0, spread=2.0)
     in_vlm = GateFit((1,), torch.ones(1, 1), 0.0, spread=1.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlm_safeguard.calibration.generation import respond
-from vlm_safeguard.calibration.refusals import judge
+from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.data.inputs import (
     SETTINGS,
     Query,
@@ -40,10 +40,19 @@ def refused(
     items: Sequence[Query],
     tokens: int,
     progress: Progress | None = None,
+    recogniser: Recogniser = BY_PHRASES,
 ) -> list[bool]:
     """Whether each request is refused. Garbled text is not a refusal."""
-    answers = respond(loaded, items, guard, max_new_tokens=tokens, batch=24, progress=progress)
-    return [judge(answer.text) == "refused" for answer in answers]
+    answers = respond(
+        loaded,
+        items,
+        guard,
+        max_new_tokens=max(tokens, recogniser.tokens),
+        openings=recogniser.openings,
+        batch=24,
+        progress=progress,
+    )
+    return recogniser.refused(items, answers)
 
 
 def successes(
@@ -51,18 +60,24 @@ def successes(
     guard: Guard | None,
     attacks: Sequence[Query],
     tokens: int,
+    recogniser: Recogniser = BY_PHRASES,
 ) -> list[bool]:
     """Whether each attack succeeds: any response but a refusal, garbled text included."""
-    return [not no for no in refused(loaded, guard, attacks, tokens)]
+    return [not no for no in refused(loaded, guard, attacks, tokens, recogniser=recogniser)]
 
 
-def answered(loaded: LoadedModel, items: Sequence[Prompt], reads_pictures: bool) -> list[bool]:
+def answered(
+    loaded: LoadedModel,
+    items: Sequence[Prompt],
+    reads_pictures: bool,
+    recogniser: Recogniser = BY_PHRASES,
+) -> list[bool]:
     """Whether the model answers each request as text, without a guard.
 
     If the model refuses a request by itself, an open gate costs nothing.
     """
-    said = respond(loaded, [spoken(p, reads_pictures) for p in items], max_new_tokens=REFUSAL)
-    return [judge(answer.text) != "refused" for answer in said]
+    asked = [spoken(p, reads_pictures) for p in items]
+    return successes(loaded, None, asked, REFUSAL, recogniser)
 
 
 @dataclass(frozen=True)
@@ -75,12 +90,17 @@ class Attacks:
 
 
 def attack(
-    loaded: LoadedModel, guard: Guard, items: Sequence[Prompt], setting: Setting, tokens: int
+    loaded: LoadedModel,
+    guard: Guard,
+    items: Sequence[Prompt],
+    setting: Setting,
+    tokens: int,
+    recogniser: Recogniser = BY_PHRASES,
 ) -> Attacks:
     """Try the attacks that are valid in ``setting``, without ``guard`` and with it."""
     meant = within(items, setting)
     asked = queries(meant, setting)
-    plain, guarded = (successes(loaded, g, asked, tokens) for g in (None, guard))
+    plain, guarded = (successes(loaded, g, asked, tokens, recogniser) for g in (None, guard))
     return Attacks(meant, plain, guarded)
 
 
@@ -114,7 +134,12 @@ class Cost:
 
 
 @torch.inference_mode()
-def harmless_cost(loaded: LoadedModel, guard: Guard, harmless: Sequence[Prompt]) -> Cost:
+def harmless_cost(
+    loaded: LoadedModel,
+    guard: Guard,
+    harmless: Sequence[Prompt],
+    recogniser: Recogniser = BY_PHRASES,
+) -> Cost:
     """Measure KL(unguarded || guarded) of the next token and false positives, in every setting.
 
     The divergence is 0 where the gate stays shut, because the guard changes nothing there.
@@ -135,7 +160,7 @@ def harmless_cost(loaded: LoadedModel, guard: Guard, harmless: Sequence[Prompt])
                 plain, _ = _next_token(loaded, [items[group[row]] for row in rows], None)
                 divergences += (plain.exp() * (plain - moved[rows])).sum(-1).tolist()
     of_open = list({p.id: p for p, is_open in tried if is_open}.values())
-    own = answered(loaded, of_open, guard.config.reads_pictures)
+    own = answered(loaded, of_open, guard.config.reads_pictures, recogniser)
     wanted = {p.id for p, is_answered in zip(of_open, own, strict=True) if is_answered}
     stopped = [is_open and p.id in wanted for p, is_open in tried]
     fired = [is_open for _, is_open in tried]

@@ -1,5 +1,7 @@
 """Calibrates a guard: directions, gates, steering, and a test on held-back prompts.
 
+0. Check that the model's refusals of harmful text are recognised, because all that follows is
+   measured by them.
 1. Record the hidden states of the anchors, as text: the safety directions of each layer.
 2. Record the calibration prompts as text, with a blank image and with pictures, and fit the text
    gate and the gate in the VLM. Set the thresholds on other, harmless prompts, so that the
@@ -33,6 +35,12 @@ from vlm_safeguard.calibration.hidden_states import (
     fit_gates,
     record_calibration,
 )
+from vlm_safeguard.calibration.recognition import (
+    BY_PHRASES,
+    ByTokens,
+    Recogniser,
+    check_recognises,
+)
 from vlm_safeguard.calibration.steering_search import search
 from vlm_safeguard.data.prompts import CalibrationData
 from vlm_safeguard.data.sampling import evenly
@@ -52,6 +60,7 @@ def calibrate(
     budget: Budget | None = None,
     effort: Effort | None = None,
     reads_pictures: bool = False,
+    refusals: Recogniser | Literal["tokens"] = BY_PHRASES,
     progress: Progress | None = None,
 ) -> Guard:
     """Calibrate a guard for a model and test it on held-back prompts.
@@ -62,11 +71,14 @@ def calibrate(
         budget: what the guard may cost on harmless requests.
         effort: number of prompts for each step.
         reads_pictures: whether the guard also reads the words in pictures (OCR).
+        refusals: how a refusal is recognised (``recognition``); "tokens" learns the first tokens
+            of refusals.
         progress: where progress is reported; by default nowhere.
 
     Raises:
-        CalibrationError: no candidate helps within the budget (the message says what was measured),
-            or there are too few prompts to guarantee the budget.
+        CalibrationError: the model's refusals of harmful text are not recognised, no candidate
+            helps within the budget (the message says what was measured), or there are too few
+            prompts to guarantee the budget.
         ModelError: the model cannot be guarded, or its hidden states are not finite.
     """
     data = data or CalibrationData.packaged()
@@ -75,13 +87,18 @@ def calibrate(
     began = time.monotonic()
     check_enough(len({p.cluster for p in evenly(data.bound, effort.bound)}), budget.false_positives)
     markup = find_markup(loaded)
+    if refusals == "tokens":
+        refusals = ByTokens.learned(loaded, data.anchors, progress)
+    recognised = check_recognises(loaded, refusals, data.fit, effort.tokens, progress)
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
         recorded = record_calibration(loaded, data, effort, reads_pictures, folder, progress)
         pairs, directions = recorded.pairs, recorded.directions
         text, pictured = recorded.text, recorded.pictured
         fits = fit_gates(recorded, budget)
-        scores = bound_scores(loaded, *fits, evenly(data.bound, effort.bound), folder, progress)
+        scores = bound_scores(
+            loaded, *fits, evenly(data.bound, effort.bound), folder, progress, refusals
+        )
         fitted = useful_gates(*fits, scores, budget.false_positives)
         table = _separability(text, pictured, directions)
         gates = [
@@ -89,11 +106,14 @@ def calibrate(
             for source, gate in fitted.items()
         ]
         base = _Foundation(loaded, directions, pairs, markup, fitted, reads_pictures, data.sha256)
-        guard, tried = search(loaded, base.build, list(data.fit), budget, effort, progress)
-    proof = prove(loaded, guard, data.held, budget, effort, progress)
+        guard, tried = search(
+            loaded, base.build, list(data.fit), budget, effort, progress, refusals
+        )
+    proof = prove(loaded, guard, data.held, budget, effort, progress, refusals)
     results = {
         "seconds": round(time.monotonic() - began, 1),
         "budget": {"false_positives": budget.false_positives, "kl": budget.kl},
+        "refusals": {"by": refusals.name, "of_text": round(recognised, 4)},
         "separability": table,
         "gates": gates,
         "bound": {"n": len(scores), "confidence": CONFIDENCE},

@@ -52,9 +52,14 @@ def check_enough(count: int, epsilon: float, confidence: float = CONFIDENCE) -> 
     """
     allowed = allowed_exceedances(count, epsilon, confidence)
     if allowed < 0:
-        needed = math.ceil(math.log(1 - confidence) / math.log1p(-epsilon))
         raise CalibrationError(
             f"a false-positive rate of at most {epsilon:.2%} with {confidence:.0%} confidence "
-            f"needs {needed} harmless prompts to set the threshold on, there are {count}"
+            f"needs {least_bound(epsilon, confidence)} harmless prompts to set the threshold on, "
+            f"there are {count}"
         )
     return allowed
+
+
+def least_bound(epsilon: float, confidence: float = CONFIDENCE) -> int:
+    """How many scores a guarantee needs at least."""
+    return math.ceil(math.log(1 - confidence) / math.log1p(-epsilon))

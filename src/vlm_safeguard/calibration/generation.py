@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.guard import Guard, reads_pictures
@@ -31,6 +33,8 @@ class Response:
         truncated: whether it ended at the token limit.
         fired: whether a gate opened; None without a guard.
         score: the highest score of any gate, as a mean over its layers; None if none was read.
+        first: the first generated token; -1 without one.
+        opening: probability that the response begins with one of the ``openings`` of ``respond``.
     """
 
     text: str
@@ -38,6 +42,8 @@ class Response:
     truncated: bool
     fired: bool | None
     score: float | None = None
+    first: int = -1
+    opening: float = 0.0
 
 
 @torch.inference_mode()
@@ -48,6 +54,7 @@ def respond(
     *,
     max_new_tokens: int = 32,
     reasoning: int = REASONING,
+    openings: Sequence[int] = (),
     batch: int = 32,
     what: str = "responses",
     progress: Progress | None = None,
@@ -55,7 +62,7 @@ def respond(
     """Generate greedy responses to ``items``, in their order.
 
     ``max_new_tokens`` are those of the answer. A model that reasons first gets up to ``reasoning``
-    more for that.
+    more for that. ``openings``: tokens whose probability at the beginning is of interest.
     """
     tokenizer = loaded.processor.tokenizer
     stops = loaded.model.generation_config.eos_token_id
@@ -70,11 +77,13 @@ def respond(
             inputs = encode(loaded, texts, images, reads_pictures(guard))
             width = inputs["input_ids"].shape[1]
             tag = opened_by(tokenizer, inputs["input_ids"][0].tolist()) if reasons else ""
+            watch = _FirstToken(openings)
             limit = AnswerLimit(tokenizer, width, max_new_tokens, tag)
             out = loaded.model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens + (reasoning if reasons else 0),
                 do_sample=False,
+                logits_processor=LogitsProcessorList([watch] if openings else []),
                 stopping_criteria=StoppingCriteriaList([limit] if reasons else []),
             )
             decided = session.decisions if session else [None] * len(group)
@@ -83,8 +92,23 @@ def respond(
                 stop = next((n for n, token in enumerate(said) if token in ends), None)
                 said = said if stop is None else said[:stop]
                 text = decoded(tokenizer, said, tag)
-                found[index] = Response(text, len(said), stop is None, *_gate(decided[row]))
+                fired, score = _gate(decided[row])
+                first, opening = said[0] if said else -1, watch.found.get(row, 0.0)
+                found[index] = Response(text, len(said), stop is None, fired, score, first, opening)
     return [found[i] for i in range(len(items))]
+
+
+class _FirstToken(LogitsProcessor):
+    """Notes for each row how probable ``openings`` are as the first token, and changes nothing."""
+
+    def __init__(self, openings: Sequence[int]) -> None:
+        self._openings, self.found = list(openings), dict[int, float]()
+
+    def __call__(self, input_ids: Any, scores: Tensor) -> Any:
+        if not self.found:
+            likely = scores.float().softmax(-1)[:, self._openings].sum(-1)
+            self.found = dict(enumerate(likely.tolist()))
+        return scores
 
 
 def _gate(decision: Decision | None) -> tuple[bool | None, float | None]:

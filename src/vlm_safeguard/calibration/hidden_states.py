@@ -14,6 +14,7 @@ from vlm_safeguard import method
 from vlm_safeguard.calibration.attack_trials import answered, within
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.gate_fitting import GateFit, fit_gate, refusal_openings
+from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.data.inputs import PICTURED, Query, Setting, queries, query, spoken, told
 from vlm_safeguard.data.prompts import AnchorPair, CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
@@ -223,6 +224,7 @@ def bound_scores(
     items: Sequence[Prompt],
     folder: Path,
     progress: Progress,
+    recogniser: Recogniser = BY_PHRASES,
 ) -> Tensor:
     """The scores that set the thresholds: for each harmless question, the highest of each gate.
 
@@ -254,7 +256,7 @@ def bound_scores(
     top = sorted(
         {n for column in scores.T for n in column.argsort(descending=True)[:count].tolist()}
     )
-    wanted = answered(loaded, [items[n] for n in top], False)
+    wanted = answered(loaded, [items[n] for n in top], False, recogniser)
     refused = [n for n, is_answered in zip(top, wanted, strict=True) if not is_answered]
     scores[refused] = scores.min(0).values
     highest: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ from typing import Any
 from vlm_safeguard.artifact.config import Steering
 from vlm_safeguard.calibration.attack_trials import harmless_cost, successes, within
 from vlm_safeguard.calibration.budget import Budget, Effort
+from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.data.inputs import PICTURED, SETTINGS, Query, queries
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import evenly, spaced
@@ -42,6 +43,7 @@ def search(
     budget: Budget,
     effort: Effort,
     progress: Progress,
+    recogniser: Recogniser = BY_PHRASES,
 ) -> tuple[Guard, list[dict[str, Any]]]:
     """Choose the steering in two rounds.
 
@@ -59,14 +61,14 @@ def search(
     Raises:
         CalibrationError: every candidate of the second round exceeds the KL budget.
     """
-    few = _successful(loaded, [p for p in fit if p.harmful], effort, progress)
+    few = _successful(loaded, [p for p in fit if p.harmful], effort, progress, recogniser)
     tried: list[dict[str, Any]] = []
     ranked: list[tuple[float, int, Steering]] = []
     for steering in progress.track(
         candidates(len(find_decoder(loaded.model).layers)), "steering candidates"
     ):
         guard = build(steering)
-        won = successes(loaded, guard, few, effort.tokens)
+        won = successes(loaded, guard, few, effort.tokens, recogniser)
         ranked.append((sum(won) / len(won), len(ranked), steering))
         tried.append({"steering": _brief(steering), "n": len(won), "asr": ranked[-1][0]})
     more = evenly(fit[1::2], effort.final)
@@ -78,9 +80,9 @@ def search(
         sorted(ranked, key=lambda r: r[:2])[: effort.finalists], "finalists"
     ):
         guard = build(steering)
-        won = successes(loaded, guard, attacks, effort.tokens)
+        won = successes(loaded, guard, attacks, effort.tokens, recogniser)
         rate = sum(won) / len(won)
-        divergence = harmless_cost(loaded, guard, harmless).kl
+        divergence = harmless_cost(loaded, guard, harmless, recogniser).kl
         tried[place] |= {
             "final_n": len(won),
             "final_asr": round(rate, 4),
@@ -98,7 +100,11 @@ def search(
 
 
 def _successful(
-    loaded: LoadedModel, attacks: Sequence[Prompt], effort: Effort, progress: Progress
+    loaded: LoadedModel,
+    attacks: Sequence[Prompt],
+    effort: Effort,
+    progress: Progress,
+    recogniser: Recogniser,
 ) -> list[Query]:
     """``effort.search`` attacks with a blank image or a picture, evenly spaced: attacks that
     succeed without a guard first, then others if there are too few."""
@@ -110,7 +116,7 @@ def _successful(
             evenly(within(attacks, setting), effort.scan // len(PICTURED)), setting
         )
     ]
-    won = successes(loaded, None, tried, effort.tokens)
+    won = successes(loaded, None, tried, effort.tokens, recogniser)
     hits = [request for request, is_hit in zip(tried, won, strict=True) if is_hit]
     misses = [request for request, is_hit in zip(tried, won, strict=True) if not is_hit]
     chosen = spaced(hits, effort.search)

@@ -71,6 +71,24 @@ def calibrate(
         bool,
         typer.Option("--read-pictures", help="Also read text in pictures (needs the extra 'ocr')."),
     ] = False,
+    harmful: Annotated[
+        Path | None, typer.Option(help="Harmful prompts of your own: JSONL, CSV or text.")
+    ] = None,
+    harmless: Annotated[
+        Path | None, typer.Option(help="Harmless prompts of your own, needed with --harmful.")
+    ] = None,
+    anchors: Annotated[
+        Path | None, typer.Option(help="Pairs of your own, harmful and harmless: JSONL or CSV.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder of pictures for your own prompts.")
+    ] = None,
+    only_own: Annotated[
+        bool, typer.Option("--only-own", help="Use your own prompts alone, not added to ours.")
+    ] = False,
+    refusals: Annotated[
+        str, typer.Option(help="How refusals are recognised: phrases[:FILE], tokens or a judge.")
+    ] = "phrases",
     *,
     options: LoadOptions,
     json_: Json = False,
@@ -78,6 +96,9 @@ def calibrate(
 ) -> None:
     """Calibrate a guard for MODEL; save it only if it helps."""
     from vlm_safeguard.calibration.calibrate import calibrate as run
+    from vlm_safeguard.calibration.conformal import least_bound
+    from vlm_safeguard.cli.calibrating import own_files, recogniser_of
+    from vlm_safeguard.data.own_prompts import own_data
     from vlm_safeguard.data.prompts import CalibrationData
 
     if output.exists() and not output.is_dir():
@@ -85,10 +106,21 @@ def calibrate(
     for folder in check_folder(output):
         folder.rmdir()  # a calibration that fails leaves nothing
     progress = make_progress(quiet)
-    own = CalibrationData.from_folder(data) if data else None  # before the model is loaded
+    # Before the model is loaded.
+    files = own_files(harmful, harmless, anchors, pictures, only_own, data)
+    own = CalibrationData.from_folder(data) if data else None
+    if files is not None:
+        own = own_data(files, least_bound(max_false_positives))
+    recogniser = recogniser_of(refusals)
     loaded = load_model(model, options, progress)
-    budget = Budget(max_false_positives, max_kl)
-    guard = run(loaded, data=own, budget=budget, reads_pictures=read_pictures, progress=progress)
+    guard = run(
+        loaded,
+        data=own,
+        budget=Budget(max_false_positives, max_kl),
+        reads_pictures=read_pictures,
+        refusals=recogniser,
+        progress=progress,
+    )
     guard.save_pretrained(output)
     if json_:
         print_json(guard.config.model_dump())
