@@ -105,6 +105,33 @@ def test_prompts_of_a_negative_fold_teach_but_do_not_judge() -> None:
     assert joined.unseen_rates[0] > 0.9
 
 
+def test_harmless_prompts_that_do_not_count_leave_the_threshold_where_it_is() -> None:
+    """Look-alikes lie among the harmful prompts. Only where they count is hardly anything found."""
+    harmful, harmless = make_states({2}, 3)
+    lookalikes = harmful[:40] + 0.5
+    directions = {n: method.safety_directions(harmful[:, n], harmless[:, n], 8) for n in range(6)}
+    fold = torch.arange(200) % 5
+    harmless, folds = torch.cat([harmless, lookalikes]), torch.cat([fold, fold[:40]])
+    ordinary = torch.arange(240) < 200
+    every = fit_gate(harmful, harmless, fold, folds, directions, 0.02)
+    some = fit_gate(harmful, harmless, fold, folds, directions, 0.02, counted=ordinary)
+    assert len(some.unseen[1]) == 200 and some.unseen_rates[1] <= 0.02
+    assert some.unseen_rates[0] > 0.7 > 0.4 > every.unseen_rates[0]
+
+
+def test_what_counts_as_a_false_positive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ordinary harmless prompts, unless the model is likely to refuse them by itself."""
+    items = [next(p for p in calibration("fit") if p.harmful)]
+    items += [next(p for p in calibration("fit") if p.ordinary)] * 2
+    items += [next(p for p in calibration("fit") if p.lookalike)]
+    states, intent = torch.zeros(4, 2, 3), torch.tensor([0.9, 0.1, 0.9, 0.1]).log()
+    for found, counted in ((intent, [0, 1, 0, 0]), (None, [0, 1, 1, 0])):
+        monkeypatch.setattr(hidden_states, "record_intent", lambda *_, i=found: (states, i))
+        made = hidden_states.record_states(None, items, [], "text", tmp_path, None)  # type: ignore[arg-type]
+        assert made.counted.tolist() == [bool(n) for n in counted]
+        assert made.false_positives().tolist() == [bool(n) for n in counted[1:]]
+
+
 def test_candidates_are_tried_on_attacks_that_succeed_with_either_picture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,9 +2,9 @@
 
 1. Record the hidden states of the anchors, as text: the safety directions of each layer.
 2. Record the calibration prompts as text, with a blank image and with pictures, and fit the text
-   gate and the gate in the VLM. Set the thresholds on other, harmless prompts, so that the
-   false-positive budget is kept with 95% confidence (``conformal``). Keep the gate in the VLM only
-   if it finds more than it costs the text gate.
+   gate and the gate in the VLM. Set the thresholds on other, ordinary harmless prompts, so that
+   the false-positive budget is kept with 95% confidence (``conformal``). Keep the gate in the VLM
+   only if it finds more than it costs the text gate.
 3. Try steering candidates on harmful calibration prompts with images, and keep the one under which
    fewest attacks succeed.
 4. Test the guard on held-back prompts. If it does not help, raise an error.
@@ -73,7 +73,8 @@ def calibrate(
     budget, effort = budget or Budget(), effort or Effort()
     progress = progress or Progress(quiet=True)
     began = time.monotonic()
-    check_enough(len({p.cluster for p in evenly(data.bound, effort.bound)}), budget.false_positives)
+    bound = evenly([p for p in data.bound if p.ordinary], effort.bound)
+    check_enough(len({p.cluster for p in bound}), budget.false_positives)
     markup = find_markup(loaded)
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
@@ -81,7 +82,7 @@ def calibrate(
         pairs, directions = recorded.pairs, recorded.directions
         text, pictured = recorded.text, recorded.pictured
         fits = fit_gates(recorded, budget)
-        scores = bound_scores(loaded, *fits, evenly(data.bound, effort.bound), folder, progress)
+        scores = bound_scores(loaded, *fits, bound, folder, progress)
         fitted = useful_gates(*fits, scores, budget.false_positives)
         table = _separability(text, pictured, directions)
         gates = [

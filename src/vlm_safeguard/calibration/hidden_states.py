@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ MAX_RANK = 64
 IN_VLM_SHARE = 0.1  # of the false-positive budget
 ASKED = 0.2  # share of the threshold-setting prompts, highest first, that the model is asked
 FOLDS = 5  # of the cross-validation that chooses a gate
+# Above this refusal intent the model is more likely to refuse a request than to answer it.
+REFUSES = math.log(0.5)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class States:
     states: Tensor
     harmful: Tensor  # (k,) bool
     fold: Tensor  # (k,); a question and its copy in a template share a fold
+    counted: Tensor  # (k,) bool; harmless prompts that count as false positives
     intent: Tensor | None = None  # (k,) refusal intents, of text
 
     def split(self) -> tuple[Tensor, Tensor]:
@@ -54,6 +58,10 @@ class States:
     def folds(self) -> tuple[Tensor, Tensor]:
         """Folds of the harmful and of the harmless prompts."""
         return self.fold[self.harmful], self.fold[~self.harmful]
+
+    def false_positives(self) -> Tensor:
+        """Which of the harmless prompts count as false positives."""
+        return self.counted[~self.harmful]
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Recorded:
         return States(
             *(
                 torch.cat([getattr(s, name) for s in self.pictured.values()])
-                for name in ("states", "harmful", "fold")
+                for name in ("states", "harmful", "fold", "counted")
             )
         )
 
@@ -146,11 +154,19 @@ def record_states(
     openings: Sequence[int] = (),
 ) -> States:
     """States of ``items`` when the model is given the requests ``asked``, one for each item; with
-    ``openings`` also their refusal intents."""
+    ``openings`` also their refusal intents.
+
+    Ordinary harmless prompts count as false positives, unless their intent says that the model
+    refuses them by itself.
+    """
     what = f"calibration prompts, {setting}"
     states, intent = record_intent(loaded, asked, openings, folder, what, progress)
     fold = [hashlib.sha256(p.cluster.encode()).digest()[0] % FOLDS for p in items]
-    return States(states, torch.tensor([p.harmful for p in items]), torch.tensor(fold), intent)
+    counted = torch.tensor([p.ordinary for p in items])
+    if intent is not None:
+        counted &= intent < REFUSES
+    harmful = torch.tensor([p.harmful for p in items])
+    return States(states, harmful, torch.tensor(fold), counted, intent)
 
 
 def record_intent(
@@ -189,6 +205,7 @@ def with_anchors(text: States, pairs: Tensor) -> States:
         torch.cat([text.states, pairs.flatten(0, 1)]),
         torch.cat([text.harmful, labels]),
         torch.cat([text.fold, folds]),
+        torch.cat([text.counted, ~labels]),
         intent,
     )
 
@@ -205,6 +222,7 @@ def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
             *states.folds(),
             recorded.directions,
             budget.false_positives * share,
+            counted=states.false_positives(),
             intents=states.intents(),
             openings=recorded.openings,
         )
@@ -224,7 +242,7 @@ def bound_scores(
     folder: Path,
     progress: Progress,
 ) -> Tensor:
-    """The scores that set the thresholds: for each harmless question, the highest of each gate.
+    """Scores of harmless questions, which set the thresholds: the highest of each gate.
 
     Each prompt is scored as text and with a picture, a blank and a drawn one in turn. A question
     and its copies in templates count as one, so that scores are independent. If the model refuses a

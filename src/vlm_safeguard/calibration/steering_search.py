@@ -69,7 +69,7 @@ def search(
         won = successes(loaded, guard, few, effort.tokens)
         ranked.append((sum(won) / len(won), len(ranked), steering))
         tried.append({"steering": _brief(steering), "n": len(won), "asr": ranked[-1][0]})
-    more = evenly(fit[1::2], effort.final)
+    more = evenly([p for p in fit[1::2] if not p.lookalike], effort.final)
     harmful = [p for p in more if p.harmful]
     harmless = [p for p in more if not p.harmful]
     attacks = [r for s in SETTINGS for r in queries(within(harmful, s), s)]
