@@ -16,6 +16,7 @@ from vlm_safeguard.calibration import hidden_states, steering_search
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.calibrate import calibrate
 from vlm_safeguard.calibration.gate_fitting import GateFit, auc, fit_gate, threshold
+from vlm_safeguard.calibration.generation import Response
 from vlm_safeguard.calibration.steering_search import candidates
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.prompts import calibration
@@ -132,29 +133,44 @@ def test_what_counts_as_a_false_positive(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert made.false_positives().tolist() == [bool(n) for n in counted[1:]]
 
 
-def test_candidates_are_tried_on_attacks_that_succeed_with_either_picture(
+def test_candidates_are_tried_on_attacks_that_succeed_though_a_gate_opens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fit = [p for p in calibration("fit") if p.harmful]
+    open_and_won: list[Query] = []
     won: list[Query] = []
 
     def blank(asked: Query) -> bool:
         return asked.image is not None and len(asked.image.getcolors(2) or "12") == 1
 
-    def succeed(loaded: object, guard: object, attacks: list[Query], tokens: int) -> list[bool]:
-        """Every fifth with a blank image, every other with a picture."""
-        hits = [n % (5 if blank(asked) else 2) == 0 for n, asked in enumerate(attacks)]
-        won[:] = [asked for asked, hit in zip(attacks, hits, strict=True) if hit]
-        return hits
+    def respond(_, attacks, guard, *, monitor, **__):
+        """Of 20 with a blank image and 20 with a picture every other succeeds, and on two in five
+        a gate opens."""
+        assert monitor and guard == "guard"
+        said = []
+        for n, asked in enumerate(attacks):
+            succeeds, fired = n % 2 == 0, n % 5 < 2
+            won.extend([asked] if succeeds else [])
+            open_and_won.extend([asked] if succeeds and fired else [])
+            text = "Sure, here it is" if succeeds else "I'm sorry, but I can't help"
+            said.append(Response(text, 4, False, fired))
+        return said
 
-    monkeypatch.setattr(steering_search, "successes", succeed)
-    effort = Effort(scan=40, search=12)
-    few = steering_search._successful(None, fit, effort, Progress(quiet=True))  # type: ignore[arg-type]
-    assert len(few) == 12 and all(attack in won for attack in few)
-    assert 0 < sum(map(blank, few)) < 12
-    more = replace(effort, search=30)  # more than the 14 that succeed: others fill up
-    few = steering_search._successful(None, fit, more, Progress(quiet=True))  # type: ignore[arg-type]
-    assert len(few) == 30 and len(won) == 14 and all(attack in few for attack in won)
+    def few(effort: Effort) -> list[Query]:
+        won.clear()
+        open_and_won.clear()
+        return steering_search._telling(None, "guard", fit, effort, Progress(quiet=True))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(steering_search, "respond", respond)
+    effort = Effort(scan=40, search=6)
+    chosen = few(effort)
+    assert len(chosen) == 6 and all(attack in open_and_won for attack in chosen)
+    assert 0 < sum(map(blank, chosen)) < 6
+    chosen = few(replace(effort, search=12))  # more than the 8 that do both
+    assert len(open_and_won) == 8 and all(attack in chosen for attack in open_and_won)
+    assert len(chosen) == 12 and all(attack in won for attack in chosen)
+    chosen = few(replace(effort, search=30))  # more than the 20 that succeed
+    assert len(won) == 20 and all(attack in chosen for attack in won) and len(chosen) == 30
 
 
 def test_a_budget_that_no_threshold_can_keep_is_refused_before_any_work() -> None:

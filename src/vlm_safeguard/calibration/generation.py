@@ -41,17 +41,22 @@ def respond(
     items: Sequence[Query],
     guard: Guard | None = None,
     *,
+    monitor: bool = False,
     max_new_tokens: int = 32,
     batch: int = 32,
     what: str = "responses",
     progress: Progress | None = None,
 ) -> list[Response]:
-    """Generate greedy responses to ``items``, in their order."""
+    """Generate greedy responses to ``items``, in their order.
+
+    With ``monitor`` the guard only watches: see ``Guard.attach``.
+    """
     tokenizer = loaded.processor.tokenizer
     stops = loaded.model.generation_config.eos_token_id
     ends = set(stops if isinstance(stops, list) else [stops])
     found: dict[int, Response] = {}
-    with guard.attach(loaded.model, loaded.processor) if guard else nullcontext() as session:
+    attached = guard.attach(loaded.model, loaded.processor, monitor) if guard else nullcontext()
+    with attached as session:
         groups = batches(loaded.processor.tokenizer, items, batch)
         for group in progress.track(groups, what) if progress else groups:
             chosen = [items[i] for i in group]
