@@ -70,7 +70,7 @@ train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 
 	  $(if $(wildcard $(BENCHMARKS)/malicious_instruct),--benchmarks $(BENCHMARKS))
 
 guard: $(VENV)/.installed  ## Make the guard that ships for the embedded VLM again
-	$(BIN)/vlm-safeguard calibrate embedded --read-pictures -o $(PACKAGED)/guard
+	$(BIN)/vlm-safeguard calibrate embedded --read-pictures --quick -o $(PACKAGED)/guard
 
 # LIMIT=50 takes 50 prompts of each label and set.
 EVALUATE = $(BIN)/vlm-safeguard evaluate embedded --defence all --guard embedded \

@@ -196,19 +196,40 @@ def test_thin_takes_half_of_each_label_once() -> None:
 def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """For each question, the highest of each gate, of its copies too, and the lowest of all where
     the model refuses the question by itself."""
-    items = [replace(p, cluster=str(n)) for n, p in enumerate(calibration("bound")[:10])]
+    items = [
+        replace(p, cluster=str(n), prompt="A request?")
+        for n, p in enumerate(calibration("bound")[:10])
+    ]
     items[8] = replace(items[8], cluster="7")  # a wrapped copy of question 7
     text, seen = torch.zeros(10, 2, 1), torch.zeros(10, 2, 1)
     text[:, 0, 0] = 2 * torch.arange(10)
     seen[0, 1, 0] = 20  # with its picture alone
-    states = iter((text, seen))
-    monkeypatch.setattr(hidden_states, "record", lambda *_, **__: next(states))
+    states: list[torch.Tensor] = []
+    monkeypatch.setattr(hidden_states, "record", lambda *_, **__: states.pop(0))
     monkeypatch.setattr(
         hidden_states, "answered", lambda _, asked, __: [p != items[9] for p in asked]
     )
     text_gate = GateFit((0,), torch.ones(1, 1), 0.0, spread=2.0)
     in_vlm = GateFit((1,), torch.ones(1, 1), 0.0, spread=1.0)
     quiet, loaded = Progress(quiet=True), None
-    found = hidden_states.bound_scores(loaded, text_gate, in_vlm, items, tmp_path, quiet)  # type: ignore[arg-type]
+
+    def scored(reads_sentences: bool, *recorded: torch.Tensor) -> torch.Tensor:
+        states.extend(recorded)
+        return hidden_states.bound_scores(
+            loaded,
+            text_gate,
+            in_vlm,
+            items,
+            reads_sentences,
+            tmp_path,
+            quiet,  # type: ignore[arg-type]
+        )
+
+    found = scored(False, text, seen)
     assert found[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 0]
     assert found[:, 1].tolist() == [20] + [0] * 8
+    items[1] = replace(items[1], prompt="Some words come first. Then there are others.")
+    parts = torch.zeros(2, 2, 1)
+    parts[1, 0, 0] = 50  # its second sentence
+    found = scored(True, text, seen, parts)
+    assert found[:, 0].tolist() == [0, 25, 2, 3, 4, 5, 6, 8, 0]

@@ -116,6 +116,8 @@ def _settings(config: GuardConfig) -> str:
     ]
     reads = "with the words that stand in pictures, if `encode` is told to read them"
     reading = f" The text-only prompt comes {reads}." if config.reads_pictures else ""
+    if config.reads_sentences:
+        reading += " Text gates also read each sentence by itself."
     return "\n\n".join(
         [
             "## Settings",

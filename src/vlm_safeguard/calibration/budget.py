@@ -36,3 +36,11 @@ class Effort:
     final: int = 16  # prompts of each label for each finalist, per setting
     proof: int = 64  # prompts of each label for the held-out test, per setting
     tokens: int = 12  # generated tokens per attack
+
+    @classmethod
+    def quick(cls) -> Effort:
+        """For a calibration that takes less time and finds a little less.
+
+        Thresholds are set on as many prompts: with fewer, the guarantee costs recall.
+        """
+        return cls(worded=320, pictured=120, scan=64, search=8, final=8, tokens=8)

@@ -41,6 +41,7 @@ from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import find_markup
+from vlm_safeguard.model.text_reader import TextReader
 from vlm_safeguard.model.weights import weights_digest
 from vlm_safeguard.utils.progress import Progress
 
@@ -82,14 +83,24 @@ def calibrate(
         pairs, directions = recorded.pairs, recorded.directions
         text, pictured = recorded.text, recorded.pictured
         fits = fit_gates(recorded, budget)
-        scores = bound_scores(loaded, *fits, bound, folder, progress)
+        reads_sentences = TextReader(loaded.processor).framed
+        scores = bound_scores(loaded, *fits, bound, reads_sentences, folder, progress)
         fitted = useful_gates(*fits, scores, budget.false_positives)
         table = _separability(text, pictured, directions)
         gates = [
             _gate_rates(source, gate, {"text": text} if source == "text" else pictured)
             for source, gate in fitted.items()
         ]
-        base = _Foundation(loaded, directions, pairs, markup, fitted, reads_pictures, data.sha256)
+        base = _Foundation(
+            loaded,
+            directions,
+            pairs,
+            markup,
+            fitted,
+            reads_pictures,
+            reads_sentences,
+            data.sha256,
+        )
         guard, tried = search(loaded, base.build, list(data.fit), budget, effort, progress)
     proof = prove(loaded, guard, data.held, budget, effort, progress)
     results = {
@@ -144,6 +155,7 @@ class _Foundation:
     markup: ImageMarkup
     gates: Mapping[Literal["text", "vlm"], GateFit]
     reads_pictures: bool
+    reads_sentences: bool
     data_sha256: Mapping[str, str]
 
     def build(self, steering: Steering) -> Guard:
@@ -184,6 +196,7 @@ class _Foundation:
             gates=gates,
             steering=steering,
             reads_pictures=self.reads_pictures,
+            reads_sentences=self.reads_sentences,
             data_sha256=dict(self.data_sha256),
         )
         return Guard(config, tensors)

@@ -18,8 +18,10 @@ from vlm_safeguard.calibration.gate_fitting import GateFit, fit_gate, refusal_op
 from vlm_safeguard.data.inputs import PICTURED, Query, Setting, queries, query, spoken, told
 from vlm_safeguard.data.prompts import AnchorPair, CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
+from vlm_safeguard.model.canonical_text import canonical_text
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import anchor_queries, record, record_with_logits
+from vlm_safeguard.model.sentences import sentences
 from vlm_safeguard.utils.progress import Progress
 
 MAX_RANK = 64
@@ -239,6 +241,7 @@ def bound_scores(
     text_gate: GateFit,
     in_vlm: GateFit,
     items: Sequence[Prompt],
+    reads_sentences: bool,
     folder: Path,
     progress: Progress,
 ) -> Tensor:
@@ -252,6 +255,7 @@ def bound_scores(
         text_gate: the text gate.
         in_vlm: the gate in the VLM.
         items: harmless prompts that no gate was fitted to.
+        reads_sentences: whether the text gate also reads each sentence by itself.
 
     Returns:
         Scores (n, 2) of n questions by the text gate and by the gate in the VLM, each in units of
@@ -265,6 +269,15 @@ def bound_scores(
     what = "bound, pictures"
     seen = record(loaded, mixed, folder, what=what, layers=layers, progress=progress)
     by_text = text_gate.scores(text, intent) / text_gate.spread
+    cut = [(n, one) for n, p in enumerate(items) for one in sentences(canonical_text(p.prompt))]
+    if reads_sentences and cut:
+        asked = [Query(one, None) for _, one in cut]
+        parts, intent = record_intent(
+            loaded, asked, text_gate.openings, folder, "bound, sentences", progress
+        )
+        of_parts = text_gate.scores(parts, intent) / text_gate.spread
+        owners = torch.tensor([n for n, _ in cut])
+        by_text = by_text.scatter_reduce(0, owners, of_parts, "amax")
     by_vlm = torch.maximum(in_vlm.scores(text), in_vlm.scores(seen)) / in_vlm.spread
     scores = torch.stack([by_text, by_vlm], 1)
     # Only the highest scores decide where a threshold lies.

@@ -71,12 +71,16 @@ def calibrate(
         bool,
         typer.Option("--read-pictures", help="Also read text in pictures (needs the extra 'ocr')."),
     ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Try fewer prompts: takes half the time, finds less.")
+    ] = False,
     *,
     options: LoadOptions,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Calibrate a guard for MODEL; save it only if it helps."""
+    from vlm_safeguard.calibration.budget import Effort
     from vlm_safeguard.calibration.calibrate import calibrate as run
     from vlm_safeguard.data.prompts import CalibrationData
 
@@ -88,7 +92,14 @@ def calibrate(
     own = CalibrationData.from_folder(data) if data else None  # before the model is loaded
     loaded = load_model(model, options, progress)
     budget = Budget(max_false_positives, max_kl)
-    guard = run(loaded, data=own, budget=budget, reads_pictures=read_pictures, progress=progress)
+    guard = run(
+        loaded,
+        data=own,
+        budget=budget,
+        effort=Effort.quick() if quick else Effort(),
+        reads_pictures=read_pictures,
+        progress=progress,
+    )
     guard.save_pretrained(output)
     if json_:
         print_json(guard.config.model_dump())

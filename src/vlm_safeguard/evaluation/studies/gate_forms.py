@@ -100,7 +100,7 @@ def study(
                     rows.append(_judge(form.name, source, setting, gate, held[setting]))
         text_gate, in_vlm = fit_gates(recorded, budget)
         bound = evenly([p for p in data.bound if p.ordinary], effort.bound)
-        scores = bound_scores(loaded, text_gate, in_vlm, bound, folder, progress)
+        scores = bound_scores(loaded, text_gate, in_vlm, bound, False, folder, progress)
         gates = useful_gates(text_gate, in_vlm, scores, budget.false_positives)
         together = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
     return rows, together
