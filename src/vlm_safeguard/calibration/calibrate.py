@@ -79,11 +79,13 @@ def calibrate(
     markup = find_markup(loaded)
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
-        recorded = record_calibration(loaded, data, effort, reads_pictures, folder, progress)
+        reads_sentences = TextReader(loaded.processor).framed
+        recorded = record_calibration(
+            loaded, data, effort, reads_pictures, reads_sentences, folder, progress
+        )
         pairs, directions = recorded.pairs, recorded.directions
         text, pictured = recorded.text, recorded.pictured
         fits = fit_gates(recorded, budget)
-        reads_sentences = TextReader(loaded.processor).framed
         scores = bound_scores(loaded, *fits, bound, reads_sentences, folder, progress)
         fitted = useful_gates(*fits, scores, budget.false_positives)
         table = _separability(text, pictured, directions)

@@ -75,6 +75,7 @@ class Recorded:
         directions: safety directions by layer.
         openings: tokens that the model's refusals begin with; may be empty.
         text: states of the calibration prompts as text.
+        sentences: states (k, L, d) of single sentences of harmless prompts, as text; k may be 0.
         pictured: states with a blank image and with a picture, by setting.
     """
 
@@ -82,11 +83,17 @@ class Recorded:
     directions: dict[int, Tensor]
     openings: list[int]
     text: States
+    sentences: Tensor
     pictured: dict[str, States]
 
     def text_only_states(self) -> States:
-        """States that the text gate is fitted to: prompts as text, and anchors."""
-        return with_anchors(self.text, self.pairs)
+        """States that the text gate is fitted to: prompts as text, anchors, and sentences.
+
+        Without sentences of harmless prompts the gate opens on some that are no request by
+        themselves, such as the beginning of a story.
+        """
+        harmful, harmless = self.pairs
+        return with_others(self.text, harmful, torch.cat([harmless, self.sentences]))
 
     def vlm_states(self) -> States:
         """States that the gate in the VLM is fitted to: all settings with a picture."""
@@ -124,6 +131,7 @@ def record_calibration(
     data: CalibrationData,
     effort: Effort,
     reads_pictures: bool,
+    reads_sentences: bool,
     folder: Path,
     progress: Progress,
 ) -> Recorded:
@@ -138,12 +146,19 @@ def record_calibration(
     worded = evenly([p for p in fit if told(p, reads_pictures)], effort.worded)
     said = [spoken(p, reads_pictures) for p in worded]
     text = record_states(loaded, worded, said, "text", folder, progress, openings)
+    parts: dict[str, None] = {}  # each once: those of a template repeat
+    for prompt in worded if reads_sentences else ():
+        if not prompt.harmful:
+            parts |= dict.fromkeys(sentences(canonical_text(prompt.prompt)))
+    single = record(
+        loaded, [Query(one, None) for one in parts], folder, what="sentences", progress=progress
+    )
     pictured: dict[str, States] = {}
     for setting in PICTURED:
         chosen = evenly(within(fit, setting), effort.pictured)
         seen = queries(chosen, setting)
         pictured[setting] = record_states(loaded, chosen, seen, setting, folder, progress)
-    return Recorded(pairs, directions, openings, text, pictured)
+    return Recorded(pairs, directions, openings, text, single, pictured)
 
 
 def record_states(
@@ -193,18 +208,17 @@ def record_intent(
     )
 
 
-def with_anchors(text: States, pairs: Tensor) -> States:
-    """States of the text prompts together with those of the anchors.
+def with_others(text: States, harmful: Tensor, harmless: Tensor) -> States:
+    """States of the text prompts together with other states (k, L, d).
 
-    The anchors get a negative fold: gates are fitted to them but not judged by them, because the
-    directions come from the anchors and separate them better than other prompts.
+    The others get a negative fold: gates are fitted to them but not judged by them. The directions
+    come from the anchors and separate them better than other prompts, and a sentence is no request.
     """
-    count = pairs.shape[1]
-    labels = torch.arange(2 * count) < count
-    folds = torch.full((2 * count,), -1)
-    intent = None if text.intent is None else torch.cat([text.intent, torch.zeros(2 * count)])
+    labels = torch.arange(len(harmful) + len(harmless)) < len(harmful)
+    folds = torch.full((len(labels),), -1)
+    intent = None if text.intent is None else torch.cat([text.intent, torch.zeros(len(labels))])
     return States(
-        torch.cat([text.states, pairs.flatten(0, 1)]),
+        torch.cat([text.states, harmful, harmless]),
         torch.cat([text.harmful, labels]),
         torch.cat([text.fold, folds]),
         torch.cat([text.counted, ~labels]),

@@ -82,7 +82,7 @@ def study(
     data = CalibrationData.packaged()
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
-        recorded = record_calibration(loaded, data, effort, False, folder, progress)
+        recorded = record_calibration(loaded, data, effort, False, False, folder, progress)
         held = {
             s: _held(
                 loaded, data.held, s, recorded.openings if s == "text" else (), folder, progress
