@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from vlm_safeguard.errors import GuardRuntimeError, ModelError
+from vlm_safeguard.errors import ModelError, UnreadableText
 from vlm_safeguard.model.canonical_text import canonical_text
 from vlm_safeguard.model.chat import process, render
 from vlm_safeguard.model.control_tokens import ControlTokens
@@ -50,7 +50,7 @@ class TextReader:
         text that a user types.
 
         Raises:
-            GuardRuntimeError: the canonical form has other control tokens than the text.
+            UnreadableText: the canonical form has other control tokens than the text.
         """
         text = self._decoded(ids)
         if canonical_text(text) == text:
@@ -76,7 +76,7 @@ class TextReader:
         if not found:
             return None  # nothing but invisible characters, and no template
         if self._controls(found) != self._controls(ids):
-            raise GuardRuntimeError(
+            raise UnreadableText(
                 "the request's text without its invisible characters would write a control token, "
                 "so the guard cannot read it: take those characters out"
             )
