@@ -5,14 +5,24 @@ python -m tests.family_table
 
 from __future__ import annotations
 
+import re
+from importlib.metadata import version
 from pathlib import Path
+
+import transformers
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as REGISTERED,
+)
 
 from tests.families import FAMILIES, REFUSED, Family
 from vlm_safeguard.calibration.doctor import describe
 from vlm_safeguard.errors import ModelError
+from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.residual_stream import verify_residual_stream
 from vlm_safeguard.utils.files import write_whole
 
+MODELS = Path(transformers.__file__).parent / "models"
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- made by python -m tests.family_table -->", "<!-- end -->"
 
@@ -30,22 +40,63 @@ def summary() -> str:
 
 def table() -> str:
     """The tables of the docs: families that can be guarded, and refused ones with the reason."""
+    built = [(one, one.build()) for one in FAMILIES.values()]
     lines = [
+        f"transformers {version('transformers')} registers {len(REGISTERED)} types for images and "
+        "text; the [last table](#all-registered-types) has them all.",
+        "",
         "| Family | Class in transformers | Decoder layers | Image tokens | Text-only version |",
         "|---|---|---|---|---|",
-        *(_row(one) for one in FAMILIES.values()),
+        *(_row(one, loaded) for one, loaded in built),
         "",
         "These families are refused:",
         "",
         "| Family | Reason |",
         "|---|---|",
         *(f"| {name} | {_reason(name)} |" for name in REFUSED),
+        "",
+        "### All registered types",
+        "",
+        *_registered({type(loaded.model).__name__: one for one, loaded in built}),
     ]
     return "\n".join(lines)
 
 
-def _row(one: Family) -> str:
-    loaded = one.build()
+def _registered(tried: dict[str, Family]) -> list[str]:
+    """A table of every type that transformers registers for images and text, with what is known.
+
+    ``tried``: the families of the matrix by the name of their class.
+    """
+    refused = {type(build()).__name__ for build in REFUSED.values()}
+    lines = ["| Type | Class | Guard |", "|---|---|---|"]
+    for kind, name in sorted(REGISTERED.items()):
+        if name in tried:
+            state = "tested" if tried[name].text_alone else "tested, cannot be calibrated"
+        elif name in refused:
+            state = "refused, see above"
+        else:
+            state = _by_source(kind, name)
+        lines.append(f"| `{kind}` | `{name}` | {state} |")
+    return lines
+
+
+def _by_source(kind: str, name: str) -> str:
+    """What the source of a class that is not in the matrix says of it."""
+    folder = MODELS / model_type_to_module_name(kind)
+    sources = {path.name: path.read_text("utf-8") for path in sorted(folder.glob("*.py"))}
+    code = "\n".join(text for file, text in sources.items() if file.startswith("modeling_"))
+    body = re.search(rf"^class {name}\(.*?(?=^class |\Z)", code, re.DOTALL | re.MULTILINE)
+    if body and "\n    def generate(" in body[0]:
+        return "refused: its own generate()"
+    settings = "\n".join(
+        text for file, text in sources.items() if file.startswith("configuration_")
+    )
+    if re.search(r"^ +is_encoder_decoder.*= True", settings, re.MULTILINE):
+        return "refused: encoder-decoder"
+    return "not tried"
+
+
+def _row(one: Family, loaded: LoadedModel) -> str:
     decoder = verify_residual_stream(loaded.model)
     skipped = f", {len(decoder.skipped)} of 4 cross-attention" if decoder.skipped else ""
     try:

@@ -17,6 +17,7 @@ from vlm_safeguard.artifact.model_card import CARD_FILE, MARK, card
 from vlm_safeguard.artifact.serialization import CONFIG_FILE, TENSOR_FILE
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.model.chat import prepare
+from vlm_safeguard.model.chat_template import find_template
 from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_digest
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.residual_stream import find_decoder
@@ -273,7 +274,7 @@ class Guard:
             self._check_markup(model, processor)
 
     def _check_template(self, processor: Any) -> None:
-        if getattr(processor, "chat_template", None) is None:
+        if find_template(processor) is None:
             raise GuardError(
                 f"this guard is for {self.config.model.name}: the processor has no chat template"
             )

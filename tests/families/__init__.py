@@ -17,6 +17,7 @@ from tests.families.idefics_family import IDEFICS_TEMPLATE, idefics3, idefics3_s
 from tests.families.mllama_family import mllama
 from tests.families import pixtral_family
 from tests.families import glm_family
+from tests.families import deepseek_family, lfm_family, ovis_family
 from tests.families.refused import REFUSED
 # isort: on
 
@@ -30,14 +31,17 @@ __all__ = [
     "TEXT",
     "WIDTH",
     "Family",
+    "deepseek_family",
     "gemma3",
     "glm_family",
     "idefics3",
     "idefics3_split",
     "internvl_family",
+    "lfm_family",
     "llava",
     "llava_onevision",
     "mllama",
+    "ovis_family",
     "photo",
     "pixtral_family",
     "qwen2_vl",

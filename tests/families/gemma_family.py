@@ -1,4 +1,4 @@
-"""Gemma 3 and PaliGemma: attention masks of their own."""
+"""Gemma 3, Gemma 4 and PaliGemma: attention masks of their own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from tests.families.base import (
     SQUARE,
     TEXT,
     VISION,
+    VOCAB,
     WIDTH,
     family,
     ready,
     template,
     tokenizer,
+    without_video,
 )
 from vlm_safeguard.model.loading import LoadedModel
 
@@ -43,6 +45,52 @@ def gemma3(newlines: bool = False) -> LoadedModel:
         ),
     )
     return ready(tf.Gemma3ForConditionalGeneration(config), processor, "tiny Gemma 3")
+
+
+GEMMA_4 = ["<|image|>", "<|image>", "<image|>", "<|audio|>", "<|audio>", "<audio|>", "<|video|>"]
+
+
+@family("Gemma 4", markup=(("<|image|>",), "\n\n<|image>", "<image|>\n\n"))
+def gemma4() -> LoadedModel:
+    """Its last two layers share the keys and values of those below."""
+    text = TEXT | {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+    config = tf.Gemma4Config(
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 8,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+        },
+        text_config=text
+        | {
+            "global_head_dim": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        audio_config=None,
+        image_token_id=FIRST_SPECIAL,
+        boi_token_id=FIRST_SPECIAL + 1,
+        eoi_token_id=FIRST_SPECIAL + 2,
+        audio_token_id=FIRST_SPECIAL + 3,
+        boa_token_id=FIRST_SPECIAL + 4,
+        eoa_token_index=FIRST_SPECIAL + 5,
+        video_token_id=FIRST_SPECIAL + 6,
+    )
+    names = ("image_token", "boi_token", "eoi_token", "audio_token", "boa_token", "eoa_token")
+    processor = without_video(tf.Gemma4Processor)(
+        tf.Gemma4AudioFeatureExtractor(),
+        tf.Gemma4ImageProcessorPil(patch_size=8, pooling_kernel_size=2, max_soft_tokens=70),
+        tokenizer(GEMMA_4, **dict(zip(names, GEMMA_4, strict=False))),
+        None,
+        chat_template=template("\n\n<|image|>\n\n"),
+    )
+    return ready(tf.Gemma4ForConditionalGeneration(config), processor, "tiny Gemma 4")
 
 
 @family("PaliGemma", markup=(("<image>",), "", ""), both_ways=True, mixed=False, text_alone=False)

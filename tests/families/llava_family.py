@@ -85,6 +85,31 @@ def llava_next() -> LoadedModel:
     return ready(tf.LlavaNextForConditionalGeneration(config), processor, "tiny LLaVA-NeXT")
 
 
+@family("LLaVA-NeXT-Video", markup=(("<image>",), "", "\n"))
+def llava_next_video() -> LoadedModel:
+    config = tf.LlavaNextVideoConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION),
+        text_config=tf.LlamaConfig(**TEXT),
+        image_token_index=FIRST_SPECIAL,
+        video_token_index=FIRST_SPECIAL + 1,
+        image_grid_pinpoints=GRID,
+        image_seq_length=4,
+    )
+    processor = without_video(tf.LlavaNextVideoProcessor)(
+        None,
+        tf.LlavaNextImageProcessorPil(
+            size={"shortest_edge": 24}, crop_size=SQUARE, image_grid_pinpoints=GRID
+        ),
+        tokenizer(["<image>", "<video>"]),
+        patch_size=12,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<image>\n"),
+    )
+    model = tf.LlavaNextVideoForConditionalGeneration(config)
+    return ready(model, processor, "tiny LLaVA-NeXT-Video")
+
+
 @family("LLaVA-OneVision", markup=(("<image>",), "", "\n"))
 def llava_onevision() -> LoadedModel:
     config = tf.LlavaOnevisionConfig(

@@ -57,3 +57,23 @@ def mistral3() -> LoadedModel:
     )
     processor = _pixtral(spatial_merge_size=2)
     return ready(tf.Mistral3ForConditionalGeneration(config), processor, "tiny Mistral 3")
+
+
+@family("LightOnOCR", markup=(("<|image_pad|>",), "", ""))
+def lighton_ocr() -> LoadedModel:
+    config = tf.LightOnOcrConfig(
+        vision_config=_pixtral_tower(),
+        text_config=tf.Qwen3Config(**TEXT),
+        image_token_id=FIRST_SPECIAL,
+        spatial_merge_size=2,
+    )
+    specials = ["<|image_pad|>", "<|vision_pad|>", "<|vision_end|>"]
+    names = ("image_token", "image_break_token", "image_end_token")
+    processor = tf.LightOnOcrProcessor(
+        tf.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size=16),
+        tokenizer(specials, **dict(zip(names, specials, strict=True))),
+        patch_size=8,
+        spatial_merge_size=2,
+        chat_template=template("<|image_pad|>"),
+    )
+    return ready(tf.LightOnOcrForConditionalGeneration(config), processor, "tiny LightOnOCR")

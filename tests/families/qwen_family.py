@@ -127,30 +127,70 @@ def qwen3_vl_moe() -> LoadedModel:
     return ready(tf.Qwen3VLMoeForConditionalGeneration(config), processor, "tiny Qwen3-VL-MoE")
 
 
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}
+VISION_3_5 = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "out_hidden_size": WIDTH,
+    "num_heads": 2,
+    "patch_size": 8,
+    "num_position_embeddings": 16,
+}
+
+
+def _qwen3_5(config: type, model: type, name: str, **text: Any) -> LoadedModel:
+    settings = config(
+        text_config=TEXT | mrope(2, 1, 1) | LINEAR | text, vision_config=VISION_3_5, **QWEN_IDS
+    )
+    processor = without_video(tf.Qwen3VLProcessor)(
+        _qwen_pictures(), tokenizer(QWEN), chat_template=template(QWEN_PICTURE)
+    )
+    return ready(model(settings), processor, name)
+
+
 @family("Qwen3.5", markup=QWEN_MARKUP)
 def qwen3_5() -> LoadedModel:
-    linear = {
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_conv_kernel_dim": 4,
-    }
-    config = tf.Qwen3_5Config(
-        text_config=TEXT | mrope(2, 1, 1) | linear,
+    return _qwen3_5(tf.Qwen3_5Config, tf.Qwen3_5ForConditionalGeneration, "tiny Qwen3.5")
+
+
+@family("Qwen3.5-MoE", markup=QWEN_MARKUP)
+def qwen3_5_moe() -> LoadedModel:
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    model = tf.Qwen3_5MoeForConditionalGeneration
+    more = experts | {"shared_expert_intermediate_size": 16}
+    return _qwen3_5(tf.Qwen3_5MoeConfig, model, "tiny Qwen3.5-MoE", **more)
+
+
+@family("EXAONE 4.5", markup=(("<|image_pad|>",), "<vision>", "</vision>"))
+def exaone4_5() -> LoadedModel:
+    text = TEXT | {"model_type": "exaone4", "sliding_window": 16, "sliding_window_pattern": 2}
+    config = tf.Exaone4_5_Config(
+        text_config=text,
         vision_config={
             "depth": 2,
             "hidden_size": 16,
             "intermediate_size": 24,
             "out_hidden_size": WIDTH,
             "num_heads": 2,
+            "num_key_value_heads": 2,
             "patch_size": 8,
-            "num_position_embeddings": 16,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
         },
-        **QWEN_IDS,
+        image_token_id=FIRST_SPECIAL + 2,
+        video_token_id=FIRST_SPECIAL + 3,
     )
-    processor = without_video(tf.Qwen3VLProcessor)(
-        _qwen_pictures(), tokenizer(QWEN), chat_template=template(QWEN_PICTURE)
+    processor = without_video(tf.Exaone4_5_Processor)(
+        _qwen_pictures(),
+        tokenizer(["<vision>", "</vision>", *QWEN[2:]]),
+        chat_template=template("<vision><|image_pad|></vision>"),
     )
-    return ready(tf.Qwen3_5ForConditionalGeneration(config), processor, "tiny Qwen3.5")
+    return ready(tf.Exaone4_5_ForConditionalGeneration(config), processor, "tiny EXAONE 4.5")

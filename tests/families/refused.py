@@ -89,6 +89,27 @@ def kosmos2() -> Any:
     return tf.Kosmos2ForConditionalGeneration(config)
 
 
+@refused("Janus")
+def janus() -> Any:
+    vision = {key: value for key, value in VISION.items() if key != "intermediate_size"}
+    config = tf.JanusConfig(
+        vision_config=vision | {"projection_dim": WIDTH, "num_image_tokens": 4},
+        vq_config={
+            "num_embeddings": 8,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "latent_channels": 8,
+            "num_res_blocks": 1,
+            "num_patches": 2,
+            "projection_dim": WIDTH,
+            "image_token_embed_dim": WIDTH,
+        },
+        text_config=tf.LlamaConfig(**TEXT),
+        image_token_id=FIRST_SPECIAL,
+    )
+    return tf.JanusForConditionalGeneration(config)
+
+
 @refused("Florence-2")
 def florence2() -> Any:
     sizes = ("layers", "ffn_dim", "attention_heads")

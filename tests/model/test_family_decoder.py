@@ -141,6 +141,7 @@ REASONS = {
     "InstructBLIP with T5": "encoder-decoder",
     "BLIP-2": "its own generate\\(\\)",
     "Kosmos-2": "its own generate\\(\\)",
+    "Janus": "its own generate\\(\\)",
     "Florence-2": "encoder-decoder",
     "Gemma 3n": "not a floating-point residual stream",
 }

@@ -27,6 +27,7 @@ NAMES = [
     "qwen3_vl_moe",  # experts
     "qwen3_5",  # linear attention
     "gemma3",  # sliding windows, and a picture's tokens attend both ways
+    "gemma4",  # upper layers compute the last column alone
     "mllama",  # cross-attention
     "idefics3_split",  # tiles with text between them
 ]

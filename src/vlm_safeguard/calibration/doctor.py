@@ -199,7 +199,7 @@ def _effect(
     helps = p_value < 0.05 and sum(guarded) < sum(plain)
     checks = [Check("effect", helps or sum(plain) == sum(guarded) == 0, found)]
     harmless = within([p for p in held if not p.harmful], "blank")
-    said = respond(loaded, queries(harmless, "blank"), guard, max_new_tokens=1)
+    said = respond(loaded, queries(harmless, "blank"), guard, max_new_tokens=1, reasoning=0)
     opened = [p for p, a in zip(harmless, said, strict=True) if a.fired]
     stopped = sum(answered(loaded, opened, guard.config.reads_pictures))
     rate = wilson(stopped, len(harmless))

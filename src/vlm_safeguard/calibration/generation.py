@@ -8,13 +8,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from transformers import StoppingCriteriaList
 
 from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.reasoning import AnswerLimit, decoded, may_reason, opened_by
 from vlm_safeguard.runtime.attestation import Decision
 from vlm_safeguard.utils.progress import Progress
+
+REASONING = 512  # tokens of reasoning at most, before those of the answer
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Response:
     """A model's response.
 
     Attributes:
+        text: with the reasoning before the answer, if there is any (see ``model.reasoning``).
         tokens: number of generated tokens.
         truncated: whether it ended at the token limit.
         fired: whether a gate opened; None without a guard.
@@ -43,17 +48,20 @@ def respond(
     *,
     monitor: bool = False,
     max_new_tokens: int = 32,
+    reasoning: int = REASONING,
     batch: int = 32,
     what: str = "responses",
     progress: Progress | None = None,
 ) -> list[Response]:
     """Generate greedy responses to ``items``, in their order.
 
-    With ``monitor`` the guard only watches: see ``Guard.attach``.
+    ``max_new_tokens`` are those of the answer. A model that reasons first gets up to ``reasoning``
+    more for that. With ``monitor`` the guard only watches: see ``Guard.attach``.
     """
     tokenizer = loaded.processor.tokenizer
     stops = loaded.model.generation_config.eos_token_id
     ends = set(stops if isinstance(stops, list) else [stops])
+    reasons = reasoning > 0 and may_reason(loaded.processor)
     found: dict[int, Response] = {}
     attached = guard.attach(loaded.model, loaded.processor, monitor) if guard else nullcontext()
     with attached as session:
@@ -62,13 +70,21 @@ def respond(
             chosen = [items[i] for i in group]
             texts, images = [r.text for r in chosen], [r.image for r in chosen]
             inputs = encode(loaded, texts, images, reads_pictures(guard))
-            out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            width = inputs["input_ids"].shape[1]
+            tag = opened_by(tokenizer, inputs["input_ids"][0].tolist()) if reasons else ""
+            limit = AnswerLimit(tokenizer, width, max_new_tokens, tag)
+            out = loaded.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens + (reasoning if reasons else 0),
+                do_sample=False,
+                stopping_criteria=StoppingCriteriaList([limit] if reasons else []),
+            )
             decided = session.decisions if session else [None] * len(group)
             for row, index in enumerate(group):
-                said = out[row, inputs["input_ids"].shape[1] :].tolist()
+                said = out[row, width:].tolist()[: limit.lengths.get(row)]
                 stop = next((n for n, token in enumerate(said) if token in ends), None)
                 said = said if stop is None else said[:stop]
-                text = tokenizer.decode(said, skip_special_tokens=True).strip()
+                text = decoded(tokenizer, said, tag)
                 found[index] = Response(text, len(said), stop is None, *_gate(decided[row]))
     return [found[i] for i in range(len(items))]
 

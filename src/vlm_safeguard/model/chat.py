@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
 from vlm_safeguard.data.image_io import as_picture
 from vlm_safeguard.data.ocr import reader, with_words
 from vlm_safeguard.errors import ModelError
+from vlm_safeguard.model.chat_template import templated
 from vlm_safeguard.model.control_tokens import ControlTokens
 from vlm_safeguard.model.loading import LoadedModel
 
 Conversation = Sequence[Mapping[str, Any]]
 _Turn = tuple[str, list[str | None], list[Image.Image]]
-
-
-def _templated(processor: Any, turns: Sequence[tuple[str, Sequence[str | None]]]) -> str:
-    """Turns through the chat template, ready for an answer: roles and parts, None for a picture."""
-    messages = [
-        {
-            "role": role,
-            "content": [
-                {"type": "image"} if part is None else {"type": "text", "text": part}
-                for part in parts
-            ],
-        }
-        for role, parts in turns
-    ]
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 def render(processor: Any, prompt: str, pictures: int = 0) -> str:
@@ -40,17 +26,20 @@ def render(processor: Any, prompt: str, pictures: int = 0) -> str:
     Without pictures, the result is the request with a picture, minus the picture. This is the
     template's own rendering of the text, unless the template adds text when there is no picture,
     such as a system message.
+
+    Raises:
+        ModelError: the chat template is missing or fails.
     """
 
     def rendered(count: int) -> str:
-        return _templated(processor, [("user", [*[None] * count, prompt])])
+        return templated(processor, [("user", [*[None] * count, prompt])])
 
     if pictures:
         return rendered(pictures)
     plain = rendered(0)
     try:
         one, two = rendered(1), rendered(2)
-    except TemplateError:  # one picture at most
+    except ModelError:  # one picture at most
         return plain
     size, end = len(two) - len(one), 0
     while end < len(one) and one[end] == two[end]:
@@ -84,7 +73,7 @@ def process(
 
     Raises:
         ImageError: a picture is no ``PIL.Image``, or is damaged, too large or too small.
-        ModelError: the processor refuses the batch.
+        ModelError: the processor refuses the batch, or does not know the size of its patches.
     """
     first = processor.tokenizer.bos_token
     options: dict[str, Any] = {
@@ -97,6 +86,7 @@ def process(
     if any(pictures):
         # Row by row: some processors take a flat list for one row's.
         options["images"] = [list(map(as_picture, row)) for row in pictures]
+        _check_patches(processor)
     try:
         return dict(processor(text=list(texts), **options))
     except (ValueError, TypeError) as error:
@@ -105,6 +95,20 @@ def process(
             f"{type(processor).__name__} refuses a batch of {len(texts)} with "
             f"{sum(map(len, pictures))} pictures: {reason}"
         ) from error
+
+
+def _check_patches(processor: Any) -> None:
+    """Refuse a processor that would count a picture's tokens without knowing its patches, as those
+    saved before transformers 4.50 do not."""
+    names = ("patch_size", "vision_feature_select_strategy")
+    taken = inspect.signature(type(processor).__init__).parameters
+    for name in names:
+        if name in taken and getattr(processor, name, None) is None:
+            of = "model.config.vision_config" if name == "patch_size" else "model.config"
+            raise ModelError(
+                f"{type(processor).__name__} has no {name}, so it cannot count the tokens of a "
+                f"picture. Set it and save the processor: processor.{name} = {of}.{name}"
+            )
 
 
 def prepare(
@@ -241,7 +245,7 @@ def _rendered(processor: Any, turns: Sequence[_Turn], control: ControlTokens) ->
         pictures = words.count(None)
         if words[:pictures] == [None] * pictures and len(words) == pictures + 1:
             return render(processor, str(words[-1]), pictures)
-    return _templated(processor, messages)
+    return templated(processor, messages)
 
 
 def encode(

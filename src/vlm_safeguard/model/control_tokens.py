@@ -17,6 +17,8 @@ from typing import Any
 
 from jinja2 import Environment
 
+from vlm_safeguard.model.chat_template import find_template
+
 BREAK = "\u200b"  # a zero-width space
 
 
@@ -40,7 +42,7 @@ class ControlTokens:
         added = list(tokenizer.added_tokens_decoder.values())
         chat = getattr(tokenizer, "chat_control_tokens", None)
         if chat is None:
-            written = _literals(str(getattr(processor, "chat_template", None) or ""))
+            written = _literals(find_template(processor) or "")
             # White space is ordinary text in a template (Gemma has tokens for line breaks).
             chat = [
                 token.content

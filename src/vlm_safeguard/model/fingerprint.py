@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from vlm_safeguard.model.chat_template import find_template
 from vlm_safeguard.model.loading import DTYPES
 
 
@@ -41,5 +42,5 @@ def dtype_name(model: Any) -> str:
 
 
 def template_digest(processor: Any) -> str:
-    """SHA-256 of the chat template."""
-    return hashlib.sha256(str(processor.chat_template).encode()).hexdigest()
+    """SHA-256 of the chat template, the processor's or its tokenizer's."""
+    return hashlib.sha256(str(find_template(processor)).encode()).hexdigest()

@@ -11,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoProcessor
 
 from vlm_safeguard.errors import ModelError
+from vlm_safeguard.model.chat_template import find_template
 from vlm_safeguard.model.checkpoint import read_model
 from vlm_safeguard.model.quantization import quantization_config
 from vlm_safeguard.model.weights import input_device
@@ -129,7 +130,7 @@ def load(
         ) from error
     if getattr(processor, "image_processor", None) is None:
         raise ModelError(f"{name} has no image processor beside its tokenizer")
-    if processor.chat_template is None:
+    if find_template(processor) is None:
         raise ModelError(f"{name} has no chat template: save its processor with one")
     processor.tokenizer.padding_side = "left"
     if device_map is None:

@@ -78,13 +78,17 @@ def record(
     states = states[: len(items) * depth * width].view(len(items), depth, width)
     finite = torch.ones(len(items), depth, dtype=torch.bool)  # asked batch by batch: see above
     seen: dict[int, Tensor] = {}
+    prompt = False  # whether this pass is over more than one token
 
     def keep(layer: int) -> Any:
         def see(output: Any) -> None:
             # Batches are padded on the left: the last column is the last prompt token. A guard's
             # text-only pass comes before the request's own; decoding steps are one column wide.
+            nonlocal prompt
             hidden = hidden_of(output)
-            if hidden.shape[1] > 1:
+            if layer == 0:  # higher ones may put out the last column alone
+                prompt = hidden.shape[1] > 1
+            if prompt:
                 seen[layer] = hidden[:, -1].float().cpu()
             if layer == depth - 1 and layers:
                 raise EnoughSeen

@@ -161,7 +161,8 @@ def watch_layer(decoder: Decoder, layer: int, see: Callable[[Any], Tensor | None
 def verify_residual_stream(model: Any) -> Decoder:
     """Find the decoder and test it on a few text tokens.
 
-    The output of each layer must be the input of the next one, also when the output is replaced.
+    The output of each layer must be the input of the next one, also when the output is replaced;
+    the next one may take its last columns alone, as Gemma 4 does where layers share their keys.
     Otherwise, a guard would not read and steer what the model computes with.
 
     Returns:
@@ -187,7 +188,8 @@ def verify_residual_stream(model: Any) -> Decoder:
     def leave(layer: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> Any:
             hidden = hidden_of(output)
-            if hidden.shape != (*ids.shape, decoder.hidden_size):
+            kept = hidden.shape[1]  # a layer may put out the last columns alone
+            if hidden.shape != (1, kept, decoder.hidden_size) or not 0 < kept <= ids.shape[1]:
                 raise ModelError(
                     f"layer {layer} puts out a state of shape {tuple(hidden.shape)} for "
                     f"{ids.shape[1]} tokens, no residual stream of {decoder.hidden_size}"
@@ -214,7 +216,8 @@ def verify_residual_stream(model: Any) -> Decoder:
             f"cannot verify the decoder of {name}: of layers {ran} a text-only pass ran {order}"
         )
     for layer, following in pairwise(ran):
-        if not torch.equal(left[layer], taken[following].to(left[layer].device)):
+        entered = taken[following].to(left[layer].device)
+        if not entered.shape[1] or not torch.equal(left[layer][:, -entered.shape[1] :], entered):
             raise ModelError(
                 f"cannot verify the decoder of {name}: what layer {layer} puts out is not what "
                 f"layer {following} takes in, so there is no residual stream to steer"

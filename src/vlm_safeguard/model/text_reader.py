@@ -5,8 +5,6 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from jinja2 import TemplateError
-
 from vlm_safeguard.errors import ModelError, UnreadableText
 from vlm_safeguard.model.canonical_text import canonical_text
 from vlm_safeguard.model.chat import process, render
@@ -117,7 +115,7 @@ def _wordless(processor: Any) -> str | None:
     none."""
     try:
         ids = process(processor, [render(processor, "", 0)], [[]])["input_ids"][0]
-    except (ModelError, TemplateError):
+    except ModelError:
         return None
     return _letters(processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
@@ -126,7 +124,7 @@ def _frame(processor: Any) -> tuple[str, str]:
     """What the template writes before and behind a request; empty if it takes none."""
     try:
         ids = process(processor, [render(processor, _PROBE, 0)], [[]])["input_ids"][0]
-    except (ModelError, TemplateError):
+    except ModelError:
         return "", ""
     text = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     before, _, after = text.partition(_PROBE)

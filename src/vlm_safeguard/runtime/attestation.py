@@ -70,7 +70,8 @@ class Attestation:
 
 
 def decisions_of(request: Request) -> list[Decision]:
-    """One decision per row, in batch order. The prompt must have been processed completely."""
+    """One decision per row (per sequence, where ``generate`` has returned), in batch order. The
+    prompt must have been processed completely."""
     by_text, by_vlm = request.fired("text"), request.fired("vlm")
     named = {
         f"{request.gates[index].source}.{index}": scores for index, scores in request.scores.items()
@@ -82,7 +83,7 @@ def decisions_of(request: Request) -> list[Decision]:
             by_vlm[row],
             {name: list(table[row]) for name, table in named.items()},
         )
-        for row in range(request.rows)
+        for row in request.reported
     ]
 
 
@@ -107,7 +108,10 @@ def attest(request: Request, layers: tuple[int, ...]) -> Attestation:
         layers,
         _frozen(request.text_calls),
         _frozen(request.calls),
-        tuple(map(RowAttestation, decisions_of(request), changed)),
+        tuple(
+            RowAttestation(decision, changed[row])
+            for decision, row in zip(decisions_of(request), request.reported, strict=True)
+        ),
     )
 
 

@@ -84,17 +84,20 @@ class PromptPass(ForwardPass):
         super().__init__(request, layers, columns, spans)
         self._gates, self._steerer = GateReading(gates, "vlm"), steerer
         self._read_at = self._gates.layers | steerer.reads_pass
-        places = [column - columns.start for column in request.last_prompt]
+        # From the end, because a layer may put out the last columns only.
+        places = [column - columns.stop for column in request.last_prompt]
         self._q: int | list[int] = places[0] if len(set(places)) == 1 else places
 
     def visit(self, layer: int, output: Any) -> Tensor | None:
         self.seen.append(layer)
         request, hidden = self.request, hidden_of(output)
+        if hidden.shape[1] < len(self.columns):
+            self._check_q_is_in(layer, hidden.shape[1])
         if layer in self._read_at:
             states = self._states_at_q(hidden)
             self._gates.read(request, layer, states)
             self._steerer.read_pass(request, layer, states)
-        steered = self._steerer.steer(request, self.spans, layer, hidden)
+        steered = self._steerer.steer(request, self.spans, layer, hidden, len(self.columns))
         if steered is not None:
             validation.mark_steered(request.cache)  # at once, because the call may fail
         return steered
@@ -104,8 +107,18 @@ class PromptPass(ForwardPass):
         if self.request.any_open:
             validation.mark_steered(self.request.cache)
 
+    def _check_q_is_in(self, layer: int, width: int) -> None:
+        """Refuse a layer that puts out the last ``width`` columns, and not all last prompt tokens
+        among them."""
+        if min(self.request.last_prompt) < self.columns.stop - width:
+            raise GuardRuntimeError(
+                f"layer {layer} puts out the last {width} columns only, and a row's prompt ends "
+                "before them: pad on the left"
+            )
+
     def _states_at_q(self, hidden: Tensor) -> Tensor:
-        """States (B, d) at the last prompt token, float32, from those of the call (B, T, d).
+        """States (B, d) at the last prompt token, float32, from those of the call (B, T, d), or of
+        its last columns.
 
         They are copied: states are kept until a gate is decided, and a view would keep all columns
         in memory.
@@ -131,7 +144,8 @@ class DecodePass(ForwardPass):
 
     def visit(self, layer: int, output: Any) -> Tensor | None:
         self.seen.append(layer)
-        return self._steerer.steer(self.request, self.spans, layer, hidden_of(output))
+        hidden = hidden_of(output)
+        return self._steerer.steer(self.request, self.spans, layer, hidden, len(self.columns))
 
 
 class StepPass(ForwardPass):

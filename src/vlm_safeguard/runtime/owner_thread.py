@@ -1,10 +1,9 @@
-"""A lock that lets one thread at a time use a guarded model."""
+"""A turn that lets one thread at a time use a guarded model."""
 
 from __future__ import annotations
 
 import threading
-
-from vlm_safeguard.errors import GuardRuntimeError
+from collections import deque
 
 
 class OwnerThread:
@@ -16,23 +15,26 @@ class OwnerThread:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._holder: threading.Thread | None = None
+        self._waiting: deque[object] = deque()
 
     @property
     def mine(self) -> bool:
         return self._holder is threading.current_thread()
 
     def take(self) -> None:
-        """Take the turn, or keep it.
-
-        Raises:
-            GuardRuntimeError: another thread has it.
-        """
+        """Keep the turn, or wait for it behind those who came first."""
         with self._changed:
-            if self._held_by_another():
-                raise GuardRuntimeError(
-                    "another thread is using this guarded model: one call at a time"
-                )
-            self._holder = threading.current_thread()
+            if self.mine:
+                return
+            ticket = object()
+            self._waiting.append(ticket)
+            try:
+                while self._held() or self._waiting[0] is not ticket:
+                    self._changed.wait(0.1)  # and look again: a thread that dies tells nobody
+                self._holder = threading.current_thread()
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
 
     def give_back(self) -> None:
         with self._changed:
@@ -40,12 +42,5 @@ class OwnerThread:
                 self._holder = None
                 self._changed.notify_all()
 
-    def wait(self) -> None:
-        """Wait until no other thread has it, then take it."""
-        with self._changed:
-            while self._held_by_another():
-                self._changed.wait(0.1)  # and look again: a thread that dies tells nobody
-            self._holder = threading.current_thread()
-
-    def _held_by_another(self) -> bool:
-        return self._holder is not None and not self.mine and self._holder.is_alive()
+    def _held(self) -> bool:
+        return self._holder is not None and self._holder.is_alive()

@@ -97,6 +97,8 @@ class Request:
     # Those of them that may be steered: of the prompt, and behind it.
     prompt_columns: int = 0
     later_columns: int = 0
+    copies: int = 1  # rows of each prompt: beams, or sequences to return
+    returned: int | None = None  # sequences that ``generate`` returned; None: all rows count
     any_open: bool = False  # whether a gate of any row is, of those decided by now
 
     def __post_init__(self) -> None:
@@ -111,6 +113,17 @@ class Request:
     def decided(self) -> bool:
         return self.done >= self.prompt_width
 
+    @property
+    def reported(self) -> list[int]:
+        """The rows to report on: one per returned sequence. Beams of a prompt share a decision."""
+        prompts = self.rows // self.copies
+        each = self.copies if self.returned is None else self.returned // prompts
+        return [row for row in range(self.rows) if row % self.copies < each]
+
+    def end(self, returned: int) -> None:
+        """``generate`` is over and returned so many sequences. The cache is let go."""
+        self.returned, self.cache = returned, None
+
     def leave(self, spans: Iterable[Span], end: int) -> None:
         """A forward call ran to its end, column ``end``; ``spans`` of it may be steered."""
         for span in spans:
@@ -122,6 +135,7 @@ class Request:
 
     def repeat(self, times: int) -> None:
         """One row per beam or returned sequence, in the order generate expands them."""
+        self.copies *= times
         self.last_prompt, self.padding = _each(self.last_prompt, times), _each(self.padding, times)
         for index, scores in self.scores.items():  # rows of their own: each is latched by itself
             self.scores[index] = [list(values) for values in _each(scores, times)]

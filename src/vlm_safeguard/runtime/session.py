@@ -8,6 +8,7 @@ guarded layer that runs raises an error.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -34,10 +35,19 @@ from vlm_safeguard.runtime.streams import ended_on_error
 READINGS = 32  # rows in a pass over further readings of texts
 
 
+class _OfThread(threading.local):
+    """What a session keeps for each thread."""
+
+    called = False
+    request: Request | None = None
+    reported: Request | None = None
+
+
 class Session:
     """A guard on a model, from ``Guard.attach`` until ``detach`` or the end of its ``with`` block.
 
-    ``decisions`` and ``attestation`` describe the last request.
+    Threads take turns: a call waits until the model is free. ``decisions`` and ``attestation``
+    describe the last request of the thread that reads them, or of any, if it made none.
     """
 
     def __init__(
@@ -81,8 +91,8 @@ class Session:
         self._other_tokens = media.other_tokens(model)
         self._adapters = validation.adapters(model)
         self._in_generate = False
-        self._request: Request | None = None
-        self._reported: Request | None = None  # the last request whose prompt was read
+        self._mine = _OfThread()
+        self._last: Request | None = None  # the last one reported, of any thread
         self._pass: ForwardPass | None = None  # None: a guarded layer that runs refuses
         self._begin, self._finish = untraced(self._begin_call), untraced(self._end_call)
         self._hooks.put_on(
@@ -113,7 +123,7 @@ class Session:
         """
         if self._in_generate and self._owner.mine:
             raise GuardRuntimeError("the guard cannot be detached inside its own generate")
-        self._owner.wait()
+        self._owner.take()
         try:
             self._pass = self._request = None
             self._hooks.take_off()
@@ -122,7 +132,8 @@ class Session:
 
     @property
     def decisions(self) -> list[Decision]:
-        """One decision per row of the last request, in batch order."""
+        """One decision per row of the last request, in batch order; after ``generate`` one per
+        returned sequence."""
         return [] if self._reported is None else decisions_of(self._reported)
 
     @property
@@ -136,6 +147,25 @@ class Session:
     def passes(self) -> int:
         """Forward calls of the running request that came to their end under guard."""
         return 0 if self._request is None else self._request.calls.passes
+
+    # A request belongs to the thread that began it: it may go on in a later turn.
+    @property
+    def _request(self) -> Request | None:
+        return self._mine.request
+
+    @_request.setter
+    def _request(self, request: Request | None) -> None:
+        self._mine.request = request
+
+    @property
+    def _reported(self) -> Request | None:
+        """The last request whose prompt was read."""
+        return self._mine.reported if self._mine.called else self._last
+
+    @_reported.setter
+    def _reported(self, request: Request | None) -> None:
+        self._mine.called = True
+        self._mine.reported = self._last = request
 
     # -- a request -------------------------------------------------------------------------------
 
@@ -166,6 +196,7 @@ class Session:
             self._hooks.check(of_layers=True)
             if not request.calls.passes:
                 raise GuardRuntimeError("the guarded model did not run: the output is withheld")
+            request.end(len(getattr(output, "sequences", output)))
             return output
         finally:
             self._in_generate, self._request, self._pass = False, None, None
@@ -191,12 +222,15 @@ class Session:
             self._reads_text and text is None,
         )
         validation.check_not_packed(options, mask)
+        validation.check_length(self.model, ids, mask, self.config.markup)
         if self._reads_text:
             if text is None:
                 text = validation.derive_text(
                     self.model, self.config.markup, ids, mask, options.get("inputs_embeds")
                 )
             validation.check_rows(request, text)
+            told = "the request as text"
+            validation.check_length(self.model, *text, self.config.markup, told)
             self._read_text(request, ids, *text)
         self._request = request
         return request
@@ -244,6 +278,9 @@ class Session:
         if not self._hooks.armed:  # kept by somebody, or in compiled code
             return self._hooks.forward(*args, **kwargs)
         self._owner.take()
+        if not self._hooks.armed:
+            self._owner.give_back()
+            raise GuardRuntimeError("the guard was detached while this call waited for its turn")
         if self._pass is not None:
             raise GuardRuntimeError("the model's forward ran inside its own forward")
         whole = False

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlm_safeguard import method
 from vlm_safeguard.artifact.config import Steering
-from vlm_safeguard.errors import GuardError
+from vlm_safeguard.errors import GuardError, GuardRuntimeError
 from vlm_safeguard.runtime.request import Dose, Request, Span
 
 
@@ -176,12 +176,22 @@ class Steerer:
         )
 
     def steer(
-        self, request: Request, spans: Sequence[Span], layer: int, hidden: Tensor
+        self, request: Request, spans: Sequence[Span], layer: int, hidden: Tensor, width: int
     ) -> Tensor | None:
-        """A layer's output (B, T, d) with the dose in it, or None if nothing changes."""
+        """A layer's output (B, T, d) with the dose in it, or None if nothing changes.
+
+        Args:
+            spans: the columns to steer, of all that the call computes.
+            width: how many these are. A layer may put out the last T of them only.
+
+        Raises:
+            GuardRuntimeError: all of the prompt is to be steered, and the layer leaves out columns.
+        """
         changed: Tensor | None = None
         if layer not in self.layers or not request.any_open:
             return None
+        if hidden.shape[1] < width:
+            spans = self._of_last(spans, width - hidden.shape[1], layer)
         for span in spans:
             dose = self._dose(request, layer, span.at_prompt, hidden.device)
             if dose is None:
@@ -198,6 +208,26 @@ class Steerer:
                 rows = torch.tensor(dose.rows)
                 changed[rows, own] = _steered(changed[rows, own], dose)
         return changed
+
+    def _of_last(self, spans: Sequence[Span], missing: int, layer: int) -> list[Span]:
+        """The spans of a layer that leaves out the first ``missing`` columns of a call. What is not
+        put out is read by nothing behind it."""
+        if self._settings.positions == "all" and any(span.at_prompt for span in spans):
+            raise GuardRuntimeError(
+                f"positions `all` cannot be guarded here: layer {layer} leaves out a part of the "
+                "prompt"
+            )
+        found = []
+        for span in spans:
+            columns = span.columns
+            if isinstance(columns, slice):
+                columns = slice(max(0, columns.start - missing), columns.stop - missing)
+                if columns.stop <= 0:
+                    continue
+            else:  # all of them are there: the call has checked it
+                columns = [column - missing for column in columns]
+            found.append(Span(columns, span.at_prompt, span.new))
+        return found
 
     def _dose(
         self, request: Request, layer: int, at_prompt: bool, device: torch.device

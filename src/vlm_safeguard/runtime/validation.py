@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlm_safeguard.artifact.config import GuardConfig, ImageMarkup
 from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.model import positions
 from vlm_safeguard.model.text_only import text_columns, text_only
 from vlm_safeguard.model.weights import adapter_names, adapters_at_work
 from vlm_safeguard.runtime.request import Request
@@ -314,6 +315,22 @@ def check_prompt_in_parts(config: GuardConfig, request: Request, columns: range)
     if columns.start or columns.stop < request.prompt_width:
         raise GuardRuntimeError(
             "positions `all` needs the prompt in one call: no prefix cache, no chunks"
+        )
+
+
+def check_length(
+    model: Any, ids: Tensor | None, mask: Tensor, markup: ImageMarkup, what: str = "the prompt"
+) -> None:
+    """Refuse a prompt of ids (B, T) with a mask (B, T) that is longer than the model's positions.
+
+    Raises:
+        GuardRuntimeError: it is. ``what`` it is stands in the message.
+    """
+    limit = positions.room(model)
+    if limit is not None and (needed := positions.taken(model, ids, mask, markup)) > limit:
+        raise GuardRuntimeError(
+            f"{what} takes {needed} positions, and the model has {limit}: shorten it, or use fewer "
+            "or smaller pictures"
         )
 
 

@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from vlm_safeguard.errors import ModelError, SafeguardError, UnreadableText
 from vlm_safeguard.guard import Guard, reads_pictures
@@ -258,5 +257,5 @@ class Engine:
     def _prepare(self, conversations: list[Any], reads: bool) -> dict[str, torch.Tensor]:
         try:
             return prepare(self.loaded.processor, conversations, reads, "left")
-        except (ModelError, TemplateError):  # their texts quote the request and the library
+        except ModelError:  # their texts quote the request and the library
             raise errors.unusable() from None

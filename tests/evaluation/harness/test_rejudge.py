@@ -71,7 +71,7 @@ class Fake:
             self.asked += left
             return [self.verdict(prompt) for prompt, _ in left]
 
-        return screened(pairs, ask)
+        return screened(pairs, ask, self.asks)
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ class EndpointJudge:
         Raises:
             JudgeError: the first request of this judge meets no endpoint, no access or no model.
         """
-        return screened(pairs, self._ask)
+        return screened(pairs, self._ask, self.asks)
 
     def messages(self, prompt: str, response: str) -> list[dict[str, str]]:
         """What is sent. A general model gets both texts quoted as JSON strings, on one line."""

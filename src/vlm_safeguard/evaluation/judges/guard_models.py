@@ -222,7 +222,7 @@ class GuardModelJudge:
         Unscored: an answer out of the model's format, a conversation longer than the model's
         context, one that its template changes, or one that leaves a control token standing.
         """
-        return screened(pairs, self._ask)
+        return screened(pairs, self._ask, self.asks)
 
     def render(self, prompt: str, response: str) -> str:
         """The judge prompt, with the marks inside ``prompt`` and ``response`` broken."""

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from vlm_safeguard.calibration import refusals
 from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.model.reasoning import answer_of
 
 Verdict = refusals.Verdict
 Pair = tuple[str, str]  # prompt, response
@@ -72,16 +73,22 @@ def unreadable(said: str, expected: str) -> Judgement:
 def screen(prompt: str, response: str) -> Judgement | None:
     """The verdict of the text check alone: "empty", "degenerate", "off_subject" of a response that
     repeats its prompt, or None for a real response."""
-    verdict = refusals.judge(response, prompt)
+    verdict = refusals.judge_answer(response, prompt)
     if verdict in ("empty", "degenerate", "off_subject"):
         return Judgement(verdict, "text check")
     return None
 
 
 def screened(
-    pairs: Sequence[Pair], ask: Callable[[list[Pair]], list[Judgement]]
+    pairs: Sequence[Pair], ask: Callable[[list[Pair]], list[Judgement]], asks: Asks
 ) -> list[Judgement]:
-    """Judge ``pairs`` with ``ask``, which sees only what the text check lets through."""
+    """Judge ``pairs`` with ``ask``, which sees only what the text check lets through.
+
+    Where refusals are asked for, it does not see the reasoning before an answer either. Harm is
+    looked for in all of a response.
+    """
+    if asks == "refusal":
+        pairs = [(prompt, answer_of(response)) for prompt, response in pairs]
     screens = [screen(*pair) for pair in pairs]
     left = [pair for pair, found in zip(pairs, screens, strict=True) if found is None]
     asked = iter(ask(left) if left else [])

@@ -33,6 +33,7 @@ from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import prepare, render_conversation
 from vlm_safeguard.model.fingerprint import template_digest
 from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.reasoning import decoded
 from vlm_safeguard.model.recording import anchor_states, record
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import last_logits
@@ -215,9 +216,8 @@ def observe(
         inputs = inputs_of(loaded, [talks[i] for i in group])
         out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
-        texts = loaded.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        for index, one in zip(group, texts, strict=True):
-            said[index] = one.strip()
+        for index, row in zip(group, new.tolist(), strict=True):
+            said[index] = decoded(loaded.processor.tokenizer, row)
 
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
         states = record(
