@@ -19,7 +19,7 @@ BENCHMARKS ?= ../shared/benchmarks
 PUBLISHED := $(if $(filter hub,$(BENCHMARKS))$(wildcard $(BENCHMARKS)),malicious_instruct jailbreak_instructions mm_harmful_bench)
 SETS := own_malicious own_jailbreak own_picture $(PUBLISHED)
 
-.PHONY: demo test attack lint format train guard results results-check throughput gates gap bench clean
+.PHONY: demo test attack soak lint format train guard results results-check throughput gates gap bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,9 @@ test: $(VENV)/.installed $(VENV)/int8/.installed  ## All tests
 # Interrupted, it goes on where it was: rm $(VENV)/attack.json begins anew.
 attack: $(VENV)/.installed  ## 100,000 hostile inputs for the parsers, 5,000 requests to a live server
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.attack_run --state $(VENV)/attack.json
+
+soak: $(VENV)/.installed  ## A server under four times its load for a quarter of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.soak
 
 lint: $(VENV)/.installed  ## ruff, mypy, import-linter
 	$(BIN)/ruff check src tests training bench examples recipes
