@@ -250,10 +250,8 @@ class Session:
                 if pictured[row] and not self._reader.has_words(text):
                     request.wordless |= {row}
                     continue
-                if (other := self._reader.other_form(text)) is not None:
-                    others.append((row, other))
-                if self.config.reads_sentences:
-                    others += [(row, sentence) for sentence in self._reader.sentences(text)]
+                readings = self._reader.readings(text, self.config.reads_sentences)
+                others += [(row, reading) for reading in readings]
         self._text_pass(request, ids, mask)
         others.sort(key=lambda other: len(other[1]))  # less padding
         for start in range(0, len(others), READINGS):
