@@ -183,7 +183,7 @@ class Steerer:
         if layer not in self.layers or not request.any_open:
             return None
         for span in spans:
-            dose = self._dose(request, layer, span.at_prompt, hidden.device)
+            dose = self.dose(request, layer, span.at_prompt, hidden.device)
             if dose is None:
                 continue
             if hidden.shape[1] == 1:  # no copy, and no other span
@@ -199,10 +199,11 @@ class Steerer:
                 changed[rows, own] = _steered(changed[rows, own], dose)
         return changed
 
-    def _dose(
+    def dose(
         self, request: Request, layer: int, at_prompt: bool, device: torch.device
     ) -> Dose | None:
-        """The latched dose of a layer; gates that count there are decided by now."""
+        """The latched dose of a layer, at the prompt or behind it; None if no row is open. Gates
+        that count there are decided by now."""
         doses = request.prompt_doses if at_prompt else request.later_doses
         if layer not in doses:
             opened = request.open_at(layer, at_prompt=at_prompt)
