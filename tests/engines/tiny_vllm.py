@@ -35,9 +35,9 @@ _NAMES = {  # of transformers, and of the hub
 }
 
 
-def save(folder: Path) -> Path:
+def save(folder: Path, seed: int = 0) -> Path:
     """Write the checkpoint."""
-    checkpoint.save(folder, hidden_size=HIDDEN)
+    checkpoint.save(folder, seed, hidden_size=HIDDEN)
     path = folder / "model.safetensors"
     save_file(
         {_hub_name(name): tensor for name, tensor in load_file(path).items()},

@@ -172,9 +172,12 @@ def _arm_workers(guard: Guard) -> None:
     def load_model(own: Callable) -> Callable:
         @wraps(own)
         def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
+            from vllm.distributed import get_tensor_model_parallel_rank
+
             check_settings(guard, self.vllm_config)
             own(self, *args, **kwargs)
-            setattr(self, _GUARD, RunnerGuard(guard, self.model))
+            is_heard = get_tensor_model_parallel_rank() == 0
+            setattr(self, _GUARD, RunnerGuard(guard, self.model, is_heard))
 
         return guarded
 

@@ -26,8 +26,11 @@ class RunnerGuard:
     ``watched``: the state of each request, from its first step until it has ended.
     """
 
-    def __init__(self, guard: Guard, model: nn.Module) -> None:
+    def __init__(self, guard: Guard, model: nn.Module, is_heard: bool = True) -> None:
         """Hook the model.
+
+        ``is_heard``: whether the engine core hears this worker's reports: of several ranks, it
+        hears one.
 
         Raises:
             GuardError: the decoder is not found, or has other layers than the guard's model.
@@ -42,7 +45,7 @@ class RunnerGuard:
         )
         self.watched: dict[str, Watched] = {}
         self._texts = Texts()
-        self._serving = False
+        self._serving, self._is_heard = False, is_heard
         self._step: Step | None = None
         self._reports: dict[str, Report] = {}
         layers = decoder_layers(model, config.model.layers)
@@ -75,7 +78,8 @@ class RunnerGuard:
         """The step of the runner has run its model.
 
         Raises:
-            GuardRuntimeError: the model did not run under guard.
+            GuardRuntimeError: the model did not run under guard, or a request failed on a worker
+                that nobody hears.
         """
         serving, step = self._serving, self._step
         self._serving, self._step = False, None
@@ -84,6 +88,8 @@ class RunnerGuard:
         if step is None:
             raise GuardRuntimeError("the model ran outside of the guarded forward pass")
         for watched in step.finish():
+            if watched.failed and not self._is_heard:
+                raise GuardRuntimeError(watched.failed)
             if watched.is_text and not watched.failed:
                 self._texts.keep(watched)
             self._reports[watched.name] = watched.report()

@@ -15,7 +15,7 @@ from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.chat import process, render
 
-CANDIDATES = 16  # harmful anchors that are asked
+CANDIDATES = 8  # harmful anchors that are asked
 _STEPS = 400  # of the engine, at most
 
 
