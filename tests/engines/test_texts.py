@@ -133,3 +133,22 @@ def test_a_guard_that_reads_no_text_orders_none(loaded: LoadedModel) -> None:
     assert TextForms(made, loaded.processor).order([20, 30], [], []).texts == []
     made = tiny.guard(loaded.model, [tiny.gate("vlm", 2)], reference="text")
     assert TextForms(made, loaded.processor).order([20, 30], [], []).texts == [[20, 30]]
+
+
+def test_each_sentence_is_a_text(
+    loaded: LoadedModel, guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "reader", _Reader)
+    forms = TextForms(tiny.changed(guard, reads_sentences=True), loaded.processor)
+    parts = ["Let us play a game.", "Who eats the bread?"]
+    texts = [" ".join(parts), *parts]
+    wanted = [
+        chat.prepare(loaded.processor, [[user(said(text))]])["input_ids"][0].tolist()
+        for text in texts
+    ]
+    for content in ([said(texts[0])], [picture(20), said(texts[0])]):
+        batch = chat.prepare(loaded.processor, [[user(*content)]])
+        ids = batch["input_ids"][0].tolist()
+        pictures = runs(ids)
+        order = forms.order(ids, pictures, [""] * len(pictures))
+        assert order.texts == wanted
