@@ -12,6 +12,8 @@ from tests.engines.conftest import NEW, Reference
 from tests.engines.test_vllm_parity import GREEDY, chat, front_end, same, vllm
 from vlm_safeguard.errors import GuardRuntimeError
 
+VLLMValidationError = pytest.importorskip("vllm.exceptions").VLLMValidationError
+
 
 def blocked(output: Any, reason: str) -> None:
     assert output.finished
@@ -123,7 +125,7 @@ def test_a_front_end_that_hears_no_decision_stops(
 
 
 def refused(engine: Any, prompt: dict[str, Any], reason: str, **options: Any) -> None:
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(VLLMValidationError, match=reason):
         engine.generate([prompt], GREEDY, use_tqdm=False, **options)
 
 
@@ -143,14 +145,14 @@ def test_an_image_token_without_a_picture_is_refused(engine: Any) -> None:
 
 def test_an_order_of_the_users_own_is_refused(engine: Any) -> None:
     sampling = vllm.SamplingParams(max_tokens=NEW, extra_args={"vlm_safeguard": {"texts": []}})
-    with pytest.raises(ValueError, match="belongs to the guard"):
+    with pytest.raises(VLLMValidationError, match="belongs to the guard"):
         engine.generate(["user: Hello\nassistant: "], sampling, use_tqdm=False)
 
 
 def test_beam_search_is_refused(engine: Any) -> None:
     from vllm.sampling_params import BeamSearchParams
 
-    with pytest.raises(ValueError, match="beam search"):
+    with pytest.raises(VLLMValidationError, match="beam search"):
         engine.beam_search(
             [{"prompt": "user: Hello\nassistant: "}], BeamSearchParams(beam_width=2, max_tokens=4)
         )

@@ -130,7 +130,11 @@ def _arm_front_end(guard: Guard) -> None:
     def no_beams(own: Callable) -> Callable:
         @wraps(own)
         def refused(*args: Any, **kwargs: Any) -> Any:
-            raise ValueError("beam search is not guarded in vLLM: its beams are new prompts")
+            from vllm.exceptions import VLLMValidationError
+
+            raise VLLMValidationError(
+                "beam search is not guarded in vLLM: its beams are new prompts"
+            )
 
         return refused
 
@@ -275,5 +279,7 @@ class _Refusing:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from vllm.exceptions import VLLMValidationError
+
         if isinstance(error, SafeguardError):
-            raise ValueError(str(error)) from error
+            raise VLLMValidationError(str(error)) from error
