@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests import tiny
@@ -34,6 +35,14 @@ class Reference:
     def answer(self, conversation: list[dict[str, Any]]) -> tuple[list[int], Decision]:
         """Greedy tokens and decision."""
         return _answers(self.loaded, self.guard, [conversation])[0]
+
+    def of_ids(self, ids: list[int]) -> tuple[list[int], Decision]:
+        """The same of a prompt in token ids."""
+        model = self.loaded.model
+        with self.guard.attach(model, self.loaded.processor) as session:
+            prompt = torch.tensor([ids])
+            out = model.generate(input_ids=prompt, max_new_tokens=NEW, do_sample=False)
+            return out[0, len(ids) :].tolist(), session.decisions[0]
 
 
 def _answers(

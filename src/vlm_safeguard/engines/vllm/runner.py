@@ -14,7 +14,7 @@ from vlm_safeguard.errors import GuardError, GuardRuntimeError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.runtime.gate import Gates
 from vlm_safeguard.runtime.request import Request
-from vlm_safeguard.runtime.steering import Steerer
+from vlm_safeguard.runtime.steering import NoSteering, Steerer
 
 # Methods of vLLM's models.
 _LOGITS, _LANGUAGE = "compute_logits", "get_language_model"
@@ -26,11 +26,17 @@ class RunnerGuard:
     ``watched``: the state of each request, from its first step until it has ended.
     """
 
-    def __init__(self, guard: Guard, model: nn.Module, is_heard: bool = True) -> None:
+    def __init__(
+        self, guard: Guard, model: nn.Module, monitor: bool = False, is_heard: bool = True
+    ) -> None:
         """Hook the model.
 
-        ``is_heard``: whether the engine core hears this worker's reports: of several ranks, it
-        hears one.
+        Args:
+            guard: the guard.
+            model: vLLM's.
+            monitor: gates decide, and nothing is steered.
+            is_heard: whether the engine core hears this worker's reports: of several ranks, it
+                hears one.
 
         Raises:
             GuardError: the decoder is not found, or has other layers than the guard's model.
@@ -39,7 +45,8 @@ class RunnerGuard:
         self._config, self._digest = config, guard_digest(guard)
         self._gates = Gates(config.gates, guard.tensors)
         has_text_gates = bool(self._gates.layers("text"))
-        self._steerer = Steerer(config.steering, guard.tensors, has_text_gates)
+        steerer = NoSteering if monitor else Steerer
+        self._steerer = steerer(config.steering, guard.tensors, has_text_gates)
         self._layers = sorted(
             self._gates.layers("text") | self._gates.layers("vlm") | self._steerer.layers
         )

@@ -75,14 +75,16 @@ class GuardedScheduling(_Scheduler):
         else:
             ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
         dropped = [self._held[name] for name in ids & set(self._held)]
+        texts: set[str] = set()
         for held in dropped:
-            ids |= held.unread
+            texts |= held.unread
             held.request.status = finished_status
             self._drop(held.request.request_id)
-        ended: list[Any] = super().finish_requests(ids, finished_status)
-        users = [request for request in ended if request.request_id not in self._text_of]
-        for request in ended:
-            self._text_of.pop(request.request_id, None)
+        ended: list[Any] = super().finish_requests(ids | texts, finished_status)
+        for text in texts:
+            del self._text_of[text]
+        # A text that ends by itself stays among ``_text_of`` until its output is looked at.
+        users = [request for request in ended if request.request_id not in texts]
         return users + [held.request for held in dropped]
 
     def get_request_counts(self) -> tuple[int, int]:

@@ -19,12 +19,13 @@ CANDIDATES = 8  # harmful anchors that are asked
 _STEPS = 400  # of the engine, at most
 
 
-def check_engine(guard: Guard, core: Any) -> None:
+def check_engine(guard: Guard, core: Any, monitor: bool = False) -> None:
     """Ask harmful anchors as text: a gate must open on one, and every steered layer move its state.
 
     Args:
         guard: the guard.
         core: vLLM's ``EngineCore``, which has no other requests.
+        monitor: whether the guard only watches: then no state moves.
 
     Raises:
         GuardRuntimeError: no gate opens, or a layer does not move the state.
@@ -54,6 +55,8 @@ def check_engine(guard: Guard, core: Any) -> None:
             "doctor`"
         )
     layers = {str(layer) for layer in guard.config.steering.layers}
+    if monitor:
+        return
     for report in opened:
         moved = {layer for layer, distance in (report.moved or {}).items() if distance > 0}
         if moved == layers or (moved and not report.by_text):
