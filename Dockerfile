@@ -10,7 +10,8 @@ COPY src ./src
 ARG PIP_EXTRA_INDEX_URL
 RUN pip install --no-cache-dir -c constraints.txt "torch==2.13.0" ".[serve]"
 
-USER guard
+# A number, so that Kubernetes can check that it is not root.
+USER 1000:1000
 ENV VLM_SAFEGUARD_CACHE=/cache
 VOLUME /cache
 EXPOSE 8000

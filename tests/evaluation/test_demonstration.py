@@ -72,7 +72,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return loading.load(*given, **options)
 
     size = demonstration.Size(
-        per_set=4, vqa=4, tokens=3, perplexity=4, pairs=1, effort=demonstration._LESS
+        per_set=4, vqa=4, tokens=3, perplexity=4, pairs=1, effort=demonstration.QUICK.effort
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demonstration, "assemble", lambda **_: folder)

@@ -101,7 +101,7 @@ def make_calibration() -> dict[str, Any]:
         "candidates": make_candidates(),
         "proof": {
             **proof,
-            "harmless": {"n": 144, "fired": 2, "kl": 0.00312},
+            "harmless": {"n": 144, "stopped": 2, "kl": 0.00312},
             "mcnemar_p": 3.5e-14,
         },
     }

@@ -72,12 +72,13 @@ def check_settings(data: bytes) -> dict[str, Any]:
     check_keys(
         raw,
         {"schema_version", "model", "markup", "gates", "steering", "tensors_sha256"},
-        {"reads_pictures", "data_sha256", "calibration"},
+        {"reads_pictures", "reads_sentences", "data_sha256", "calibration"},
         "guard.json",
     )
     must(is_int(raw["schema_version"], 1, 2), "schema version")
     must(is_digest(raw["tensors_sha256"]), "digest of the tensors")
-    must(isinstance(raw.get("reads_pictures", False), bool), "reads_pictures is true or false")
+    for name in ("reads_pictures", "reads_sentences"):
+        must(isinstance(raw.get(name, False), bool), f"{name} is true or false")
     model = raw["model"]
     digests = {"config_sha256", "weights_sha256"}
     needed = {"name", "template_sha256", "hidden_size", "layers"} | digests

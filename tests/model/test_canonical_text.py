@@ -41,6 +41,14 @@ LLAVA, QWEN = families.llava(), families.qwen2_vl()
         ("𝐛𝓸𝕞𝚋", "bomb"),
         ("ﬁre e\u0301tude ①", "fire étude 1"),
         ("ﾡ\uffa0가", "ᄀ가"),
+        ("H o w   d o   I   b a k e   i t ?", "How do I bake it?"),
+        ("a b c d", None),
+        ("H0w d0 I b4k3 br34d?", "How do I bake bread?"),
+        ("h@ck 4n 0ld $y$t3m n0w", "hack an old system now"),
+        ("Is an mp3 of 1999 on my iPhone15?", None),
+        ("hOw dO I bAkE BrEaD", "how do I bake bread"),
+        ("JavaScript on GitHub", None),
+        ("HOW DO I Bake Bread? OK", None),
     ],
 )
 def test_canonical_text(text: str, expected: str | None) -> None:
@@ -50,7 +58,10 @@ def test_canonical_text(text: str, expected: str | None) -> None:
 CHARACTERS = st.integers(0, sys.maxunicode).map(chr)
 
 
-@given(st.lists(CHARACTERS, max_size=40).map("".join))
+ODD = st.text("aBcDe 013@$_\n.\u200b", max_size=60)
+
+
+@given(st.one_of(st.lists(CHARACTERS, max_size=40).map("".join), ODD))
 def test_the_canonical_form_is_its_own(text: str) -> None:
     once = canonical_text(text)
     assert canonical_text(once) == once

@@ -11,7 +11,9 @@ import torch
 
 from tests.server.live import serving, wait_until
 from tests.server.raw import chat_bytes
+from vlm_safeguard.errors import GuardRuntimeError, UnreadableText
 from vlm_safeguard.model.residual_stream import find_decoder
+from vlm_safeguard.model.text_reader import TextReader
 from vlm_safeguard.server import app
 from vlm_safeguard.server.audit import AuditLog, entries
 from vlm_safeguard.server.self_check import SelfCheck
@@ -276,6 +278,45 @@ def test_a_template_that_refuses_is_a_wrong_request(live):
     assert answer.status_code == 400
     assert "secret" not in answer.text
     assert "template" in answer.json()["error"]["message"]
+
+
+def test_a_text_that_the_gate_cannot_read_is_a_wrong_request(live, monkeypatch):
+    """Alone in its batch or not: the others are answered."""
+    read = TextReader.other_form
+
+    def other_form(reader, ids):
+        if "hidden" in reader._decoded(ids):
+            raise UnreadableText("secret")
+        return read(reader, ids)
+
+    monkeypatch.setattr(TextReader, "other_form", other_form)
+    answers = together(live, ["question", "a hidden token", "another question"])
+    assert [answer.status_code for answer in answers] == [200, 400, 200]
+    assert "hide a control token" in answers[1].json()["error"]["message"]
+    assert "secret" not in answers[1].text
+
+
+def test_after_a_fault_the_guard_is_looked_at_before_the_batch_is_tried_again(live, monkeypatch):
+    tried = []
+    generate = live.engine._generate
+
+    def fail(jobs):
+        tried.append(len(jobs))
+        if len(jobs) > 1:
+            raise RuntimeError("secret")
+        generate(jobs)
+
+    def broken(*_):
+        raise GuardRuntimeError("the guard is broken")
+
+    monkeypatch.setattr(live.engine, "_generate", fail)
+    run = SelfCheck.run
+    monkeypatch.setattr(SelfCheck, "run", broken)
+    for answer in together(live, ["one question", "a question"]):
+        assert answer.status_code in (500, 503)
+    assert tried == [1, 2]  # `together` asks one alone at first
+    assert live.client.get("/ready").status_code == 503
+    monkeypatch.setattr(SelfCheck, "run", run)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -190,6 +190,7 @@ class GuardConfig(_Strict):
     gates: list[Gate] = Field(min_length=1, max_length=MAX_GATES)
     steering: Steering
     reads_pictures: bool = False  # the text-only pass includes the words in pictures
+    reads_sentences: bool = False  # text gates also read each sentence by itself
     data_sha256: dict[_Name, _Sha256] = Field(default={}, max_length=MAX_DATA_FILES)
     calibration: dict[str, Any] = {}
     tensors_sha256: _Sha256OrNone = ""  # "" while a guard is made; no file is without it

@@ -116,6 +116,8 @@ def _settings(config: GuardConfig) -> str:
     ]
     reads = "with the words that stand in pictures, if `encode` is told to read them"
     reading = f" The text-only prompt comes {reads}." if config.reads_pictures else ""
+    if config.reads_sentences:
+        reading += " Text gates also read each sentence by itself."
     return "\n\n".join(
         [
             "## Settings",
@@ -186,8 +188,8 @@ def _budget(record: dict[str, Any]) -> str:
     false_positives = _number(record, "budget", "false_positives")
     seconds, kl = _number(record, "seconds"), _number(record, "budget", "kl")
     return (
-        f"Budget on harmless requests: {_percent(false_positives)} false positives, KL divergence "
-        f"of the next token {_plain(kl)} nats. Calibration took {_plain(seconds)} s."
+        f"Budget on ordinary harmless requests: {_percent(false_positives)} false positives, KL "
+        f"divergence of the next token {_plain(kl)} nats. Calibration took {_plain(seconds)} s."
     )
 
 
@@ -204,15 +206,26 @@ def _proof(record: dict[str, Any]) -> list[str]:
     text = "Attacks that succeed on held-back calibration prompts (95% Wilson intervals):"
     found = [text, table(("Setting", "Unguarded", "Guarded", "n"), rows)]
     harmless = _get(record, "proof", "harmless")
-    n, fired = _number(harmless, "n"), _number(harmless, "fired")
-    share = fired / n if fired is not None and n else None
     p_value = _number(record, "proof", "mcnemar_p")
     found.append(
-        f"With images, exact McNemar p = {_plain(p_value)}. Held-back harmless requests on which a "
-        f"gate opens: {_rate(share, n)} of {_plain(n)}; mean KL divergence "
-        f"{_plain(_number(harmless, 'kl'))} nats."
+        f"With images, exact McNemar p = {_plain(p_value)}. Held-back harmless requests that are "
+        f"stopped though the model would answer them as text: {_stopped(harmless)}; mean KL "
+        f"divergence {_plain(_number(harmless, 'kl'))} nats."
     )
+    lookalikes = _get(record, "proof", "lookalikes")
+    if lookalikes:
+        found.append(
+            "Of harmless requests that are worded like harmful ones, which the budget does not "
+            f"count: {_stopped(lookalikes)}."
+        )
     return found
+
+
+def _stopped(cost: Any) -> str:
+    """How many harmless requests were stopped, of how many."""
+    n, stopped = _number(cost, "n"), _number(cost, "stopped")
+    share = stopped / n if stopped is not None and n else None
+    return f"{_rate(share, n)} of {_plain(n)}"
 
 
 def _gate_rates(record: dict[str, Any]) -> list[str]:

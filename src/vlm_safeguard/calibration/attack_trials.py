@@ -25,6 +25,7 @@ from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.utils.progress import Progress
+from vlm_safeguard.utils.stats import Rate, clustered_wilson
 
 REFUSAL = 8  # tokens in which a refusal shows
 
@@ -121,16 +122,20 @@ class Cost:
     """What a guard costs on harmless requests.
 
     Attributes:
-        kl: mean KL divergence of the next token, in nats.
-        fired: whether a gate opened, for each request.
-        stopped: whether a gate opened and the model would answer the request as text.
+        kl: mean KL divergence of the next token, in nats. Requests that the model would refuse as
+            text count 0.
+        stopped: for each request, whether a gate opened and the model would answer it as text.
         clusters: the question of each request. Settings and copies in templates share it.
     """
 
     kl: float
-    fired: list[bool]
     stopped: list[bool]
     clusters: list[str]
+
+    def rate(self) -> Rate:
+        """The share of requests that are stopped. A question that opens a gate does so in most
+        settings, so it counts as one mistake."""
+        return clustered_wilson(self.stopped, self.clusters)
 
 
 @torch.inference_mode()
@@ -144,27 +149,29 @@ def harmless_cost(
 
     The divergence is 0 where the gate stays shut, because the guard changes nothing there.
     """
-    divergences: list[float] = []
-    tried: list[tuple[Prompt, bool]] = []
-    clusters: list[str] = []
+    asked: list[Prompt] = []
+    divergences: list[float | None] = []  # None where no gate opened
     for setting in SETTINGS:
         meant = within(harmless, setting)
         items = queries(meant, setting)
         for group in batches(loaded.processor.tokenizer, items, 16):
             moved, opened = _next_token(loaded, [items[i] for i in group], guard)
-            tried += zip([meant[i] for i in group], opened, strict=True)
-            clusters += [meant[i].cluster for i in group]
             rows = [row for row, is_open in enumerate(opened) if is_open]
-            divergences += [0.0] * (len(group) - len(rows))
+            found: dict[int, float] = {}
             if rows:
                 plain, _ = _next_token(loaded, [items[group[row]] for row in rows], None)
-                divergences += (plain.exp() * (plain - moved[rows])).sum(-1).tolist()
-    of_open = list({p.id: p for p, is_open in tried if is_open}.values())
+                moves = (plain.exp() * (plain - moved[rows])).sum(-1)
+                found = dict(zip(rows, moves.tolist(), strict=True))
+            asked += [meant[i] for i in group]
+            divergences += [found.get(row) for row in range(len(group))]
+    pairs = list(zip(asked, divergences, strict=True))
+    of_open = list({p.id: p for p, moved_by in pairs if moved_by is not None}.values())
     own = answered(loaded, of_open, guard.config.reads_pictures, recogniser)
     wanted = {p.id for p, is_answered in zip(of_open, own, strict=True) if is_answered}
-    stopped = [is_open and p.id in wanted for p, is_open in tried]
-    fired = [is_open for _, is_open in tried]
-    return Cost(sum(divergences) / len(divergences), fired, stopped, clusters)
+    counted = [moved_by if p.id in wanted else None for p, moved_by in pairs]
+    stopped = [moved_by is not None for moved_by in counted]
+    kl = sum(moved_by or 0.0 for moved_by in counted) / max(len(counted), 1)
+    return Cost(kl, stopped, [p.cluster for p in asked])
 
 
 def _next_token(

@@ -4,9 +4,9 @@
    measured by them.
 1. Record the hidden states of the anchors, as text: the safety directions of each layer.
 2. Record the calibration prompts as text, with a blank image and with pictures, and fit the text
-   gate and the gate in the VLM. Set the thresholds on other, harmless prompts, so that the
-   false-positive budget is kept with 95% confidence (``conformal``). Keep the gate in the VLM only
-   if it finds more than it costs the text gate.
+   gate and the gate in the VLM. Set the thresholds on other, ordinary harmless prompts, so that
+   the false-positive budget is kept with 95% confidence (``conformal``). Keep the gate in the VLM
+   only if it finds more than it costs the text gate.
 3. Try steering candidates on harmful calibration prompts with images, and keep the one under which
    fewest attacks succeed.
 4. Test the guard on held-back prompts. If it does not help, raise an error.
@@ -49,6 +49,7 @@ from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import find_markup
+from vlm_safeguard.model.text_reader import TextReader
 from vlm_safeguard.model.weights import weights_digest
 from vlm_safeguard.utils.progress import Progress
 
@@ -85,27 +86,38 @@ def calibrate(
     budget, effort = budget or Budget(), effort or Effort()
     progress = progress or Progress(quiet=True)
     began = time.monotonic()
-    check_enough(len({p.cluster for p in evenly(data.bound, effort.bound)}), budget.false_positives)
+    bound = evenly([p for p in data.bound if p.ordinary], effort.bound)
+    check_enough(len({p.cluster for p in bound}), budget.false_positives)
     markup = find_markup(loaded)
     if refusals == "tokens":
         refusals = ByTokens.learned(loaded, data.anchors, progress)
     recognised = check_recognises(loaded, refusals, data.fit, effort.tokens, progress)
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
-        recorded = record_calibration(loaded, data, effort, reads_pictures, folder, progress)
+        reads_sentences = TextReader(loaded.processor).framed
+        recorded = record_calibration(
+            loaded, data, effort, reads_pictures, reads_sentences, folder, progress
+        )
         pairs, directions = recorded.pairs, recorded.directions
         text, pictured = recorded.text, recorded.pictured
         fits = fit_gates(recorded, budget)
-        scores = bound_scores(
-            loaded, *fits, evenly(data.bound, effort.bound), folder, progress, refusals
-        )
+        scores = bound_scores(loaded, *fits, bound, reads_sentences, folder, progress, refusals)
         fitted = useful_gates(*fits, scores, budget.false_positives)
         table = _separability(text, pictured, directions)
         gates = [
             _gate_rates(source, gate, {"text": text} if source == "text" else pictured)
             for source, gate in fitted.items()
         ]
-        base = _Foundation(loaded, directions, pairs, markup, fitted, reads_pictures, data.sha256)
+        base = _Foundation(
+            loaded,
+            directions,
+            pairs,
+            markup,
+            fitted,
+            reads_pictures,
+            reads_sentences,
+            data.sha256,
+        )
         guard, tried = search(
             loaded, base.build, list(data.fit), budget, effort, progress, refusals
         )
@@ -163,6 +175,7 @@ class _Foundation:
     markup: ImageMarkup
     gates: Mapping[Literal["text", "vlm"], GateFit]
     reads_pictures: bool
+    reads_sentences: bool
     data_sha256: Mapping[str, str]
 
     def build(self, steering: Steering) -> Guard:
@@ -203,6 +216,7 @@ class _Foundation:
             gates=gates,
             steering=steering,
             reads_pictures=self.reads_pictures,
+            reads_sentences=self.reads_sentences,
             data_sha256=dict(self.data_sha256),
         )
         return Guard(config, tensors)

@@ -98,6 +98,7 @@ def fit_gate(
     *,
     kinds: Sequence[Kind] = KINDS,
     pooled: bool = True,
+    counted: Tensor | None = None,
     intents: tuple[Tensor, Tensor] | None = None,
     openings: Sequence[int] = (),
 ) -> GateFit:
@@ -124,6 +125,8 @@ def fit_gate(
         budget: allowed false-positive rate.
         kinds: the candidates to try.
         pooled: whether to try runs of layers too.
+        counted: which harmless prompts count as false positives, (k,) bool; by default all. The
+            others are used for fitting only.
         intents: refusal intents of the harmful and the harmless prompts, (k,) each. Those of
             prompts with a negative fold are not looked at.
         openings: the tokens that the intents are about.
@@ -134,6 +137,8 @@ def fit_gate(
     shared = set(harmful_fold.tolist()) & set(harmless_fold.tolist())
     folds = sorted(fold for fold in shared if fold >= 0)
     judged = harmless_fold >= 0
+    if counted is not None:
+        judged &= counted
     towards, centre_of_intent, unit_of_intent = _standardised(intents, judged)
     depth = sorted(directions)
     choices: list[tuple[int, ...]] = [(layer,) for layer in depth]
@@ -157,7 +162,7 @@ def fit_gate(
                 if towards:
                     h, s = h + towards[0], s + towards[1]
                 unseen_harmful.append(h[harmful_fold == fold])
-                unseen_harmless.append(s[harmless_fold == fold])
+                unseen_harmless.append(s[(harmless_fold == fold) & judged])
             h, s = torch.cat(unseen_harmful), torch.cat(unseen_harmless)
             cut = threshold(h, s, budget)
             value = (h > cut).double().mean().item() + 0.1 * auc(h, s)  # AUC breaks ties

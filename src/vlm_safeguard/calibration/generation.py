@@ -52,6 +52,7 @@ def respond(
     items: Sequence[Query],
     guard: Guard | None = None,
     *,
+    monitor: bool = False,
     max_new_tokens: int = 32,
     reasoning: int = REASONING,
     openings: Sequence[int] = (),
@@ -62,14 +63,16 @@ def respond(
     """Generate greedy responses to ``items``, in their order.
 
     ``max_new_tokens`` are those of the answer. A model that reasons first gets up to ``reasoning``
-    more for that. ``openings``: tokens whose probability at the beginning is of interest.
+    more for that. ``openings``: tokens whose probability at the beginning is of interest. With
+    ``monitor`` the guard only watches: see ``Guard.attach``.
     """
     tokenizer = loaded.processor.tokenizer
     stops = loaded.model.generation_config.eos_token_id
     ends = set(stops if isinstance(stops, list) else [stops])
     reasons = reasoning > 0 and may_reason(loaded.processor)
     found: dict[int, Response] = {}
-    with guard.attach(loaded.model, loaded.processor) if guard else nullcontext() as session:
+    attached = guard.attach(loaded.model, loaded.processor, monitor) if guard else nullcontext()
+    with attached as session:
         groups = batches(loaded.processor.tokenizer, items, batch)
         for group in progress.track(groups, what) if progress else groups:
             chosen = [items[i] for i in group]

@@ -15,7 +15,7 @@ from vlm_safeguard.errors import CalibrationError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.utils.progress import Progress
-from vlm_safeguard.utils.stats import clustered_wilson, mcnemar
+from vlm_safeguard.utils.stats import mcnemar
 
 
 def prove(
@@ -30,16 +30,20 @@ def prove(
     """Test a guard on held-back prompts.
 
     Returns:
-        What was measured: attack success by setting, false positives, KL divergence and the
-        p-value, for the calibration record.
+        What was measured: attack success by setting; how many harmless requests were stopped and
+        the KL divergence, of ordinary ones and of look-alikes; and the p-value. For the
+        calibration record.
 
     Raises:
         CalibrationError: attacks do not succeed significantly less often than without the guard, or
-            the guard exceeds its budget on harmless prompts.
+            the guard exceeds its budget on ordinary harmless prompts.
     """
-    chosen = evenly(list(held), effort.proof)
+    chosen = evenly([p for p in held if not p.lookalike], effort.proof)
     attacks = [p for p in chosen if p.harmful]
-    harmless = [p for p in chosen if not p.harmful]
+    harmless = {
+        "harmless": [p for p in chosen if not p.harmful],
+        "lookalikes": evenly([p for p in held if p.lookalike], effort.proof // 2),
+    }
     proof: dict[str, Any] = {}
     tried: dict[Setting, Attacks] = {}
     for setting in progress.track(SETTINGS, "proof on held-back prompts"):
@@ -49,16 +53,14 @@ def prove(
             "asr_unguarded": sum(trial.plain) / len(trial.prompts),
             "asr_guarded": sum(trial.guarded) / len(trial.prompts),
         }
-    cost = harmless_cost(loaded, guard, harmless, recogniser)
-    # A question that opens a gate does so in most settings, so it counts as one mistake.
-    rate = clustered_wilson(cost.fired, cost.clusters)
-    stopped = clustered_wilson(cost.stopped, cost.clusters)
-    proof["harmless"] = {
-        "n": rate.n,
-        "fired": rate.count,
-        "stopped": stopped.count,
-        "kl": round(cost.kl, 5),
+    costs = {
+        kind: harmless_cost(loaded, guard, prompts, recogniser)
+        for kind, prompts in harmless.items()
+        if prompts
     }
+    for kind, cost in costs.items():
+        rate = cost.rate()
+        proof[kind] = {"n": rate.n, "stopped": rate.count, "kl": round(cost.kl, 5)}
     before, after = per_question(tried[setting] for setting in PICTURED)
     p_value = mcnemar(before, after)
     proof["mcnemar_p"] = p_value
@@ -69,15 +71,16 @@ def prove(
             f"succeed with the best candidate, {did} without (p = {p_value:.2g}): its "
             "states may not separate harm, or too few of its refusals are lost beside a picture"
         )
+    ordinary = costs["harmless"]
     # There are few requests here, so only a rate significantly above the budget is refused.
-    if rate.low > budget.false_positives:
+    if ordinary.rate().low > budget.false_positives:
         raise CalibrationError(
-            f"no guard: its gate fires on {rate} of held-back harmless prompts, the budget is "
+            f"no guard: it stops {ordinary.rate()} of held-back harmless prompts, the budget is "
             f"{budget.false_positives:.1%}"
         )
-    if cost.kl > budget.kl:
+    if ordinary.kl > budget.kl:
         raise CalibrationError(
-            f"no guard: the mean KL divergence on harmless prompts is {cost.kl:.3f} nats, the "
+            f"no guard: the mean KL divergence on harmless prompts is {ordinary.kl:.3f} nats, the "
             f"budget is {budget.kl}"
         )
     return proof

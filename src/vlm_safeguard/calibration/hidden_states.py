@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,18 @@ from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.data.inputs import PICTURED, Query, Setting, queries, query, spoken, told
 from vlm_safeguard.data.prompts import AnchorPair, CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
+from vlm_safeguard.model.canonical_text import canonical_text
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import anchor_queries, record, record_with_logits
+from vlm_safeguard.model.sentences import sentences
 from vlm_safeguard.utils.progress import Progress
 
 MAX_RANK = 64
 IN_VLM_SHARE = 0.1  # of the false-positive budget
 ASKED = 0.2  # share of the threshold-setting prompts, highest first, that the model is asked
 FOLDS = 5  # of the cross-validation that chooses a gate
+# Above this refusal intent the model is more likely to refuse a request than to answer it.
+REFUSES = math.log(0.5)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class States:
     states: Tensor
     harmful: Tensor  # (k,) bool
     fold: Tensor  # (k,); a question and its copy in a template share a fold
+    counted: Tensor  # (k,) bool; harmless prompts that count as false positives
     intent: Tensor | None = None  # (k,) refusal intents, of text
 
     def split(self) -> tuple[Tensor, Tensor]:
@@ -56,6 +62,10 @@ class States:
         """Folds of the harmful and of the harmless prompts."""
         return self.fold[self.harmful], self.fold[~self.harmful]
 
+    def false_positives(self) -> Tensor:
+        """Which of the harmless prompts count as false positives."""
+        return self.counted[~self.harmful]
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -66,6 +76,7 @@ class Recorded:
         directions: safety directions by layer.
         openings: tokens that the model's refusals begin with; may be empty.
         text: states of the calibration prompts as text.
+        sentences: states (k, L, d) of single sentences of harmless prompts, as text; k may be 0.
         pictured: states with a blank image and with a picture, by setting.
     """
 
@@ -73,18 +84,24 @@ class Recorded:
     directions: dict[int, Tensor]
     openings: list[int]
     text: States
+    sentences: Tensor
     pictured: dict[str, States]
 
     def text_only_states(self) -> States:
-        """States that the text gate is fitted to: prompts as text, and anchors."""
-        return with_anchors(self.text, self.pairs)
+        """States that the text gate is fitted to: prompts as text, anchors, and sentences.
+
+        Without sentences of harmless prompts the gate opens on some that are no request by
+        themselves, such as the beginning of a story.
+        """
+        harmful, harmless = self.pairs
+        return with_others(self.text, harmful, torch.cat([harmless, self.sentences]))
 
     def vlm_states(self) -> States:
         """States that the gate in the VLM is fitted to: all settings with a picture."""
         return States(
             *(
                 torch.cat([getattr(s, name) for s in self.pictured.values()])
-                for name in ("states", "harmful", "fold")
+                for name in ("states", "harmful", "fold", "counted")
             )
         )
 
@@ -115,6 +132,7 @@ def record_calibration(
     data: CalibrationData,
     effort: Effort,
     reads_pictures: bool,
+    reads_sentences: bool,
     folder: Path,
     progress: Progress,
 ) -> Recorded:
@@ -129,12 +147,19 @@ def record_calibration(
     worded = evenly([p for p in fit if told(p, reads_pictures)], effort.worded)
     said = [spoken(p, reads_pictures) for p in worded]
     text = record_states(loaded, worded, said, "text", folder, progress, openings)
+    parts: dict[str, None] = {}  # each once: those of a template repeat
+    for prompt in worded if reads_sentences else ():
+        if not prompt.harmful:
+            parts |= dict.fromkeys(sentences(canonical_text(prompt.prompt)))
+    single = record(
+        loaded, [Query(one, None) for one in parts], folder, what="sentences", progress=progress
+    )
     pictured: dict[str, States] = {}
     for setting in PICTURED:
         chosen = evenly(within(fit, setting), effort.pictured)
         seen = queries(chosen, setting)
         pictured[setting] = record_states(loaded, chosen, seen, setting, folder, progress)
-    return Recorded(pairs, directions, openings, text, pictured)
+    return Recorded(pairs, directions, openings, text, single, pictured)
 
 
 def record_states(
@@ -147,11 +172,19 @@ def record_states(
     openings: Sequence[int] = (),
 ) -> States:
     """States of ``items`` when the model is given the requests ``asked``, one for each item; with
-    ``openings`` also their refusal intents."""
+    ``openings`` also their refusal intents.
+
+    Ordinary harmless prompts count as false positives, unless their intent says that the model
+    refuses them by itself.
+    """
     what = f"calibration prompts, {setting}"
     states, intent = record_intent(loaded, asked, openings, folder, what, progress)
     fold = [hashlib.sha256(p.cluster.encode()).digest()[0] % FOLDS for p in items]
-    return States(states, torch.tensor([p.harmful for p in items]), torch.tensor(fold), intent)
+    counted = torch.tensor([p.ordinary for p in items])
+    if intent is not None:
+        counted &= intent < REFUSES
+    harmful = torch.tensor([p.harmful for p in items])
+    return States(states, harmful, torch.tensor(fold), counted, intent)
 
 
 def record_intent(
@@ -176,20 +209,20 @@ def record_intent(
     )
 
 
-def with_anchors(text: States, pairs: Tensor) -> States:
-    """States of the text prompts together with those of the anchors.
+def with_others(text: States, harmful: Tensor, harmless: Tensor) -> States:
+    """States of the text prompts together with other states (k, L, d).
 
-    The anchors get a negative fold: gates are fitted to them but not judged by them, because the
-    directions come from the anchors and separate them better than other prompts.
+    The others get a negative fold: gates are fitted to them but not judged by them. The directions
+    come from the anchors and separate them better than other prompts, and a sentence is no request.
     """
-    count = pairs.shape[1]
-    labels = torch.arange(2 * count) < count
-    folds = torch.full((2 * count,), -1)
-    intent = None if text.intent is None else torch.cat([text.intent, torch.zeros(2 * count)])
+    labels = torch.arange(len(harmful) + len(harmless)) < len(harmful)
+    folds = torch.full((len(labels),), -1)
+    intent = None if text.intent is None else torch.cat([text.intent, torch.zeros(len(labels))])
     return States(
-        torch.cat([text.states, pairs.flatten(0, 1)]),
+        torch.cat([text.states, harmful, harmless]),
         torch.cat([text.harmful, labels]),
         torch.cat([text.fold, folds]),
+        torch.cat([text.counted, ~labels]),
         intent,
     )
 
@@ -206,6 +239,7 @@ def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
             *states.folds(),
             recorded.directions,
             budget.false_positives * share,
+            counted=states.false_positives(),
             intents=states.intents(),
             openings=recorded.openings,
         )
@@ -222,11 +256,12 @@ def bound_scores(
     text_gate: GateFit,
     in_vlm: GateFit,
     items: Sequence[Prompt],
+    reads_sentences: bool,
     folder: Path,
     progress: Progress,
     recogniser: Recogniser = BY_PHRASES,
 ) -> Tensor:
-    """The scores that set the thresholds: for each harmless question, the highest of each gate.
+    """Scores of harmless questions, which set the thresholds: the highest of each gate.
 
     Each prompt is scored as text and with a picture, a blank and a drawn one in turn. A question
     and its copies in templates count as one, so that scores are independent. If the model refuses a
@@ -236,6 +271,7 @@ def bound_scores(
         text_gate: the text gate.
         in_vlm: the gate in the VLM.
         items: harmless prompts that no gate was fitted to.
+        reads_sentences: whether the text gate also reads each sentence by itself.
 
     Returns:
         Scores (n, 2) of n questions by the text gate and by the gate in the VLM, each in units of
@@ -249,6 +285,15 @@ def bound_scores(
     what = "bound, pictures"
     seen = record(loaded, mixed, folder, what=what, layers=layers, progress=progress)
     by_text = text_gate.scores(text, intent) / text_gate.spread
+    cut = [(n, one) for n, p in enumerate(items) for one in sentences(canonical_text(p.prompt))]
+    if reads_sentences and cut:
+        asked = [Query(one, None) for _, one in cut]
+        parts, intent = record_intent(
+            loaded, asked, text_gate.openings, folder, "bound, sentences", progress
+        )
+        of_parts = text_gate.scores(parts, intent) / text_gate.spread
+        owners = torch.tensor([n for n, _ in cut])
+        by_text = by_text.scatter_reduce(0, owners, of_parts, "amax")
     by_vlm = torch.maximum(in_vlm.scores(text), in_vlm.scores(seen)) / in_vlm.spread
     scores = torch.stack([by_text, by_vlm], 1)
     # Only the highest scores decide where a threshold lies.

@@ -8,6 +8,7 @@ from typing import Any
 from vlm_safeguard.artifact.config import Steering
 from vlm_safeguard.calibration.attack_trials import harmless_cost, successes, within
 from vlm_safeguard.calibration.budget import Budget, Effort
+from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.data.inputs import PICTURED, SETTINGS, Query, queries
 from vlm_safeguard.data.prompts import Prompt
@@ -48,8 +49,8 @@ def search(
     """Choose the steering in two rounds.
 
     The first round tries all candidates on a few attacks with a blank image or a picture that
-    succeed without a guard, because other attacks say nothing about the steering. The second round
-    tries the best candidates on more prompts, in every setting.
+    succeed although a gate opens, because other attacks say nothing about the steering. The second
+    round tries the best candidates on more prompts, in every setting.
 
     Args:
         build: makes a guard with the given steering.
@@ -61,26 +62,26 @@ def search(
     Raises:
         CalibrationError: every candidate of the second round exceeds the KL budget.
     """
-    few = _successful(loaded, [p for p in fit if p.harmful], effort, progress, recogniser)
+    settings = candidates(len(find_decoder(loaded.model).layers))
+    attacks = [p for p in fit if p.harmful]
+    few = _telling(loaded, build(settings[0]), attacks, effort, progress, recogniser)
     tried: list[dict[str, Any]] = []
     ranked: list[tuple[float, int, Steering]] = []
-    for steering in progress.track(
-        candidates(len(find_decoder(loaded.model).layers)), "steering candidates"
-    ):
+    for steering in progress.track(settings, "steering candidates"):
         guard = build(steering)
         won = successes(loaded, guard, few, effort.tokens, recogniser)
         ranked.append((sum(won) / len(won), len(ranked), steering))
         tried.append({"steering": _brief(steering), "n": len(won), "asr": ranked[-1][0]})
-    more = evenly(fit[1::2], effort.final)
+    more = evenly([p for p in fit[1::2] if not p.lookalike], effort.final)
     harmful = [p for p in more if p.harmful]
     harmless = [p for p in more if not p.harmful]
-    attacks = [r for s in SETTINGS for r in queries(within(harmful, s), s)]
+    every = [r for s in SETTINGS for r in queries(within(harmful, s), s)]
     best: tuple[float, int, Steering] | None = None
     for _, place, steering in progress.track(
         sorted(ranked, key=lambda r: r[:2])[: effort.finalists], "finalists"
     ):
         guard = build(steering)
-        won = successes(loaded, guard, attacks, effort.tokens, recogniser)
+        won = successes(loaded, guard, every, effort.tokens, recogniser)
         rate = sum(won) / len(won)
         divergence = harmless_cost(loaded, guard, harmless, recogniser).kl
         tried[place] |= {
@@ -99,15 +100,19 @@ def search(
     return build(best[2]), tried
 
 
-def _successful(
+def _telling(
     loaded: LoadedModel,
+    guard: Guard,
     attacks: Sequence[Prompt],
     effort: Effort,
     progress: Progress,
     recogniser: Recogniser,
 ) -> list[Query]:
-    """``effort.search`` attacks with a blank image or a picture, evenly spaced: attacks that
-    succeed without a guard first, then others if there are too few."""
+    """``effort.search`` attacks with a blank image or a picture that tell candidates apart.
+
+    First come attacks that succeed without a guard and open a gate, evenly spaced; where they are
+    too few, others that succeed, then the rest. All candidates have the gates of ``guard``.
+    """
     progress.say("attacks that succeed without a guard")
     tried = [
         request
@@ -116,11 +121,22 @@ def _successful(
             evenly(within(attacks, setting), effort.scan // len(PICTURED)), setting
         )
     ]
-    won = successes(loaded, None, tried, effort.tokens, recogniser)
-    hits = [request for request, is_hit in zip(tried, won, strict=True) if is_hit]
-    misses = [request for request, is_hit in zip(tried, won, strict=True) if not is_hit]
-    chosen = spaced(hits, effort.search)
-    return chosen + spaced(misses, effort.search - len(chosen))
+    said = respond(
+        loaded,
+        tried,
+        guard,
+        monitor=True,
+        max_new_tokens=max(effort.tokens, recogniser.tokens),
+        openings=recogniser.openings,
+        batch=24,
+    )
+    ranks: tuple[list[Query], ...] = ([], [], [])
+    for request, answer, refused in zip(tried, said, recogniser.refused(tried, said), strict=True):
+        ranks[2 if refused else 0 if answer.fired else 1].append(request)
+    chosen: list[Query] = []
+    for found in ranks:
+        chosen += spaced(found, effort.search - len(chosen))
+    return chosen
 
 
 def _brief(steering: Steering) -> dict[str, Any]:

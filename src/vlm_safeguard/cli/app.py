@@ -89,12 +89,16 @@ def calibrate(
     refusals: Annotated[
         str, typer.Option(help="How refusals are recognised: phrases[:FILE], tokens or a judge.")
     ] = "phrases",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Try fewer prompts: takes half the time, finds less.")
+    ] = False,
     *,
     options: LoadOptions,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Calibrate a guard for MODEL; save it only if it helps."""
+    from vlm_safeguard.calibration.budget import Effort
     from vlm_safeguard.calibration.calibrate import calibrate as run
     from vlm_safeguard.calibration.conformal import least_bound
     from vlm_safeguard.cli.calibrating import own_files, recogniser_of
@@ -117,6 +121,7 @@ def calibrate(
         loaded,
         data=own,
         budget=Budget(max_false_positives, max_kl),
+        effort=Effort.quick() if quick else Effort(),
         reads_pictures=read_pictures,
         refusals=recogniser,
         progress=progress,

@@ -49,6 +49,16 @@ class Prompt:
         return self.label == "harmful"
 
     @property
+    def lookalike(self) -> bool:
+        """Whether it is harmless and worded like a harmful request: "How do I kill a process?"."""
+        return not self.harmful and self.intent == "lookalike"
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether it is harmless and looks it."""
+        return not self.harmful and not self.lookalike
+
+    @property
     def speaks_for_itself(self) -> bool:
         """Whether the label can be told from the words, without what is written in a picture."""
         return dict(self.picture or ()).get("kind") != "text"

@@ -64,9 +64,7 @@ BATCH = 64  # rows: a decoding step then takes far less than two of 32
 VQA_TOKENS = 18
 LOADING = LoadOptions("float32", "cpu")  # as the published figures were measured
 OUTPUTS = ("report.html", "gap.png", "tradeoff.png", "results.json", "responses.jsonl")
-# A calibration that takes less time than the usual one and finds a little less.
-_LESS = Effort(worded=320, pictured=120, bound=500, scan=64, search=8, final=8, tokens=8)
-QUICK = Size(per_set=20, vqa=100, tokens=16, perplexity=32, pairs=7, effort=_LESS)
+QUICK = Size(per_set=20, vqa=100, tokens=16, perplexity=32, pairs=7, effort=Effort.quick())
 FULL = Size(per_set=None, vqa=2000, tokens=32, perplexity=300, pairs=25, effort=Effort())
 
 

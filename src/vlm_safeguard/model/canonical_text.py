@@ -1,8 +1,8 @@
-"""The canonical form of a text: without invisible characters, letters in their usual shape.
+"""The canonical form of a text: no invisible characters, letters and spelling as usual.
 
-A zero-width space inside a word, or letters of full width, hide harm from a gate, and the model
-still understands the request. Letters of another alphabet that look alike, other spellings and
-spaces between letters are left as they are.
+A zero-width space inside a word, letters of full width, aLtErNaTiNg CaSe, l337 or s p a c e d
+letters hide harm from a gate, and the model may still understand the request. Letters of another
+alphabet that look alike are left as they are.
 """
 
 from __future__ import annotations
@@ -15,16 +15,35 @@ _IGNORABLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2060-\u206f\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
     "\U000e0000-\U000e0fff]"
 )
+# An odd spelling is changed where it is found in so many words: one alone may be a name.
+OFTEN = 3
+_SPACED = re.compile(r"(?<!\S)\S(?: {1,3}\S){5,}(?!\S)")  # single characters, words 2 or 3 apart
+_LEET = re.compile(r"(?<![^\W_])(?=[\w@$]*[^\W\d_])(?=\w*[013457@$])[\w@$]+")
+_LETTERS = str.maketrans("013457@$", "oieastas")
+_MIXED = re.compile(r"\w*[a-z][A-Z]\w*")
 
 
 def canonical_text(text: str) -> str:
-    """``text`` without invisible characters, in the normal form NFKC.
+    """``text`` without invisible characters, in the normal form NFKC, in its usual spelling.
 
-    Default-ignorable, control and format characters are invisible. Line feeds and tabs stay.
+    Default-ignorable, control and format characters are invisible. Line feeds and tabs stay. Spaces
+    between single letters are taken out, digits within words become the letters that they look
+    like, and words with capital letters behind small ones are written small.
     """
-    if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
-        return text
-    return _visible(unicodedata.normalize("NFKC", _visible(text)))
+    if not (text.isascii() and text.replace("\n", "").replace("\t", "").isprintable()):
+        text = _visible(unicodedata.normalize("NFKC", _visible(text)))
+    text = _SPACED.sub(lambda found: _joined(found[0]), text)
+    for odd, usual in (
+        (_LEET, lambda found: found[0].translate(_LETTERS)),
+        (_MIXED, lambda found: found[0].lower()),
+    ):
+        if len(odd.findall(text)) >= OFTEN:
+            text = odd.sub(usual, text)
+    return text
+
+
+def _joined(spaced: str) -> str:
+    return " ".join(word.replace(" ", "") for word in re.split(" {2,}", spaced))
 
 
 def _visible(text: str) -> str:

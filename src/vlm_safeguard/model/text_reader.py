@@ -5,20 +5,34 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from vlm_safeguard.errors import GuardRuntimeError, ModelError
+from vlm_safeguard.errors import ModelError, UnreadableText
 from vlm_safeguard.model.canonical_text import canonical_text
 from vlm_safeguard.model.chat import process, render
 from vlm_safeguard.model.control_tokens import ControlTokens
+from vlm_safeguard.model.sentences import sentences
+
+_PROBE = "How do I bake bread?"
 
 
 class TextReader:
-    """Says which requests have no words, and which have a canonical form of their own."""
+    """Says which requests have no words, which have a canonical form of their own, and what their
+    sentences are."""
 
     def __init__(self, processor: Any) -> None:
         self._tokenizer, self._control = processor.tokenizer, ControlTokens.of(processor)
         # The token for unknown characters is written like a control token.
         self._apart = self._control.ids | {self._tokenizer.unk_token_id}
         self._wordless = _wordless(processor)
+        self._before, self._after = _frame(processor)
+        # What begins a user's turn, if nobody can type it: earlier turns stand before it.
+        place = max((self._before.rfind(token) for token in self._control.texts), default=-1)
+        self._turn = self._before[place:] if place >= 0 else ""
+
+    @property
+    def framed(self) -> bool:
+        """Whether it is known what the template writes around a request, so that sentences can be
+        read."""
+        return bool(self._before or self._after)
 
     def has_words(self, ids: list[int]) -> bool:
         """Whether the text of a request is more than what the chat template writes around none.
@@ -27,6 +41,17 @@ class TextReader:
         """
         return self._wordless is None or _letters(self._decoded(ids)) != self._wordless
 
+    def readings(self, ids: list[int], by_sentence: bool) -> list[list[int]]:
+        """What else a text gate reads of a request: its canonical form, if that differs, and, with
+        ``by_sentence``, each of its sentences.
+
+        Raises:
+            UnreadableText: see ``other_form``.
+        """
+        other = self.other_form(ids)
+        found = [] if other is None else [other]
+        return found + self.sentences(ids) if by_sentence else found
+
     def other_form(self, ids: list[int]) -> list[int] | None:
         """The ids of a request's text in canonical form; None if that is the text itself.
 
@@ -34,7 +59,7 @@ class TextReader:
         text that a user types.
 
         Raises:
-            GuardRuntimeError: the canonical form has other control tokens than the text.
+            UnreadableText: the canonical form has other control tokens than the text.
         """
         text = self._decoded(ids)
         if canonical_text(text) == text:
@@ -60,11 +85,30 @@ class TextReader:
         if not found:
             return None  # nothing but invisible characters, and no template
         if self._controls(found) != self._controls(ids):
-            raise GuardRuntimeError(
+            raise UnreadableText(
                 "the request's text without its invisible characters would write a control token, "
                 "so the guard cannot read it: take those characters out"
             )
         return list(found)
+
+    def sentences(self, ids: list[int]) -> list[list[int]]:
+        """The ids of requests that consist of one sentence each of the user's last turn, in
+        canonical form; none where that turn has fewer than two (see ``sentences``).
+
+        If the template marks turns with words that a user can type, the sentences are those of all
+        turns.
+        """
+        words = self._decoded(ids).removesuffix(self._after)
+        words = words.rpartition(self._turn)[2] if self._turn else words.removeprefix(self._before)
+        return [
+            list(
+                self._tokenizer(
+                    self._before + self._control.broken(sentence) + self._after,
+                    add_special_tokens=False,
+                )["input_ids"]
+            )
+            for sentence in sentences(canonical_text(words))
+        ]
 
     def _controls(self, ids: list[int]) -> list[int]:
         return [token for token in ids if token in self._control.ids]
@@ -85,3 +129,14 @@ def _wordless(processor: Any) -> str | None:
     except ModelError:
         return None
     return _letters(processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _frame(processor: Any) -> tuple[str, str]:
+    """What the template writes before and behind a request; empty if it takes none."""
+    try:
+        ids = process(processor, [render(processor, _PROBE, 0)], [[]])["input_ids"][0]
+    except ModelError:
+        return "", ""
+    text = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    before, _, after = text.partition(_PROBE)
+    return before, after

@@ -174,15 +174,19 @@ class Request:
         )
 
     def take_worse(self, rows: Sequence[int], other: Request) -> None:
-        """Take what text gates read in another form of the text of ``rows``, where they score it
-        higher, and its coordinates where only it opened them."""
+        """Take what text gates read in other readings of the text of ``rows``, where they score it
+        higher, and the coordinates of the first that opens them, where the text does not.
+
+        A row may have several readings.
+        """
         for layer, found in other.text_coordinates.items():
             known, theirs = self.open_at(layer, "text"), other.open_at(layer, "text")
-            newly = [n for n, row in enumerate(rows) if theirs[n] and not known[row]]
+            newly = {row: n for n, row in reversed(list(enumerate(rows))) if theirs[n]}
+            newly = {row: n for row, n in newly.items() if not known[row]}
             if newly:
                 old = self.text_coordinates.get(layer, found.new_zeros(self.rows, found.shape[1]))
-                places = torch.tensor([rows[n] for n in newly], device=old.device)
-                taken = found[newly].to(old)
+                places = torch.tensor(list(newly), device=old.device)
+                taken = found[list(newly.values())].to(old)
                 self.text_coordinates[layer] = old.index_copy(0, places, taken)
         for index, gate in enumerate(self.gates):
             for n, row in enumerate(rows) if gate.source == "text" else ():

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from vlm_safeguard.artifact.config import GuardConfig
-from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.errors import GuardError, GuardRuntimeError
 from vlm_safeguard.model.picture_inputs import PictureInputs, picture_inputs
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import padded, rows_of, with_pictures
@@ -31,6 +31,8 @@ from vlm_safeguard.runtime.owner_thread import OwnerThread
 from vlm_safeguard.runtime.request import Request
 from vlm_safeguard.runtime.steering import NoSteering, Steerer
 from vlm_safeguard.runtime.streams import ended_on_error
+
+READINGS = 32  # rows in a pass over further readings of texts
 
 
 class _OfThread(threading.local):
@@ -64,7 +66,8 @@ class Session:
             monitor: gates decide, and nothing is steered.
 
         Raises:
-            GuardError: a guard is attached already, or a part of the model is compiled.
+            GuardError: a guard is attached already, a part of the model is compiled, or the guard
+                reads sentences and there is no processor.
         """
         self.config, self.model = config, model
         decoder = find_decoder(model)
@@ -73,6 +76,11 @@ class Session:
         self._steerer = steerer(config.steering, tensors, bool(self._gates.layers("text")))
         self._reads_text = bool(self._gates.layers("text") | self._steerer.reads_text)
         known = processor is not None
+        if config.reads_sentences and not known:
+            raise GuardError(
+                "this guard reads each sentence of a request, for which it needs the processor: "
+                "guard.attach(model, processor)"
+            )
         reads_words = known and self._gates.layers("text")
         self._reader = TextReader(processor) if reads_words else None
         self._layers = sorted(
@@ -230,24 +238,29 @@ class Session:
     def _read_text(
         self, request: Request, prompt: Tensor | None, ids: Tensor, mask: Tensor
     ) -> None:
-        """Run the text-only pass, and one more over the rows whose text has another form.
+        """Run the text-only pass, and others over further readings of the text: its canonical form,
+        and each of its sentences.
 
         ``prompt``: ids (B, T) of the whole prompt. ``ids``, ``mask`` (B, T'): of its text.
         """
-        others: dict[int, list[int]] = {}
+        others: list[tuple[int, list[int]]] = []  # row, and ids of another reading
         if self._reader is not None:
             pictured = with_pictures(prompt, self.config.markup, request.rows)
             for row, text in enumerate(rows_of(ids, mask)):
                 if pictured[row] and not self._reader.has_words(text):
                     request.wordless |= {row}
-                elif (other := self._reader.other_form(text)) is not None:
-                    others[row] = other
+                    continue
+                readings = self._reader.readings(text, self.config.reads_sentences)
+                others += [(row, reading) for reading in readings]
         self._text_pass(request, ids, mask)
-        if others:
-            part = request.part(others)
-            rows = [ids.new_tensor(other) for other in others.values()]
-            self._text_pass(part, *padded(rows, self.config.markup.pad_id))
-            request.take_worse(list(others), part)
+        others.sort(key=lambda other: len(other[1]))  # less padding
+        for start in range(0, len(others), READINGS):
+            some = others[start : start + READINGS]
+            rows = [row for row, _ in some]
+            part = request.part(rows)
+            texts = [ids.new_tensor(other) for _, other in some]
+            self._text_pass(part, *padded(texts, self.config.markup.pad_id))
+            request.take_worse(rows, part)
 
     def _text_pass(self, request: Request, ids: Tensor, mask: Tensor) -> None:
         self._pass = reading = TextPass(request, self._layers, self._gates, self._steerer)

@@ -193,7 +193,7 @@ class Steerer:
         if hidden.shape[1] < width:
             spans = self._of_last(spans, width - hidden.shape[1], layer)
         for span in spans:
-            dose = self._dose(request, layer, span.at_prompt, hidden.device)
+            dose = self.dose(request, layer, span.at_prompt, hidden.device)
             if dose is None:
                 continue
             if hidden.shape[1] == 1:  # no copy, and no other span
@@ -229,10 +229,11 @@ class Steerer:
             found.append(Span(columns, span.at_prompt, span.new))
         return found
 
-    def _dose(
+    def dose(
         self, request: Request, layer: int, at_prompt: bool, device: torch.device
     ) -> Dose | None:
-        """The latched dose of a layer; gates that count there are decided by now."""
+        """The latched dose of a layer, at the prompt or behind it; None if no row is open. Gates
+        that count there are decided by now."""
         doses = request.prompt_doses if at_prompt else request.later_doses
         if layer not in doses:
             opened = request.open_at(layer, at_prompt=at_prompt)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vlm_safeguard.errors import ModelError, SafeguardError
+from vlm_safeguard.errors import ModelError, SafeguardError, UnreadableText
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.loading import LoadedModel
@@ -53,6 +53,7 @@ class Engine:
         self.telemetry = telemetry
         self._marker = marker_of(loaded.processor)
         self._session: Session | None = None
+        self._self_check: SelfCheck | None = None
         self.ready = threading.Event()
         self._waiting: deque[Job] = deque()
         self._taken: list[Job] = []
@@ -136,7 +137,7 @@ class Engine:
     def _serve(self) -> None:
         guard, loaded = self.guard, self.loaded
         monitor = self.settings.mode == "monitor"
-        check = SelfCheck(loaded, guard, monitor) if guard else None
+        self._self_check = check = SelfCheck(loaded, guard, monitor) if guard else None
         attached = guard.attach(loaded.model, loaded.processor, monitor) if guard else nullcontext()
         with attached as session:
             self._session = session
@@ -204,16 +205,19 @@ class Engine:
             return
         except errors.RequestError as error:
             failure = error
+        except UnreadableText:
+            failure = errors.unreadable()
         except Exception as error:
             failure = errors.failed()
             # Without the message: it may quote the request.
             logger.error("a batch failed", extra={"error": type(error).__name__})
             if isinstance(error, SafeguardError):
                 self.telemetry.failures.inc()
-            self._due = 0.0  # look at the guard before anything else is answered
+            if self._self_check and self._session:  # before anything else is answered
+                self._check(self._self_check, self._session)
         fresh = [job for job in jobs if not job.begun and not job.ended]
         if len(jobs) > 1:
-            for job in fresh:
+            for job in fresh if self.ready.is_set() else ():
                 self._answer([job])
         for job in jobs:
             job.send(Failed(failure))

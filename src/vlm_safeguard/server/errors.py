@@ -63,6 +63,16 @@ def unusable() -> RequestError:
     )
 
 
+def unreadable() -> RequestError:
+    """The text holds a control token that is hidden by other characters."""
+    return RequestError(
+        400,
+        "the messages hide a control token of the model among invisible or unusual characters: "
+        "take those characters out",
+        param="messages",
+    )
+
+
 def not_ready() -> RequestError:
     """The guard does not pass its self-check."""
     return RequestError(

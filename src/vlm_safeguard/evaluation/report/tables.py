@@ -153,11 +153,13 @@ def proof_notes(calibration: Mapping[str, Any]) -> list[str]:
     proof, budget = calibration.get("proof") or {}, calibration.get("budget") or {}
     harmless, notes = proof.get("harmless") or {}, []
     if harmless:
-        fired, n = (show(harmless.get(k), ".0f") for k in ("fired", "n"))
-        kl, rate = show(harmless.get("kl"), ".4g"), percent(budget.get("false_positives"))
+        stopped, n = (show(harmless.get(k), ".0f") for k in ("stopped", "n"))
+        kl, most = (show(found.get("kl"), ".4g") for found in (harmless, budget))
+        rate = percent(budget.get("false_positives"))
         notes.append(
-            f"The gate fired on {fired} of {n} harmless requests (budget {rate}); the next token's "
-            f"mean KL divergence there is {kl} nats (budget {show(budget.get('kl'), '.4g')})."
+            f"{stopped} of {n} harmless requests were stopped though the model would answer them "
+            f"as text (budget {rate}); the next token's mean KL divergence there is {kl} nats "
+            f"(budget {most})."
         )
     if finite(proof.get("mcnemar_p")) is not None:
         p = show(proof["mcnemar_p"], ".2g")

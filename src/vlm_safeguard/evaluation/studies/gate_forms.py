@@ -82,7 +82,7 @@ def study(
     data = CalibrationData.packaged()
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
         folder = Path(temporary)
-        recorded = record_calibration(loaded, data, effort, False, folder, progress)
+        recorded = record_calibration(loaded, data, effort, False, False, folder, progress)
         held = {
             s: _held(
                 loaded, data.held, s, recorded.openings if s == "text" else (), folder, progress
@@ -99,9 +99,8 @@ def study(
                 for setting in SETTINGS if source == "vlm" else SETTINGS[:1]:
                     rows.append(_judge(form.name, source, setting, gate, held[setting]))
         text_gate, in_vlm = fit_gates(recorded, budget)
-        scores = bound_scores(
-            loaded, text_gate, in_vlm, evenly(data.bound, effort.bound), folder, progress
-        )
+        bound = evenly([p for p in data.bound if p.ordinary], effort.bound)
+        scores = bound_scores(loaded, text_gate, in_vlm, bound, False, folder, progress)
         gates = useful_gates(text_gate, in_vlm, scores, budget.false_positives)
         together = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
     return rows, together
@@ -120,8 +119,9 @@ def _held(
     what = f"held-back prompts, {setting}"
     asked = queries(items, setting)
     states, intent = record_intent(loaded, asked, openings, folder, what, progress)
-    labels = torch.tensor([p.harmful for p in items])
-    return States(states, labels, torch.zeros(len(items), dtype=torch.long), intent)
+    harmful = torch.tensor([p.harmful for p in items])
+    ordinary = torch.tensor([p.ordinary for p in items])
+    return States(states, harmful, torch.zeros(len(items), dtype=torch.long), ordinary, intent)
 
 
 def _fit(recorded: Recorded, source: str, form: Form, budget: Budget) -> GateFit:
@@ -133,6 +133,7 @@ def _fit(recorded: Recorded, source: str, form: Form, budget: Budget) -> GateFit
         budget.false_positives,
         kinds=form.kinds,
         pooled=form.pooled,
+        counted=states.false_positives(),
         intents=states.intents() if form.intent else None,
         openings=recorded.openings,
     )

@@ -1,0 +1,1 @@
+"""Other engines than transformers that run guarded: vLLM."""

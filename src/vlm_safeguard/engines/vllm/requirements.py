@@ -1,0 +1,107 @@
+"""What of vLLM can be guarded: its version, and the settings of an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlm_safeguard.errors import GuardError
+from vlm_safeguard.guard import Guard
+
+SUPPORTED = ("0.32.0",)  # versions that the tests run
+_LOADERS = ("auto", "hf", "safetensors")  # that take the weights from the checkpoint as they are
+
+
+def check_version(found: str) -> None:
+    """Refuse a version of vLLM that no test ran: the guard reaches into its inner classes.
+
+    Raises:
+        GuardError: names the versions that are supported.
+    """
+    if found.partition("+")[0] not in SUPPORTED:
+        raise GuardError(
+            f"vLLM {found} is not supported: the guard was tested with {', '.join(SUPPORTED)}"
+        )
+
+
+def check_guard(guard: Guard) -> None:
+    """Refuse a guard that vLLM cannot run.
+
+    Raises:
+        GuardError: it steers every position of a prompt, which vLLM computes in parts.
+    """
+    if guard.config.steering.positions == "all":
+        raise GuardError(
+            "this guard steers all positions of a prompt, and vLLM computes prompts in parts and "
+            "keeps them for other requests: calibrate one with positions `generated`"
+        )
+
+
+def check_settings(guard: Guard, config: Any) -> None:
+    """Refuse settings of an engine under which a guard would not see every token.
+
+    Args:
+        guard: the guard.
+        config: the ``VllmConfig``.
+
+    Raises:
+        GuardError: names the setting, and what to do.
+    """
+    model, parallel, scheduler = (
+        config.model_config,
+        config.parallel_config,
+        config.scheduler_config,
+    )
+    identity = guard.config.model
+    refused = {
+        "speculative decoding": config.speculative_config is not None,
+        "LoRA adapters": config.lora_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size != 1,
+        "microbatches (DBO)": bool(getattr(parallel, "use_ubatching", False)),
+        "a KV connector": config.kv_transfer_config is not None,
+        "an encoder connector": config.ec_transfer_config is not None,
+        "weight transfer": config.weight_transfer_config is not None,
+        "sleep mode": bool(model.enable_sleep_mode),
+        "prompt embeddings": bool(model.enable_prompt_embeds),
+        "fast prefill with a shared KV cache": bool(config.cache_config.kv_sharing_fast_prefill),
+        "trace replay": bool(getattr(model, "enable_trace_replay", False)),
+        "hf_overrides": bool(model.hf_overrides),
+        "quantised weights": model.quantization is not None,
+        "a scheduler of its own": scheduler.scheduler_cls is not None,
+        f"the load format {config.load_config.load_format}": (
+            config.load_config.load_format not in _LOADERS
+        ),
+        "a model that does not generate": model.runner_type != "generate",
+        "an encoder-decoder model": bool(model.is_encoder_decoder),
+        "a diffusion model": bool(getattr(model, "is_diffusion", False)),
+    }
+    for what, given in refused.items():
+        if given:
+            raise GuardError(f"under a guard vLLM cannot use {what}: leave it out")
+    if not model.is_multimodal_model:
+        raise GuardError(f"{model.model} takes no images: VLM-Safeguard guards VLMs")
+    if config.use_v2_model_runner:
+        raise GuardError("the guard runs in vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
+    dtype = str(model.dtype).removeprefix("torch.")
+    if identity.dtype and dtype != identity.dtype:
+        raise GuardError(
+            f"this guard is for {identity.name} in {identity.dtype}, and vLLM runs it in {dtype}: "
+            f"start it with --dtype {identity.dtype}"
+        )
+    size, layers = model.get_hidden_size(), model.get_total_num_hidden_layers()
+    if (size, layers) != (identity.hidden_size, identity.layers):
+        raise GuardError(
+            f"this guard is for {identity.name} ({identity.layers} layers of "
+            f"{identity.hidden_size}), the model has {layers} layers of {size}"
+        )
+
+
+def run_eagerly(config: Any) -> None:
+    """Keep vLLM from compiling the model: the guard's hooks are no part of a graph.
+
+    It changes ``config``, a ``VllmConfig``.
+    """
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    config.model_config.enforce_eager = True
+    config.compilation_config.mode = CompilationMode.NONE
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE

@@ -1,0 +1,269 @@
+"""One forward pass of vLLM's flattened batch: gates are read and doses applied, row by row.
+
+The tokens of all requests stand one after the other in one column (T, d). A decoder layer of vLLM
+returns that as two tensors, whose sum is the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard import method
+from vlm_safeguard.engines.vllm.watched import Watched
+from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.runtime.gate import GateReading, Gates
+from vlm_safeguard.runtime.request import Dose
+from vlm_safeguard.runtime.steering import Steerer
+
+
+@dataclass(frozen=True)
+class Row:
+    """A request's part of the batch.
+
+    Attributes:
+        number: its place among the requests of the batch.
+        start: its first token in the flattened batch.
+        columns: the columns of its own sequence that this pass computes.
+    """
+
+    watched: Watched
+    number: int
+    start: int
+    columns: range
+
+    @property
+    def ends_prompt(self) -> bool:
+        """Whether its gates are read in this pass, at its last prompt token."""
+        watched = self.watched
+        return not watched.decided and watched.width <= self.columns.stop
+
+    @property
+    def last(self) -> int:
+        """The place of its last prompt token in the flattened batch."""
+        return self.start + self.watched.width - 1 - self.columns.start
+
+
+@dataclass(frozen=True)
+class _Reading:
+    row: Row
+    gates: GateReading
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Tokens of one request that may be steered: ``first`` and ``count`` in the flattened batch."""
+
+    watched: Watched
+    first: int
+    count: int
+    at_prompt: bool
+
+
+class Step:
+    """A pass over rows of requests.
+
+    Args:
+        rows: all rows of the batch, in order.
+        layers: the guarded layers, in order.
+        gates, steerer: the guard's.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], layers: Sequence[int], gates: Gates, steerer: Steerer
+    ) -> None:
+        self.rows, self._layers, self._steerer = rows, layers, steerer
+        self._seen: list[int] = []
+        self._texts: list[_Reading] = []
+        self._prompts: list[_Reading] = []
+        self._places: list[_Place] = []
+        for row in rows:
+            if not row.watched.decided and row.columns.start >= row.watched.width:
+                row.watched.fail("its last prompt token was not computed under guard")
+            if row.watched.failed:
+                continue
+            if row.watched.is_text:
+                if row.ends_prompt:
+                    self._texts.append(_Reading(row, GateReading(gates, "text")))
+                continue
+            if row.ends_prompt:
+                self._prompts.append(_Reading(row, GateReading(gates, "vlm")))
+            if row.ends_prompt or row.watched.request.any_open:
+                self._places += self._steerable(row)
+        self._text_layers = gates.layers("text") | steerer.reads_text
+        self._prompt_layers = gates.layers("vlm") | steerer.reads_pass
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is read or steered."""
+        return not (self._texts or self._prompts or self._places)
+
+    def visit(self, layer: int, output: Any) -> None:
+        """Called after each guarded layer with its output, which is changed in place.
+
+        Raises:
+            GuardRuntimeError: the output is neither a stream (T, d) nor two parts of one.
+        """
+        self._seen.append(layer)
+        if self.idle:
+            return
+        stream = _Stream(output)
+        if layer in self._text_layers:
+            self._read(self._texts, layer, stream)
+        if layer in self._prompt_layers:
+            self._read(self._prompts, layer, stream)
+        if self._places and layer in self._steerer.layers:
+            self._steer(layer, stream)
+
+    def read_logits(self, logits: Tensor | None) -> None:
+        """Take the logits (requests, vocabulary) at each row's last token of this pass."""
+        for reading in self._texts:
+            if not reading.gates.reads_logits or reading.row.watched.failed:
+                continue
+            if logits is None or len(logits) != len(self.rows):
+                reading.row.watched.fail("the logits of its text are not on this worker")
+                continue
+            with _Failing(reading.row.watched):
+                number = reading.row.number
+                reading.gates.read_logits(reading.row.watched.request, logits[number : number + 1])
+
+    def finish(self) -> list[Watched]:
+        """End the pass.
+
+        Returns:
+            The requests whose prompt was read to its end.
+
+        Raises:
+            GuardRuntimeError: a guarded layer did not run: no token of this pass may be used.
+        """
+        if self._seen != list(self._layers):
+            raise GuardRuntimeError(
+                f"{len(self._seen)} of {len(self._layers)} guarded layers ran: the guard's hooks "
+                "were removed or bypassed"
+            )
+        ended = []
+        for row in self.rows:
+            watched = row.watched
+            if row.ends_prompt:
+                self._check_read(watched)
+                watched.decided = True
+                ended.append(watched)
+        return ended
+
+    def _steerable(self, row: Row) -> list[_Place]:
+        found = []
+        for span in self._steerer.spans(row.watched.request, row.columns):
+            if isinstance(span.columns, slice):  # one row has no other
+                first, stop = span.columns.start, span.columns.stop
+                found.append(_Place(row.watched, row.start + first, stop - first, span.at_prompt))
+        return found
+
+    def _read(self, readings: list[_Reading], layer: int, stream: _Stream) -> None:
+        if not readings:
+            return
+        states = stream.at([reading.row.last for reading in readings]).float()
+        for number, reading in enumerate(readings):
+            watched, state = reading.row.watched, states[number : number + 1]
+            if watched.failed:
+                continue
+            with _Failing(watched):
+                reading.gates.read(watched.request, layer, state)
+                if watched.is_text:
+                    self._steerer.read_text(watched.request, layer, state)
+                else:
+                    self._steerer.read_pass(watched.request, layer, state)
+
+    def _steer(self, layer: int, stream: _Stream) -> None:
+        places: list[int] = []
+        doses: list[Dose] = []
+        for place in self._places:
+            if place.watched.failed or not place.watched.request.any_open:
+                continue
+            dose = self._steerer.dose(place.watched.request, layer, place.at_prompt, stream.device)
+            if dose is not None:
+                places += range(place.first, place.first + place.count)
+                doses += [dose] * place.count
+        if not doses:
+            return
+        states, directions = stream.at(places), doses[0].directions
+        targets = torch.cat([dose.target for dose in doses])
+        steered = (
+            method.shift(states, targets)
+            if directions is None
+            else method.set_coordinates(states, directions, targets)
+        )
+        stream.put(places, steered)
+        self._measure(layer, places, states, steered)
+
+    def _measure(self, layer: int, places: list[int], before: Tensor, after: Tensor) -> None:
+        """How far the state at the last prompt token of a canary was moved."""
+        for reading in self._prompts:
+            watched = reading.row.watched
+            if watched.role.canary and reading.row.last in places:
+                number = places.index(reading.row.last)
+                change = after[number].float() - before[number].float()
+                watched.moved[str(layer)] = float(change.norm())
+
+    def _check_read(self, watched: Watched) -> None:
+        """Fail a request of which a gate was not read."""
+        source = "text" if watched.is_text else None
+        for index, gate in enumerate(watched.request.gates):
+            read = len(watched.request.opened.get(index, ()))
+            if source in (None, gate.source) and not read:
+                watched.fail("a gate was not read")
+
+
+class _Stream:
+    """The residual stream (T, d) in a layer's output: a tensor, or two whose sum it is."""
+
+    def __init__(self, output: Any) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
+        if len(parts) > 2 or not all(
+            isinstance(part, Tensor) and part.ndim == 2 and part.shape == parts[0].shape
+            for part in parts
+        ):
+            raise GuardRuntimeError(
+                "a decoder layer returns neither a residual stream (tokens, hidden size) nor two "
+                "tensors whose sum it is: this model is not supported in vLLM"
+            )
+        self._hidden, self._residual = parts[0], parts[1] if len(parts) == 2 else None
+
+    @property
+    def device(self) -> torch.device:
+        return self._hidden.device
+
+    def at(self, places: list[int]) -> Tensor:
+        """The states (b, d) of some tokens."""
+        index = self._index(places)
+        hidden = self._hidden.index_select(0, index)
+        return hidden if self._residual is None else hidden + self._residual.index_select(0, index)
+
+    def put(self, places: list[int], states: Tensor) -> None:
+        """Put states (b, d) in the place of some tokens' own."""
+        index = self._index(places)
+        self._hidden.index_copy_(0, index, states.to(self._hidden.dtype))
+        if self._residual is not None:
+            self._residual.index_fill_(0, index, 0)
+
+    def _index(self, places: list[int]) -> Tensor:
+        return torch.tensor(places, device=self._hidden.device)
+
+
+class _Failing:
+    """Fails one request where its guard cannot do its work; the others of the batch go on."""
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, GuardRuntimeError):
+            self._watched.fail(str(error))
+            return True
+        return False

@@ -1,0 +1,151 @@
+"""One step over a flattened batch does to each request what an attached guard does to its row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny
+from vlm_safeguard.engines.vllm.messages import Role
+from vlm_safeguard.engines.vllm.step import Row, Step
+from vlm_safeguard.engines.vllm.watched import Texts, Watched
+from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.runtime.gate import Gates
+from vlm_safeguard.runtime.request import Request
+from vlm_safeguard.runtime.steering import Steerer
+
+LAYERS = range(tiny.LAYERS)
+WIDTHS = (5, 3, 7)  # prompt tokens of the requests of a batch
+
+
+def watched(guard: Guard, width: int, name: str = "a") -> Watched:
+    request = Request(guard.config.gates, width, [width - 1], [0])
+    return Watched(name, Role("", "", 0, 0, False, False), request, width)
+
+
+def rows_of(requests: list[Watched], columns: list[range]) -> list[Row]:
+    starts = [0]
+    for part in columns:
+        starts.append(starts[-1] + len(part))
+    return [
+        Row(one, number, starts[number], columns[number]) for number, one in enumerate(requests)
+    ]
+
+
+def step_of(guard: Guard, rows: list[Row]) -> Step:
+    steerer = Steerer(guard.config.steering, guard.tensors, False)
+    return Step(rows, list(LAYERS), Gates(guard.config.gates, guard.tensors), steerer)
+
+
+def streams(seed: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        tuple(torch.randn(tokens, tiny.WIDTH, generator=generator) for _ in range(2))
+        for _ in LAYERS
+    ]
+
+
+@pytest.fixture
+def guard(model) -> Guard:
+    return tiny.guard(
+        model, [tiny.gate("vlm", 1)], layers=list(LAYERS), rank=3, reference="anchor", tokens=2
+    )
+
+
+def test_each_request_is_scored_and_steered_by_itself(guard: Guard) -> None:
+    requests = [watched(guard, width, str(width)) for width in WIDTHS]
+    rows = rows_of(requests, [range(width) for width in WIDTHS])
+    step, layers = step_of(guard, rows), streams(0, sum(WIDTHS))
+    before = [hidden + residual for hidden, residual in layers]
+    for layer, output in enumerate(layers):
+        step.visit(layer, output)
+    assert step.finish() == requests
+    vector = guard.tensors["gate.0"][0]
+    fired = []
+    for row, request in zip(rows, requests, strict=True):
+        q = row.start + request.width - 1
+        score = float(before[1][q] @ vector)
+        assert request.report().scores == {"vlm.0": [pytest.approx(score, abs=1e-4)]}
+        fired.append(score > 0)
+        for layer, (hidden, residual) in enumerate(layers):
+            after, expected = hidden + residual, before[layer].clone()
+            if score > 0 and layer >= 1:  # the gate is not decided below
+                rows_ = guard.tensors[f"directions.{layer}"]
+                own, target = expected[q] @ rows_.T, 1.5 * guard.tensors[f"anchor.{layer}"]
+                expected[q] += (target - own) @ rows_
+            part = slice(row.start, row.start + request.width)
+            assert torch.allclose(after[part], expected[part], atol=1e-4)
+    assert {True, False} == set(fired)
+
+
+def test_a_latched_dose_reaches_the_guarded_tokens_and_no_more(guard: Guard) -> None:
+    opened = tiny.with_thresholds(guard, [[-1e9]])
+    requests = [watched(opened, 4)]
+    changed = []
+    for columns in (range(3), range(3, 4), range(4, 5), range(5, 6), range(2, 6)):
+        step, layers = step_of(opened, rows_of(requests, [columns])), streams(1, len(columns))
+        before = [hidden + residual for hidden, residual in layers]
+        for layer, output in enumerate(layers):
+            step.visit(layer, output)
+        step.finish()
+        moved = [
+            not torch.allclose(one, sum(pair), atol=1e-5)
+            for one, pair in zip(before[3], zip(*layers[3], strict=True), strict=True)
+        ]
+        changed.append(moved)
+    # A chunk, the last prompt token, a guarded token, a later one; then all of it computed again.
+    assert changed == [[False] * 3, [True], [True], [False], [False, True, True, False]]
+
+
+def test_a_stream_in_one_tensor_is_steered_too(guard: Guard) -> None:
+    opened = tiny.with_thresholds(guard, [[-1e9]])
+    outputs = []
+    for split in (True, False):
+        step = step_of(opened, rows_of([watched(opened, 4)], [range(4)]))
+        layers = streams(2, 4)
+        found = [pair if split else (pair[0] + pair[1]).clone() for pair in layers]
+        for layer, output in enumerate(found):
+            step.visit(layer, output)
+        outputs.append([sum(output) if split else output for output in found])
+    for one, other in zip(*outputs, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_a_layer_that_did_not_run_stops_the_step(guard: Guard) -> None:
+    step = step_of(guard, rows_of([watched(guard, 4)], [range(4)]))
+    for layer, output in enumerate(streams(0, 4)[:-1]):
+        step.visit(layer, output)
+    with pytest.raises(GuardRuntimeError, match="5 of 6 guarded layers ran"):
+        step.finish()
+
+
+def test_a_layer_that_returns_something_else_stops_the_step(guard: Guard) -> None:
+    step = step_of(guard, rows_of([watched(guard, 4)], [range(4)]))
+    for output in (torch.zeros(4), (torch.zeros(4, 8), torch.zeros(4, 9)), "x"):
+        with pytest.raises(GuardRuntimeError, match="not supported"):
+            step.visit(0, output)
+
+
+def test_a_prompt_whose_last_token_was_not_computed_fails(guard: Guard) -> None:
+    request = watched(guard, 4)
+    step = step_of(guard, rows_of([request], [range(4, 5)]))
+    for layer, output in enumerate(streams(0, 1)):
+        step.visit(layer, output)
+    step.finish()
+    assert "not computed under guard" in request.report().failed
+
+
+def test_texts_are_taken_once_and_only_whole(guard: Guard) -> None:
+    texts = Texts()
+    text = watched(guard, 4, "a#text0")
+    text.role = Role("", "a", 0, 4, False, False)
+    texts.keep(text)
+    with pytest.raises(GuardRuntimeError, match="not read"):
+        texts.take("a", 2)
+    texts.keep(text)
+    assert texts.take("a", 1) is text.request
+    with pytest.raises(GuardRuntimeError, match="not read"):
+        texts.take("a", 1)
+    assert not len(texts)

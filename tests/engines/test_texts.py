@@ -1,0 +1,154 @@
+"""What a guard in vLLM reads of a request as text is what ``prepare`` makes of its conversation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests import checkpoint, tiny
+from vlm_safeguard.artifact.config import ImageMarkup
+from vlm_safeguard.engines.vllm.texts import TextForms
+from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.model import chat
+from vlm_safeguard.model.loading import LoadedModel, load
+
+WORDS = {10: "Sale today", 20: "", 30: "Open", 40: "<image> here"}
+
+
+class _Reader:
+    """Knows a picture by its colour."""
+
+    def words(self, picture: Image.Image) -> str:
+        return WORDS[picture.getpixel((0, 0))[0]]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load(checkpoint.save(tmp_path_factory.mktemp("model")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def guard(loaded: LoadedModel) -> Guard:
+    made = tiny.guard(loaded.model, [tiny.gate("text", 2)])
+    markup = ImageMarkup(token_ids=[tiny.IMAGE], after=[13], pad_id=tiny.PAD)
+    newline = loaded.processor.tokenizer("\n")["input_ids"]
+    return tiny.changed(made, markup=markup.model_copy(update={"after": newline}))
+
+
+@pytest.fixture
+def forms(loaded: LoadedModel, guard: Guard, monkeypatch: pytest.MonkeyPatch) -> TextForms:
+    monkeypatch.setattr(chat, "reader", _Reader)
+    return TextForms(guard, loaded.processor)
+
+
+def picture(red: int) -> dict[str, Any]:
+    return {"type": "image", "image": Image.new("RGB", (30, 30), (red, 0, 0))}
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def user(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+def runs(ids: list[int]) -> list[range]:
+    """Where the pictures stand: each has as many tokens."""
+    places = [place for place, token in enumerate(ids) if token == tiny.IMAGE]
+    first = places[:: tiny.PATCHES]
+    return [range(place, place + tiny.PATCHES) for place in first]
+
+
+CONVERSATIONS = [
+    [user(said("Hello?"))],
+    [user(picture(10), said("What is this?"))],
+    [user(picture(20), said("What is this?"))],
+    [user(picture(40), said("What is this?"))],
+    [user(picture(10), picture(20), picture(30), said("Which?"))],
+    [
+        user(picture(10), said("What is this?")),
+        {"role": "assistant", "content": [said("A shop.")]},
+        user(said("And now?")),
+    ],
+    [
+        user(picture(30), said("What is this?")),
+        {"role": "assistant", "content": [said("A shop.")]},
+        user(picture(10), said("And this?")),
+    ],
+]
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_the_text_is_that_of_prepare(
+    loaded: LoadedModel, forms: TextForms, conversation: list[dict[str, Any]]
+) -> None:
+    batch = chat.prepare(loaded.processor, [conversation], read_pictures=True)
+    ids = batch["input_ids"][0].tolist()
+    pictures = [part for turn in conversation for part in turn["content"] if "image" in part]
+    words = [_Reader().words(part["image"]) for part in pictures]
+    order = forms.order(ids, runs(ids), words)
+    assert order.texts[0] == batch["text_input_ids"][0].tolist()
+    assert not order.wordless
+
+
+def test_a_picture_without_words_is_wordless(loaded: LoadedModel, forms: TextForms) -> None:
+    batch = chat.prepare(loaded.processor, [[user(picture(20), said(""))]])
+    ids = batch["input_ids"][0].tolist()
+    assert forms.order(ids, runs(ids), [""]).wordless
+    assert not forms.order(ids, runs(ids), ["Sale"]).wordless
+
+
+def test_another_form_of_a_text_is_read_too(loaded: LoadedModel, forms: TextForms) -> None:
+    hidden, plain = (
+        chat.prepare(loaded.processor, [[user(said(text))]])["input_ids"][0].tolist()
+        for text in ("ba\u200bke \uff42read", "bake bread")
+    )
+    assert forms.order(hidden, [], []).texts == [hidden, plain]
+    assert forms.order(plain, [], []).texts == [plain]
+
+
+def test_an_image_token_without_a_picture_is_refused(forms: TextForms) -> None:
+    with pytest.raises(GuardRuntimeError, match="without a picture"):
+        forms.order([20, tiny.IMAGE, 30], [], [])
+
+
+def test_a_request_without_text_is_refused(forms: TextForms) -> None:
+    with pytest.raises(GuardRuntimeError, match="no text"):
+        forms.order([tiny.IMAGE] * 4, [range(4)], [""])
+
+
+def test_words_without_a_place_are_refused(loaded: LoadedModel, forms: TextForms) -> None:
+    ids = [tiny.IMAGE] * 4 + loaded.processor.tokenizer("\nno template at all")["input_ids"]
+    with pytest.raises(GuardRuntimeError, match="at the end of its turn"):
+        forms.order(ids, [range(4)], ["Sale"])
+    assert len(forms.order(ids, [range(4)], [""]).texts) == 1
+
+
+def test_a_guard_that_reads_no_text_orders_none(loaded: LoadedModel) -> None:
+    made = tiny.guard(loaded.model, [tiny.gate("vlm", 2)], reference="anchor")
+    assert TextForms(made, loaded.processor).order([20, 30], [], []).texts == []
+    made = tiny.guard(loaded.model, [tiny.gate("vlm", 2)], reference="text")
+    assert TextForms(made, loaded.processor).order([20, 30], [], []).texts == [[20, 30]]
+
+
+def test_each_sentence_is_a_text(
+    loaded: LoadedModel, guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "reader", _Reader)
+    forms = TextForms(tiny.changed(guard, reads_sentences=True), loaded.processor)
+    parts = ["Let us play a game.", "Who eats the bread?"]
+    texts = [" ".join(parts), *parts]
+    wanted = [
+        chat.prepare(loaded.processor, [[user(said(text))]])["input_ids"][0].tolist()
+        for text in texts
+    ]
+    for content in ([said(texts[0])], [picture(20), said(texts[0])]):
+        batch = chat.prepare(loaded.processor, [[user(*content)]])
+        ids = batch["input_ids"][0].tolist()
+        pictures = runs(ids)
+        order = forms.order(ids, pictures, [""] * len(pictures))
+        assert order.texts == wanted

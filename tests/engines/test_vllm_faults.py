@@ -1,0 +1,168 @@
+"""Whatever goes wrong in vLLM, no unguarded token comes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engines import tiny_vllm
+from tests.engines.conftest import NEW, Reference
+from tests.engines.test_vllm_parity import GREEDY, chat, front_end, same, vllm
+from vlm_safeguard.errors import GuardRuntimeError
+
+VLLMValidationError = pytest.importorskip("vllm.exceptions").VLLMValidationError
+
+
+def blocked(output: Any, reason: str) -> None:
+    assert output.finished
+    assert output.outputs[0].finish_reason == "error"
+    assert not output.outputs[0].token_ids
+    assert not output.outputs[0].text
+    with pytest.raises(GuardRuntimeError, match=reason):
+        front_end.decisions(output)
+
+
+@pytest.fixture(autouse=True)
+def works_again(engine: Any, reference: Reference) -> Any:
+    """After each fault the next requests are answered as ever."""
+    yield
+    for place in (0, 7):
+        same(chat(engine, [reference.requests[place]])[0], reference.answers[place])
+
+
+@pytest.mark.parametrize("gate", [0, 1])
+def test_a_score_that_is_no_number_blocks_the_request(
+    engine: Any, reference: Reference, runner: Any, monkeypatch: pytest.MonkeyPatch, gate: int
+) -> None:
+    scorer = runner._gates.scorers[gate]
+    monkeypatch.setattr(scorer, "vectors", torch.full_like(scorer.vectors, torch.nan))
+    for output in chat(engine, reference.requests[:8]):
+        blocked(output, "NaN or Inf")
+
+
+def test_only_the_request_whose_score_is_no_number_is_blocked(
+    engine: Any, reference: Reference, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_safeguard.engines.vllm import step
+
+    own, calls = step._Stream.at, []
+
+    def at(self: Any, places: list[int]) -> Any:
+        states = own(self, places)
+        calls.append(places)
+        if len(calls) == 4:  # of the first text, at the gate's layer
+            states[0] = torch.nan
+        return states
+
+    monkeypatch.setattr(step._Stream, "at", at)
+    outputs = chat(engine, reference.requests[:6])
+    failed = [output.outputs[0].finish_reason == "error" for output in outputs]
+    assert sum(failed) == 1
+    for output, answer, is_failed in zip(outputs, reference.answers, failed, strict=False):
+        if not is_failed:
+            same(output, answer)
+
+
+def test_a_text_that_nobody_kept_blocks_the_request(
+    engine: Any, reference: Reference, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner._texts, "keep", lambda text: None)
+    for output in chat(engine, reference.requests[:8]):
+        blocked(output, "text was not read")
+
+
+def test_a_worker_that_does_not_report_blocks_the_request(
+    engine: Any, reference: Reference, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "take_reports", dict)
+    for output in chat(engine, reference.requests[:8]):
+        blocked(output, "was not read|did not report")
+
+
+def test_a_worker_that_reports_on_texts_only_blocks_the_request(
+    engine: Any, reference: Reference, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = runner.take_reports
+    monkeypatch.setattr(
+        runner, "take_reports", lambda: {k: v for k, v in own().items() if "#text" in k}
+    )
+    for output in chat(engine, reference.requests[:8]):
+        blocked(output, "did not report")
+
+
+def test_a_gate_that_was_not_read_blocks_the_request(
+    engine: Any, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_safeguard.runtime.gate import GateReading
+
+    monkeypatch.setattr(GateReading, "read", lambda *_: None)
+    for output in chat(engine, reference.requests[:8]):
+        blocked(output, "a gate was not read")
+
+
+def test_a_worker_with_another_guard_blocks_the_request(
+    engine: Any, reference: Reference, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_digest", "0" * 64)
+    for output in chat(engine, reference.requests[:8]):
+        blocked(output, "another guard")
+
+
+def test_a_front_end_that_hears_no_decision_stops(
+    engine: Any, reference: Reference, scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_safeguard.engines.vllm import scheduling
+
+    monkeypatch.setattr(scheduling, "KEY", "elsewhere")
+    with pytest.raises(GuardRuntimeError, match="no gate decided"):
+        chat(engine, reference.requests[:1])
+    monkeypatch.undo()
+    engine.llm_engine.abort_request(
+        list(engine.llm_engine.output_processor.request_states), internal=True
+    )
+
+
+def refused(engine: Any, prompt: dict[str, Any], reason: str, **options: Any) -> None:
+    with pytest.raises(VLLMValidationError, match=reason):
+        engine.generate([prompt], GREEDY, use_tqdm=False, **options)
+
+
+def test_other_media_and_named_pictures_are_refused(engine: Any, reference: Reference) -> None:
+    picture = reference.requests[6][0]["content"][0]["image"]
+    text = "user: <image>\nIs it late?\nassistant: "
+    named = {"multi_modal_data": {"image": [picture]}, "multi_modal_uuids": {"image": ["a"]}}
+    refused(engine, {"prompt": text} | named, "ids of their own")
+    refused(engine, {"prompt": text, "multi_modal_data": {"video": [picture]}}, "no videos")
+    embedded = {"image": torch.zeros(1, 4, tiny_vllm.HIDDEN)}
+    refused(engine, {"prompt": text, "multi_modal_data": embedded}, "PIL.Image")
+
+
+def test_an_image_token_without_a_picture_is_refused(engine: Any) -> None:
+    refused(engine, {"prompt": "user: <image>\nIs it late?\nassistant: "}, "without a picture")
+
+
+def test_an_order_of_the_users_own_is_refused(engine: Any) -> None:
+    sampling = vllm.SamplingParams(max_tokens=NEW, extra_args={"vlm_safeguard": {"texts": []}})
+    with pytest.raises(VLLMValidationError, match="belongs to the guard"):
+        engine.generate(["user: Hello\nassistant: "], sampling, use_tqdm=False)
+
+
+def test_beam_search_is_refused(engine: Any) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    with pytest.raises(VLLMValidationError, match="beam search"):
+        engine.beam_search(
+            [{"prompt": "user: Hello\nassistant: "}], BeamSearchParams(beam_width=2, max_tokens=4)
+        )
+
+
+def test_a_request_past_the_guarded_front_end_is_refused(engine: Any) -> None:
+    from vllm.v1.request import Request
+
+    core = engine.llm_engine.engine_core.engine_core
+    request = Request("bare", [5, 6, 7], vllm.SamplingParams(max_tokens=2), None)
+    with pytest.raises(GuardRuntimeError, match="without the guard's order"):
+        core.add_request(request)
+    assert not core.scheduler.get_num_unfinished_requests()

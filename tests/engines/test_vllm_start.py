@@ -1,0 +1,113 @@
+"""What cannot be guarded stops vLLM before it takes a request."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from tests.engines import tiny_vllm
+from tests.engines.conftest import Reference
+from vlm_safeguard.errors import GuardError
+
+vllm = pytest.importorskip("vllm")
+requirements = pytest.importorskip("vlm_safeguard.engines.vllm.requirements")
+plugin = pytest.importorskip("vlm_safeguard.engines.vllm.plugin")
+
+
+def config(reference: Reference, **options: Any) -> Any:
+    """The configuration that vLLM makes of its arguments. The engine's guard is armed."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings = {"max_model_len": 512, "max_num_seqs": 4} | options
+    return EngineArgs(model=str(reference.folder), **settings).create_engine_config()
+
+
+def test_a_guarded_engine_runs_in_the_guards_dtype_and_eagerly(
+    engine: Any, reference: Reference
+) -> None:
+    found = config(reference)
+    assert str(found.model_config.dtype) == "torch.float32"
+    assert found.model_config.enforce_eager
+    assert found.compilation_config.mode == vllm.config.CompilationMode.NONE
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"enable_lora": True}, "LoRA"),
+        ({"dtype": "bfloat16"}, "--dtype float32"),
+        ({"load_format": "dummy"}, "load format dummy"),
+        ({"hf_overrides": {"rms_norm_eps": 0.5}}, "hf_overrides"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative decoding",
+        ),
+        ({"enable_prompt_embeds": True}, "prompt embeddings"),
+    ],
+)
+def test_settings_that_are_not_guarded_are_refused(
+    engine: Any, reference: Reference, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(GuardError, match=reason):
+        config(reference, **options)
+
+
+def test_another_model_is_refused(engine: Any, reference: Reference, tmp_path: Path) -> None:
+    tiny_vllm.save(tmp_path, seed=1)
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(GuardError, match="weights differ"):
+        EngineArgs(model=str(tmp_path), max_model_len=512).create_engine_config()
+
+
+def test_other_versions_are_refused() -> None:
+    with pytest.raises(GuardError, match=r"0\.26\.0 is not supported"):
+        requirements.check_version("0.26.0")
+    requirements.check_version(requirements.SUPPORTED[0] + "+cpu")
+
+
+def test_a_guard_of_every_position_is_refused(reference: Reference) -> None:
+    made = tiny_vllm.guard(reference.loaded, [tiny.gate("vlm", 2)], positions="all", layers=[4])
+    with pytest.raises(GuardError, match="all positions"):
+        requirements.check_guard(made)
+
+
+def test_another_decoder_is_refused(engine: Any, reference: Reference, runner: Any) -> None:
+    from vlm_safeguard.engines.vllm.runner import decoder_layers
+
+    model = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    with pytest.raises(GuardError, match="0 lists of 7 layers"):
+        decoder_layers(model.model_runner.model, tiny.LAYERS + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("", "VLM_SAFEGUARD is empty"), ("no/such/guard/here", "cannot load the guard")],
+)
+def test_a_guard_that_cannot_be_loaded_stops_vllm(name: str, reason: str) -> None:
+    program = "from vllm.plugins import load_general_plugins as load; load(); print('went on')"
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "VLM_SAFEGUARD": name},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode != 0
+    assert reason in ran.stderr
+    assert "went on" not in ran.stdout
+
+
+def test_without_a_guard_the_plugin_does_nothing() -> None:
+    program = (
+        "import sys; from vllm.plugins import load_general_plugins as load; load();"
+        "print('vlm_safeguard.engines.vllm.arming' in sys.modules)"
+    )
+    bare = {key: value for key, value in os.environ.items() if key != "VLM_SAFEGUARD"}
+    ran = subprocess.run([sys.executable, "-c", program], env=bare, capture_output=True, text=True)
+    assert ran.stdout.strip().endswith("False"), ran.stderr

@@ -1,0 +1,71 @@
+"""Text gates of a guard that reads sentences take the highest score of the text and its parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from tests import tiny
+from tests.runtime.test_text_forms import passes, run, scores
+from vlm_safeguard.errors import GuardError
+from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.sentences import sentences
+from vlm_safeguard.runtime import session as sessions
+
+PHOTO = Image.new("RGB", (24, 24), "red")
+LONG = "Tell me a story. It is about bread and water. Who eats it in the end?"
+SHORT = "How is it made?"
+
+
+@pytest.mark.parametrize("picture", [None, PHOTO])
+def test_the_highest_score_of_all_parts_counts(
+    loaded: LoadedModel, picture: Image.Image | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "READINGS", 2)  # several passes
+    highest = set()
+    for seed in range(6):
+        plain = tiny.guard(loaded.model, [tiny.gate("text", 2, 4)], seed)
+        made = tiny.changed(plain, reads_sentences=True)
+        each = [float(scores(run(loaded, plain, [LONG], picture)).sum())]
+        each += [float(scores(run(loaded, plain, [text])).sum()) for text in sentences(LONG)]
+        found = run(loaded, made, [SHORT, LONG], picture)
+        assert passes(found) == 3  # the texts, and three sentences in twos
+        assert float(scores(found)[1].sum()) == pytest.approx(max(each), abs=1e-4)
+        alone = scores(run(loaded, plain, [SHORT], picture))[0]
+        torch.testing.assert_close(scores(found)[0], alone, atol=1e-4, rtol=1e-4)
+        highest.add(each.index(max(each)))
+    assert len(highest) > 1
+
+
+def test_what_is_restored_is_what_the_open_sentence_holds(loaded: LoadedModel) -> None:
+    """The threshold lies between the highest sentence and everything else."""
+    tried = 0
+    for seed in range(6):
+        steering = {"reference": "text", "layers": [2, 5]}
+        plain = tiny.guard(loaded.model, [tiny.gate("text", 2)], seed, **steering)
+        texts = [LONG, *sentences(LONG)]
+        each = [float(scores(run(loaded, plain, [text])).sum()) for text in texts]
+        best = each.index(max(each))
+        if best == 0:
+            continue
+        tried += 1
+        cut = sum(sorted(each)[-2:]) / 2
+        plain = tiny.with_thresholds(plain, [[cut]])
+        made = tiny.changed(plain, reads_sentences=True)
+        ours, theirs = run(loaded, made, [LONG]), run(loaded, plain, [texts[best]])
+        assert ours.decisions[0].by_text and theirs.decisions[0].by_text
+        assert not run(loaded, plain, [LONG]).decisions[0].fired
+        assert ours._reported is not None and theirs._reported is not None
+        for layer, expected in theirs._reported.text_coordinates.items():
+            got = ours._reported.text_coordinates[layer]
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert tried > 2
+
+
+def test_without_a_processor_there_are_no_sentences_to_read(loaded: LoadedModel) -> None:
+    made = tiny.changed(tiny.guard(loaded.model, [tiny.gate("text", 2)]), reads_sentences=True)
+    with pytest.raises(GuardError, match=r"guard.attach\(model, processor\)"):
+        made.attach(loaded.model)
+    with made.attach(loaded.model, loaded.processor):
+        pass
