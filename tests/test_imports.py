@@ -21,7 +21,11 @@ def imported(name, globals=None, locals=None, fromlist=(), level=0):
 builtins.__import__ = imported
 for module in pkgutil.walk_packages(vlm_safeguard.__path__, "vlm_safeguard."):
     if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name != "vllm":  # has an environment of its own
+                raise
         print(module.name)
 """
 

@@ -9,7 +9,6 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from tests import checkpoint, families, tiny
 from tests.evaluation.benchmarks import test_benchmarks as published
 from tests.families.qwen_family import qwen2_5_vl
 from tests.paths import ROOT
-from vlm_safeguard.calibration import calibrate as calibration
-from vlm_safeguard.calibration.budget import Effort
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.evaluation.benchmarks import BENCHMARKS
 from vlm_safeguard.evaluation.harness import engine as engines
@@ -140,22 +137,18 @@ def test_the_table_has_every_set_and_setting_with_the_rates_of_the_responses(
     assert len(asked) == count and (output / "table.md").read_text() == page
 
 
-def test_a_model_that_no_guard_helps_ends_with_the_reason_and_leaves_nothing(
+def test_a_model_that_refuses_nothing_ends_with_the_reason_and_leaves_nothing(
     sets: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A random model refuses nothing, with or without a guard."""
+    """A model of random weights has no refusals that a guard could restore."""
     checkpoint.save(tmp_path / "model", hidden_size=64)  # as wide as the directions are many
-    few = Effort(
-        worded=24, pictured=24, bound=180, scan=4, search=2, finalists=1, final=2, proof=8, tokens=3
-    )
-    monkeypatch.setattr(calibration, "calibrate", partial(calibration.calibrate, effort=few))
     output = tmp_path / "new" / "out"
     assert run(monkeypatch, tmp_path / "model", "--data", sets, "-o", output) == 1
     said = capsys.readouterr()
-    assert "error: no guard: on held-back prompts with images" in said.err
+    assert "there is nothing that this method could restore" in said.err
     assert "Traceback" not in said.err
     assert said.out == "" and not output.parent.exists()
 
