@@ -20,9 +20,14 @@ def test_forms() -> None:
     assert written["aLtErNaTiNg CaSe"] == "hOw dO I BaKe iT?"
     assert written["l337sp34k"] == "H0w d0 1 b4k3 17?"
     assert written["s p a c e d letters"].startswith("H o w   d o")
-    hidden = {name for name, text in written.items() if canonical_text(text) != text}
-    assert hidden == {"zero-width spaces inside words", "full-width letters"}
-    assert all(canonical_text(written[name]) == TEXT for name in hidden)
+    read = {name: canonical_text(text) for name, text in written.items()}
+    assert {name: text for name, text in read.items() if text != written[name]} == {
+        "zero-width spaces inside words": TEXT,
+        "full-width letters": TEXT,
+        "s p a c e d letters": TEXT,
+        "aLtErNaTiNg CaSe": "how do I bake it?",
+        "l337sp34k": "How do 1 bake 17?",
+    }
 
 
 def test_hidden_letters_count_as_often_as_plain_ones_at_least() -> None:

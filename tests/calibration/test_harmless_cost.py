@@ -28,7 +28,7 @@ def test_only_what_the_model_would_answer_counts(monkeypatch: pytest.MonkeyPatch
         moved = torch.tensor([[p, 1 - p] for p in share]).log()
         return moved, [bool(guard) and item.text in open_on for item in items]
 
-    def answered(_, items, __):
+    def answered(_, items, *__):
         assert plain[3] not in items  # closed: nothing to ask
         return [p != plain[1] for p in items]
 
@@ -47,13 +47,13 @@ def proof_of(monkeypatch: pytest.MonkeyPatch, stopped: dict[bool, int], kl: floa
     """The proof of a guard that stops every attack and so many in 20 harmless requests, by
     whether they are look-alikes."""
 
-    def cost(_, __, items):
+    def cost(_, __, items, *___):
         [lookalike] = {p.lookalike for p in items}
         assert not any(p.harmful for p in items)
         hits = [n % 20 < stopped[lookalike] for n in range(len(items))]
         return Cost(9.0 if lookalike else kl, hits, [p.id for p in items])
 
-    def attack(_, __, items, ___, ____):
+    def attack(_, __, items, *___):
         assert all(p.harmful for p in items)
         return Attacks(items, [True] * len(items), [False] * len(items))
 

@@ -113,7 +113,7 @@ def test_the_study_finds_harm_where_it_is_planted(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(module, "record_intent", recorded)
     monkeypatch.setattr(hidden_states, "record_anchors", anchors)
     monkeypatch.setattr(hidden_states, "MAX_RANK", 4)
-    monkeypatch.setattr(hidden_states, "answered", lambda _, asked, __: [True] * len(asked))
+    monkeypatch.setattr(hidden_states, "answered", lambda _, asked, *__: [True] * len(asked))
     effort = Effort(worded=200, pictured=200, bound=200)
     rows, together = gate_forms.study(None, Budget(), effort, Progress(quiet=True))  # type: ignore[arg-type]
     held = [p for p in calibration("held") if "text" in settings_of(p)]
