@@ -183,7 +183,7 @@ def test_candidates_are_tried_on_attacks_that_succeed_though_a_gate_opens(
     def blank(asked: Query) -> bool:
         return asked.image is not None and len(asked.image.getcolors(2) or "12") == 1
 
-    def respond(_, attacks, guard, *, monitor, **__):
+    def ask(_, guard, attacks, __, ___, *, monitor):
         """Of 20 with a blank image and 20 with a picture every other succeeds, and on two in five
         a gate opens."""
         assert monitor and guard == "guard"
@@ -202,7 +202,7 @@ def test_candidates_are_tried_on_attacks_that_succeed_though_a_gate_opens(
         quiet = Progress(quiet=True)
         return steering_search._telling(None, "guard", fit, effort, quiet, BY_PHRASES)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(steering_search, "respond", respond)
+    monkeypatch.setattr(steering_search, "ask", ask)
     effort = Effort(scan=40, search=6)
     chosen = few(effort)
     assert len(chosen) == 6 and all(attack in open_and_won for attack in chosen)

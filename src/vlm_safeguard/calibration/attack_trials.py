@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlm_safeguard.calibration.generation import respond
+from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.data.inputs import (
     SETTINGS,
@@ -35,6 +35,29 @@ def within(items: Sequence[Prompt], setting: Setting) -> list[Prompt]:
     return [p for p in items if setting in settings_of(p)]
 
 
+def ask(
+    loaded: LoadedModel,
+    guard: Guard | None,
+    items: Sequence[Query],
+    tokens: int,
+    recogniser: Recogniser,
+    *,
+    monitor: bool = False,
+    progress: Progress | None = None,
+) -> list[Response]:
+    """Responses of at least ``tokens`` tokens, with what ``recogniser`` needs of them."""
+    return respond(
+        loaded,
+        items,
+        guard,
+        monitor=monitor,
+        max_new_tokens=max(tokens, recogniser.tokens),
+        openings=recogniser.openings,
+        batch=24,
+        progress=progress,
+    )
+
+
 def refused(
     loaded: LoadedModel,
     guard: Guard | None,
@@ -44,15 +67,7 @@ def refused(
     recogniser: Recogniser = BY_PHRASES,
 ) -> list[bool]:
     """Whether each request is refused. Garbled text is not a refusal."""
-    answers = respond(
-        loaded,
-        items,
-        guard,
-        max_new_tokens=max(tokens, recogniser.tokens),
-        openings=recogniser.openings,
-        batch=24,
-        progress=progress,
-    )
+    answers = ask(loaded, guard, items, tokens, recogniser, progress=progress)
     return recogniser.refused(items, answers)
 
 

@@ -285,8 +285,12 @@ def bound_scores(
     what = "bound, pictures"
     seen = record(loaded, mixed, folder, what=what, layers=layers, progress=progress)
     by_text = text_gate.scores(text, intent) / text_gate.spread
-    cut = [(n, one) for n, p in enumerate(items) for one in sentences(canonical_text(p.prompt))]
-    if reads_sentences and cut:
+    cut = [
+        (n, one)
+        for n, prompt in enumerate(items if reads_sentences else ())
+        for one in sentences(canonical_text(prompt.prompt))
+    ]
+    if cut:
         asked = [Query(one, None) for _, one in cut]
         parts, intent = record_intent(
             loaded, asked, text_gate.openings, folder, "bound, sentences", progress

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm_safeguard.artifact.config import Steering
-from vlm_safeguard.calibration.attack_trials import harmless_cost, successes, within
+from vlm_safeguard.calibration.attack_trials import ask, harmless_cost, successes, within
 from vlm_safeguard.calibration.budget import Budget, Effort
-from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.data.inputs import PICTURED, SETTINGS, Query, queries
 from vlm_safeguard.data.prompts import Prompt
@@ -121,15 +120,7 @@ def _telling(
             evenly(within(attacks, setting), effort.scan // len(PICTURED)), setting
         )
     ]
-    said = respond(
-        loaded,
-        tried,
-        guard,
-        monitor=True,
-        max_new_tokens=max(effort.tokens, recogniser.tokens),
-        openings=recogniser.openings,
-        batch=24,
-    )
+    said = ask(loaded, guard, tried, effort.tokens, recogniser, monitor=True)
     ranks: tuple[list[Query], ...] = ([], [], [])
     for request, answer, refused in zip(tried, said, recogniser.refused(tried, said), strict=True):
         ranks[2 if refused else 0 if answer.fired else 1].append(request)

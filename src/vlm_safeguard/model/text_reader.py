@@ -10,8 +10,7 @@ from vlm_safeguard.model.canonical_text import canonical_text
 from vlm_safeguard.model.chat import process, render
 from vlm_safeguard.model.control_tokens import ControlTokens
 from vlm_safeguard.model.sentences import sentences
-
-_PROBE = "How do I bake bread?"
+from vlm_safeguard.model.text_only import PROBE
 
 
 class TextReader:
@@ -22,8 +21,10 @@ class TextReader:
         self._tokenizer, self._control = processor.tokenizer, ControlTokens.of(processor)
         # The token for unknown characters is written like a control token.
         self._apart = self._control.ids | {self._tokenizer.unk_token_id}
-        self._wordless = _wordless(processor)
-        self._before, self._after = _frame(processor)
+        wordless = _written(processor, "")
+        self._wordless = None if wordless is None else _letters(wordless)
+        # What the template writes before and behind a request; empty if it takes none.
+        self._before, _, self._after = (_written(processor, PROBE) or "").partition(PROBE)
         # What begins a user's turn, if nobody can type it: earlier turns stand before it.
         place = max((self._before.rfind(token) for token in self._control.texts), default=-1)
         self._turn = self._before[place:] if place >= 0 else ""
@@ -121,22 +122,10 @@ def _letters(text: str) -> str:
     return "".join(text.split())
 
 
-def _wordless(processor: Any) -> str | None:
-    """What the template writes for a request without words, but for white space; None if it takes
-    none."""
+def _written(processor: Any, words: str) -> str | None:
+    """A request as the template and the tokenizer write it; None if the template takes none."""
     try:
-        ids = process(processor, [render(processor, "", 0)], [[]])["input_ids"][0]
+        ids = process(processor, [render(processor, words, 0)], [[]])["input_ids"][0]
     except ModelError:
         return None
-    return _letters(processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-
-def _frame(processor: Any) -> tuple[str, str]:
-    """What the template writes before and behind a request; empty if it takes none."""
-    try:
-        ids = process(processor, [render(processor, _PROBE, 0)], [[]])["input_ids"][0]
-    except ModelError:
-        return "", ""
-    text = processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    before, _, after = text.partition(_PROBE)
-    return before, after
+    return str(processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False))

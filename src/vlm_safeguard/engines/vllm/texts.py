@@ -15,9 +15,8 @@ from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.chat import render
 from vlm_safeguard.model.control_tokens import ControlTokens
+from vlm_safeguard.model.text_only import PROBE
 from vlm_safeguard.model.text_reader import TextReader
-
-_PROBE = "How do I bake bread?"
 
 
 class TextForms:
@@ -36,7 +35,7 @@ class TextForms:
         self._reads_text = has_text_gates or needs_text
         self._by_sentence = config.reads_sentences
         self._reader = TextReader(processor) if has_text_gates else None
-        self._turn_end = render(processor, _PROBE).rpartition(_PROBE)[2]
+        self._turn_end = render(processor, PROBE).rpartition(PROBE)[2]
 
     def order(
         self,
