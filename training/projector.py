@@ -375,7 +375,7 @@ def _names() -> dict[str, str]:
 
 
 def main() -> None:
-    args = stage(__doc__, steps=CYCLE)
+    args = stage(__doc__, steps=2 * CYCLE)
     llm, tokenizer = base_model(args.cache)
     llm.requires_grad_(False)
     tower = CLIPVisionModel.from_pretrained(args.out / "vision_tower").eval()
