@@ -59,6 +59,11 @@ def arm(name: str, mode: str = "enforce") -> None:
     _armed.append((name, mode))
 
 
+def armed() -> tuple[str, str] | None:
+    """Name and mode of the guard of this process; None if there is none."""
+    return _armed[0] if _armed else None
+
+
 def _arm_configuration(guard: Guard) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
