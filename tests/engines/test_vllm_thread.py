@@ -14,6 +14,8 @@ import pytest
 
 from tests.engines.conftest import NEW, Reference
 from tests.server.live import wait_until
+from vlm_safeguard.errors import UnreadableText
+from vlm_safeguard.model.text_reader import TextReader
 from vlm_safeguard.server.batch import answer_all
 from vlm_safeguard.server.batch_file import URL, read_tasks
 from vlm_safeguard.server.inference_thread import InferenceThread
@@ -131,10 +133,18 @@ def test_stop_sequences_end_an_answer_and_its_request(
 
 
 def test_what_cannot_be_answered_gets_its_reason(
-    engine: Any, reference: Reference, tmp_path: Path
+    engine: Any, reference: Reference, monkeypatch: Any, tmp_path: Path
 ) -> None:
+    read = TextReader.other_form
+
+    def other_form(reader: TextReader, ids: list[int]) -> list[int] | None:
+        if "hidden" in reader._decoded(ids):
+            raise UnreadableText("secret")
+        return read(reader, ids)
+
+    monkeypatch.setattr(TextReader, "other_form", other_form)
     with running(engine) as made:
-        answers, _ = asked(made, tmp_path, ["word " * 100, "<im\u200bage>", "Hello"])
+        answers, _ = asked(made, tmp_path, ["word " * 100, "a hidden token", "Hello"])
     long, hidden, plain = answers
     assert long["response"]["status_code"] == 400
     assert "at most 400" in long["response"]["body"]["error"]["message"]
