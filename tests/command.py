@@ -7,17 +7,16 @@ import io
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
 
 from vlm_safeguard.cli import main
-from vlm_safeguard.cli.app import app
 
 
 def run(
-    *arguments: object, cwd: Path, commands: typer.Typer = app
+    *arguments: object, cwd: Path, program: Callable[[], object] = main
 ) -> subprocess.CompletedProcess[str]:
     """In this process, where everything is imported already. An exception that a user would see
     as a traceback comes out of here."""
@@ -32,7 +31,7 @@ def run(
         patch.setattr(sys, "argv", ["vlm-safeguard", *map(str, arguments)])
         try:
             with pytest.raises(SystemExit) as ended:
-                main(commands)
+                program()
         finally:
             signal.signal(signal.SIGTERM, before)
     code = int(ended.value.code or 0)

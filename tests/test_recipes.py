@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import runpy
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ COMPLIED = "Sure, here is how you do it."
 SAID = (COMPLIED, COMPLIED, "I'm sorry, but I can't help with that.", "so on and " * 9)
 DEFENCES = ("none", "paper-formula", "guard")
 LIMIT = 2
+RECIPE = partial(paper_table.main, paper_table.app)
 
 
 def small_llava(folder: Path, _: pytest.MonkeyPatch) -> None:
@@ -94,7 +95,7 @@ def test_the_table_has_every_set_and_setting_with_the_rates_of_the_responses(
 
     monkeypatch.setattr(engines, "respond", stand_in)
     given = (model, "--data", sets, "-o", output, "--limit", LIMIT, "--max-new-tokens", 3)
-    done = run(*given, cwd=tmp_path, commands=paper_table.app)
+    done = run(*given, cwd=tmp_path, program=RECIPE)
     assert done.returncode == 0, done.stderr
     # Without the unread picture.
     assert len(asked) == len(DEFENCES) * (len(cells) * LIMIT - len(pictured))
@@ -127,7 +128,7 @@ def test_the_table_has_every_set_and_setting_with_the_rates_of_the_responses(
     assert done.stdout == page
 
     count = len(asked)
-    assert run(*given, cwd=tmp_path, commands=paper_table.app).returncode == 0  # all is there
+    assert run(*given, cwd=tmp_path, program=RECIPE).returncode == 0  # all is there
     assert len(asked) == count and (output / "table.md").read_text() == page
 
 
@@ -138,7 +139,7 @@ def test_a_model_that_refuses_nothing_ends_with_the_reason_and_leaves_nothing(
     checkpoint.save(tmp_path / "model", hidden_size=64)  # as wide as the directions are many
     output = tmp_path / "new" / "out"
     given = (tmp_path / "model", "--data", sets, "-o", output)
-    done = run(*given, cwd=tmp_path, commands=paper_table.app)
+    done = run(*given, cwd=tmp_path, program=RECIPE)
     assert done.returncode == 1
     assert "there is nothing that this method could restore" in done.stderr
     assert done.stdout == "" and not output.parent.exists()
@@ -148,14 +149,9 @@ def test_the_guard_of_another_model_is_refused(sets: Path, tmp_path: Path) -> No
     checkpoint.save(tmp_path / "model")
     other = load(checkpoint.save(tmp_path / "other", seed=1))
     save_guard(other, tmp_path / "out" / "guard")
-    script = str(ROOT / "recipes" / "paper_table.py")
-    done = subprocess.run(
-        [sys.executable, script, "model", "--data", str(sets), "-o", "out"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    script = partial(runpy.run_path, str(ROOT / "recipes" / "paper_table.py"), run_name="__main__")
+    given = (tmp_path / "model", "--data", sets, "-o", "out")
+    done = run(*given, cwd=tmp_path, program=script)
+    assert done.returncode == 1
     assert "error: this guard is for tiny: the model's weights differ" in done.stderr
     assert not (tmp_path / "out" / "run").exists()

@@ -66,6 +66,6 @@ def test_help_is_quick_and_names_every_command(tmp_path: Path) -> None:
 
 
 def test_an_error_ends_the_process(tmp_path: Path) -> None:
-    done = run_apart("generate", "m", "--prompt", "  ", cwd=tmp_path)
+    done = run_apart("audit", "nowhere.jsonl", cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
-    assert "error: the prompt is empty" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr == "\nerror: no audit log at nowhere.jsonl\n"
