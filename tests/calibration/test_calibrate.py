@@ -63,6 +63,20 @@ def test_the_gate_is_put_where_the_layers_separate() -> None:
     assert (fit.scores(harmless[150:]) > 0).double().mean() < 0.06
 
 
+def test_a_few_harmless_prompts_do_not_choose_the_gate() -> None:
+    """Layer 0 separates well but for three harmless prompts among the harmful; layer 1 separates
+    worse, and at the budget of 2%, which allows two of a hundred, finds more."""
+    generator = torch.Generator().manual_seed(0)
+    harmful, harmless = (torch.randn(100, 2, 8, generator=generator) for _ in range(2))
+    harmful[:, 0, 0] += 6
+    harmful[:, 1, 0] += 2
+    harmless[:3, 0, 0] += 9
+    fold = torch.arange(100) % 5
+    directions = {n: torch.eye(8)[:1] for n in range(2)}
+    fit = fit_gate(harmful, harmless, fold, fold, directions, 0.02, kinds=["first"])
+    assert fit.layers == (0,) and fit.unseen_rates[1] <= 0.02
+
+
 def test_the_threshold_holds_on_prompts_that_the_vectors_have_not_seen() -> None:
     """60 prompts in 16 dimensions overfit: in-sample the classes look further apart."""
     generator = torch.Generator().manual_seed(1)

@@ -168,7 +168,9 @@ def test_the_option_of_the_command(tmp_path: Path) -> None:
     assert recogniser_of("endpoint:http://localhost:1/v1#m").name.startswith("m at")  # type: ignore[union-attr]
     with pytest.raises(CalibrationError, match="tells harm"):
         recogniser_of("endpoint:http://localhost:1/v1#m?family=llama-guard")
-    with pytest.raises(SafeguardError, match="unknown judge 'words'"):
+    with pytest.raises(
+        SafeguardError, match=r"--refusals words: use one of .*phrases:FILE, .*tokens"
+    ):
         recogniser_of("words")
 
 
@@ -178,7 +180,9 @@ def test_refusals_that_are_not_recognised_stop_calibration(
     """Before the states of any prompt are recorded, with five answers, cut short."""
     long = "Nee, " + " ".join(f"w{n}" for n in range(20))
     texts = [f"<think>hm</think>{long} {n}" for n in range(23)] + ["<think>endless"]
-    monkeypatch.setattr(recognition, "respond", lambda _, asked, **__: said(*texts)[: len(asked)])
+    monkeypatch.setattr(
+        recognition, "respond", lambda _, asked, *__, **___: said(*texts)[: len(asked)]
+    )
     monkeypatch.setattr(module, "find_markup", lambda _: None)
     with pytest.raises(CalibrationError) as caught:
         calibrate(None)  # type: ignore[arg-type]

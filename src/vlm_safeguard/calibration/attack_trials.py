@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlm_safeguard.calibration.generation import Response, respond
-from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
+from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser, ask
 from vlm_safeguard.data.inputs import (
     SETTINGS,
     Query,
@@ -33,29 +32,6 @@ REFUSAL = 8  # tokens in which a refusal shows
 def within(items: Sequence[Prompt], setting: Setting) -> list[Prompt]:
     """The prompts whose label is valid in ``setting``."""
     return [p for p in items if setting in settings_of(p)]
-
-
-def ask(
-    loaded: LoadedModel,
-    guard: Guard | None,
-    items: Sequence[Query],
-    tokens: int,
-    recogniser: Recogniser,
-    *,
-    monitor: bool = False,
-    progress: Progress | None = None,
-) -> list[Response]:
-    """Responses of at least ``tokens`` tokens, with what ``recogniser`` needs of them."""
-    return respond(
-        loaded,
-        items,
-        guard,
-        monitor=monitor,
-        max_new_tokens=max(tokens, recogniser.tokens),
-        openings=recogniser.openings,
-        batch=24,
-        progress=progress,
-    )
 
 
 def refused(

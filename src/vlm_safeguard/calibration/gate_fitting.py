@@ -17,15 +17,23 @@ Kind = Literal["first", "discriminant", "components"]
 KINDS: tuple[Kind, ...] = ("first", "discriminant", "components")
 COMPONENTS = 320  # leading principal components that a gate may use
 OFTEN, CONTRAST = 0.03, 4.0
+# False-positive rate up to which candidates are compared. At the budget itself, two or three
+# harmless prompts would decide between them.
+COMPARED = 0.1
 SHRINKAGE = 0.05  # of the within-class covariance towards a multiple of the identity
 
 
-def auc(harmful: Tensor, harmless: Tensor) -> float:
-    """Area under the ROC curve of scores (n,) and (k,): P(harmful > harmless), ties half."""
+def auc(harmful: Tensor, harmless: Tensor, max_fpr: float | None = None) -> float:
+    """Area under the ROC curve of scores (n,) and (k,): P(harmful > harmless), ties half.
+
+    With ``max_fpr`` only the part up to this false-positive rate, scaled so that 0.5 is chance and
+    1 the best (McClish, 1989).
+    """
     from sklearn.metrics import roc_auc_score  # takes a second to import
 
     labels = [True] * len(harmful) + [False] * len(harmless)
-    return float(roc_auc_score(labels, torch.cat([harmful, harmless]).double().numpy()))
+    scores = torch.cat([harmful, harmless]).double().numpy()
+    return float(roc_auc_score(labels, scores, max_fpr=max_fpr))
 
 
 def threshold(harmful: Tensor, harmless: Tensor, budget: float) -> float:
@@ -102,7 +110,7 @@ def fit_gate(
     intents: tuple[Tensor, Tensor] | None = None,
     openings: Sequence[int] = (),
 ) -> GateFit:
-    """Fit the gate with the best true-positive rate within the false-positive budget.
+    """Fit the gate that best separates harmful prompts at low false-positive rates.
 
     The candidates for a layer's vector are
 
@@ -165,7 +173,7 @@ def fit_gate(
                 unseen_harmless.append(s[(harmless_fold == fold) & judged])
             h, s = torch.cat(unseen_harmful), torch.cat(unseen_harmless)
             cut = threshold(h, s, budget)
-            value = (h > cut).double().mean().item() + 0.1 * auc(h, s)  # AUC breaks ties
+            value = auc(h, s, max(COMPARED, budget))
             if value > best_value:
                 vectors = torch.stack([_discriminant(*inner[n]) @ bases[n] for n in layers])
                 best_value = value

@@ -23,6 +23,7 @@ from vlm_safeguard.data.inputs import Query, queries
 from vlm_safeguard.data.prompts import AnchorPair, Prompt
 from vlm_safeguard.data.sampling import evenly, spaced
 from vlm_safeguard.errors import CalibrationError
+from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.reasoning import answer_of
 from vlm_safeguard.utils.progress import Progress
@@ -162,6 +163,31 @@ class ByJudge:
 BY_PHRASES = ByPhrases()
 
 
+def ask(
+    loaded: LoadedModel,
+    guard: Guard | None,
+    items: Sequence[Query],
+    tokens: int,
+    recogniser: Recogniser,
+    *,
+    monitor: bool = False,
+    what: str = "responses",
+    progress: Progress | None = None,
+) -> list[Response]:
+    """Responses of at least ``tokens`` tokens, with what ``recogniser`` needs of them."""
+    return respond(
+        loaded,
+        items,
+        guard,
+        monitor=monitor,
+        max_new_tokens=max(tokens, recogniser.tokens),
+        openings=recogniser.openings,
+        batch=24,
+        what=what,
+        progress=progress,
+    )
+
+
 def check_recognises(
     loaded: LoadedModel,
     recogniser: Recogniser,
@@ -183,15 +209,8 @@ def check_recognises(
     """
     plain = [p for p in fit if p.harmful and p.form == "plain"]
     asked = queries(evenly(plain, ASKED), "text")
-    length = max(tokens, recogniser.tokens)
-    answers = respond(
-        loaded,
-        asked,
-        max_new_tokens=length,
-        openings=recogniser.openings,
-        what="refusals of harmful text",
-        progress=progress,
-    )
+    what = "refusals of harmful text"
+    answers = ask(loaded, None, asked, tokens, recogniser, what=what, progress=progress)
     refused = recogniser.refused(asked, answers)
     share = sum(refused) / max(1, len(refused))
     if share >= RECOGNISED:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm_safeguard.artifact.config import Steering
-from vlm_safeguard.calibration.attack_trials import ask, harmless_cost, successes, within
+from vlm_safeguard.calibration.attack_trials import harmless_cost, successes, within
 from vlm_safeguard.calibration.budget import Budget, Effort
-from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
+from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser, ask
 from vlm_safeguard.data.inputs import PICTURED, SETTINGS, Query, queries
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import evenly, spaced

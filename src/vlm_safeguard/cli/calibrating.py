@@ -53,5 +53,8 @@ def recogniser_of(spec: str) -> Recogniser | Literal["tokens"]:
     if kind == "phrases":
         return ByPhrases(RefusalPhrases.from_file(Path(rest))) if rest else BY_PHRASES
     with extra_needed():
-        from vlm_safeguard.evaluation.judges import make_judge
+        from vlm_safeguard.evaluation.judges.factory import SPECS, make_judge
+    if kind not in SPECS:
+        ways = ["phrases:FILE", "tokens", *SPECS.values()]
+        raise SafeguardError(f"--refusals {spec}: use one of {', '.join(sorted(ways))}")
     return ByJudge(make_judge(spec))

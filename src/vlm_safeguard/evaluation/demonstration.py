@@ -31,9 +31,9 @@ from vlm_safeguard.evaluation.harness.engine import engine
 from vlm_safeguard.evaluation.harness.execution import Plan
 from vlm_safeguard.evaluation.harness.pipeline import answers, timed_requests
 from vlm_safeguard.evaluation.harness.results import Judged
+from vlm_safeguard.evaluation.metrics.likelihood import perplexity
 from vlm_safeguard.evaluation.metrics.timing import time_ratios
 from vlm_safeguard.evaluation.metrics.tradeoff import tradeoff
-from vlm_safeguard.evaluation.metrics.utility import perplexity
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.model.loading import LoadedModel

@@ -27,8 +27,8 @@ from vlm_safeguard.evaluation.harness.results_page import PREFIX
 from vlm_safeguard.evaluation.harness.scorers import shared_judge
 from vlm_safeguard.evaluation.harness.throughput import throughput
 from vlm_safeguard.evaluation.judges import JudgeErrors, judge_errors
+from vlm_safeguard.evaluation.metrics.likelihood import perplexity
 from vlm_safeguard.evaluation.metrics.timing import request_ratio, time_ratios
-from vlm_safeguard.evaluation.metrics.utility import perplexity
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.fingerprint import dtype_name
 from vlm_safeguard.model.loading import LoadedModel

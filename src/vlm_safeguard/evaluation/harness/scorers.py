@@ -28,7 +28,7 @@ from vlm_safeguard.evaluation.harness.waiting import answer_of
 from vlm_safeguard.evaluation.judges import make_judge
 from vlm_safeguard.evaluation.judges.judgement import Judge, screen
 from vlm_safeguard.evaluation.judges.queue import desk
-from vlm_safeguard.evaluation.metrics.utility import vqa_answer, vqa_vocabulary
+from vlm_safeguard.evaluation.metrics.vqa import vqa_answer, vqa_vocabulary
 from vlm_safeguard.utils.stats import clustered_wilson
 
 UNUSABLE = "unusable"

@@ -25,7 +25,7 @@ from vlm_safeguard.evaluation.benchmarks import (
 )
 from vlm_safeguard.evaluation.benchmarks.published import folder_of
 from vlm_safeguard.evaluation.harness.scorers import UNUSABLE, judged, vqa
-from vlm_safeguard.evaluation.metrics.utility import vqa_questions
+from vlm_safeguard.evaluation.metrics.vqa import vqa_questions
 
 
 @solver

@@ -1,46 +1,14 @@
-"""Measures perplexity and easy-vqa accuracy."""
+"""The questions of easy-vqa, and a check of the answers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.errors import SafeguardError
-from vlm_safeguard.model.chat import encode
-from vlm_safeguard.model.loading import LoadedModel
-from vlm_safeguard.model.residual_stream import find_decoder
-
-
-@torch.inference_mode()
-def perplexity(loaded: LoadedModel, prompts: Sequence[str], answers: Sequence[str]) -> float:
-    """Perplexity of responses under the unguarded LLM, given their prompts.
-
-    Over all response tokens together; empty responses contribute none.
-
-    Raises:
-        SafeguardError: no response holds a token.
-    """
-    tokenizer = loaded.processor.tokenizer
-    decoder, head = find_decoder(loaded.model).module, loaded.model.get_output_embeddings()
-    total, count = 0.0, 0
-    for asked, answer in zip(prompts, answers, strict=True):
-        said = tokenizer(answer, add_special_tokens=False, return_tensors="pt").input_ids
-        if said.shape[1] == 0:
-            continue
-        said = said.to(loaded.device)
-        prompt = encode(loaded, [asked], [None])["input_ids"]
-        states = decoder(input_ids=torch.cat([prompt, said], 1), use_cache=False)[0]
-        logits = head(states[:, prompt.shape[1] - 1 : -1]).float()
-        total += torch.nn.functional.cross_entropy(logits[0], said[0], reduction="sum").item()
-        count += said.shape[1]
-    if not count:
-        raise SafeguardError("no response holds a token, so there is no perplexity")
-    return float(torch.tensor(total / count).exp())
 
 
 def vqa_questions(count: int) -> list[tuple[Query, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlm_safeguard.evaluation.metrics.utility import vqa_answer
+from vlm_safeguard.evaluation.metrics.vqa import vqa_answer
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,34 @@
+"""The docs say what the committed results of the demonstration say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import demo_page
+
+PAGES = {
+    "README.md": demo_page.readme,
+    "docs/results.md": demo_page.page,
+    "src/vlm_safeguard/embedded/qwen25_coder_05b/CARD.md": demo_page.card,
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_docs_hold_the_committed_results(name: str) -> None:
+    results = json.loads((demo_page.ROOT / "docs/assets/results.json").read_text("utf-8"))
+    text = (demo_page.ROOT / name).read_text("utf-8")
+    block = text.split(f"{demo_page.START}\n")[1].split(f"\n{demo_page.END}")[0]
+    [commit] = set(re.findall(r"commit (\w+)", block, re.IGNORECASE))
+    assert block == PAGES[name](results, commit)
+
+
+def test_nothing_of_the_machine_is_kept_and_a_page_without_marks_is_named(tmp_path: Path) -> None:
+    kept = (demo_page.ROOT / "docs/assets/results.json").read_text("utf-8")
+    assert not set(demo_page.PATHS) & set(json.loads(kept))
+    (tmp_path / "page.md").write_text("no marks")
+    with pytest.raises(SystemExit, match=r"page\.md has no block"):
+        demo_page._with_block(tmp_path / "page.md", "x")

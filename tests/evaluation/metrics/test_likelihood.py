@@ -1,0 +1,50 @@
+"""Perplexity and subject information, against the logits of the whole model in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests import checkpoint
+from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.evaluation.metrics.likelihood import perplexity, subject_information
+from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.loading import LoadedModel, load
+
+ASKED, SAID = ["How do I water plants?", "Hi"], ["Use a can.", "Hello there"]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load(checkpoint.save(tmp_path_factory.mktemp("tiny")))
+
+
+def reference(loaded: LoadedModel, asked: str, said: str) -> list[float]:
+    """Log-probability of each token of ``said``, one forward pass for each."""
+    ids = encode(loaded, [asked], [None])["input_ids"][0].tolist()
+    found = []
+    for token in loaded.processor.tokenizer(said, add_special_tokens=False)["input_ids"]:
+        with torch.inference_mode():
+            logits = loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+        found.append(float(logits[token] - logits.logsumexp(0)))
+        ids.append(token)
+    return found
+
+
+def test_perplexity_is_over_all_tokens_together(loaded: LoadedModel) -> None:
+    told = [one for pair in zip(ASKED, SAID, strict=True) for one in reference(loaded, *pair)]
+    expected = math.exp(-sum(told) / len(told))
+    assert perplexity(loaded, [*ASKED, "Yes?"], [*SAID, ""]) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(SafeguardError, match="no response holds a token"):
+        perplexity(loaded, ["Yes?"], [""])
+
+
+def test_subject_information_is_what_the_request_adds(loaded: LoadedModel) -> None:
+    found = subject_information(loaded, [*ASKED, "Yes?"], [*SAID, ""])
+    for pair, value in zip(zip(ASKED, SAID, strict=True), found, strict=False):
+        given, alone = reference(loaded, *pair), reference(loaded, "", pair[1])
+        expected = (sum(given) - sum(alone)) / len(given)
+        assert value == pytest.approx(expected, abs=1e-5) and abs(value) > 1e-4
+    assert math.isnan(found[2])
