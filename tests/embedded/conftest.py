@@ -7,20 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm_safeguard.embedded.assemble import assemble
-from vlm_safeguard.errors import DemoError
+from tests import assembled
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import LoadedModel, load
 
 
 @pytest.fixture(scope="session")
 def folder() -> Path:
-    try:
-        return assemble()
-    except DemoError as error:
-        if "could not fetch" in str(error):
-            pytest.skip("the language model's file is neither here nor to be had")
-        raise
+    return assembled.embedded()
 
 
 @pytest.fixture(scope="session")

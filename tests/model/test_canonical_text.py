@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import unicodedata
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoProcessor
 
-from tests import families
+from tests import assembled, families
 from vlm_safeguard.data import prompts
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.canonical_text import canonical_text
@@ -22,7 +20,6 @@ from vlm_safeguard.model.control_tokens import BREAK, ControlTokens
 from vlm_safeguard.model.text_only import rows_of
 from vlm_safeguard.model.text_reader import TextReader
 
-EMBEDDED = Path("~/.cache/vlm-safeguard/embedded-vlm-2ea7eec25d03").expanduser()
 WIDE = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}  # letters of full width
 LLAVA, QWEN = families.llava(), families.qwen2_vl()
 
@@ -129,11 +126,10 @@ def test_a_text_whose_other_form_would_write_a_control_token_is_refused() -> Non
         TextReader(loaded.processor).other_form(raw)
 
 
+@pytest.mark.embedded
 def test_harmful_requests_in_hidden_letters_are_read_as_if_they_were_plain() -> None:
     """By the tokenizer of the embedded model; its gate then scores the same ids."""
-    if not EMBEDDED.exists():
-        pytest.skip("the embedded model is not assembled here")
-    processor = AutoProcessor.from_pretrained(os.fspath(EMBEDDED))
+    processor = AutoProcessor.from_pretrained(assembled.embedded())
     reader = TextReader(processor)
     for prompt in prompts.evaluation("malicious"):
         hidden = re.sub(r"(?<=\w)(?=\w)", BREAK, prompt.prompt)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 from transformers import AutoProcessor
 
-from tests import families
+from tests import assembled, families
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.control_tokens import BREAK, ControlTokens
 
-EMBEDDED = Path("~/.cache/vlm-safeguard/embedded-vlm-2ea7eec25d03").expanduser()
-NAMES = ["llava", "qwen2_vl", "gemma3", "idefics3", "pixtral", "embedded"]
+NAMES: list[Any] = ["llava", "qwen2_vl", "gemma3", "idefics3", "pixtral"]
+NAMES += [pytest.param("embedded", marks=pytest.mark.embedded)]
 ZERO_WIDTH = ["\u200b", "\u200c", "\u200d", "\u2060", "\ufeff", "\u00ad"]
 WORDS = ["How", " many ", "<table>", "\n\n", "</b>", "\t", "ж", "a < b", "|", "<", ">", "[", "\r\n"]
 
@@ -29,9 +27,7 @@ WORDS = ["How", " many ", "<table>", "\n\n", "</b>", "\t", "ж", "a < b", "|", "
 @lru_cache
 def processor(name: str) -> Any:
     if name == "embedded":
-        if not EMBEDDED.exists():
-            pytest.skip("the embedded model is not assembled here")
-        return AutoProcessor.from_pretrained(os.fspath(EMBEDDED))
+        return AutoProcessor.from_pretrained(assembled.embedded())
     found = families.FAMILIES[name].build().processor
     found.tokenizer.add_tokens(["<table>", "\n\n"])  # as Gemma has them
     return found
