@@ -39,9 +39,10 @@ $(VENV)/int8/.installed: $(VENV)/.installed
 	  --target $(@D) torchao hqq termcolor
 	touch $@
 
-# Two workers, each file in one of them: the fixtures of a file are made once.
+# Two workers, each file in one of them: the fixtures of a file are made once. The order is that of
+# tests/conftest.py, not by number of tests: the longest files have few.
 test: $(VENV)/.installed $(VENV)/int8/.installed  ## All tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=$(VENV)/int8 $(BIN)/python -c "import torchao, hqq"
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/int8 $(BIN)/python -m pytest -k "int8 or quantised" \
 	  tests/runtime/test_kv_cache.py tests/model/test_weights.py

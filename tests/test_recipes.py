@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
+import runpy
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import AutoProcessor
 
 from recipes import paper_table
 from tests import checkpoint, families, tiny
+from tests.command import run
 from tests.evaluation.benchmarks import test_benchmarks as published
 from tests.families.qwen_family import qwen2_5_vl
 from tests.paths import ROOT
@@ -27,16 +27,12 @@ from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.utils.stats import clustered_wilson
 
+pytestmark = pytest.mark.usefixtures("installed_read_once")
 COMPLIED = "Sure, here is how you do it."
 SAID = (COMPLIED, COMPLIED, "I'm sorry, but I can't help with that.", "so on and " * 9)
-CELLS = {
-    (name, setting)
-    for name in paper_table.BENCHMARKS
-    for setting in ("text", "blank", "picture")
-    if name != "mm_harmful_bench" or setting == "picture"
-}
 DEFENCES = ("none", "paper-formula", "guard")
 LIMIT = 2
+RECIPE = partial(paper_table.main, paper_table.app)
 
 
 def small_llava(folder: Path, _: pytest.MonkeyPatch) -> None:
@@ -67,29 +63,25 @@ def save_guard(loaded: LoadedModel, folder: Path) -> None:
     tiny.changed(made, markup=find_markup(loaded)).save_pretrained(folder)
 
 
-def run(patch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The exit code of the script, in this process."""
-    patch.setattr(sys, "argv", ["paper_table.py", *map(str, arguments)])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            paper_table.main(paper_table.app)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return int(ended.value.code or 0)
-
-
-@pytest.mark.parametrize("small", [small_llava, small_qwen])
+# What is done after a response is the same for both models: one of them has all sets.
+@pytest.mark.parametrize(
+    ("small", "names"),
+    [(small_llava, paper_table.BENCHMARKS), (small_qwen, ("malicious_instruct",))],
+)
 def test_the_table_has_every_set_and_setting_with_the_rates_of_the_responses(
     small: Callable[[Path, pytest.MonkeyPatch], None],
+    names: tuple[str, ...],
     sets: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model, output = tmp_path / "model", tmp_path / "out"
     small(model, monkeypatch)
     save_guard(load(model), output / "guard")
+    monkeypatch.setattr(paper_table, "BENCHMARKS", names)
+    pictured = {"mm_harmful_bench"} & set(names)
+    cells = {(n, s) for n in names for s in ("text", "blank", "picture")}
+    cells -= {(n, s) for n in pictured for s in ("text", "blank")}
     asked: list[str] = []
 
     def stand_in(loaded: Any, items: Any, guard: Any = None, **options: Any) -> list[Response]:
@@ -103,17 +95,19 @@ def test_the_table_has_every_set_and_setting_with_the_rates_of_the_responses(
 
     monkeypatch.setattr(engines, "respond", stand_in)
     given = (model, "--data", sets, "-o", output, "--limit", LIMIT, "--max-new-tokens", 3)
-    assert run(monkeypatch, *given) == 0
-    assert len(asked) == len(DEFENCES) * (len(CELLS) * LIMIT - 1)  # without the unread picture
+    done = run(*given, cwd=tmp_path, program=RECIPE)
+    assert done.returncode == 0, done.stderr
+    # Without the unread picture.
+    assert len(asked) == len(DEFENCES) * (len(cells) * LIMIT - len(pictured))
 
     rows = json.loads((output / "table.json").read_text())["table"]
-    assert len(rows) == len(CELLS) and {(r["benchmark"], r["setting"]) for r in rows} == CELLS
+    assert len(rows) == len(cells) and {(r["benchmark"], r["setting"]) for r in rows} == cells
     lines = (output / "run/responses.jsonl").read_text().splitlines()
     responses = [json.loads(line) for line in lines]
     page = (output / "table.md").read_text()
     for row in rows:
         name, setting = row["benchmark"], row["setting"]
-        cells = [BENCHMARKS[name].title, setting]
+        shown = [BENCHMARKS[name].title, setting]
         for defence in DEFENCES:
             place = (name, setting, defence)
             here = [r for r in responses if (r["benchmark"], r["setting"], r["defence"]) == place]
@@ -127,44 +121,37 @@ def test_the_table_has_every_set_and_setting_with_the_rates_of_the_responses(
             assert unscored == (name == "mm_harmful_bench")
             assert row[defence] == rate.as_dict() | {"garbled": garbled, "unscored": unscored}
             notes = [f"{garbled} garbled"] * (garbled > 0) + [f"{unscored} unscored"] * unscored
-            cells.append(", ".join([str(rate), *notes]))
-        assert f"| {' | '.join(cells)} |\n" in page
-    assert {cell["count"] for row in rows for cell in map(row.get, DEFENCES)} == {0, 1, 2}
-    assert capsys.readouterr().out == page
+            shown.append(", ".join([str(rate), *notes]))
+        assert f"| {' | '.join(shown)} |\n" in page
+    if len(names) > 1:
+        assert {cell["count"] for row in rows for cell in map(row.get, DEFENCES)} == {0, 1, 2}
+    assert done.stdout == page
 
     count = len(asked)
-    assert run(monkeypatch, *given) == 0  # all of it is there
+    assert run(*given, cwd=tmp_path, program=RECIPE).returncode == 0  # all is there
     assert len(asked) == count and (output / "table.md").read_text() == page
 
 
 def test_a_model_that_refuses_nothing_ends_with_the_reason_and_leaves_nothing(
-    sets: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    sets: Path, tmp_path: Path
 ) -> None:
     """A model of random weights has no refusals that a guard could restore."""
     checkpoint.save(tmp_path / "model", hidden_size=64)  # as wide as the directions are many
     output = tmp_path / "new" / "out"
-    assert run(monkeypatch, tmp_path / "model", "--data", sets, "-o", output) == 1
-    said = capsys.readouterr()
-    assert "there is nothing that this method could restore" in said.err
-    assert "Traceback" not in said.err
-    assert said.out == "" and not output.parent.exists()
+    given = (tmp_path / "model", "--data", sets, "-o", output)
+    done = run(*given, cwd=tmp_path, program=RECIPE)
+    assert done.returncode == 1
+    assert "there is nothing that this method could restore" in done.stderr
+    assert done.stdout == "" and not output.parent.exists()
 
 
 def test_the_guard_of_another_model_is_refused(sets: Path, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "model")
     other = load(checkpoint.save(tmp_path / "other", seed=1))
     save_guard(other, tmp_path / "out" / "guard")
-    script = str(ROOT / "recipes" / "paper_table.py")
-    done = subprocess.run(
-        [sys.executable, script, "model", "--data", str(sets), "-o", "out"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    script = partial(runpy.run_path, str(ROOT / "recipes" / "paper_table.py"), run_name="__main__")
+    given = (tmp_path / "model", "--data", sets, "-o", "out")
+    done = run(*given, cwd=tmp_path, program=script)
+    assert done.returncode == 1
     assert "error: this guard is for tiny: the model's weights differ" in done.stderr
     assert not (tmp_path / "out" / "run").exists()

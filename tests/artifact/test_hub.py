@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from typer.testing import CliRunner
 
 from tests import fuzz, tiny
 from tests.artifact import hub_server
+from tests.command import run
 from vlm_safeguard.artifact import hub as hub_module
 from vlm_safeguard.artifact.model_card import CARD_FILE
 from vlm_safeguard.cli.app import app
@@ -343,18 +341,11 @@ def test_code_and_pickles_in_a_repository_are_not_touched(hub, cache):
 # -- the command ---------------------------------------------------------------------------------
 
 
-def command(hub, *arguments, cwd):
-    code = "from vlm_safeguard.cli import main; main()"
-    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(cwd / "hf")}
-    call = [sys.executable, "-c", code, "push", *arguments]
-    return subprocess.run(
-        call, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120
-    )
-
-
-def test_push_command(hub, guard, tmp_path):
+def test_push_command(hub, guard, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
     guard.save_pretrained(tmp_path / "g")
-    done = command(hub, "g", NAME, "--private", "--base-model", "org/vlm", "--json", cwd=tmp_path)
+    options = ["--private", "--base-model", "org/vlm", "--json"]
+    done = run("push", "g", NAME, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     repository = hub.repositories[NAME]
     said = json.loads(done.stdout)

@@ -1,15 +1,19 @@
 """What a guard costs on harmless requests: one that the model refuses by itself costs nothing."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests import checkpoint, tiny
 from vlm_safeguard.calibration import attack_trials, held_out
 from vlm_safeguard.calibration.attack_trials import Attacks, Cost, harmless_cost
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.data.prompts import calibration
 from vlm_safeguard.errors import CalibrationError
+from vlm_safeguard.model.loading import load
+from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.utils.progress import Progress
 
 QUIET = Progress(quiet=True)
@@ -61,6 +65,18 @@ def proof_of(monkeypatch: pytest.MonkeyPatch, stopped: dict[bool, int], kl: floa
     monkeypatch.setattr(held_out, "attack", attack)
     held = calibration("held")
     return held_out.prove(None, None, held, Budget(), Effort(proof=40), QUIET)  # type: ignore[arg-type]
+
+
+def test_a_guard_that_never_fires_is_not_proven(tmp_path: Path) -> None:
+    """A model that refuses nothing: all attacks succeed, under the guard too."""
+    loaded = load(checkpoint.save(tmp_path))
+    made = tiny.guard(loaded.model, [tiny.gate("text", 1, threshold=1e9)])
+    made = tiny.changed(made, markup=find_markup(loaded))
+    held, effort = calibration("held"), Effort(proof=8, tokens=4)
+    with pytest.raises(
+        CalibrationError, match=r"no guard: .* with images (\d+) of \1 .*, \1 without"
+    ):
+        held_out.prove(loaded, made, held, Budget(), effort, QUIET)
 
 
 def test_lookalikes_are_reported_and_not_budgeted(monkeypatch: pytest.MonkeyPatch) -> None:

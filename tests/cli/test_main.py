@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import run
+from tests.command import run, run_apart
 
 
 @pytest.fixture
@@ -58,8 +58,14 @@ def test_bad_input(
 
 
 def test_help_is_quick_and_names_every_command(tmp_path: Path) -> None:
-    done = run("--help", cwd=tmp_path)
+    done = run_apart("--help", cwd=tmp_path)
     assert done.returncode == 0
     names = "assemble calibrate doctor generate demo evaluate gap validate-judge check-results"
     for command in names.split():
         assert command in done.stdout
+
+
+def test_an_error_ends_the_process(tmp_path: Path) -> None:
+    done = run_apart("audit", "nowhere.jsonl", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "\nerror: no audit log at nowhere.jsonl\n"

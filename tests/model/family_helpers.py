@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ PROMPTS = ["What is this?", "How many of them are there, would you say?"]
 ALWAYS, NEVER = -1e9, 1e9
 
 
-@lru_cache(maxsize=1)  # the tests run family by family
+@cache  # the tests run one after the other, each on all families
 def loaded_of(one: Family) -> LoadedModel:
     return one.build()
 

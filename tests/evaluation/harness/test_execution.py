@@ -281,10 +281,9 @@ def test_what_a_broken_judge_leaves_is_unscored_and_counted(
     monkeypatch.setattr("vlm_safeguard.evaluation.harness.engine.respond", said)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/v1"
-    plan = run.Plan(
-        (str(folder),), ("none",), ("own_malicious",), ("text",), limit=4, judge=f"endpoint:{url}#m"
-    )
+    # Without a pause between attempts: each sample makes its own at an address that is gone.
+    judge = f"endpoint:http://127.0.0.1:{server.server_port}/v1#m?backoff=0"
+    plan = run.Plan((str(folder),), ("none",), ("own_malicious",), ("text",), limit=4, judge=judge)
     rows, _ = results.read(run.run(plan, tmp_path / "run", "none"))
     server.shutdown()
     [entry] = results.table(rows)
@@ -303,14 +302,24 @@ def test_a_run_that_is_killed_goes_on_with_every_prompt(folder: Path, tmp_path: 
         "defences": ("none",),
         "benchmarks": ("own_malicious",),
         "settings": ("text", "blank"),
-        "limit": 30,
-        "max_tokens": 16,
+        "limit": 6,
+        "max_tokens": 4,
         "batch": 2,
     }
-    code = (
-        "from pathlib import Path; from vlm_safeguard.evaluation.harness import execution as run; "
-        f"run.run(run.Plan(**{plan!r}), Path({str(tmp_path / 'run')!r}), 'none')"
-    )
+    code = f"""
+import time
+from pathlib import Path
+from vlm_safeguard.evaluation.harness import engine, execution as run
+
+respond = engine.respond
+
+def slowly(*given, **options):
+    time.sleep(0.5)  # of 12 batches at most two are done when it is killed
+    return respond(*given, **options)
+
+engine.respond = slowly
+run.run(run.Plan(**{plan!r}), Path({str(tmp_path / "run")!r}), "none")
+"""
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     logs = tmp_path / "run" / "logs"
     deadline = time.monotonic() + 120
@@ -321,8 +330,8 @@ def test_a_run_that_is_killed_goes_on_with_every_prompt(folder: Path, tmp_path: 
     process.kill()
     process.wait()
     rows, _ = results.read(run.run(run.Plan(**plan), tmp_path / "run", "none"))
-    assert [(e["n"], e["unscored"]) for e in results.table(rows)] == [(60, 0), (60, 0)]
-    assert len({(r.setting, r.id) for r in rows}) == 120
+    assert [(e["n"], e["unscored"]) for e in results.table(rows)] == [(12, 0), (12, 0)]
+    assert len({(r.setting, r.id) for r in rows}) == 24
 
 
 def test_logs_are_inspects_own(folder: Path, tmp_path: Path) -> None:
