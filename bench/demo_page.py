@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_safeguard.embedded.assemble import MODELS
 from vlm_safeguard.utils.files import write_whole
-from vlm_safeguard.utils.markdown import table
+from vlm_safeguard.utils.markdown import table, with_block
 from vlm_safeguard.utils.stats import Rate, wilson
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,10 @@ def main() -> None:
         ROOT / "docs" / "results.md": page(results, commit),
         MODELS["embedded"].resource("CARD.md"): card(results, commit),
     }
-    written = {path: _with_block(path, block) for path, block in files.items()}
+    written = {
+        path: with_block(path.read_text("utf-8"), START, block, END).encode()
+        for path, block in files.items()
+    }
     assets = ROOT / "docs" / "assets"
     written[assets / "gap.png"] = (folder / "gap.png").read_bytes()
     kept = {name: value for name, value in results.items() if name not in PATHS}
@@ -122,15 +125,6 @@ def _gate_table(sets: dict[str, Any]) -> str:
             shares = (row["guarded"]["fired_harmful"], row["guarded"]["fired_harmless"])
             rows.append([f"`own_{name}`", NAMES[setting], *(f"{share:.1%}" for share in shares)])
     return table(["Set", "Setting", "Harmful", "Harmless"], rows)
-
-
-def _with_block(path: Path, block: str) -> bytes:
-    text = path.read_text("utf-8")
-    before, _, rest = text.partition(START)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{path} has no block between {START} and {END}")
-    return f"{before}{START}\n{block}\n{END}{after}".encode()
 
 
 def _commit() -> str:

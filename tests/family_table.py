@@ -21,6 +21,7 @@ from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.residual_stream import verify_residual_stream
 from vlm_safeguard.utils.files import write_whole
+from vlm_safeguard.utils.markdown import with_block
 
 MODELS = Path(transformers.__file__).parent / "models"
 ROOT = Path(__file__).parents[1]
@@ -131,12 +132,9 @@ def _after_colon(error: ModelError) -> str:
 def documents() -> dict[Path, str]:
     """The text of each file with its table up to date."""
     tables = {ROOT / "docs" / "families.md": table(), ROOT / "README.md": summary()}
-    return {path: _written_into(path.read_text("utf-8"), made) for path, made in tables.items()}
-
-
-def _written_into(text: str, made: str) -> str:
-    before, rest = text.split(START, 1)
-    return f"{before}{START}\n{made}\n{END}{rest.split(END, 1)[1]}"
+    return {
+        path: with_block(path.read_text("utf-8"), START, made, END) for path, made in tables.items()
+    }
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from vlm_safeguard.evaluation.harness.execution import Plan
 from vlm_safeguard.evaluation.harness.pipeline import answers
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.utils.files import write_whole
-from vlm_safeguard.utils.markdown import table
+from vlm_safeguard.utils.markdown import table, with_block
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, wilson
 
@@ -89,9 +89,7 @@ def main() -> None:
         "easy_vqa": wilson(round(vqa["accuracy"] * vqa["n"]), vqa["n"]),
         "emoji": naming(loaded, args.cache, progress),
     }
-    before, rest = CARD.read_text("utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    card = f"{before}{BEGIN}\n{measured(facts)}{END}{after}"
+    card = with_block(CARD.read_text("utf-8"), BEGIN, measured(facts), END)
     write_whole({CARD: card.encode()})
     log(f"measured part of {CARD} written; read the rest of it against the new figures")
     print(json.dumps({"easy_vqa": str(facts["easy_vqa"]), "emoji": str(facts["emoji"])}))
@@ -114,8 +112,7 @@ greedy, 24 tokens, refusal phrases as judge (a smoke test), 95% Wilson intervals
 {table(head, rows)}
 
 easy-vqa test questions answered correctly: {facts["easy_vqa"]}. Emoji of the held-out artist named
-("What is in this picture?"): {facts["emoji"]}.
-"""
+("What is in this picture?"): {facts["emoji"]}."""
 
 
 def _interval(row: dict, name: str) -> str:

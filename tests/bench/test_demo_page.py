@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -26,9 +25,6 @@ def test_the_docs_hold_the_committed_results(name: str) -> None:
     assert block == PAGES[name](results, commit)
 
 
-def test_nothing_of_the_machine_is_kept_and_a_page_without_marks_is_named(tmp_path: Path) -> None:
+def test_nothing_of_the_machine_is_kept() -> None:
     kept = (demo_page.ROOT / "docs/assets/results.json").read_text("utf-8")
     assert not set(demo_page.PATHS) & set(json.loads(kept))
-    (tmp_path / "page.md").write_text("no marks")
-    with pytest.raises(SystemExit, match=r"page\.md has no block"):
-        demo_page._with_block(tmp_path / "page.md", "x")

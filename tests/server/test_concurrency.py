@@ -179,6 +179,13 @@ def test_shutdown_finishes_what_was_begun(folder, stream):
         assert wait_until(lambda: not live.engine.alive)
 
 
+def test_a_server_that_was_stopped_before_does_not_cut_the_next_ones_streams(folder, monkeypatch):
+    monkeypatch.setattr(AppStatus, "should_exit", True)
+    with serving(folder) as live:
+        answer = live.chat(max_tokens=250, stream=True)
+        assert answer.text.rstrip().endswith("data: [DONE]")
+
+
 def test_a_client_that_left_before_the_first_frame():
     """The stream never began, and its request ends all the same."""
     ended = []

@@ -172,9 +172,9 @@ def fit_gate(
                 unseen_harmful.append(h[harmful_fold == fold])
                 unseen_harmless.append(s[(harmless_fold == fold) & judged])
             h, s = torch.cat(unseen_harmful), torch.cat(unseen_harmless)
-            cut = threshold(h, s, budget)
             value = auc(h, s, max(COMPARED, budget))
             if value > best_value:
+                cut = threshold(h, s, budget)
                 vectors = torch.stack([_discriminant(*inner[n]) @ bases[n] for n in layers])
                 best_value = value
                 unit = float(s.std().clamp(min=1e-12))

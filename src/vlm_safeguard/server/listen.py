@@ -57,6 +57,8 @@ def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
     # Else sse_starlette cuts every stream short when the server is told to stop. They end at their
     # deadline.
     AppStatus.disable_automatic_graceful_drain()
+    # A server that was stopped earlier in this process leaves this set, which cuts streams too.
+    AppStatus.should_exit = False
     return uvicorn.Config(
         app,
         http=PromptHeaders,

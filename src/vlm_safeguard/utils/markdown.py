@@ -1,4 +1,4 @@
-"""Tables in Markdown."""
+"""Tables in Markdown, and pages of which a part is made by a command."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: boo
     rule = ["---", *(["---:" if numbers else "---"] * (len(head) - 1))]
     lines = [_row(head), f"|{'|'.join(rule)}|", *map(_row, rows)]
     return "\n".join(lines)
+
+
+def with_block(text: str, start: str, block: str, end: str) -> str:
+    """``text`` with ``block`` in place of what stands between the marks ``start`` and ``end``.
+
+    Raises:
+        ValueError: the text has no such marks.
+    """
+    before, _, rest = text.partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"no block between {start} and {end}")
+    return f"{before}{start}\n{block}\n{end}{after}"
 
 
 def _row(cells: Sequence[object]) -> str:
