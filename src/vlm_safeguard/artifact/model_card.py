@@ -136,8 +136,12 @@ def _settings(config: GuardConfig) -> str:
 def _score(gate: Gate) -> str:
     if gate.per_layer:
         return "layer by layer"
-    intent = f", and {gate.intent_weight:.3g} times the refusal intent" if gate.openings else ""
-    return f"sum over the layers{intent}"
+    score = "sum over the layers"
+    if gate.openings:
+        score += f", and {gate.intent_weight:.3g} times the refusal intent"
+    if gate.verdict_weight:
+        score += f", and {gate.verdict_weight:.3g} if the model would refuse the text by itself"
+    return score
 
 
 def _thresholds(gate: Gate) -> str:
