@@ -16,15 +16,13 @@ if TYPE_CHECKING:
     from vlm_safeguard.calibration.calibrate import calibrate
     from vlm_safeguard.data.prompts import CalibrationData
     from vlm_safeguard.guard import Guard
-    from vlm_safeguard.model.chat import encode
     from vlm_safeguard.model.loading import load
 
-__all__ = ["CalibrationData", "Guard", "calibrate", "encode", "load"]
+__all__ = ["CalibrationData", "Guard", "calibrate", "load"]
 _HOMES = {
     "CalibrationData": "data.prompts",
     "Guard": "guard",
     "calibrate": "calibration.calibrate",
-    "encode": "model.chat",
     "load": "model.loading",
 }
 

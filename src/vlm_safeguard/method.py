@@ -82,6 +82,15 @@ def refusal_intent(logits: Tensor, openings: Tensor) -> Tensor:
     return wide[:, openings].logsumexp(1) - wide.logsumexp(1)
 
 
+def refusal_verdict(logits: Tensor, openings: Tensor) -> Tensor:
+    """Whether the LLM itself would refuse: 1 if its most probable token is one of ``openings``,
+    else 0.
+
+    Args and Returns: as in ``refusal_intent``.
+    """
+    return torch.isin(logits.argmax(1), openings).float()
+
+
 def coordinates(states: Tensor, directions: Tensor) -> Tensor:
     """Coordinates ``c = h V^T`` of states (..., d) along V (m, d): (..., m), float32."""
     return states.float() @ directions.float().T

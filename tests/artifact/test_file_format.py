@@ -211,7 +211,9 @@ def guards(draw):
         if source == "text" and not alone and draw(st.booleans()):
             openings = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, unique=True))
             weight = draw(st.floats(1e-9, 1e20))
+            verdict = draw(st.floats(0, 1e20))
             intent = {"kind": "intent", "openings": openings[:64], "intent_weight": weight}
+            intent |= {"verdict_weight": verdict}
         gates.append(Gate(source=source, layers=layers, thresholds=cuts, per_layer=alone, **intent))
         tensors[f"gate.{index}"] = torch.randn(len(layers), width, generator=generator)
     steering = Steering(

@@ -12,11 +12,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from PIL import Image
 
-from tests import fuzz
+from tests import checkpoint, fuzz, tiny
 from vlm_safeguard.artifact.config import GuardConfig
 from vlm_safeguard.artifact.model_card import CARD_FILE, MARK, card
 from vlm_safeguard.guard import Guard
+from vlm_safeguard.model.loading import load
 from vlm_safeguard.utils.stats import wilson
 
 # What may be on the page: everything else, links and pictures above all, is somebody's injection.
@@ -105,7 +107,8 @@ def test_facts_are_on_the_page() -> None:
         "0",
         "the text-only pass",
         "0, 3",
-        "sum over the layers, and 1.5 times the refusal intent",
+        "sum over the layers, and 1.5 times the refusal intent, and 2.5 if the model would refuse "
+        "the text by itself",
         "0.5",
     ]
     assert 'Guard.from_pretrained("someone/a-guard")' in page
@@ -155,10 +158,16 @@ def test_every_mode_has_a_card(kind) -> None:
     assert seen.tags <= OUR_TAGS and seen.links == OUR_LINKS
 
 
-def test_six_lines_of_use_that_run() -> None:
-    code = re.search(r"```python\n(.*?)```", card(config()), re.S)
-    assert code and len(code[1].strip().splitlines()) == 6
-    compile(code[1], "card", "exec")
+def test_the_example_runs(tmp_path) -> None:
+    model, folder = checkpoint.save(tmp_path / "vlm"), tmp_path / "guard"
+    tiny.always(load(model).model).save_pretrained(folder)
+    code = re.search(r"```python\n(.*?)```", (folder / CARD_FILE).read_text(), re.S)
+    assert code
+    example = code[1].replace("path/to/the/model", str(model))
+    example = example.replace("path/to/this/folder", str(folder))
+    names = {"image": Image.new("RGB", (32, 32), "gray")}
+    exec(example, names)
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
 
 
 def test_no_calibration_record() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vlm_safeguard import method
 from vlm_safeguard.artifact.config import Steering
-from vlm_safeguard.calibration import hidden_states, steering_search
+from vlm_safeguard.calibration import attack_trials, hidden_states, steering_search
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.calibrate import calibrate
 from vlm_safeguard.calibration.gate_fitting import GateFit, auc, fit_gate, threshold
@@ -140,9 +140,10 @@ def test_what_counts_as_a_false_positive(monkeypatch: pytest.MonkeyPatch, tmp_pa
     items = [next(p for p in calibration("fit") if p.harmful)]
     items += [next(p for p in calibration("fit") if p.ordinary)] * 2
     items += [next(p for p in calibration("fit") if p.lookalike)]
-    states, intent = torch.zeros(4, 2, 3), torch.tensor([0.9, 0.1, 0.9, 0.1]).log()
-    for found, counted in ((intent, [0, 1, 0, 0]), (None, [0, 1, 1, 0])):
-        monkeypatch.setattr(hidden_states, "record_intent", lambda *_, i=found: (states, i))
+    states, signs = torch.zeros(4, 2, 3), torch.zeros(4, 2)
+    signs[[0, 2], 1] = 1
+    for found, counted in ((signs, [0, 1, 0, 0]), (None, [0, 1, 1, 0])):
+        monkeypatch.setattr(hidden_states, "record_signs", lambda *_, i=found: (states, i))
         made = hidden_states.record_states(None, items, [], "text", tmp_path, None)  # type: ignore[arg-type]
         assert made.counted.tolist() == [bool(n) for n in counted]
         assert made.false_positives().tolist() == [bool(n) for n in counted[1:]]
@@ -216,7 +217,7 @@ def test_candidates_are_tried_on_attacks_that_succeed_though_a_gate_opens(
         quiet = Progress(quiet=True)
         return steering_search._telling(None, "guard", fit, effort, quiet, BY_PHRASES)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(steering_search, "ask", ask)
+    monkeypatch.setattr(attack_trials, "ask", ask)
     effort = Effort(scan=40, search=6)
     chosen = few(effort)
     assert len(chosen) == 6 and all(attack in open_and_won for attack in chosen)

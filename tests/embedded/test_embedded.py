@@ -203,16 +203,16 @@ def test_cached_decoding_equals_recomputing(loaded: LoadedModel, guard: Guard) -
 def test_the_doctor_knows_good_directions_from_flipped_ones(
     loaded: LoadedModel, guard: Guard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record, states = doctor.record_intent, {}
+    record, states = doctor.record_signs, {}
 
     def once(loaded: LoadedModel, asked: Any, openings: Any, *rest: Any) -> Any:
         """Both guards are looked at by the states of one pass."""
         if openings not in states:
-            found, intent = record(loaded, asked, openings, *rest)
-            states[openings] = found.clone(), intent
+            found, signs = record(loaded, asked, openings, *rest)
+            states[openings] = found.clone(), signs
         return states[openings]
 
-    monkeypatch.setattr(doctor, "record_intent", once)
+    monkeypatch.setattr(doctor, "record_signs", once)
     flipped = {k: -v if k.startswith("directions.") else v for k, v in guard.tensors.items()}
     for one, good in ((guard, True), (Guard(guard.config, flipped), False)):
         data, quiet = prompts.CalibrationData.packaged(), Progress(quiet=True)

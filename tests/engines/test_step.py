@@ -22,7 +22,7 @@ WIDTHS = (5, 3, 7)  # prompt tokens of the requests of a batch
 
 def watched(guard: Guard, width: int, name: str = "a") -> Watched:
     request = Request(guard.config.gates, width, [width - 1], [0])
-    return Watched(name, Role("", "", 0, 0, False, False), request, width)
+    return Watched(name, Role("", "", 0, 0, False, False, False), request, width)
 
 
 def rows_of(requests: list[Watched], columns: list[range]) -> list[Row]:
@@ -140,7 +140,7 @@ def test_a_prompt_whose_last_token_was_not_computed_fails(guard: Guard) -> None:
 def test_texts_are_taken_once_and_only_whole(guard: Guard) -> None:
     texts = Texts()
     text = watched(guard, 4, "a#text0")
-    text.role = Role("", "a", 0, 4, False, False)
+    text.role = Role("", "a", 0, 4, False, False, False)
     texts.keep(text)
     with pytest.raises(GuardRuntimeError, match="not read"):
         texts.take("a", 2)

@@ -81,6 +81,7 @@ def text_gate(threshold: float = 0.0) -> Gate:
         thresholds=[threshold],
         openings=[40, 50, 60],
         intent_weight=0.5,
+        verdict_weight=4.0,
     )
 
 

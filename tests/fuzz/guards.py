@@ -47,7 +47,12 @@ def sound(kind: str, seed: int = 0) -> Files:
         {"source": "vlm", "layers": [2], "thresholds": [-1.25], "per_layer": False},
     ]
     if kind == "restore":
-        gates[0] |= {"kind": "intent", "openings": [7, 40], "intent_weight": 1.5}
+        gates[0] |= {
+            "kind": "intent",
+            "openings": [7, 40],
+            "intent_weight": 1.5,
+            "verdict_weight": 2.5,
+        }
     if kind == "add":
         steering |= {"alpha": 0.5, "query": "pass", "positions": "all", "tokens": None}
         gates[0] |= {"per_layer": True, "layers": [1, 3]}

@@ -98,7 +98,7 @@ def check_settings(data: bytes) -> dict[str, Any]:
     gates, depth = raw["gates"], model["layers"]
     must(isinstance(gates, list) and 1 <= len(gates) <= 16, "1 to 16 gates")
     for gate in gates:
-        more = {"per_layer", "kind", "openings", "intent_weight"}
+        more = {"per_layer", "kind", "openings", "intent_weight", "verdict_weight"}
         check_keys(gate, {"source", "layers", "thresholds"}, more, "gate")
         kind, openings = gate.get("kind", "linear"), gate.get("openings", [])
         must(kind in ("linear", "intent"), "kind of a gate")
@@ -108,6 +108,9 @@ def check_settings(data: bytes) -> dict[str, Any]:
         weight = gate.get("intent_weight", 0)
         must(is_number(weight, 1e20) and weight >= 0, "weight of the intent")
         must((kind == "intent") == bool(openings) == bool(weight), "an intent gate has an intent")
+        verdict = gate.get("verdict_weight", 0)
+        must(is_number(verdict, 1e20) and verdict >= 0, "weight of the verdict")
+        must(bool(openings) or not verdict, "a verdict has openings")
         alone = bool(gate.get("per_layer", False))
         must(not openings or (gate["source"] == "text" and not alone), "intent is of the text")
         must(gate["source"] in ("text", "vlm"), "source of a gate")

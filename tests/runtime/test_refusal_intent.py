@@ -10,8 +10,9 @@ from vlm_safeguard.artifact.config import Gate
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.text_only import last_logits
+from vlm_safeguard.runtime.gate import refusal_signs
 
-OPENINGS, WEIGHT = [17, 40, 201], 0.7
+OPENINGS, WEIGHT, VERDICT = [17, 40, 201], 0.7, 3.0
 
 
 def intent_gate(threshold=0.0, layers=(1, 3)):
@@ -22,11 +23,13 @@ def intent_gate(threshold=0.0, layers=(1, 3)):
         thresholds=[threshold] + [0.0] * (len(layers) - 1),
         openings=OPENINGS,
         intent_weight=WEIGHT,
+        verdict_weight=VERDICT,
     )
 
 
 def expected(model, guard, prompt):
     """The score by its formula, from a pass over the text alone without a guard."""
+    openings = guard.config.gates[0].openings
     ids = torch.tensor([tiny.without_pictures(prompt)])
     states = {}
     handles = [
@@ -45,7 +48,8 @@ def expected(model, guard, prompt):
         handle.remove()
     vectors = guard.tensors["gate.0"].double()
     linear = sum(states[n] @ v for n, v in zip(guard.config.gates[0].layers, vectors, strict=True))
-    return float(linear + WEIGHT * logits.softmax(0)[OPENINGS].sum().log())
+    refuses = int(logits.argmax()) in openings
+    return float(linear + WEIGHT * logits.softmax(0)[openings].sum().log() + VERDICT * refuses)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -110,6 +114,8 @@ def test_openings_beyond_the_vocabulary_are_refused(model):
         {"openings": [3, 3]},
         {"intent_weight": 0.0},
         {"kind": "linear"},
+        {"verdict_weight": -1.0},
+        {"kind": "linear", "openings": [], "intent_weight": 0.0},
         {"source": "vlm"},
         {"per_layer": True},
     ],
@@ -125,3 +131,39 @@ def test_the_intent_is_the_log_of_the_summed_probability():
     wanted = logits.double().softmax(1)[:, OPENINGS].sum(1).log()
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
     assert float(method.refusal_intent(logits, torch.arange(300)).abs().max()) < 1e-5
+
+
+def test_the_verdict_is_whether_the_most_probable_token_opens_a_refusal():
+    logits = torch.full((3, 300), -5.0)
+    logits[0, 40] = logits[1, 41] = logits[2, 17] = 1.0
+    logits[1, 40] = 0.9  # likely, but another token is likelier
+    found = method.refusal_verdict(logits, torch.tensor(OPENINGS))
+    assert found.tolist() == [1.0, 0.0, 1.0]
+
+
+def test_a_sentence_has_an_intent_and_no_verdict():
+    logits = torch.zeros(2, 300)
+    logits[:, 40] = 5.0
+    whole, part = (refusal_signs(logits, torch.tensor(OPENINGS), one) for one in (False, True))
+    assert torch.equal(whole[:, 0], part[:, 0])
+    assert whole[:, 1].tolist() == [1.0, 1.0] and part[:, 1].tolist() == [0.0, 0.0]
+
+
+def test_what_the_model_would_refuse_opens_the_gate(model):
+    """With openings that are the model's own first token, and with others."""
+    prompt = tiny.PROMPTS[0]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([tiny.without_pictures(prompt)])).logits[0, -1]
+    first, other = logits.topk(2).indices.tolist()
+    for opening, refuses in ((first, True), (other, False)):
+        gate = intent_gate().model_copy(update={"openings": [opening]})
+        made = tiny.guard(model, [gate])
+        with made.attach(model) as session, torch.no_grad():
+            model(**tiny.batch([prompt], "left"), use_cache=False)
+            (decision,) = session.decisions
+        plain = gate.model_copy(update={"verdict_weight": 0.0})
+        with tiny.guard(model, [plain]).attach(model) as session, torch.no_grad():
+            model(**tiny.batch([prompt], "left"), use_cache=False)
+            (before,) = session.decisions
+        added = sum(decision.scores["text.0"]) - sum(before.scores["text.0"])
+        assert added == pytest.approx(VERDICT * refuses, abs=1e-4)

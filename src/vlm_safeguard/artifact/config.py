@@ -50,6 +50,7 @@ class Gate(_Strict):
             layer only, as in the paper.
         openings: tokens that the LLM's refusals begin with, for the kind "intent".
         intent_weight: weight of their log-probability, which is added to the score.
+        verdict_weight: added to the score if the LLM's most probable first token is one of them.
     """
 
     kind: _Registered = "linear"
@@ -59,6 +60,7 @@ class Gate(_Strict):
     per_layer: bool = False
     openings: list[_TokenId] = Field(default=[], max_length=MAX_OPENINGS)
     intent_weight: float = Field(default=0.0, ge=0.0, le=MAX_MAGNITUDE, allow_inf_nan=False)
+    verdict_weight: float = Field(default=0.0, ge=0.0, le=MAX_MAGNITUDE, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _one_threshold_each(self) -> Gate:
@@ -76,6 +78,8 @@ class Gate(_Strict):
             raise ValueError("a gate of kind intent reads the text-only pass, all layers together")
         if bool(self.intent_weight) != bool(self.openings):
             raise ValueError("openings have a weight above 0, and only they")
+        if self.verdict_weight and not self.openings:
+            raise ValueError("a verdict needs openings")
         return self
 
 

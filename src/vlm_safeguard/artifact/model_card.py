@@ -72,10 +72,12 @@ def _usage(repo_id: str | None) -> str:
     return f"""## Use
 
 ```python
-from vlm_safeguard import Guard, encode, load
+from vlm_safeguard import Guard, load
 loaded = load("path/to/the/model")
 guard = Guard.from_pretrained({json.dumps(place)})
-inputs = encode(loaded, ["What is in this picture?"], [image], guard.config.reads_pictures)
+picture = {{"type": "image", "image": image}}
+messages = [{{"role": "user", "content": [picture, {{"type": "text", "text": "What is this?"}}]}}]
+inputs = guard.prepare(loaded.processor, messages)
 with guard.attach(loaded.model, loaded.processor):
     output = loaded.model.generate(**inputs, max_new_tokens=64)
 ```
@@ -114,8 +116,9 @@ def _settings(config: GuardConfig) -> str:
         )
         for index, gate in enumerate(config.gates)
     ]
-    reads = "with the words that stand in pictures, if `encode` is told to read them"
-    reading = f" The text-only prompt comes {reads}." if config.reads_pictures else ""
+    reading = ""
+    if config.reads_pictures:
+        reading = " The text-only pass also reads the words in pictures (`guard.prepare`)."
     if config.reads_sentences:
         reading += " Text gates also read each sentence by itself."
     return "\n\n".join(
@@ -133,8 +136,12 @@ def _settings(config: GuardConfig) -> str:
 def _score(gate: Gate) -> str:
     if gate.per_layer:
         return "layer by layer"
-    intent = f", and {gate.intent_weight:.3g} times the refusal intent" if gate.openings else ""
-    return f"sum over the layers{intent}"
+    score = "sum over the layers"
+    if gate.openings:
+        score += f", and {gate.intent_weight:.3g} times the refusal intent"
+    if gate.verdict_weight:
+        score += f", and {gate.verdict_weight:.3g} if the model would refuse the text by itself"
+    return score
 
 
 def _thresholds(gate: Gate) -> str:

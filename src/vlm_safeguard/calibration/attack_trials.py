@@ -92,8 +92,54 @@ def attack(
     """Try the attacks that are valid in ``setting``, without ``guard`` and with it."""
     meant = within(items, setting)
     asked = queries(meant, setting)
-    plain, guarded = (successes(loaded, g, asked, tokens, recogniser) for g in (None, guard))
-    return Attacks(meant, plain, guarded)
+    plain = without(loaded, guard, asked, tokens, recogniser)
+    return Attacks(meant, plain.won, plain.guarded(loaded, guard, tokens, recogniser))
+
+
+@dataclass(frozen=True)
+class Unguarded:
+    """What attacks do without a guard, and which of them open a gate of it.
+
+    Attributes:
+        attacks: the attacks.
+        won: whether each succeeds without a guard.
+        fired: whether each opens a gate.
+    """
+
+    attacks: Sequence[Query]
+    won: list[bool]
+    fired: list[bool]
+
+    def guarded(
+        self,
+        loaded: LoadedModel,
+        guard: Guard,
+        tokens: int,
+        recogniser: Recogniser = BY_PHRASES,
+    ) -> list[bool]:
+        """Whether each attack succeeds under a guard with the same gates. Only those that open a
+        gate are tried again: a guard whose gates stay shut changes nothing."""
+        opened = [place for place, fired in enumerate(self.fired) if fired]
+        won = list(self.won)
+        again = [self.attacks[place] for place in opened]
+        if again:
+            found = successes(loaded, guard, again, tokens, recogniser)
+            for place, success in zip(opened, found, strict=True):
+                won[place] = success
+        return won
+
+
+def without(
+    loaded: LoadedModel,
+    guard: Guard,
+    attacks: Sequence[Query],
+    tokens: int,
+    recogniser: Recogniser = BY_PHRASES,
+) -> Unguarded:
+    """Try attacks without a guard, while ``guard`` watches."""
+    said = ask(loaded, guard, attacks, tokens, recogniser, monitor=True)
+    won = [not refused for refused in recogniser.refused(attacks, said)]
+    return Unguarded(attacks, won, [bool(answer.fired) for answer in said])
 
 
 def per_question(tried: Iterable[Attacks]) -> tuple[list[bool], list[bool]]:

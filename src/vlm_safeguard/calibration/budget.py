@@ -41,6 +41,7 @@ class Effort:
     def quick(cls) -> Effort:
         """For a calibration that takes less time and finds a little less.
 
-        Thresholds are set on as many prompts: with fewer, the guarantee costs recall.
+        The text gate is fitted to as many prompts and thresholds are set on as many: with fewer,
+        the guard finds less.
         """
-        return cls(worded=320, pictured=120, scan=64, search=8, final=8, tokens=8)
+        return cls(pictured=120, scan=64, search=8, final=8, tokens=8)

@@ -197,7 +197,8 @@ class _Foundation:
                 "layers": list(fit.layers),
                 "thresholds": cuts,
                 "openings": list(fit.openings),
-                "intent_weight": fit.intent_weight,
+                "intent_weight": fit.weights[0],
+                "verdict_weight": fit.weights[1],
             }
             tensors[f"gate.{len(gates)}"] = fit.vectors.contiguous()
             gates.append(Gate.model_validate(gate))

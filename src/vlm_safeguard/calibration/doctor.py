@@ -9,7 +9,7 @@ from pathlib import Path
 from vlm_safeguard.calibration.attack_trials import answered, attack, per_question, within
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.generation import respond
-from vlm_safeguard.calibration.hidden_states import record_intent
+from vlm_safeguard.calibration.hidden_states import record_signs
 from vlm_safeguard.data.inputs import PICTURED, queries
 from vlm_safeguard.data.prompts import CalibrationData
 from vlm_safeguard.data.sampling import evenly
@@ -152,10 +152,10 @@ def _directions(
     # sign on a part of the anchors may differ.
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
         asked = anchor_queries(data.anchors)
-        # One pass gives the states and the refusal intents; gates seldom differ in their openings.
+        # One pass gives the states and the refusal signs; gates seldom differ in their openings.
         kinds = {tuple(gate.openings) for gate in guard.config.gates if gate.openings} or {()}
         recorded = {
-            openings: record_intent(loaded, asked, openings, Path(folder), "anchors", progress)
+            openings: record_signs(loaded, asked, openings, Path(folder), "anchors", progress)
             for openings in kinds
         }
         states = next(iter(recorded.values()))[0].clone()
@@ -172,8 +172,8 @@ def _directions(
         if gate.source != "text" or gate.per_layer:
             continue
         scorer = make_gate(gate, guard.tensors[f"gate.{index}"])
-        intent = recorded[tuple(gate.openings)][1] if gate.openings else None
-        scores = scorer.total(states[:, gate.layers], intent)
+        signs = recorded[tuple(gate.openings)][1] if gate.openings else None
+        scores = scorer.total(states[:, gate.layers], signs)
         high, low = scores.split(len(harmful))
         value = auc(high, low)
         checks.append(Check("separability", value > 0.9, f"AUC {value:.3f} on the anchors, text"))

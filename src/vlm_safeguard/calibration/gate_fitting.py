@@ -20,6 +20,9 @@ OFTEN, CONTRAST = 0.03, 4.0
 # False-positive rate up to which candidates are compared. At the budget itself, two or three
 # harmless prompts would decide between them.
 COMPARED = 0.1
+# What the LLM's verdict adds to a score, in units of the spread over harmless prompts: more than
+# linear scores differ.
+VERDICT = 20.0
 SHRINKAGE = 0.05  # of the within-class covariance towards a multiple of the identity
 
 
@@ -56,13 +59,14 @@ def threshold(harmful: Tensor, harmless: Tensor, budget: float) -> float:
 
 @dataclass(frozen=True)
 class GateFit:
-    """A fitted gate: its score is the sum of ``h_l . vectors_l``, plus ``intent_weight`` times the
-    refusal intent where it has ``openings``, minus ``threshold``.
+    """A fitted gate: its score is the sum of ``h_l . vectors_l``, plus the weighted refusal signs
+    where it has ``openings``, minus ``threshold``.
 
     Attributes:
         layers: the layers it reads.
         vectors: one vector for each layer, (n, d).
         openings: tokens that the LLM's refusals begin with, see ``method.refusal_intent``.
+        weights: of the refusal intent and of the verdict.
         spread: standard deviation of the scores of harmless prompts, cross-validated.
         unseen: cross-validated scores of harmful and harmless prompts, minus the threshold and
             divided by ``spread``.
@@ -72,7 +76,7 @@ class GateFit:
     vectors: Tensor
     threshold: float
     openings: tuple[int, ...] = ()
-    intent_weight: float = 0.0
+    weights: tuple[float, float] = (0.0, 0.0)
     spread: float = 1.0
     unseen: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
@@ -82,18 +86,19 @@ class GateFit:
         harmful, harmless = ((scores > 0).double().mean().item() for scores in self.unseen)
         return harmful, harmless
 
-    def scores(self, states: Tensor, intent: Tensor | None = None) -> Tensor:
-        """Scores (k,) of states (k, L, d) and, for a gate with ``openings``, refusal intents (k,);
+    def scores(self, states: Tensor, signs: Tensor | None = None) -> Tensor:
+        """Scores (k,) of states (k, L, d) and, for a gate with ``openings``, refusal signs (k, 2);
         positive opens the gate.
 
         Raises:
-            ValueError: the gate has ``openings`` and there are no intents.
+            ValueError: the gate has ``openings`` and there are no signs.
         """
         none = torch.zeros(len(self.layers))
         gate = LinearGate(self.vectors, none)
         if self.openings:
-            gate = IntentGate(self.vectors, none, torch.tensor(self.openings), self.intent_weight)
-        return gate.total(states[:, list(self.layers)], intent) - self.threshold
+            openings, weights = torch.tensor(self.openings), torch.tensor(self.weights)
+            gate = IntentGate(self.vectors, none, openings, weights)
+        return gate.total(states[:, list(self.layers)], signs) - self.threshold
 
 
 def fit_gate(
@@ -107,7 +112,7 @@ def fit_gate(
     kinds: Sequence[Kind] = KINDS,
     pooled: bool = True,
     counted: Tensor | None = None,
-    intents: tuple[Tensor, Tensor] | None = None,
+    signs: tuple[Tensor, Tensor] | None = None,
     openings: Sequence[int] = (),
 ) -> GateFit:
     """Fit the gate that best separates harmful prompts at low false-positive rates.
@@ -122,8 +127,9 @@ def fit_gate(
     compared, and the threshold is set, by cross-validation: on the prompts that vectors are fitted
     to, harmful and harmless scores are further apart than on others.
 
-    With ``intents`` the score is the sum of the linear score and of the refusal intent, both in
-    units of their spread over harmless prompts.
+    With ``signs`` the score is the sum of the linear score and of the refusal intent, both in units
+    of their spread over harmless prompts. Where it separates better, the verdict adds ``VERDICT``
+    such units, which opens the gate for what the LLM refuses as text.
 
     Args:
         harmful, harmless: states (k, L, d) of calibration prompts.
@@ -135,25 +141,26 @@ def fit_gate(
         pooled: whether to try runs of layers too.
         counted: which harmless prompts count as false positives, (k,) bool; by default all. The
             others are used for fitting only.
-        intents: refusal intents of the harmful and the harmless prompts, (k,) each. Those of
-            prompts with a negative fold are not looked at.
-        openings: the tokens that the intents are about.
+        signs: refusal signs of the harmful and the harmless prompts, (k, 2) each. Those of prompts
+            with a negative fold are not looked at.
+        openings: the tokens that the signs are about.
 
     Raises:
         ValueError: the scores are not finite.
     """
     shared = set(harmful_fold.tolist()) & set(harmless_fold.tolist())
     folds = sorted(fold for fold in shared if fold >= 0)
-    judged = harmless_fold >= 0
+    known_harmful = torch.isin(harmful_fold, torch.tensor(folds))
+    judged = torch.isin(harmless_fold, torch.tensor(folds))
     if counted is not None:
         judged &= counted
-    towards, centre_of_intent, unit_of_intent = _standardised(intents, judged)
+    said = _Said.of(signs, known_harmful, judged)
     depth = sorted(directions)
     choices: list[tuple[int, ...]] = [(layer,) for layer in depth]
     for width in (4, 8, 16) if pooled else ():
         choices += [tuple(depth[i : i + width]) for i in range(0, len(depth) - width + 1, 2)]
     best: GateFit | None = None
-    best_value = -1.0
+    best_value, weight_of_verdict = -1.0, 0.0
     for kind in kinds:
         bases = {n: _basis(kind, harmful[:, n], harmless[:, n], directions[n]) for n in depth}
         inner = {
@@ -161,25 +168,25 @@ def fit_gate(
         }
         parts = [_project(inner, harmful_fold != fold, harmless_fold != fold) for fold in folds]
         for layers in choices:
-            unseen_harmful, unseen_harmless = [], []
+            unseen = torch.zeros(len(harmful)), torch.zeros(len(harmless))
             for fold, scores in zip(folds, parts, strict=True):
                 h, s = (torch.stack([scores[n][i] for n in layers]).sum(0) for i in (0, 1))
                 known = s[(harmless_fold != fold) & judged]
                 centre, spread = known.mean(), known.std().clamp(min=1e-12)
                 h, s = (h - centre) / spread, (s - centre) / spread
-                if towards:
-                    h, s = h + towards[0], s + towards[1]
-                unseen_harmful.append(h[harmful_fold == fold])
-                unseen_harmless.append(s[(harmless_fold == fold) & judged])
-            h, s = torch.cat(unseen_harmful), torch.cat(unseen_harmless)
-            value = auc(h, s, max(COMPARED, budget))
-            if value > best_value:
-                cut = threshold(h, s, budget)
-                vectors = torch.stack([_discriminant(*inner[n]) @ bases[n] for n in layers])
-                best_value = value
-                unit = float(s.std().clamp(min=1e-12))
-                margins = (h - cut) / unit, (s - cut) / unit
-                best = GateFit(layers, vectors, cut, spread=unit, unseen=margins)
+                unseen[0][harmful_fold == fold] = h[harmful_fold == fold]
+                unseen[1][harmless_fold == fold] = s[harmless_fold == fold]
+            linear = unseen[0][known_harmful], unseen[1][judged]
+            unit = float((linear[1] + said.intent[1]).std().clamp(min=1e-12))
+            for verdict in (0.0,) if signs is None else (0.0, VERDICT):
+                h, s = (linear[i] + said.intent[i] + verdict * said.verdict[i] for i in (0, 1))
+                value = auc(h, s, max(COMPARED, budget))
+                if value > best_value:
+                    cut = threshold(h, s, budget)
+                    vectors = torch.stack([_discriminant(*inner[n]) @ bases[n] for n in layers])
+                    best_value, weight_of_verdict = value, verdict
+                    margins = (h - cut) / unit, (s - cut) / unit
+                    best = GateFit(layers, vectors, cut, spread=unit, unseen=margins)
     if best is None:
         raise ValueError("no gate can be judged: scores of the states are not finite")
     # Threshold and spread are in units of the spread of the harmless scores in each fold: convert
@@ -188,23 +195,33 @@ def fit_gate(
     scale = float(seen.std())
     cut = float(seen.mean()) + best.threshold * scale
     best = replace(best, threshold=cut, spread=best.spread * scale)
-    if not towards:
+    if signs is None:
         return best
-    weight = scale / unit_of_intent
-    cut += weight * centre_of_intent
-    return replace(best, threshold=cut, openings=tuple(openings), intent_weight=weight)
+    weights = scale / said.unit, weight_of_verdict * scale
+    cut += weights[0] * said.centre
+    return replace(best, threshold=cut, openings=tuple(openings), weights=weights)
 
 
-def _standardised(
-    intents: tuple[Tensor, Tensor] | None, judged: Tensor
-) -> tuple[tuple[Tensor, Tensor] | None, float, float]:
-    """Refusal intents in units of their spread over the judged harmless prompts, the mean and the
-    spread."""
-    if intents is None:
-        return None, 0.0, 1.0
-    known = intents[1][judged]
-    centre, unit = float(known.mean()), float(known.std().clamp(min=1e-12))
-    return ((intents[0] - centre) / unit, (intents[1] - centre) / unit), centre, unit
+@dataclass(frozen=True)
+class _Said:
+    """Refusal signs of harmful and of harmless prompts: the intent minus ``centre`` and in units of
+    ``unit``, which are its mean and spread over the harmless ones, and the verdict."""
+
+    intent: tuple[Tensor, Tensor]
+    verdict: tuple[Tensor, Tensor]
+    centre: float
+    unit: float
+
+    @classmethod
+    def of(cls, signs: tuple[Tensor, Tensor] | None, harmful: Tensor, harmless: Tensor) -> _Said:
+        """The signs of the masked prompts; without signs, nothing."""
+        if signs is None:
+            none = torch.zeros(()), torch.zeros(())
+            return cls(none, none, 0.0, 1.0)
+        high, low = signs[0][harmful], signs[1][harmless]
+        centre, unit = float(low[:, 0].mean()), float(low[:, 0].std().clamp(min=1e-12))
+        intent = (high[:, 0] - centre) / unit, (low[:, 0] - centre) / unit
+        return cls(intent, (high[:, 1], low[:, 1]), centre, unit)
 
 
 def refusal_openings(harmful: Tensor, harmless: Tensor) -> list[int]:

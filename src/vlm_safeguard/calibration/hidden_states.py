@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,13 @@ from vlm_safeguard.model.canonical_text import canonical_text
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import anchor_queries, record, record_with_logits
 from vlm_safeguard.model.sentences import sentences
+from vlm_safeguard.runtime.gate import refusal_signs
 from vlm_safeguard.utils.progress import Progress
 
 MAX_RANK = 64
 IN_VLM_SHARE = 0.1  # of the false-positive budget
 ASKED = 0.2  # share of the threshold-setting prompts, highest first, that the model is asked
 FOLDS = 5  # of the cross-validation that chooses a gate
-# Above this refusal intent the model is more likely to refuse a request than to answer it.
-REFUSES = math.log(0.5)
 
 
 @dataclass(frozen=True)
@@ -41,21 +39,21 @@ class States:
     harmful: Tensor  # (k,) bool
     fold: Tensor  # (k,); a question and its copy in a template share a fold
     counted: Tensor  # (k,) bool; harmless prompts that count as false positives
-    intent: Tensor | None = None  # (k,) refusal intents, of text
+    signs: Tensor | None = None  # (k, 2) refusal signs (``runtime.gate``), of text
 
     def split(self) -> tuple[Tensor, Tensor]:
         """States of the harmful and of the harmless prompts."""
         return self.states[self.harmful], self.states[~self.harmful]
 
-    def intents(self) -> tuple[Tensor, Tensor] | None:
-        """Refusal intents of the harmful and of the harmless prompts, if they were recorded."""
-        if self.intent is None:
+    def split_signs(self) -> tuple[Tensor, Tensor] | None:
+        """Refusal signs of the harmful and of the harmless prompts, if they were recorded."""
+        if self.signs is None:
             return None
-        return self.intent[self.harmful], self.intent[~self.harmful]
+        return self.signs[self.harmful], self.signs[~self.harmful]
 
     def scores(self, fit: GateFit) -> tuple[Tensor, Tensor]:
         """A gate's scores of the harmful and of the harmless prompts."""
-        found = fit.scores(self.states, self.intent)
+        found = fit.scores(self.states, self.signs)
         return found[self.harmful], found[~self.harmful]
 
     def folds(self) -> tuple[Tensor, Tensor]:
@@ -172,30 +170,31 @@ def record_states(
     openings: Sequence[int] = (),
 ) -> States:
     """States of ``items`` when the model is given the requests ``asked``, one for each item; with
-    ``openings`` also their refusal intents.
+    ``openings`` also their refusal signs.
 
-    Ordinary harmless prompts count as false positives, unless their intent says that the model
+    Ordinary harmless prompts count as false positives, unless the verdict says that the model
     refuses them by itself.
     """
     what = f"calibration prompts, {setting}"
-    states, intent = record_intent(loaded, asked, openings, folder, what, progress)
+    states, signs = record_signs(loaded, asked, openings, folder, what, progress)
     fold = [hashlib.sha256(p.cluster.encode()).digest()[0] % FOLDS for p in items]
     counted = torch.tensor([p.ordinary for p in items])
-    if intent is not None:
-        counted &= intent < REFUSES
+    if signs is not None:
+        counted &= signs[:, 1] == 0
     harmful = torch.tensor([p.harmful for p in items])
-    return States(states, harmful, torch.tensor(fold), counted, intent)
+    return States(states, harmful, torch.tensor(fold), counted, signs)
 
 
-def record_intent(
+def record_signs(
     loaded: LoadedModel,
     asked: Sequence[Query],
     openings: Sequence[int],
     folder: Path,
     what: str,
     progress: Progress,
+    sentence: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """States of requests and, with ``openings``, their refusal intents."""
+    """States of requests and, with ``openings``, their refusal signs; see ``refusal_signs``."""
     if not openings:
         return record(loaded, asked, folder, what=what, progress=progress), None
     tokens = torch.tensor(openings, device=loaded.device)
@@ -203,7 +202,7 @@ def record_intent(
         loaded,
         asked,
         folder,
-        lambda logits: method.refusal_intent(logits, tokens),
+        lambda logits: refusal_signs(logits, tokens, sentence),
         what=what,
         progress=progress,
     )
@@ -217,13 +216,13 @@ def with_others(text: States, harmful: Tensor, harmless: Tensor) -> States:
     """
     labels = torch.arange(len(harmful) + len(harmless)) < len(harmful)
     folds = torch.full((len(labels),), -1)
-    intent = None if text.intent is None else torch.cat([text.intent, torch.zeros(len(labels))])
+    signs = None if text.signs is None else torch.cat([text.signs, torch.zeros(len(labels), 2)])
     return States(
         torch.cat([text.states, harmful, harmless]),
         torch.cat([text.harmful, labels]),
         torch.cat([text.fold, folds]),
         torch.cat([text.counted, ~labels]),
-        intent,
+        signs,
     )
 
 
@@ -240,7 +239,7 @@ def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
             recorded.directions,
             budget.false_positives * share,
             counted=states.false_positives(),
-            intents=states.intents(),
+            signs=states.split_signs(),
             openings=recorded.openings,
         )
         for states, share in (
@@ -279,12 +278,12 @@ def bound_scores(
     """
     mixed = [query(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
     layers = 1 + max(in_vlm.layers)  # no gate that sees pictures reads a layer above
-    text, intent = record_intent(
+    text, signs = record_signs(
         loaded, queries(items, "text"), text_gate.openings, folder, "bound, text", progress
     )
     what = "bound, pictures"
     seen = record(loaded, mixed, folder, what=what, layers=layers, progress=progress)
-    by_text = text_gate.scores(text, intent) / text_gate.spread
+    by_text = text_gate.scores(text, signs) / text_gate.spread
     cut = [
         (n, one)
         for n, prompt in enumerate(items if reads_sentences else ())
@@ -292,10 +291,10 @@ def bound_scores(
     ]
     if cut:
         asked = [Query(one, None) for _, one in cut]
-        parts, intent = record_intent(
-            loaded, asked, text_gate.openings, folder, "bound, sentences", progress
+        parts, signs = record_signs(
+            loaded, asked, text_gate.openings, folder, "bound, sentences", progress, sentence=True
         )
-        of_parts = text_gate.scores(parts, intent) / text_gate.spread
+        of_parts = text_gate.scores(parts, signs) / text_gate.spread
         owners = torch.tensor([n for n, _ in cut])
         by_text = by_text.scatter_reduce(0, owners, of_parts, "amax")
     by_vlm = torch.maximum(in_vlm.scores(text), in_vlm.scores(seen)) / in_vlm.spread

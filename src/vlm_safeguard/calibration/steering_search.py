@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm_safeguard.artifact.config import Steering
-from vlm_safeguard.calibration.attack_trials import harmless_cost, successes, within
+from vlm_safeguard.calibration.attack_trials import harmless_cost, successes, within, without
 from vlm_safeguard.calibration.budget import Budget, Effort
-from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser, ask
+from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.data.inputs import PICTURED, SETTINGS, Query, queries
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import evenly, spaced
@@ -75,12 +75,13 @@ def search(
     harmful = [p for p in more if p.harmful]
     harmless = [p for p in more if not p.harmful]
     every = [r for s in SETTINGS for r in queries(within(harmful, s), s)]
+    plain = without(loaded, build(settings[0]), every, effort.tokens, recogniser)
     best: tuple[float, int, Steering] | None = None
     for _, place, steering in progress.track(
         sorted(ranked, key=lambda r: r[:2])[: effort.finalists], "finalists"
     ):
         guard = build(steering)
-        won = successes(loaded, guard, every, effort.tokens, recogniser)
+        won = plain.guarded(loaded, guard, effort.tokens, recogniser)
         rate = sum(won) / len(won)
         divergence = harmless_cost(loaded, guard, harmless, recogniser).kl
         tried[place] |= {
@@ -120,10 +121,10 @@ def _telling(
             evenly(within(attacks, setting), effort.scan // len(PICTURED)), setting
         )
     ]
-    said = ask(loaded, guard, tried, effort.tokens, recogniser, monitor=True)
+    plain = without(loaded, guard, tried, effort.tokens, recogniser)
     ranks: tuple[list[Query], ...] = ([], [], [])
-    for request, answer, refused in zip(tried, said, recogniser.refused(tried, said), strict=True):
-        ranks[2 if refused else 0 if answer.fired else 1].append(request)
+    for request, won, fired in zip(tried, plain.won, plain.fired, strict=True):
+        ranks[2 if not won else 0 if fired else 1].append(request)
     chosen: list[Query] = []
     for found in ranks:
         chosen += spaced(found, effort.search - len(chosen))

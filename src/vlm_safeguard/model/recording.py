@@ -137,10 +137,11 @@ def record_with_logits(
     token.
 
     Args:
-        read: takes logits (B, vocabulary), float32, and returns a value for each row, (B,).
+        read: takes logits (B, vocabulary), float32, and returns what it finds in each row,
+            (B, ...).
 
     Returns:
-        States (n, L, d), and values (n,).
+        States (n, L, d), and what was found, (n, ...).
     """
     shared, found = SharedPrefix(loaded), dict[int, Tensor]()
 

@@ -42,17 +42,6 @@ class TextReader:
         """
         return self._wordless is None or _letters(self._decoded(ids)) != self._wordless
 
-    def readings(self, ids: list[int], by_sentence: bool) -> list[list[int]]:
-        """What else a text gate reads of a request: its canonical form, if that differs, and, with
-        ``by_sentence``, each of its sentences.
-
-        Raises:
-            UnreadableText: see ``other_form``.
-        """
-        other = self.other_form(ids)
-        found = [] if other is None else [other]
-        return found + self.sentences(ids) if by_sentence else found
-
     def other_form(self, ids: list[int]) -> list[int] | None:
         """The ids of a request's text in canonical form; None if that is the text itself.
 

@@ -178,14 +178,20 @@ def begin_pass(
 class TextPass(ForwardPass):
     """The text-only pass. It ends at the last layer that is needed.
 
-    ``layers``: all guarded layers, in order.
+    ``layers``: all guarded layers, in order. ``sentence``: whether the text of each row is one
+    sentence of its request.
     """
 
     def __init__(
-        self, request: Request, layers: Sequence[int], gates: Gates, steerer: Steerer
+        self,
+        request: Request,
+        layers: Sequence[int],
+        gates: Gates,
+        steerer: Steerer,
+        sentence: bool = False,
     ) -> None:
         super().__init__(request, layers, range(0))
-        self._gates, self._steerer = GateReading(gates, "text"), steerer
+        self._gates, self._steerer = GateReading(gates, "text", sentence), steerer
         self._all = self._gates.layers | steerer.reads_text
 
     @torch.no_grad()

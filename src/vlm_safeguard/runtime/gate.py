@@ -38,39 +38,57 @@ class LinearGate:
             self.thresholds = self.thresholds.to(states.device)
         return method.gate_scores(states, self.vectors[places], self.thresholds[places])
 
-    def total(self, states: Tensor, intent: Tensor | None = None) -> Tensor:
+    def total(self, states: Tensor, signs: Tensor | None = None) -> Tensor:
         """Scores (B,) of states (B, n, d) at all layers of a gate without ``per_layer``.
 
         Args:
-            intent: refusal intents (B,), for a gate that reads them.
+            signs: refusal signs (B, 2), for a gate that reads them.
         """
         return self.scores(states).sum(1)
 
 
 class IntentGate(LinearGate):
-    """A linear score plus the LLM's own refusal intent, weighted: see ``method.refusal_intent``."""
+    """A linear score plus signs that the LLM itself would refuse, weighted: ``refusal_signs``."""
 
     def __init__(
-        self, vectors: Tensor, thresholds: Tensor, openings: Tensor, weight: float
+        self, vectors: Tensor, thresholds: Tensor, openings: Tensor, weights: Tensor
     ) -> None:
-        """``openings``: token ids, (k,)."""
+        """``openings``: token ids, (k,). ``weights``: of the two signs, (2,)."""
         super().__init__(vectors, thresholds)
-        self.openings, self.weight = openings, weight
+        self.openings, self.weights = openings, weights
 
     @classmethod
     def make(cls, gate: Gate, vectors: Tensor) -> IntentGate:
-        return cls(
-            vectors, torch.tensor(gate.thresholds), torch.tensor(gate.openings), gate.intent_weight
-        )
+        thresholds, openings = torch.tensor(gate.thresholds), torch.tensor(gate.openings)
+        weights = torch.tensor([gate.intent_weight, gate.verdict_weight])
+        return cls(vectors, thresholds, openings, weights)
 
-    def total(self, states: Tensor, intent: Tensor | None = None) -> Tensor:
-        if intent is None:
+    def total(self, states: Tensor, signs: Tensor | None = None) -> Tensor:
+        if signs is None:
             raise ValueError("this gate reads the refusal intent too")
-        return super().total(states) + self.weight * intent
+        return super().total(states) + signs @ self.weights
 
-    def intent(self, logits: Tensor) -> Tensor:
-        """What the logits (B, vocabulary) of the first answer token add to the score, (B,)."""
-        return self.weight * method.refusal_intent(logits, self.openings.to(logits.device))
+    def refusal(self, logits: Tensor, sentence: bool) -> Tensor:
+        """What the logits (B, vocabulary) of the first answer token add to the score, (B,).
+
+        ``sentence``: as in ``refusal_signs``.
+        """
+        signs = refusal_signs(logits, self.openings.to(logits.device), sentence)
+        return signs @ self.weights.to(logits.device)
+
+
+def refusal_signs(logits: Tensor, openings: Tensor, sentence: bool = False) -> Tensor:
+    """Refusal intent and verdict (``method``) as two columns, (B, 2).
+
+    Args:
+        logits: of the first token of the answer to the text alone, (B, vocabulary).
+        openings: token ids, (k,).
+        sentence: whether the text is one sentence of a longer request. It has no verdict: a model
+            declines to answer many sentences that are no request.
+    """
+    intent = method.refusal_intent(logits, openings)
+    verdict = method.refusal_verdict(logits, openings)
+    return torch.stack([intent, torch.zeros_like(verdict) if sentence else verdict], 1)
 
 
 GATES: dict[str, type[LinearGate]] = {"linear": LinearGate, "intent": IntentGate}
@@ -107,9 +125,13 @@ class Gates:
 
 
 class GateReading:
-    """Scores the gates of one source in one forward pass. Keeps states until a gate is decided."""
+    """Scores the gates of one source in one forward pass. Keeps states until a gate is decided.
 
-    def __init__(self, gates: Gates, source: str) -> None:
+    ``sentence``: whether the pass reads one sentence of a longer request.
+    """
+
+    def __init__(self, gates: Gates, source: str, sentence: bool = False) -> None:
+        self._sentence = sentence
         self.layers = gates.layers(source)
         self._gates = gates
         self._at: dict[int, list[tuple[int, int]]] = {}  # by layer: (gate, place) pairs
@@ -160,7 +182,7 @@ class GateReading:
         for index, scores in self._scored.items():
             scorer = self._gates.scorers[index]
             if isinstance(scorer, IntentGate):
-                scores[:, -1] += scorer.intent(logits).to(scores.device)
+                scores[:, -1] += scorer.refusal(logits, self._sentence).to(scores.device)
             request.latch(index, None, _finite(scores))
         self._scored.clear()
 

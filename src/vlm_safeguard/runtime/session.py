@@ -243,27 +243,33 @@ class Session:
 
         ``prompt``: ids (B, T) of the whole prompt. ``ids``, ``mask`` (B, T'): of its text.
         """
-        others: list[tuple[int, list[int]]] = []  # row, and ids of another reading
+        # By whether they are single sentences: row, and ids of another reading.
+        others: dict[bool, list[tuple[int, list[int]]]] = {False: [], True: []}
         if self._reader is not None:
             pictured = with_pictures(prompt, self.config.markup, request.rows)
             for row, text in enumerate(rows_of(ids, mask)):
                 if pictured[row] and not self._reader.has_words(text):
                     request.wordless |= {row}
                     continue
-                readings = self._reader.readings(text, self.config.reads_sentences)
-                others += [(row, reading) for reading in readings]
+                canonical = self._reader.other_form(text)
+                others[False] += [] if canonical is None else [(row, canonical)]
+                if self.config.reads_sentences:
+                    others[True] += [(row, one) for one in self._reader.sentences(text)]
         self._text_pass(request, ids, mask)
-        others.sort(key=lambda other: len(other[1]))  # less padding
-        for start in range(0, len(others), READINGS):
-            some = others[start : start + READINGS]
-            rows = [row for row, _ in some]
-            part = request.part(rows)
-            texts = [ids.new_tensor(other) for _, other in some]
-            self._text_pass(part, *padded(texts, self.config.markup.pad_id))
-            request.take_worse(rows, part)
+        for sentence, readings in others.items():
+            readings.sort(key=lambda reading: len(reading[1]))  # less padding
+            for start in range(0, len(readings), READINGS):
+                some = readings[start : start + READINGS]
+                rows = [row for row, _ in some]
+                part = request.part(rows)
+                texts = [ids.new_tensor(reading) for _, reading in some]
+                self._text_pass(part, *padded(texts, self.config.markup.pad_id), sentence)
+                request.take_worse(rows, part)
 
-    def _text_pass(self, request: Request, ids: Tensor, mask: Tensor) -> None:
-        self._pass = reading = TextPass(request, self._layers, self._gates, self._steerer)
+    def _text_pass(
+        self, request: Request, ids: Tensor, mask: Tensor, sentence: bool = False
+    ) -> None:
+        self._pass = reading = TextPass(request, self._layers, self._gates, self._steerer, sentence)
         try:
             reading.run(self.model, self._hooks.forward, ids, mask)
         finally:

@@ -103,14 +103,15 @@ def test_the_study_finds_harm_where_it_is_planted(monkeypatch: pytest.MonkeyPatc
         return found, [5]
 
     def recorded(
-        loaded: object, asked: list[Query], openings: list[int], *_: object
+        loaded: object, asked: list[Query], openings: list[int], *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        words = torch.tensor([-1.0 if one.text in harmful else -9.0 for one in asked])
-        return states(loaded, asked), words if openings else None
+        intents = [-1.0 if one.text in harmful else -9.0 for one in asked]
+        signs = torch.tensor([[intent, 0.0] for intent in intents])
+        return states(loaded, asked), signs if openings else None
 
     monkeypatch.setattr(hidden_states, "record", states)
     for module in (hidden_states, gate_forms):
-        monkeypatch.setattr(module, "record_intent", recorded)
+        monkeypatch.setattr(module, "record_signs", recorded)
     monkeypatch.setattr(hidden_states, "record_anchors", anchors)
     monkeypatch.setattr(hidden_states, "MAX_RANK", 4)
     monkeypatch.setattr(hidden_states, "answered", lambda _, asked, *__: [True] * len(asked))

@@ -24,14 +24,16 @@ class Order:
 
     Attributes:
         guard: digest of the guard.
-        texts: token ids of the request as text, then of what else the guard reads of it (see
-            ``TextReader.readings``); none if the guard reads no text.
+        texts: token ids of the request as text, of its canonical form if that differs, and of
+            each of its sentences if the guard reads those; none if the guard reads no text.
+        sentences: how many of the texts, at the end, are single sentences.
         wordless: whether the text says nothing, so that text gates stay shut.
         canary: whether to report how far steering moved the states (the self-check).
     """
 
     guard: str
     texts: list[list[int]]
+    sentences: int = 0
     wordless: bool = False
     canary: bool = False
 
@@ -45,6 +47,7 @@ class Role:
         reads_for: the request whose text this one is; "" for a request of a user.
         form: of a text: its place in ``Order.texts``. Of a user's request: the number of texts.
         width: of a text: the number of prompt tokens of the request it is read for.
+        sentence: of a text: whether it is a single sentence of the request.
         wordless, canary: as in ``Order``.
     """
 
@@ -52,6 +55,7 @@ class Role:
     reads_for: str
     form: int
     width: int
+    sentence: bool
     wordless: bool
     canary: bool
 

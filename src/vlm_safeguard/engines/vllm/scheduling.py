@@ -54,7 +54,7 @@ class GuardedScheduling(_Scheduler):
         order = order_of(request.sampling_params)
         put(
             request.sampling_params,
-            Role(order.guard, "", len(order.texts), 0, order.wordless, order.canary),
+            Role(order.guard, "", len(order.texts), 0, False, order.wordless, order.canary),
         )
         if not order.texts:
             super().add_request(request)
@@ -99,11 +99,16 @@ class GuardedScheduling(_Scheduler):
 
     def _text_request(self, request: Any, order: Order, form: int, ids: list[int]) -> Any:
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-        width = request.num_prompt_tokens
-        put(
-            params,
-            Role(order.guard, request.request_id, form, width, order.wordless, order.canary),
+        role = Role(
+            order.guard,
+            reads_for=request.request_id,
+            form=form,
+            width=request.num_prompt_tokens,
+            sentence=form >= len(order.texts) - order.sentences,
+            wordless=order.wordless,
+            canary=order.canary,
         )
+        put(params, role)
         return Request(
             request_id=f"{request.request_id}#text{form}",
             prompt_token_ids=list(ids),

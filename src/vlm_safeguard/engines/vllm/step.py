@@ -88,7 +88,8 @@ class Step:
                 continue
             if row.watched.is_text:
                 if row.ends_prompt:
-                    self._texts.append(_Reading(row, GateReading(gates, "text")))
+                    reading = GateReading(gates, "text", row.watched.role.sentence)
+                    self._texts.append(_Reading(row, reading))
                 continue
             if row.ends_prompt:
                 self._prompts.append(_Reading(row, GateReading(gates, "vlm")))

@@ -73,8 +73,10 @@ class TextForms:
             return Order(self._digest, [text], canary=canary)
         if pictures and not self._reader.has_words(text):
             return Order(self._digest, [text], wordless=True, canary=canary)
-        texts = [text, *self._reader.readings(text, self._by_sentence)]
-        return Order(self._digest, texts, canary=canary)
+        canonical = self._reader.other_form(text)
+        whole = [text] if canonical is None else [text, canonical]
+        single = self._reader.sentences(text) if self._by_sentence else []
+        return Order(self._digest, whole + single, sentences=len(single), canary=canary)
 
     def _check_image_tokens(self, ids: list[int], pictures: Sequence[range]) -> None:
         inside = {place for picture in pictures for place in picture}

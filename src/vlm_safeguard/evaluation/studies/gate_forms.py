@@ -24,7 +24,7 @@ from vlm_safeguard.calibration.hidden_states import (
     bound_scores,
     fit_gates,
     record_calibration,
-    record_intent,
+    record_signs,
 )
 from vlm_safeguard.data.inputs import SETTINGS, Setting, queries
 from vlm_safeguard.data.prompts import CalibrationData, Prompt
@@ -118,10 +118,10 @@ def _held(
     items = [p for p in held if p in within([p], "text")]
     what = f"held-back prompts, {setting}"
     asked = queries(items, setting)
-    states, intent = record_intent(loaded, asked, openings, folder, what, progress)
+    states, signs = record_signs(loaded, asked, openings, folder, what, progress)
     harmful = torch.tensor([p.harmful for p in items])
     ordinary = torch.tensor([p.ordinary for p in items])
-    return States(states, harmful, torch.zeros(len(items), dtype=torch.long), ordinary, intent)
+    return States(states, harmful, torch.zeros(len(items), dtype=torch.long), ordinary, signs)
 
 
 def _fit(recorded: Recorded, source: str, form: Form, budget: Budget) -> GateFit:
@@ -134,7 +134,7 @@ def _fit(recorded: Recorded, source: str, form: Form, budget: Budget) -> GateFit
         kinds=form.kinds,
         pooled=form.pooled,
         counted=states.false_positives(),
-        intents=states.intents() if form.intent else None,
+        signs=states.split_signs() if form.intent else None,
         openings=recorded.openings,
     )
 
@@ -155,7 +155,7 @@ def at_false_positives(harmful: Tensor, harmless: Tensor, share: float) -> Rate:
 
 def _together(gates: Mapping[Any, GateFit], text: States, states: States) -> dict[str, Rate]:
     """Found and wrongly stopped requests, by any gate that calibration keeps."""
-    opened = gates["text"].scores(text.states, text.intent) > 0
+    opened = gates["text"].scores(text.states, text.signs) > 0
     if "vlm" in gates:
         opened |= gates["vlm"].scores(states.states) > 0
     return {

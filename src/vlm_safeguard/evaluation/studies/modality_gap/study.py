@@ -38,7 +38,7 @@ from vlm_safeguard.model.recording import anchor_states, record
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import last_logits
 from vlm_safeguard.model.weights import weights_digest
-from vlm_safeguard.runtime.gate import make_gate
+from vlm_safeguard.runtime.gate import make_gate, refusal_signs
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import mcnemar, wilson
 
@@ -99,7 +99,7 @@ def study(
     items = every if per_set is None else thin(every, per_set)
     directions = _directions(loaded, progress)
     spoken: dict[tuple[Talk, ...], Tensor] = {}  # states of conversations without pictures
-    intents: dict[tuple[Talk, ...], dict[tuple[int, ...], Tensor]] = {}  # and refusal intents
+    signs: dict[tuple[Talk, ...], dict[tuple[int, ...], Tensor]] = {}  # and refusal signs
     text: tuple[Tensor, list[Verdict]] | None = None
     table: dict[str, dict[str, Any]] = {}
     responses: list[dict[str, str]] = []
@@ -120,12 +120,12 @@ def study(
             words = tuple(without_pictures(talk, read) for talk in talks)
             if words not in spoken:
                 spoken[words] = states if words == tuple(talks) else run(words, 1, "words alone")[0]
-                intents[words] = {
-                    tokens: intents_of(loaded, words, tokens, batch)
+                signs[words] = {
+                    tokens: signs_of(loaded, words, tokens, batch)
                     for tokens in {tuple(g.openings) for g in guard.config.gates if g.openings}
                 }
             table[condition.name]["gates"] = _gates(
-                guard, items, states, spoken[words], intents[words]
+                guard, items, states, spoken[words], signs[words]
             )
         responses += [
             {
@@ -234,16 +234,16 @@ def observe(
 
 
 @torch.inference_mode()
-def intents_of(
+def signs_of(
     loaded: LoadedModel, talks: Sequence[Talk], openings: Sequence[int], batch: int
 ) -> Tensor:
-    """Refusal intents (k,) of conversations without pictures."""
+    """Refusal signs (k, 2) of conversations without pictures."""
     tokens = torch.tensor(openings, device=loaded.device)
-    found = torch.empty(len(talks))
+    found = torch.empty(len(talks), 2)
     for group in batches(loaded.processor.tokenizer, [_as_request(t) for t in talks], batch):
         inputs = inputs_of(loaded, [talks[i] for i in group])
         output = loaded.model(**inputs, use_cache=False, logits_to_keep=1)
-        found[group] = method.refusal_intent(last_logits(output), tokens).cpu()
+        found[group] = refusal_signs(last_logits(output), tokens).cpu()
     return found
 
 
@@ -305,23 +305,22 @@ def _gates(
     items: Sequence[Prompt],
     states: Tensor,
     words: Tensor,
-    intents: Mapping[tuple[int, ...], Tensor],
+    signs: Mapping[tuple[int, ...], Tensor],
 ) -> dict[str, dict[str, Any]]:
     """``{source: rates}``: how often the guard's gates would open, per source, with intervals.
 
     A text gate reads ``words``, the states of the conversation without its pictures (with the
-    words in them, if the guard reads pictures), and ``intents``, by the openings they are about.
+    words in them, if the guard reads pictures), and ``signs``, by the openings they are about.
     """
     harmful = torch.tensor([prompt.harmful for prompt in items])
     opened: dict[str, Tensor] = {}
     for index, gate in enumerate(guard.config.gates):
         seen = (states if gate.source == "vlm" else words)[:, gate.layers]
         scorer = make_gate(gate, guard.tensors[f"gate.{index}"])
-        intent = intents.get(tuple(gate.openings))
         if gate.per_layer:
             rows = (scorer.scores(seen) > 0).any(1)
         else:
-            rows = scorer.total(seen, intent) > 0
+            rows = scorer.total(seen, signs.get(tuple(gate.openings))) > 0
         opened[gate.source] = rows | opened.get(gate.source, torch.zeros_like(rows))
     return {
         source: wilson(int(rows[harmful].sum()), int(harmful.sum())).as_dict("tpr")
