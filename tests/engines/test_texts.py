@@ -151,4 +151,4 @@ def test_each_sentence_is_a_text(
         ids = batch["input_ids"][0].tolist()
         pictures = runs(ids)
         order = forms.order(ids, pictures, [""] * len(pictures))
-        assert order.texts == wanted
+        assert order.texts == wanted and order.sentences == len(parts)

@@ -9,6 +9,7 @@ from PIL import Image
 from tests import tiny
 from tests.runtime.test_text_forms import passes, run, scores
 from vlm_safeguard.errors import GuardError
+from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.sentences import sentences
 from vlm_safeguard.runtime import session as sessions
@@ -69,3 +70,30 @@ def test_without_a_processor_there_are_no_sentences_to_read(loaded: LoadedModel)
         made.attach(loaded.model)
     with made.attach(loaded.model, loaded.processor):
         pass
+
+
+def first_token(loaded: LoadedModel, text: str) -> int:
+    """The most probable first token of the answer to a text."""
+    with torch.no_grad():
+        return int(loaded.model(**encode(loaded, [text], [None])).logits[0, -1].argmax())
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_canonical_form_has_a_verdict_and_a_sentence_has_none(
+    loaded: LoadedModel, hidden: bool
+) -> None:
+    """A verdict that would open every gate, of a text that is read besides the request itself."""
+    single = sentences(LONG)
+    pairs = [("\u200b".join(one), one) for one in single] if hidden else [(LONG, single[0])]
+    asked, opening = next(
+        (asked, first_token(loaded, read))
+        for asked, read in pairs
+        if first_token(loaded, read) != first_token(loaded, asked)
+    )
+    found = []
+    for weight in (0.0, 1e4):
+        settings = {"kind": "intent", "openings": [opening], "intent_weight": 0.1}
+        gate = tiny.gate("text", 2).model_copy(update=settings | {"verdict_weight": weight})
+        made = tiny.changed(tiny.guard(loaded.model, [gate]), reads_sentences=True)
+        found.append(float(scores(run(loaded, made, [asked])).sum()))
+    assert found[1] > 1000 > abs(found[0]) if hidden else found[1] == found[0]
