@@ -105,9 +105,10 @@ class RayPool(Generic[Part, Result]):
                 threads.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
-        """End the workers."""
-        for actor in self.actors:
-            self._ray.kill(actor)
+        """End the workers. Where Ray was shut down, they have ended."""
+        if self._ray.is_initialized():  # else Ray would start anew
+            for actor in self.actors:
+                self._ray.kill(actor)
 
 
 def _told(what: str, error: Exception) -> SafeguardError:
