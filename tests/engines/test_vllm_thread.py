@@ -14,7 +14,7 @@ import pytest
 
 from tests.engines.conftest import NEW, Reference
 from tests.server.live import wait_until
-from vlm_safeguard.errors import UnreadableText
+from vlm_safeguard.errors import SafeguardError, UnreadableText
 from vlm_safeguard.model.text_reader import TextReader
 from vlm_safeguard.server.batch import answer_all
 from vlm_safeguard.server.batch_file import URL, read_tasks
@@ -166,3 +166,12 @@ def test_a_blocked_request_is_an_error_and_nothing_is_ready(
         assert wait_until(made.ready.is_set)
         answers, _ = asked(made, tmp_path, contents(reference)[:1])
         assert gates_of(answers[0]) == reference.answers[0][1].sources
+
+
+def test_a_failed_self_check_ends_what_runs(engine: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """The check fails as soon as a request runs."""
+    monkeypatch.setattr(vllm_engine.VllmEngine, "_opens", lambda made: not made._running)
+    with running(engine, check_every=0.01) as made:
+        with pytest.raises(SafeguardError, match="The same command goes on"):
+            asked(made, tmp_path, ["Hello"], max_tokens=40)
+        assert made.telemetry.self_check_failures._value.get() > 0

@@ -69,11 +69,29 @@ def test_a_failure_is_an_error_and_no_answer(live: Live, tmp_path: Path, monkeyp
     assert "secret" not in json.dumps(found)
 
 
+def test_a_body_is_not_larger_than_the_servers(live: Live, tmp_path: Path) -> None:
+    large = [line("a", user="x" * live.engine.settings.max_body)]
+    found: list[dict[str, Any]] = []
+    answer_all(live.engine, read_tasks(written(tmp_path / "in.jsonl", large), "g"), found.append)
+    assert found[0]["response"]["status_code"] == 413
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    tasks = read_tasks(written(tmp_path / "in.jsonl", [line("a")]), "guard")
+    with (
+        answers(tmp_path / "out.jsonl", tasks) as kept,
+        pytest.raises(SafeguardError, match=r"cannot write .*out\.jsonl"),
+    ):
+        partial_of(tmp_path / "out.jsonl").mkdir()
+        kept.add({"id": tasks[0].id, "custom_id": "a", "response": None})
+
+
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
         ([line("a"), line("a")], "line 2: the custom_id 'a' is there twice"),
-        ([line("")], "custom_id is empty"),
+        ([line("")], "custom_id '' is empty"),
+        ([line("\ud800")], "is no valid Unicode"),
         ([line("a", url="/v1/embeddings")], "line 1: url '/v1/embeddings' is not answered"),
         ([line("a") | {"method": "GET"}], "method 'GET' is not answered"),
         ([line("a") | {"body": []}], "the body is not an object"),
@@ -114,6 +132,9 @@ def test_what_was_answered_stays_and_a_torn_answer_is_given_again(tmp_path: Path
         kept.finish()
     assert lines(output) == [answer(0), answer(1)]
     assert not Answers(output, tasks).missing
+    more = read_tasks(written(tmp_path / "more.jsonl", [line("a"), line("b"), line("c")]), "guard")
+    with pytest.raises(SafeguardError, match="has no answer to 'c': name another file"):
+        Answers(output, more)
     other = read_tasks(tmp_path / "in.jsonl", "another guard")
     with pytest.raises(SafeguardError, match="not of this batch, model, guard and mode"):
         Answers(output, other)

@@ -59,7 +59,7 @@ def batch(
     """Answer a file of chat requests under a guard; goes on where it was stopped.
 
     Each answer is what `serve` answers, in OpenAI's batch format. The file is in place when no
-    answer is missing.
+    answer is missing. The exit code is 1 if all answers are errors.
     """
     with extra_needed("answering a batch", "serve", ()):
         from vlm_safeguard.server.batch_file import answers, read_tasks
@@ -100,3 +100,5 @@ def batch(
         print_json(found)
     else:
         print(f"{output}: {len(tasks)} answers, {kept.failed} of them errors")
+    if tasks and kept.failed == len(tasks):
+        raise typer.Exit(1)

@@ -17,6 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from vlm_safeguard.errors import SafeguardError
 
 RETRIES = 3  # times that a part is begun again, each after the death of its worker
+RESTARTS = 10  # of one worker: one that dies while it starts would be started forever
 Part = TypeVar("Part", contravariant=True)
 Result = TypeVar("Result", covariant=True)
 
@@ -53,19 +54,22 @@ class RayPool(Generic[Part, Result]):
                 f"--engine ray needs {error.name}: pip install 'vlm-safeguard[ray]'"
             ) from error
         self._ray = ray
-        if not ray.is_initialized():
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        room = ray.cluster_resources()
-        on_gpu = int(room.get("GPU", 0) > 0)
-        most = int(room["GPU" if on_gpu else "CPU"])
+        try:
+            if not ray.is_initialized():
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError) as error:
+            raise _told("Ray cannot be reached", error) from error
+        room = ray.available_resources()
+        on_gpu = int(ray.cluster_resources().get("GPU", 0) > 0)
+        most = int(room.get("GPU" if on_gpu else "CPU", 0))
         if workers > most:
             unit = "GPUs" if on_gpu else "CPUs"
             raise SafeguardError(
-                f"{workers} workers need {workers} {unit}, and Ray has {most}: ask for fewer with "
-                "--workers, or name a larger cluster in RAY_ADDRESS"
+                f"{workers} workers need {workers} {unit}, and Ray has {most} free: ask for fewer "
+                "with --workers, or name a larger cluster in RAY_ADDRESS"
             )
         remote = ray.remote(make).options(
-            num_cpus=1, num_gpus=on_gpu, max_restarts=-1, max_task_retries=RETRIES
+            num_cpus=1, num_gpus=on_gpu, max_restarts=RESTARTS, max_task_retries=RETRIES
         )
         self.actors = [remote.remote(*arguments) for _ in range(workers)]
         self._free: SimpleQueue[Any] = SimpleQueue()

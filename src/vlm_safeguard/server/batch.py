@@ -81,6 +81,8 @@ async def _line(engine: InferenceThread, task: Task) -> dict[str, Any]:
 
 async def _completion(engine: InferenceThread, task: Task) -> Mapping[str, Any]:
     settings, data = engine.settings, json.dumps(task.body).encode()
+    if len(data) > settings.max_body:
+        raise RequestError(413, f"a body has at most {settings.max_body} bytes")
     check_json(data)
     try:
         body = ChatRequest.model_validate(task.body)
@@ -106,8 +108,12 @@ async def _completion(engine: InferenceThread, task: Task) -> Mapping[str, Any]:
             text = "".join([piece async for piece in exchange.texts()])
             return Answer(settings, begun, trusted=True).completion(text, exchange)
         except RequestError as error:
-            if error.status == 503:
+            if error.status == 503 and engine.alive:
                 raise SafeguardError(f"{error}. The same command goes on") from error
+            if error.status == 503:
+                raise SafeguardError(
+                    "what runs the model ended: see the log. The same command goes on"
+                ) from error
             if error.status != 429:
                 raise
         finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +57,8 @@ def read_tasks(path: Path, answered_by: str) -> list[Task]:
         if unknown := sorted(row.keys() - set(_FIELDS)):
             raise DataError(f"{where}: {unknown[0]!r} is no field of a batch: take it out")
         name = text_of(row, "custom_id", where)
-        if not name or name in found:
-            why = f"the custom_id {name!r} is there twice" if name else "the custom_id is empty"
-            raise DataError(f"{where}: {why}, and answers are told apart by it")
+        if why := _unusable(name, found):
+            raise DataError(f"{where}: the custom_id {name!r} {why}: answers are told apart by it")
         for field, known in (("method", METHOD), ("url", URL)):
             if row[field] != known:
                 raise DataError(f"{where}: {field} {row[field]!r} is not answered, only {known!r}")
@@ -69,6 +68,18 @@ def read_tasks(path: Path, answered_by: str) -> list[Task]:
         made = f"batch_req_{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
         found[name] = Task(made, name, row["body"])
     return list(found.values())
+
+
+def _unusable(name: str, found: Container[str]) -> str:
+    if not name:
+        return "is empty"
+    if name in found:
+        return "is there twice"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "is no valid Unicode"
+    return ""
 
 
 class Answers:
@@ -91,6 +102,11 @@ class Answers:
             done.add(str(name))
             self.failed += is_error(row)
         self.missing = [task for task in tasks if task.custom_id not in done]
+        if self.missing and path.exists():
+            raise SafeguardError(
+                f"{path} exists and has no answer to {self.missing[0].custom_id!r}: name another "
+                "file with -o, or remove it"
+            )
 
     @property
     def _kept_in(self) -> Path:
@@ -100,7 +116,8 @@ class Answers:
         if not self._kept_in.exists():
             return
         if self._kept_in == self._partial:
-            drop_torn_line(self._partial)
+            with self._writing():
+                drop_torn_line(self._partial)
         if self._kept_in.stat().st_size:
             for _, row in read_rows(self._kept_in, "answers", ("id", "custom_id")):
                 yield row
@@ -108,7 +125,7 @@ class Answers:
     def add(self, answer: Mapping[str, Any]) -> None:
         """Keep an answer: it is in the file when this returns."""
         line = json.dumps(answer, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        with self._partial.open("ab") as file:
+        with self._writing(), self._partial.open("ab") as file:
             file.write(line)
         self.failed += is_error(answer)
 
@@ -116,9 +133,17 @@ class Answers:
         """No answer is missing: put the file in place."""
         if self._path.exists():
             return
-        with self._partial.open("ab") as file:
-            os.fsync(file.fileno())
-        self._partial.replace(self._path)
+        with self._writing():
+            with self._partial.open("ab") as file:
+                os.fsync(file.fileno())
+            self._partial.replace(self._path)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SafeguardError(f"cannot write {self._path}: {error.strerror}") from error
 
 
 @contextmanager
@@ -126,15 +151,12 @@ def answers(path: Path, tasks: Sequence[Task]) -> Iterator[Answers]:
     """The answers at ``path``, held for this process.
 
     Raises:
-        SafeguardError: another process is at work there, the file holds answers to something else,
-            or it cannot be written.
+        SafeguardError: another process is at work there, or the file holds answers to something
+            else.
     """
     busy = f"another run writes {path}: wait for it or name another file with -o"
     with held(path.with_name(f".{path.name}.lock"), busy):
-        try:
-            yield Answers(path, tasks)
-        except OSError as error:
-            raise SafeguardError(f"cannot write {path}: {error.strerror}") from error
+        yield Answers(path, tasks)
 
 
 def partial_of(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from vlm_safeguard.data.ocr import reader
 from vlm_safeguard.embedded.assemble import resolve
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.load_options import LoadOptions
@@ -38,6 +39,8 @@ def start_engine(
             or cannot be guarded, or the self-check fails.
     """
     artifact = Guard.from_pretrained(guard)
+    if artifact.config.reads_pictures:
+        reader()  # what it needs may be missing
     folder = resolve(model, say)
     say(f"loading {model}")
     made: InferenceThread

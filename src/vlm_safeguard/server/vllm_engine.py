@@ -82,6 +82,8 @@ class VllmEngine(InferenceThread):
             if time.monotonic() > self._due:
                 opened = self._opens()  # an error of vLLM ends the thread
                 self._check(partial(self._require, opened))
+                if not self.ready.is_set():
+                    self._withhold()
 
     def _take(self) -> None:
         """Hand requests to vLLM while it has room. Waits for one if it has none."""
@@ -175,6 +177,7 @@ class VllmEngine(InferenceThread):
                 answer.begin(decisions(output)[0], running.pictures, prompt)
         except GuardRuntimeError:
             self.telemetry.failures.inc()
+            self._due = 0.0  # a self-check follows
             job.send(Failed(errors.failed()))
         except RequestError as error:
             job.send(Failed(error))
@@ -184,6 +187,11 @@ class VllmEngine(InferenceThread):
                 answer.add(token, is_last and said.finish_reason == "stop")
         if output.finished and not job.ended:
             job.send(Failed(errors.failed()))
+
+    def _withhold(self) -> None:
+        """Answer nothing more: the self-check failed."""
+        for running in self._running.values():
+            running.answer.job.send(Failed(errors.not_ready()))
 
     def _end(self, job: Job, error: RequestError) -> None:
         job.send(Failed(error))
