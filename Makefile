@@ -56,13 +56,13 @@ $(VLLM)/.installed: pyproject.toml tests/engines/torchvision_schemas.py
 	site=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
 	  cp tests/engines/torchvision_schemas.py $$site/ && \
 	  echo "import torchvision_schemas" > $$site/torchvision_schemas.pth
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[vllm]" \
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[vllm,serve,eval,ray]" \
 	  "gguf>=0.17" "pytest>=8" "hypothesis>=6.120"
 	touch $@
 
 IN_VLLM = OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1
 
-test-vllm: $(VLLM)/.installed  ## The guard inside vLLM, on a tiny model
+test-vllm: $(VLLM)/.installed  ## The guard inside vLLM and on workers of Ray, on tiny models
 	$(IN_VLLM) $(VLLM)/bin/python -m pytest tests/engines
 
 # COUNT=60: prompts of each set and setting, so seven times as many requests.

@@ -137,6 +137,23 @@ def test_a_prompt_whose_last_token_was_not_computed_fails(guard: Guard) -> None:
     assert "not computed under guard" in request.report().failed
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_request_whose_logits_are_not_finite_fails_alone(guard: Guard, bad: float) -> None:
+    """At its prompt's end as at each later token."""
+    whole, broken = watched(guard, 3, "whole"), watched(guard, 4, "broken")
+    for columns in ([range(3), range(4)], [range(3, 4), range(4, 5)]):
+        step = step_of(guard, rows_of([whole, broken], columns))
+        for layer, output in enumerate(streams(0, sum(map(len, columns)))):
+            step.visit(layer, output)
+        late = len(columns[0]) == 1
+        logits = torch.zeros(2, 9)
+        logits[1, 5] = bad if late else 1.0
+        step.read_logits(logits)
+        assert step.finish() == ([broken] if late else [whole, broken])
+        assert not whole.failed and bool(broken.failed) is late
+    assert broken.report().failed == "its logits are NaN or Inf"
+
+
 def test_texts_are_taken_once_and_only_whole(guard: Guard) -> None:
     texts = Texts()
     text = watched(guard, 4, "a#text0")

@@ -66,7 +66,8 @@ def test_preempted_requests_are_steered_again(
     assert preempted
 
 
-def test_raw_prompts_are_guarded(engine: Any, reference: Reference) -> None:
+def raw_prompts(reference: Reference) -> list[Any]:
+    """The reference's requests for ``LLM.generate``."""
     prompts = []
     for conversation in reference.requests:
         pictures = [p["image"] for p in conversation[0]["content"] if p["type"] == "image"]
@@ -76,9 +77,12 @@ def test_raw_prompts_are_guarded(engine: Any, reference: Reference) -> None:
         prompts.append(
             {"prompt": text} | ({"multi_modal_data": {"image": pictures}} if pictures else {})
         )
-    for output, answer in zip(
-        engine.generate(prompts, GREEDY, use_tqdm=False), reference.answers, strict=True
-    ):
+    return prompts
+
+
+def test_raw_prompts_are_guarded(engine: Any, reference: Reference) -> None:
+    outputs = engine.generate(raw_prompts(reference), GREEDY, use_tqdm=False)
+    for output, answer in zip(outputs, reference.answers, strict=True):
         same(output, answer)
 
 
@@ -128,7 +132,10 @@ def test_nothing_of_a_request_stays(engine: Any, reference: Reference, runner: A
     assert not len(runner._texts)
 
 
-def test_counters_of_vllm_count_what_was_guarded(engine: Any, reference: Reference) -> None:
+@pytest.mark.parametrize("way", ["chat", "generate"])
+def test_counters_of_vllm_count_what_was_guarded(
+    engine: Any, reference: Reference, way: str
+) -> None:
     from prometheus_client import REGISTRY
 
     names = ("requests", "guarded_tokens", "gate_openings")
@@ -146,7 +153,10 @@ def test_counters_of_vllm_count_what_was_guarded(engine: Any, reference: Referen
         ]
 
     before = counts()
-    chat(engine, reference.requests)
+    if way == "chat":
+        chat(engine, reference.requests)
+    else:
+        engine.generate(raw_prompts(reference), GREEDY, use_tqdm=False)
     opened = sum(len(decision.sources) for _, decision in reference.answers)
     tokens = sum(len(tokens) for tokens, _ in reference.answers)
     expected = [len(reference.requests), tokens, opened]

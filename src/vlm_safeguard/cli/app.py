@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_safeguard.calibration.budget import Budget
+from vlm_safeguard.cli import batching as cli_batching
 from vlm_safeguard.cli import evaluation as cli_evaluation
 from vlm_safeguard.cli import playground as cli_playground
 from vlm_safeguard.cli import serving as cli_serving
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_evaluation.app)
 app.add_typer(cli_serving.app)
+app.add_typer(cli_batching.app)
 app.add_typer(cli_playground.app)
 
 

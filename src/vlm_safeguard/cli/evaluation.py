@@ -21,6 +21,7 @@ from vlm_safeguard.cli.options import (
     loads_models,
     make_progress,
     print_json,
+    ray_workers,
 )
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.model.load_options import LoadOptions
@@ -84,6 +85,11 @@ def evaluate(
     ] = None,
     max_new_tokens: MaxNewTokens = 32,
     batch: Annotated[int, typer.Option(min=1, max=4096)] = 32,
+    engine: Annotated[
+        Literal["transformers", "ray"],
+        typer.Option(help="What answers; ray: transformers in --workers processes."),
+    ] = "transformers",
+    workers: Annotated[int, typer.Option(min=1, help="Workers of ray.")] = 1,
     *,
     options: LoadOptions,
     json_: Json = False,
@@ -111,6 +117,7 @@ def evaluate(
         loading=options,
         defence_texts=tuple(_named_file(given) for given in defence_text or []),
         attack=attack,
+        workers=ray_workers(engine, workers),
     )
     measure = Measure(pairs=pairs, rounds=throughput, labels=labels)
     facts = run(plan, output, measure, make_progress(quiet))

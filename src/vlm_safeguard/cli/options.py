@@ -106,6 +106,17 @@ def extra_needed(
         ) from error
 
 
+def ray_workers(engine: str, workers: int) -> int:
+    """The number of Ray's workers; 0 for another engine.
+
+    Raises:
+        SafeguardError: several were asked for, of another engine.
+    """
+    if workers > 1 and engine != "ray":
+        raise SafeguardError("--workers is for --engine ray: leave it out, or choose that engine")
+    return workers if engine == "ray" else 0
+
+
 def make_progress(quiet: bool) -> Any:
     """Progress on stderr, and none of transformers' own."""
     from transformers.utils import logging

@@ -17,7 +17,6 @@ from vlm_safeguard.cli.options import (
     Quiet,
     extra_needed,
     guard_or_default,
-    load_model,
     loads_models,
     make_progress,
     print_json,
@@ -39,6 +38,10 @@ def serve(
         Literal["enforce", "refuse", "monitor"],
         typer.Option(help="Steer the answer, refuse at once, or only watch."),
     ] = "enforce",
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="What runs the model (vLLM has an environment of its own)."),
+    ] = "transformers",
     served_name: Annotated[
         str | None, typer.Option(help="Model name in the API (default: MODEL).")
     ] = None,
@@ -65,7 +68,6 @@ def serve(
     API keys come from the environment: VLM_SAFEGUARD_API_KEYS may ask, VLM_SAFEGUARD_TRUSTED_KEYS
     also see gate scores (both separated by commas). Without keys it listens on loopback only.
     """
-    from vlm_safeguard.guard import Guard
     from vlm_safeguard.utils.network import LOOPBACK, address, listen
 
     with extra_needed("serving", "serve", ()):
@@ -74,10 +76,10 @@ def serve(
         from vlm_safeguard.server.app import create_app
         from vlm_safeguard.server.audit import AuditLog
         from vlm_safeguard.server.auth import KEYS, TRUSTED_KEYS, keys_from
-        from vlm_safeguard.server.engine import Engine
         from vlm_safeguard.server.listen import uvicorn_config
         from vlm_safeguard.server.settings import Settings
-        from vlm_safeguard.server.telemetry import JsonFormatter, Telemetry
+        from vlm_safeguard.server.start import start_engine
+        from vlm_safeguard.server.telemetry import JsonFormatter
 
     guard = guard_or_default(model, guard)
     if audit_content and audit is None:
@@ -102,16 +104,12 @@ def serve(
     log = AuditLog(audit, audit_content) if audit else None
     with listen(host, port) as listener:  # before long work: a taken port shows at once
         progress = make_progress(quiet)
-        artifact = Guard.from_pretrained(guard)
-        loaded = load_model(model, options, progress)
         handler = logging.StreamHandler()
         handler.setFormatter(JsonFormatter())
         logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
-        engine = Engine(loaded, artifact, settings, Telemetry())
-        progress.say("attaching the guard")
-        engine.start()
+        running = start_engine(engine, model, guard, options, settings, progress.say)
         progress.say(f"ready: {address(listener, host)}/v1 ({settings.model}, mode {mode})")
-        server = uvicorn.Server(uvicorn_config(create_app(engine, log), settings))
+        server = uvicorn.Server(uvicorn_config(create_app(running, log), settings))
         with suppress(KeyboardInterrupt):  # uvicorn has shut down in order by then
             server.run(sockets=[listener])
 

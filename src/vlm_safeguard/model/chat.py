@@ -75,11 +75,10 @@ def process(
         ImageError: a picture is no ``PIL.Image``, or is damaged, too large or too small.
         ModelError: the processor refuses the batch, or does not know the size of its patches.
     """
-    first = processor.tokenizer.bos_token
     options: dict[str, Any] = {
         "padding": True,
         "return_tensors": "pt",
-        "add_special_tokens": not (first and texts[0].startswith(first)),
+        "add_special_tokens": _needs_special_tokens(processor, texts[0]),
     }
     if padding_side is not None:
         options["padding_side"] = padding_side
@@ -95,6 +94,11 @@ def process(
             f"{type(processor).__name__} refuses a batch of {len(texts)} with "
             f"{sum(map(len, pictures))} pictures: {reason}"
         ) from error
+
+
+def _needs_special_tokens(processor: Any, text: str) -> bool:
+    first = processor.tokenizer.bos_token
+    return not (first and text.startswith(first))
 
 
 def _check_patches(processor: Any) -> None:
@@ -157,6 +161,29 @@ def render_conversation(processor: Any, conversation: Conversation) -> str:
     """Render a conversation with the chat template, with placeholders for pictures."""
     turns = [_parsed(message) for message in conversation]
     return _rendered(processor, turns, ControlTokens.of(processor))
+
+
+def tokenize(processor: Any, conversation: Conversation) -> tuple[list[int], list[Image.Image]]:
+    """Token ids and pictures of a conversation, for an engine that puts the pictures in itself.
+
+    Args:
+        processor: the model's processor.
+        conversation: as in ``prepare``.
+
+    Returns:
+        The ids, with the template's own placeholder for each picture; and the pictures in order.
+
+    Raises:
+        ImageError, ModelError: as in ``prepare``.
+    """
+    if not conversation:
+        raise ModelError("a conversation needs at least one message")
+    turns, control = [_parsed(message) for message in conversation], ControlTokens.of(processor)
+    text = _rendered(processor, turns, control)
+    _check_control(processor, text, turns, control)
+    special = _needs_special_tokens(processor, text)
+    ids = processor.tokenizer(text, add_special_tokens=special)["input_ids"]
+    return list(ids), [picture for turn in turns for picture in turn[2]]
 
 
 def _parsed(message: Any) -> _Turn:

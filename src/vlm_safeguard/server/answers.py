@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence, Set
 from typing import Any
 
@@ -14,9 +13,9 @@ from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.runtime.attestation import Decision
 from vlm_safeguard.server import errors
-from vlm_safeguard.server.job import Begun, Done, Failed, Job, Pictures, Text, Verdict
+from vlm_safeguard.server.job import Failed, Job, Pictures
+from vlm_safeguard.server.one_answer import OneAnswer
 from vlm_safeguard.server.settings import Settings
-from vlm_safeguard.server.text_stream import TextStream
 
 
 class Answers(StoppingCriteria):
@@ -42,10 +41,10 @@ class Answers(StoppingCriteria):
         lengths: Sequence[int],
         broken: Set[int],
     ) -> None:
-        self._jobs, self._session, self._settings = jobs, session, settings
+        self._jobs, self._session = jobs, session
         self._pictures, self._lengths, self._broken = pictures, lengths, broken
         tokenizer = loaded.processor.tokenizer
-        self._streams = [TextStream(tokenizer, job.sampling.stop) for job in jobs]
+        self._rows = [OneAnswer(job, settings, tokenizer) for job in jobs]
         self._ends = _end_tokens(loaded)
         self._tokens = 0
 
@@ -59,7 +58,7 @@ class Answers(StoppingCriteria):
         self._tokens += 1
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if not self._jobs[row].ended:
-                self._add(row, token)
+                self._rows[row].add(token, token in self._ends)
         return torch.tensor([job.ended for job in self._jobs], device=input_ids.device)
 
     def finish(self) -> None:
@@ -73,50 +72,17 @@ class Answers(StoppingCriteria):
             raise GuardRuntimeError("a token was not made under guard")
 
     def _begin(self) -> None:
-        """The prompt was read: tell the verdicts, and end requests that need no more."""
-        refuse = self._settings.mode == "refuse"
-        for row, (job, verdict) in enumerate(zip(self._jobs, self._verdicts(), strict=True)):
-            refused = refuse and verdict is not None and verdict.fired and not job.gates_only
-            job.send(Begun(verdict, self._pictures[row], self._lengths[row], refused))
-            if job.gates_only:
-                job.send(Done("stop", 0))
-            elif refused:
-                job.send(Text(self._settings.refusal))
-                job.send(Done("content_filter", 0))
+        """The prompts were read: tell the verdicts, and end requests that need no more."""
+        for row, (answer, decision) in enumerate(zip(self._rows, self._decisions(), strict=True)):
+            answer.begin(decision, self._pictures[row], self._lengths[row])
 
-    def _verdicts(self) -> list[Verdict | None]:
+    def _decisions(self) -> Sequence[Decision | None]:
         if self._session is None:
             return [None] * len(self._jobs)
-        decisions = self._session.decisions
+        decisions: list[Decision] = self._session.decisions
         if len(decisions) != len(self._jobs):
             raise GuardRuntimeError("the guard did not decide about every request")
-        return [_verdict(decision) for decision in decisions]
-
-    def _add(self, row: int, token: int) -> None:
-        job, stream = self._jobs[row], self._streams[row]
-        if job.unwanted:
-            job.send(Failed(errors.too_late()))
-            return
-        ended = token in self._ends
-        if not ended:
-            self._say(job, stream.add(token))
-        if ended or stream.stopped or self._tokens >= job.sampling.max_tokens:
-            self._say(job, stream.end())
-            reason = "stop" if ended or stream.stopped else "length"
-            job.send(Done(reason, self._tokens))
-
-    @staticmethod
-    def _say(job: Job, text: str) -> None:
-        if text:
-            job.send(Text(text))
-
-
-def _verdict(decision: Decision) -> Verdict:
-    scores = {
-        name: [None if math.isnan(score) else score for score in row]
-        for name, row in decision.scores.items()
-    }
-    return Verdict(decision.fired, decision.sources, scores)
+        return decisions
 
 
 def _end_tokens(loaded: LoadedModel) -> set[int]:

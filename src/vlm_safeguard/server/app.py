@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,22 +21,23 @@ from starlette.exceptions import HTTPException
 
 from vlm_safeguard.server import errors
 from vlm_safeguard.server.audit import AuditLog, digest
+from vlm_safeguard.server.chat import CHAT, Answer, check_model, sampling_of, status_headers
 from vlm_safeguard.server.conversation import Conversation, read_messages
-from vlm_safeguard.server.engine import Engine
 from vlm_safeguard.server.errors import RequestError
 from vlm_safeguard.server.exchange import Exchange, new_id
 from vlm_safeguard.server.gatekeeper import Gatekeeper
+from vlm_safeguard.server.inference_thread import InferenceThread
 from vlm_safeguard.server.job import Begun, Sampling
 from vlm_safeguard.server.schema import ChatRequest, ErrorBody, Message, ModerationRequest
 from vlm_safeguard.server.settings import Settings
 
 logger = logging.getLogger(__name__)
-CHAT, MODERATION = "chat", "moderation"
+MODERATION = "moderation"
 _DISCONNECT_POLL = 0.25  # seconds
 _READERS = 4  # requests whose pictures are decoded at once, which bounds memory
 
 
-def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
+def create_app(engine: InferenceThread, audit: AuditLog | None = None) -> FastAPI:
     """The application around an engine that was started. Its shutdown closes the engine."""
     settings = engine.settings
 
@@ -88,14 +88,14 @@ def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
         """The one model, by its name."""
-        _check_model(name, settings)
+        check_model(name, settings)
         return _model(settings)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        _check_model(body.model, settings)
-        sampling = _sampling(body, settings)
+        check_model(body.model, settings)
+        sampling = sampling_of(body, settings)
         conversation = await read(body.messages)
         exchange = Exchange(
             engine,
@@ -107,7 +107,7 @@ def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
             asked=digest(await request.body()),
         )
         begun = await _while_connected(request, exchange, exchange.begin())
-        answer = _Answer(settings, begun, request.state.trusted)
+        answer = Answer(settings, begun, request.state.trusted)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return _Stream(exchange, answer, usage)
@@ -137,7 +137,7 @@ def create_app(engine: Engine, audit: AuditLog | None = None) -> FastAPI:
             await _while_connected(request, exchange, _whole(exchange))
             results.append(_moderation(begun))
         answer = {"id": new_id("modr"), "model": settings.model, "results": results}
-        return JSONResponse(answer, headers=_status_headers(settings, "gates-only"))
+        return JSONResponse(answer, headers=status_headers(settings, "gates-only"))
 
     return app
 
@@ -150,26 +150,6 @@ def _check_trusted(request: Request) -> None:
         raise RequestError(
             403, "what the gates say is shown to trusted keys only", "permission_denied"
         )
-
-
-def _check_model(name: str, settings: Settings) -> None:
-    if name != settings.model:
-        raise RequestError(
-            404, f"this server has one model: {settings.model}", "not_found_error", "model"
-        )
-
-
-def _sampling(body: ChatRequest, settings: Settings) -> Sampling:
-    wanted = body.max_completion_tokens or body.max_tokens or settings.default_tokens
-    if wanted > settings.max_tokens:
-        raise RequestError(
-            400, f"at most {settings.max_tokens} tokens are answered", param="max_tokens"
-        )
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    if any(not word or len(word) > 200 for word in stop):
-        raise RequestError(400, "a stop sequence has 1 to 200 characters", param="stop")
-    top_p = 1.0 if body.top_p is None else body.top_p
-    return Sampling(wanted, body.temperature or 0.0, top_p, body.seed, stop)
 
 
 def _inputs(body: ModerationRequest, settings: Settings) -> list[Any]:
@@ -206,96 +186,11 @@ async def _whole(exchange: Exchange) -> str:
 # -- responses -----------------------------------------------------------------------------------
 
 
-class _Answer:
-    """The parts of a chat response that do not depend on its text."""
-
-    def __init__(self, settings: Settings, begun: Begun, trusted: bool) -> None:
-        self._settings, self._begun, self._trusted = settings, begun, trusted
-        self._id, self._created = new_id("chatcmpl"), int(time.time())
-        self.headers = _status_headers(settings, _status(settings, begun))
-
-    def _common(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._settings.model,
-            "system_fingerprint": None,
-        }
-
-    def completion(self, text: str, exchange: Exchange) -> dict[str, Any]:
-        if exchange.done is None:
-            raise errors.failed()
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "finish_reason": exchange.done.finish_reason,
-            "logprobs": None,
-        }
-        return self._common("chat.completion") | {
-            "choices": [choice],
-            "usage": self._usage(exchange),
-            "safeguard": self._safeguard(),
-        }
-
-    def chunk(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
-        return self._common("chat.completion.chunk") | {"choices": [choice]}
-
-    def first(self) -> dict[str, Any]:
-        opened = self.chunk({"role": "assistant", "content": ""})
-        return opened | {"safeguard": self._safeguard()}
-
-    def last(self, exchange: Exchange) -> dict[str, Any]:
-        return self._common("chat.completion.chunk") | {
-            "choices": [],
-            "usage": self._usage(exchange),
-        }
-
-    def _usage(self, exchange: Exchange) -> dict[str, int]:
-        prompt = self._begun.prompt_tokens
-        answer = exchange.done.completion_tokens if exchange.done else 0
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": answer,
-            "total_tokens": prompt + answer,
-        }
-
-    def _safeguard(self) -> dict[str, Any]:
-        begun, verdict = self._begun, self._begun.verdict
-        told: dict[str, Any] = {
-            "status": _status(self._settings, begun),
-            "mode": self._settings.mode,
-            "pictures": {
-                "sent": begun.pictures.sent,
-                "reached_model": begun.pictures.reached,
-                "words_read": begun.pictures.read,
-            },
-        }
-        if self._trusted and verdict is not None:
-            told |= {
-                "fired": verdict.fired,
-                "gates": list(verdict.gates),
-                "scores": verdict.scores,
-            }
-        return told
-
-
-def _status(settings: Settings, begun: Begun) -> str:
-    if begun.verdict is None:
-        return "unguarded"
-    return "monitor" if settings.mode == "monitor" else "guarded"
-
-
-def _status_headers(settings: Settings, status: str) -> dict[str, str]:
-    return {"X-Safeguard-Status": status, "X-Safeguard-Mode": settings.mode}
-
-
 class _Stream(EventSourceResponse):
     """The answer as server-sent events. Its end is the end of the request, also where the client
     left before the first frame."""
 
-    def __init__(self, exchange: Exchange, answer: _Answer, usage: bool) -> None:
+    def __init__(self, exchange: Exchange, answer: Answer, usage: bool) -> None:
         super().__init__(
             _chunks(exchange, answer, usage), headers=answer.headers, ping=15, send_timeout=30
         )
@@ -308,9 +203,7 @@ class _Stream(EventSourceResponse):
             self._exchange.abandon()
 
 
-async def _chunks(
-    exchange: Exchange, answer: _Answer, usage: bool
-) -> AsyncIterator[dict[str, str]]:
+async def _chunks(exchange: Exchange, answer: Answer, usage: bool) -> AsyncIterator[dict[str, str]]:
     """Frames of a stream. A failure in the middle is an error frame, and no ``[DONE]`` follows."""
     try:
         yield _frame(answer.first())
@@ -371,10 +264,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part)[:80] for part in first["loc"] if part != "body")[:200] or None
-        reason = "it is not supported" if first["type"] == "extra_forbidden" else first["msg"][:200]
-        return _error(RequestError(400, f"{where or 'body'}: {reason}", param=where))
+        return _error(errors.invalid(error.errors()[0]))
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> JSONResponse:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.utils.files import drop_torn_line
 
 
 class AuditLog:
@@ -36,7 +37,7 @@ class AuditLog:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
-            _drop_torn_line(path)
+            drop_torn_line(path)
         except OSError as error:
             raise SafeguardError(f"cannot write the audit log {path}: {error.strerror}") from error
 
@@ -61,13 +62,6 @@ class AuditLog:
 
     def _numbered(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off a last line that a crash left without its end."""
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def digest(data: str | bytes) -> str:

@@ -1,4 +1,4 @@
-"""The inference thread: answers requests in batches through a guarded model.
+"""The inference thread of transformers: answers requests in batches through a guarded model.
 
 The guard is attached once, for as long as the engine lives. Requests that arrive within a short
 window are answered by one ``generate`` call, each with its own gate, sampling and stop sequences.
@@ -8,10 +8,10 @@ Others wait for the next window. Every failure ends a request without text, or s
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.runtime.session import Session
 from vlm_safeguard.server import errors
 from vlm_safeguard.server.answers import Answers
+from vlm_safeguard.server.inference_thread import InferenceThread
 from vlm_safeguard.server.job import Failed, Job
 from vlm_safeguard.server.pictures import count_pictures, marker_of
 from vlm_safeguard.server.sampling import RowSampling
@@ -33,7 +34,7 @@ from vlm_safeguard.server.telemetry import Telemetry
 logger = logging.getLogger(__name__)
 
 
-class Engine:
+class Engine(InferenceThread):
     """Answers ``Job``s in a thread of its own.
 
     Args:
@@ -42,97 +43,16 @@ class Engine:
             the command line never does that.
         settings: mode and limits.
         telemetry: where counts go.
-
-    ``ready`` is set while the guard passes its self-check.
     """
 
     def __init__(
         self, loaded: LoadedModel, guard: Guard | None, settings: Settings, telemetry: Telemetry
     ) -> None:
-        self.loaded, self.guard, self.settings = loaded, guard, settings
-        self.telemetry = telemetry
+        super().__init__(settings, telemetry)
+        self.loaded, self.guard = loaded, guard
         self._marker = marker_of(loaded.processor)
         self._session: Session | None = None
         self._self_check: SelfCheck | None = None
-        self.ready = threading.Event()
-        self._waiting: deque[Job] = deque()
-        self._taken: list[Job] = []
-        self._changed = threading.Condition()
-        self._closing = False
-        self._settled = threading.Event()  # the start has succeeded or failed
-        self._start_error: BaseException | None = None
-        self._thread = threading.Thread(target=self._live, name="inference", daemon=True)
-
-    # -- from other threads ----------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Attach the guard and run the first self-check.
-
-        Raises:
-            SafeguardError: the guard does not attach, or fails the check.
-        """
-        self._thread.start()
-        self._settled.wait()
-        if self._start_error is not None:
-            raise self._start_error
-
-    @property
-    def alive(self) -> bool:
-        """Whether the inference thread runs."""
-        return self._thread.is_alive()
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for a batch."""
-        return len(self._waiting)
-
-    @property
-    def busy(self) -> bool:
-        """Whether a batch is being answered."""
-        return bool(self._taken)
-
-    def submit(self, job: Job) -> None:
-        """Queue a request.
-
-        Raises:
-            RequestError: the guard is not ready, the engine shuts down, or the queue is full.
-        """
-        with self._changed:
-            if self._closing or not self.alive or not self.ready.is_set():
-                raise errors.not_ready()
-            pixels = sum(one.conversation.pixels for one in (*self._waiting, job))
-            full = len(self._waiting) >= self.settings.waiting
-            if full or (self._waiting and pixels > self.settings.max_waiting_pixels):
-                raise errors.too_busy(5)
-            self._waiting.append(job)
-            self.telemetry.queue.set(len(self._waiting))
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Finish what was begun, fail what waits, detach the guard, and end the thread."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._thread.join()
-
-    # -- the inference thread --------------------------------------------------------------------
-
-    def _live(self) -> None:
-        try:
-            self._serve()
-        except BaseException as error:
-            if not self.ready.is_set():
-                self._start_error = error
-            logger.error("the inference thread ended", extra={"error": type(error).__name__})
-        finally:
-            with self._changed:  # no request is queued behind the last look at the queue
-                self._closing = True
-                self.ready.clear()
-                lost, self._waiting = list(self._waiting), deque()
-            for job in (*self._taken, *lost):
-                job.send(Failed(errors.not_ready()))
-            self._taken = []
-            self._settled.set()
 
     def _serve(self) -> None:
         guard, loaded = self.guard, self.loaded
@@ -143,33 +63,14 @@ class Engine:
             self._session = session
             if check and session:
                 check.run(session)
-            self._due = time.monotonic() + self.settings.check_every
-            self.ready.set()
-            self._settled.set()
+            self._started()
             while not self._closing:
                 self._taken = self._next()
                 if self._taken:
                     self._answer(self._taken)
                 self._taken = []
                 if check and session and time.monotonic() > self._due:
-                    self._check(check, session)
-
-    def _check(self, check: SelfCheck, session: Session) -> None:
-        """Run the self-check. Nothing is accepted while it fails."""
-        self._due = time.monotonic() + self.settings.check_every
-        try:
-            check.run(session)
-        except Exception as error:
-            self.ready.clear()
-            self._due = time.monotonic() + min(5.0, self.settings.check_every)
-            with self._changed:
-                lost, self._waiting = list(self._waiting), deque()
-            for job in lost:
-                job.send(Failed(errors.not_ready()))
-            logger.error("self-check failed", extra={"error": type(error).__name__})
-            self.telemetry.self_check_failures.inc()
-        else:
-            self.ready.set()
+                    self._check(partial(check.run, session))
 
     def _next(self) -> list[Job]:
         """Wait for a request, then for others that can share its batch."""
@@ -195,9 +96,6 @@ class Engine:
             self.telemetry.queue.set(len(left))
         return taken
 
-    def _pause(self) -> float:
-        return max(0.0, self._due - time.monotonic())
-
     def _answer(self, jobs: list[Job]) -> None:
         """Answer a batch. If it fails, each request of which no text is out is tried alone."""
         try:
@@ -214,7 +112,7 @@ class Engine:
             if isinstance(error, SafeguardError):
                 self.telemetry.failures.inc()
             if self._self_check and self._session:  # before anything else is answered
-                self._check(self._self_check, self._session)
+                self._check(partial(self._self_check.run, self._session))
         fresh = [job for job in jobs if not job.begun and not job.ended]
         if len(jobs) > 1:
             for job in fresh if self.ready.is_set() else ():
@@ -231,12 +129,7 @@ class Engine:
         lengths = inputs["attention_mask"].sum(1).tolist()
         longest = max(lengths)
         if longest > settings.max_prompt_tokens:
-            raise errors.RequestError(
-                400,
-                f"the prompt has {longest} tokens, images included; at most "
-                f"{settings.max_prompt_tokens} are accepted",
-                param="messages",
-            )
+            raise errors.too_long(longest, settings.max_prompt_tokens)
         pictures = count_pictures(loaded.processor, self._marker, jobs, inputs, reads)
         sampling = RowSampling([job.sampling for job in jobs])
         answers = Answers(jobs, self._session, settings, loaded, pictures, lengths, sampling.broken)

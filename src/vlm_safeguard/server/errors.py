@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vlm_safeguard.errors import SafeguardError
@@ -51,6 +52,13 @@ class RequestError(SafeguardError):
         }
 
 
+def invalid(first: Mapping[str, Any]) -> RequestError:
+    """A field of the body is wrong; ``first``: of the errors that pydantic lists."""
+    where = ".".join(str(part)[:80] for part in first["loc"] if part != "body")[:200] or None
+    reason = "it is not supported" if first["type"] == "extra_forbidden" else first["msg"][:200]
+    return RequestError(400, f"{where or 'body'}: {reason}", param=where)
+
+
 def failed() -> RequestError:
     """The guard or the model failed."""
     return RequestError(500, FAILED, "guard_failed")
@@ -71,6 +79,20 @@ def unreadable() -> RequestError:
         "take those characters out",
         param="messages",
     )
+
+
+def too_long(tokens: int, most: int) -> RequestError:
+    """The prompt has too many tokens."""
+    return RequestError(
+        400,
+        f"the prompt has {tokens} tokens, images included; at most {most} are accepted",
+        param="messages",
+    )
+
+
+def image_lost() -> RequestError:
+    """A picture is not in the prompt."""
+    return RequestError(500, "an image did not reach the model", "image_lost")
 
 
 def not_ready() -> RequestError:

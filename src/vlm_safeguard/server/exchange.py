@@ -12,8 +12,8 @@ from typing import Any
 from vlm_safeguard.server import errors
 from vlm_safeguard.server.audit import AuditLog, digest
 from vlm_safeguard.server.conversation import Conversation
-from vlm_safeguard.server.engine import Engine
 from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server.inference_thread import InferenceThread
 from vlm_safeguard.server.job import Begun, Done, Event, Failed, Job, Sampling, Text
 
 GRACE = 5.0  # seconds after the deadline in which the inference thread says that it has passed
@@ -35,7 +35,7 @@ class Exchange:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: InferenceThread,
         conversation: Conversation,
         sampling: Sampling,
         *,

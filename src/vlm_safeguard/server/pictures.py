@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import render, render_conversation
-from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server import errors
 from vlm_safeguard.server.job import Job, Pictures
 
 
@@ -42,14 +42,17 @@ def count_pictures(
     Raises:
         RequestError: a request holds another number of pictures than its prompt.
     """
-    found = []
-    for job in jobs:
-        sent = job.conversation.pictures
-        reached = render_conversation(processor, job.conversation.messages).count(marker)
-        found.append(Pictures(sent, reached, sent if read else 0))
+    found = [count(processor, marker, job, read) for job in jobs]
     whole = any(name.startswith("pixel_values") for name in inputs) or not sum(
         pictures.sent for pictures in found
     )
     if not whole or any(pictures.sent != pictures.reached for pictures in found):
-        raise RequestError(500, "an image did not reach the model", "image_lost")
+        raise errors.image_lost()
     return found
+
+
+def count(processor: Any, marker: str, job: Job, read: bool) -> Pictures:
+    """Pictures of one request; see ``count_pictures``."""
+    sent = job.conversation.pictures
+    reached = render_conversation(processor, job.conversation.messages).count(marker)
+    return Pictures(sent, reached, sent if read else 0)

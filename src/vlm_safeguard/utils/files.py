@@ -45,6 +45,13 @@ def write_whole(files: dict[Path, bytes]) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a crash left without its end."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+
+
 def read_limited(path: Path, limit: int) -> bytes:
     """The bytes of a regular file of at most ``limit`` bytes; never waits on a pipe or a device.
 

@@ -26,7 +26,7 @@ from vlm_safeguard.errors import DataError, Interrupted, SafeguardError
 from vlm_safeguard.evaluation.attacks import LOOK
 from vlm_safeguard.evaluation.harness import execution as run
 from vlm_safeguard.evaluation.harness import results, scorers
-from vlm_safeguard.evaluation.harness.engine import engine
+from vlm_safeguard.evaluation.harness.engine import made_once
 from vlm_safeguard.evaluation.harness.run_identity import prompts_digest
 from vlm_safeguard.evaluation.judges.factory import judge_file
 
@@ -112,7 +112,7 @@ def test_a_folder_is_refused_when_model_or_texts_changed(
         run.run(plan, output, "none")
     text.write_text("Be good. [QUESTION]")
     checkpoint.save(model, seed=1)
-    engine.cache_clear()  # as another process finds it
+    made_once.cache_clear()  # as another process finds it
     with pytest.raises(SafeguardError, match=r"the weights of .*model changed"):
         run.run(plan, output, "none")
 

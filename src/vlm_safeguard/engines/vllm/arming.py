@@ -59,6 +59,11 @@ def arm(name: str, mode: str = "enforce") -> None:
     _armed.append((name, mode))
 
 
+def armed() -> tuple[str, str] | None:
+    """Name and mode of the guard of this process; None if there is none."""
+    return _armed[0] if _armed else None
+
+
 def _arm_configuration(guard: Guard) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -81,6 +86,7 @@ def _arm_configuration(guard: Guard) -> None:
 def _arm_front_end(guard: Guard) -> None:
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.exceptions import VLLMValidationError
     from vllm.renderers.base import BaseRenderer
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
@@ -127,17 +133,9 @@ def _arm_front_end(guard: Guard) -> None:
 
         return guarded
 
-    def no_beams(own: Callable) -> Callable:
-        @wraps(own)
-        def refused(*args: Any, **kwargs: Any) -> Any:
-            from vllm.exceptions import VLLMValidationError
-
-            raise VLLMValidationError(
-                "beam search is not guarded in vLLM: its beams are new prompts"
-            )
-
-        return refused
-
+    no_beams = _refusal(
+        VLLMValidationError, "beam search is not guarded in vLLM: its beams are new prompts"
+    )
     _replace(BaseRenderer, "_process_multimodal", process_multimodal)
     _replace(InputProcessor, "process_inputs", process_inputs)
     _replace(OutputProcessor, "process_outputs", process_outputs)
@@ -229,22 +227,12 @@ def _arm_workers(guard: Guard, monitor: bool) -> None:
 
         return guarded
 
-    def no_other_weights(own: Callable) -> Callable:
-        @wraps(own)
-        def refused(*args: Any, **kwargs: Any) -> None:
-            raise GuardRuntimeError("under a guard the model's weights cannot be changed")
-
-        return refused
-
-    def no_v2(own: Callable) -> Callable:
-        @wraps(own)
-        def refused(*args: Any, **kwargs: Any) -> None:
-            raise GuardError(
-                "the guard runs in vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0"
-            )
-
-        return refused
-
+    no_other_weights = _refusal(
+        GuardRuntimeError, "under a guard the model's weights cannot be changed"
+    )
+    no_v2 = _refusal(
+        GuardError, "the guard runs in vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0"
+    )
     _replace(GPUModelRunner, "load_model", load_model)
     _replace(CPUModelRunner, "load_model", load_model)
     _replace(GPUModelRunner, "execute_model", execute_model)
@@ -270,6 +258,19 @@ def _replace(owner: type, name: str, make: Callable[[Callable], Callable]) -> No
     if name not in vars(owner):
         raise GuardError(f"vLLM's {owner.__name__} has no {name}: this version is not supported")
     setattr(owner, name, make(vars(owner)[name]))
+
+
+def _refusal(kind: type[Exception], reason: str) -> Callable[[Callable], Callable]:
+    """For ``_replace``: what makes a method refuse every call."""
+
+    def make(own: Callable) -> Callable:
+        @wraps(own)
+        def refused(*args: Any, **kwargs: Any) -> None:
+            raise kind(reason)
+
+        return refused
+
+    return make
 
 
 class _Refusing:

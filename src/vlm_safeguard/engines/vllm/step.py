@@ -78,6 +78,7 @@ class Step:
     ) -> None:
         self.rows, self._layers, self._steerer = rows, layers, steerer
         self._seen: list[int] = []
+        self._broken: set[int] = set()  # numbers of rows
         self._texts: list[_Reading] = []
         self._prompts: list[_Reading] = []
         self._places: list[_Place] = []
@@ -121,7 +122,13 @@ class Step:
             self._steer(layer, stream)
 
     def read_logits(self, logits: Tensor | None) -> None:
-        """Take the logits (requests, vocabulary) at each row's last token of this pass."""
+        """Take the logits (requests, vocabulary) at each row's last token of this pass. A request
+        whose logits are NaN or Inf fails."""
+        if logits is not None and len(logits) == len(self.rows):
+            for row, is_finite in zip(self.rows, logits.amax(1).isfinite().tolist(), strict=True):
+                if not is_finite:
+                    row.watched.fail("its logits are NaN or Inf")
+                    self._broken.add(row.number)
         for reading in self._texts:
             if not reading.gates.reads_logits or reading.row.watched.failed:
                 continue
@@ -136,7 +143,7 @@ class Step:
         """End the pass.
 
         Returns:
-            The requests whose prompt was read to its end.
+            The requests whose prompt was read to its end, or whose logits are not finite.
 
         Raises:
             GuardRuntimeError: a guarded layer did not run: no token of this pass may be used.
@@ -149,10 +156,11 @@ class Step:
         ended = []
         for row in self.rows:
             watched = row.watched
+            if row.ends_prompt or row.number in self._broken:
+                ended.append(watched)
             if row.ends_prompt:
                 self._check_read(watched)
                 watched.decided = True
-                ended.append(watched)
         return ended
 
     def _steerable(self, row: Row) -> list[_Place]:

@@ -1,4 +1,4 @@
-"""Serves many callers with one loaded model, in large batches.
+"""Serves many callers with one loaded model, or with several in workers of Ray, in large batches.
 
 The engine gathers what has come in, sorts it by length and generates in batches; rows of different
 defences never share one.
@@ -15,6 +15,8 @@ from functools import lru_cache
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.embedded.assemble import resolve
+from vlm_safeguard.engines.ray_pool import RayPool
+from vlm_safeguard.evaluation.harness.workers import Batch, RespondWorker
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.model.loading import LoadedModel, load
@@ -32,20 +34,42 @@ class _Job:
 
 
 class Engine:
-    """Batches requests to ``loaded`` on one thread of its own; ``batch`` rows at a time."""
+    """Batches requests to a model on one thread of its own, or on one for each worker of Ray.
 
-    def __init__(self, loaded: LoadedModel, batch: int) -> None:
+    Args:
+        loaded: the model.
+        batch: rows that are generated together.
+        pool: answers in place of ``loaded``.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        batch: int,
+        pool: RayPool[Batch, list[Response]] | None = None,
+    ) -> None:
         self.loaded = loaded
         self.batch = batch
+        self._pool = pool
         self.heard: Callable[[int], object] = lambda _: None  # how many were answered just now
         self._worker: Worker[_Job, Response] = Worker(
-            self._answer, "engine", ROUND * batch, gather=GATHER, divide=self._divide
+            self._answer,
+            "engine",
+            batch if pool else ROUND * batch,  # no worker takes what others could do
+            threads=len(pool.actors) if pool else 1,
+            gather=GATHER,
+            divide=self._divide,
         )
-        self.close = self._worker.close
 
     def submit(self, request: Query, guard: Guard | None, tokens: int) -> Future[Response]:
         """Queue one request; its answer, or what went wrong with it, comes in the future."""
         return self._worker.submit(_Job(request, guard, tokens))
+
+    def close(self) -> None:
+        """Cancel what waits, and return when the threads and workers have ended."""
+        self._worker.close()
+        if self._pool:
+            self._pool.close()
 
     def _divide(self, jobs: list[_Job]) -> list[list[int]]:
         kinds: dict[tuple[int, int], list[int]] = {}
@@ -60,25 +84,38 @@ class Engine:
         ]
 
     def _answer(self, jobs: list[_Job]) -> list[Response]:
-        found = respond(
-            self.loaded,
-            [job.request for job in jobs],
-            jobs[0].guard,
-            max_new_tokens=jobs[0].tokens,
-            batch=self.batch,
+        queries, guard, tokens = [job.request for job in jobs], jobs[0].guard, jobs[0].tokens
+        found = (
+            self._pool.work(Batch(queries, guard, tokens))
+            if self._pool
+            else respond(self.loaded, queries, guard, max_new_tokens=tokens, batch=self.batch)
         )
         self.heard(len(jobs))
         return found
 
 
-@lru_cache
-def engine(name: str, options: LoadOptions, batch: int) -> Engine:
+def engine(name: str, options: LoadOptions, batch: int, workers: int = 0) -> Engine:
     """The engine of a model, loaded once per process however many defences share it, and closed
     when the process ends, also by an interrupt.
 
+    Args:
+        name: of the model.
+        options: how it is loaded.
+        batch: rows that are generated together.
+        workers: of Ray, each with a model of its own; 0 answers in this process.
+
     Raises:
         ModelError, DemoError: the model cannot be loaded or assembled.
+        SafeguardError: see ``RayPool``.
     """
-    made = Engine(load(resolve(name), **options.given()), batch)
+    return made_once(name, options, batch, workers)
+
+
+@lru_cache
+def made_once(name: str, options: LoadOptions, batch: int, workers: int) -> Engine:
+    """See ``engine``."""
+    loaded = load(resolve(name), **options.given())
+    pool = RayPool(RespondWorker, (name, options), workers) if workers else None
+    made = Engine(loaded, batch, pool)
     atexit.register(made.close)
     return made

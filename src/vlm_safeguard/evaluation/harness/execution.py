@@ -64,6 +64,7 @@ class Plan:
     loading: LoadOptions = field(default_factory=LoadOptions)
     defence_texts: tuple[tuple[str, str], ...] = ()
     attack: str | None = None
+    workers: int = 0  # processes of Ray that answer, 0 for this one
 
     def check(self) -> list[tuple[str, str]]:
         """(benchmark, setting) of every task, after reading all of the data once.
@@ -133,7 +134,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """All settings; what was added to plans later, only where it is given."""
-        later = ("defence_texts", "attack")
+        later = ("defence_texts", "attack", "workers")
         facts = {key: value for key, value in vars(self).items() if value or key not in later}
         return facts | facts.pop("loading").given()
 
@@ -179,8 +180,8 @@ def running(
                 log_dir=str(output / "logs"),
                 model=models,
                 max_tokens=plan.max_tokens,
-                max_connections=8 * plan.batch,
-                max_samples=8 * plan.batch,
+                max_connections=8 * plan.batch * max(1, plan.workers),
+                max_samples=8 * plan.batch * max(1, plan.workers),
                 max_tasks=4,
                 display=display,  # type: ignore[arg-type]
                 retry_attempts=1,
@@ -227,6 +228,8 @@ def _models(plan: Plan) -> Iterator[Model]:
                 arguments["defence_text"] = texts[defence]
             if plan.attack:
                 arguments["attack"] = plan.attack
+            if plan.workers:
+                arguments["workers"] = plan.workers
             yield get_model(f"vlm-safeguard/{name}", memoize=False, **arguments)
 
 

@@ -61,6 +61,7 @@ class VlmSafeguardAPI(ModelAPI):
         defence_text: file with the exact wording of a prompt-based defence.
         attack: ``template:FILE`` or ``typography`` (see ``vlm_safeguard.evaluation.attacks``).
         batch: rows generated together.
+        workers: processes of Ray that answer; 0 answers in this one.
         options: fields of ``LoadOptions``, such as dtype and device.
 
     Raises:
@@ -78,6 +79,7 @@ class VlmSafeguardAPI(ModelAPI):
         defence_text: str | None = None,
         attack: str | None = None,
         batch: int = BATCH,
+        workers: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
@@ -85,14 +87,15 @@ class VlmSafeguardAPI(ModelAPI):
         if unknown := options.keys() - known:
             raise DataError(
                 f"unknown model argument {', '.join(sorted(unknown))}: known are defence, guard, "
-                f"defence_text, attack, batch, {', '.join(known)}"
+                f"defence_text, attack, batch, workers, {', '.join(known)}"
             )
         self.defence = make_defence(defence, guard, defence_text)
         self.attack = make_attack(attack) if attack else None
         # inspect looks it up for every model; where it finds none, it makes the provider once more,
         # with other arguments, which would load the model a second time.
         set_model_info(PREFIX + model_name, ModelInfo())
-        self.engine = engine(model_name, LoadOptions(**options), int(batch))
+        self.workers = int(workers)
+        self.engine = engine(model_name, LoadOptions(**options), int(batch), self.workers)
         loaded = self.engine.loaded
         # Every response is kept with what made it.
         self.provenance = {
@@ -143,7 +146,7 @@ class VlmSafeguardAPI(ModelAPI):
 
     def max_connections(self) -> int:
         """Several batches, so that the engine can sort requests by length."""
-        return 8 * self.engine.batch
+        return 8 * self.engine.batch * max(1, self.workers)
 
     def connection_key(self) -> str:
         """Every defence fills batches of its own."""
