@@ -20,7 +20,7 @@ from vlm_safeguard.calibration.generation import Response
 from vlm_safeguard.calibration.recognition import BY_PHRASES
 from vlm_safeguard.calibration.steering_search import candidates
 from vlm_safeguard.data.inputs import Query
-from vlm_safeguard.data.prompts import CalibrationData, calibration
+from vlm_safeguard.data.prompts import CalibrationData, Prompt, calibration
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.errors import CalibrationError
 from vlm_safeguard.utils.progress import Progress
@@ -277,6 +277,7 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
             in_vlm,
             items,
             reads_sentences,
+            0.1,
             tmp_path,
             quiet,  # type: ignore[arg-type]
         )
@@ -289,3 +290,21 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
     parts[1, 0, 0] = 50  # its second sentence
     found = scored(True, text, seen, parts)
     assert found[:, 0].tolist() == [0, 25, 2, 3, 4, 5, 6, 8, 0]
+
+
+def test_the_model_is_asked_until_it_answers_what_scores_highest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many of the highest it refuses, and no more than that."""
+    items = calibration("bound")[:100]
+    asked: list[Prompt] = []
+
+    def answered(_: object, some: list[Prompt], *__: object) -> list[bool]:
+        asked.extend(some)
+        return [items.index(p) < 60 for p in some]
+
+    monkeypatch.setattr(hidden_states, "answered", answered)
+    scores = torch.arange(100.0).repeat(2, 1).T.contiguous()
+    hidden_states._lower_refused(None, items, scores, 0.06, BY_PHRASES)  # type: ignore[arg-type]
+    assert scores[:, 0].tolist() == [*range(60), *[0] * 40]
+    assert len(asked) == len({p.id for p in asked}) <= 40 + 7 + 7

@@ -101,8 +101,11 @@ def calibrate(
         pairs, directions = recorded.pairs, recorded.directions
         text, pictured = recorded.text, recorded.pictured
         fits = fit_gates(recorded, budget)
-        scores = bound_scores(loaded, *fits, bound, reads_sentences, folder, progress, refusals)
-        fitted = useful_gates(*fits, scores, budget.false_positives)
+        epsilon = budget.false_positives
+        scores = bound_scores(
+            loaded, *fits, bound, reads_sentences, epsilon, folder, progress, refusals
+        )
+        fitted = useful_gates(*fits, scores, epsilon)
         table = _separability(text, pictured, directions)
         gates = [
             _gate_rates(source, gate, {"text": text} if source == "text" else pictured)

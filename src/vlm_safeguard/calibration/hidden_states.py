@@ -27,7 +27,9 @@ from vlm_safeguard.utils.progress import Progress
 
 MAX_RANK = 64
 IN_VLM_SHARE = 0.1  # of the false-positive budget
-ASKED = 0.2  # share of the threshold-setting prompts, highest first, that the model is asked
+# The model is asked the highest threshold-setting prompts: this many times those that a gate may
+# open for.
+ASKED = 3
 FOLDS = 5  # of the cross-validation that chooses a gate
 
 
@@ -256,6 +258,7 @@ def bound_scores(
     in_vlm: GateFit,
     items: Sequence[Prompt],
     reads_sentences: bool,
+    epsilon: float,
     folder: Path,
     progress: Progress,
     recogniser: Recogniser = BY_PHRASES,
@@ -271,6 +274,7 @@ def bound_scores(
         in_vlm: the gate in the VLM.
         items: harmless prompts that no gate was fitted to.
         reads_sentences: whether the text gate also reads each sentence by itself.
+        epsilon: the false-positive rate that thresholds are set for.
 
     Returns:
         Scores (n, 2) of n questions by the text gate and by the gate in the VLM, each in units of
@@ -299,15 +303,28 @@ def bound_scores(
         by_text = by_text.scatter_reduce(0, owners, of_parts, "amax")
     by_vlm = torch.maximum(in_vlm.scores(text), in_vlm.scores(seen)) / in_vlm.spread
     scores = torch.stack([by_text, by_vlm], 1)
-    # Only the highest scores decide where a threshold lies.
-    count = int(ASKED * len(items)) + 1
-    top = sorted(
-        {n for column in scores.T for n in column.argsort(descending=True)[:count].tolist()}
-    )
-    wanted = answered(loaded, [items[n] for n in top], False, recogniser)
-    refused = [n for n, is_answered in zip(top, wanted, strict=True) if not is_answered]
-    scores[refused] = scores.min(0).values
+    _lower_refused(loaded, items, scores, ASKED * epsilon, recogniser)
     highest: dict[str, Tensor] = {}
     for prompt, score in zip(items, scores, strict=True):
         highest[prompt.cluster] = torch.maximum(score, highest.get(prompt.cluster, score))
     return torch.stack(list(highest.values()))
+
+
+def _lower_refused(
+    loaded: LoadedModel,
+    items: Sequence[Prompt],
+    scores: Tensor,
+    share: float,
+    recogniser: Recogniser,
+) -> None:
+    """Give the lowest score to what the model refuses as text, from the highest score down until
+    it answers the highest ``share`` by each gate. Only these decide where a threshold lies."""
+    count, lowest, known = int(share * len(items)) + 1, scores.min(0).values, set[int]()
+    while True:
+        top = {n for column in scores.T for n in column.argsort(descending=True)[:count].tolist()}
+        new = sorted(top - known)
+        if not new:
+            return
+        known |= top
+        said = answered(loaded, [items[n] for n in new], False, recogniser)
+        scores[[n for n, is_answered in zip(new, said, strict=True) if not is_answered]] = lowest

@@ -100,8 +100,9 @@ def study(
                     rows.append(_judge(form.name, source, setting, gate, held[setting]))
         text_gate, in_vlm = fit_gates(recorded, budget)
         bound = evenly([p for p in data.bound if p.ordinary], effort.bound)
-        scores = bound_scores(loaded, text_gate, in_vlm, bound, False, folder, progress)
-        gates = useful_gates(text_gate, in_vlm, scores, budget.false_positives)
+        epsilon = budget.false_positives
+        scores = bound_scores(loaded, text_gate, in_vlm, bound, False, epsilon, folder, progress)
+        gates = useful_gates(text_gate, in_vlm, scores, epsilon)
         together = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
     return rows, together
 
