@@ -20,6 +20,7 @@ from vlm_safeguard.utils.stats import Rate, wilson
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- made by python -m bench.demo_page -->", "<!-- end -->"
 PATHS = ("guard", "report")  # of the machine that ran it
+COMMAND = "`vlm-safeguard demo --guard embedded`"
 SYSTEMS = ("unguarded", "guarded")
 NAMES = {"text": "text", "blank": "blank image", "picture": "picture"}
 
@@ -27,9 +28,11 @@ NAMES = {"text": "text", "blank": "blank image", "picture": "picture"}
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.demo_page", description=__doc__)
     parser.add_argument("report", type=Path, nargs="?", default=ROOT / "report")
-    folder = parser.parse_args().report
+    parser.add_argument("--commit", help="Of the code that made the report (default: HEAD).")
+    chosen = parser.parse_args()
+    folder: Path = chosen.report
     results = json.loads((folder / "results.json").read_text("utf-8"))
-    commit = _commit()
+    commit = chosen.commit or _commit()
     files = {
         ROOT / "README.md": readme(results, commit),
         ROOT / "docs" / "results.md": page(results, commit),
@@ -53,8 +56,8 @@ def readme(results: dict[str, Any], commit: str) -> str:
     plain = results["benchmarks"]["malicious"]
     n = plain["text"]["unguarded"]["asr_n"]
     return (
-        f"The embedded model, harmful and harmless requests (`own_malicious`, {n} of each), `make "
-        f"demo`,\ncommit {commit}; 95% Wilson intervals:\n\n{_plain_table(plain)}"
+        f"The embedded model, harmful and harmless requests (`own_malicious`, {n} of each),\n"
+        f"{COMMAND}, commit {commit}; 95% Wilson intervals:\n\n{_plain_table(plain)}"
     )
 
 
@@ -99,8 +102,7 @@ def card(results: dict[str, Any], commit: str) -> str:
     right = wilson(round(vqa["unguarded"] * vqa["n"]), vqa["n"])
     garbled = max(one["unguarded"]["degenerate"] for one in results["settings"].values())
     return (
-        f"`make demo`, commit {commit}, without a guard, `own_malicious`, {n} of each label, "
-        "refusal\nphrases as judge (a smoke test), 95% Wilson intervals:\n\n"
+        f"{COMMAND}, commit {commit}, without a guard, `own_malicious`, {n} of each label,\nrefusal phrases as judge (a smoke test), 95% Wilson intervals:\n\n"
         f"{table(['Setting', 'Attack success', 'Over-refusal'], rows)}\n\n"
         f"easy-vqa: {right.interval} of {vqa['n']} test questions. "
         f"Garbled answers: at most {garbled:.1%}."
