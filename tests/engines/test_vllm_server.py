@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import re
@@ -18,6 +16,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from tests.engines import tiny_vllm
 from tests.engines.conftest import NEW, Reference
 from vlm_safeguard.utils.network import listen
 
@@ -78,19 +77,10 @@ def _openings(address: str) -> tuple[int, int]:
     return sum(map(int, map(float, decided))), sum(map(int, map(float, opened)))
 
 
-def _openai(part: dict[str, Any]) -> dict[str, Any]:
-    if part["type"] == "text":
-        return part
-    file = io.BytesIO()
-    part["image"].save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
-
-
 def test_chat_is_guarded_with_pictures_and_without(server: str, reference: Reference) -> None:
     before = _openings(server)
     for conversation in reference.requests:
-        content = [_openai(part) for part in conversation[0]["content"]]
+        content = [tiny_vllm.openai(part) for part in conversation[0]["content"]]
         _post(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": content}]})
     opened = sum(len(decision.sources) for _, decision in reference.answers)
     after = _openings(server)

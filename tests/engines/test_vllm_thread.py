@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.engines import tiny_vllm
 from tests.engines.conftest import NEW, Reference
 from tests.server.live import wait_until
 from vlm_safeguard.errors import SafeguardError, UnreadableText
@@ -37,16 +36,6 @@ def running(engine: Any, **chosen: Any) -> Iterator[Any]:
     finally:
         InferenceThread.close(made)
         assert not engine.llm_engine.has_unfinished_requests()
-
-
-def openai(part: dict[str, Any]) -> dict[str, Any]:
-    """A part of a message in OpenAI's form."""
-    if part["type"] == "text":
-        return part
-    file = io.BytesIO()
-    part["image"].save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
 def asked(
@@ -75,7 +64,7 @@ def asked(
 
 
 def contents(reference: Reference) -> list[Any]:
-    return [[openai(part) for part in turn[0]["content"]] for turn in reference.requests]
+    return [[tiny_vllm.openai(part) for part in turn[0]["content"]] for turn in reference.requests]
 
 
 def text_of(answer: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,6 +103,16 @@ def for_vllm(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ]
         turns.append({"role": message["role"], "content": parts})
     return turns
+
+
+def openai(part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a message, in the chat format of transformers, in OpenAI's form."""
+    if part["type"] == "text":
+        return part
+    file = io.BytesIO()
+    part["image"].save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
 def engine(folder: Path, **options: Any) -> Any:
