@@ -102,7 +102,8 @@ def card(results: dict[str, Any], commit: str) -> str:
     right = wilson(round(vqa["unguarded"] * vqa["n"]), vqa["n"])
     garbled = max(one["unguarded"]["degenerate"] for one in results["settings"].values())
     return (
-        f"{COMMAND}, commit {commit}, without a guard, `own_malicious`, {n} of each label,\nrefusal phrases as judge (a smoke test), 95% Wilson intervals:\n\n"
+        f"{COMMAND}, commit {commit}, without a guard, `own_malicious`, {n} of each label,\n"
+        "refusal phrases as judge (a smoke test), 95% Wilson intervals:\n\n"
         f"{table(['Setting', 'Attack success', 'Over-refusal'], rows)}\n\n"
         f"easy-vqa: {right.interval} of {vqa['n']} test questions. "
         f"Garbled answers: at most {garbled:.1%}."
