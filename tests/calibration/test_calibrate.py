@@ -261,7 +261,11 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
     text[:, 0, 0] = 2 * torch.arange(10)
     seen[0, 1, 0] = 20  # with its picture alone
     states: list[torch.Tensor] = []
-    monkeypatch.setattr(hidden_states, "record", lambda *_, **__: states.pop(0))
+    monkeypatch.setattr(
+        hidden_states,
+        "record",
+        lambda _, asked, *__, **___: states.pop(0) if asked else torch.zeros(0, 2, 1),
+    )
     monkeypatch.setattr(
         hidden_states, "answered", lambda _, asked, *__: [p != items[9] for p in asked]
     )

@@ -6,7 +6,7 @@
 2. Record the calibration prompts as text, with a blank image and with pictures, and fit the text
    gate and the gate in the VLM. Set the thresholds on other, ordinary harmless prompts, so that
    the false-positive budget is kept with 95% confidence (``conformal``). Keep the gate in the VLM
-   only if it finds more than it costs the text gate.
+   only if the two find more than the text gate alone.
 3. Try steering candidates on harmful calibration prompts with images, and keep the one under which
    fewest attacks succeed.
 4. Test the guard on held-back prompts. If it does not help, raise an error.
@@ -105,7 +105,7 @@ def calibrate(
         scores = bound_scores(
             loaded, *fits, bound, reads_sentences, epsilon, folder, progress, refusals
         )
-        fitted = useful_gates(*fits, scores, epsilon)
+        fitted = useful_gates(*fits, scores, epsilon, recorded.found_together(*fits))
         table = _separability(text, pictured, directions)
         gates = [
             _gate_rates(source, gate, {"text": text} if source == "text" else pictured)

@@ -70,6 +70,7 @@ class GateFit:
         spread: standard deviation of the scores of harmless prompts, cross-validated.
         unseen: cross-validated scores of harmful and harmless prompts, minus the threshold and
             divided by ``spread``.
+        judged: which of the harmful prompts ``unseen`` is about.
     """
 
     layers: tuple[int, ...]
@@ -79,6 +80,7 @@ class GateFit:
     weights: tuple[float, float] = (0.0, 0.0)
     spread: float = 1.0
     unseen: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+    judged: tuple[bool, ...] = ()
 
     @property
     def unseen_rates(self) -> tuple[float, float]:
@@ -114,6 +116,7 @@ def fit_gate(
     counted: Tensor | None = None,
     signs: tuple[Tensor, Tensor] | None = None,
     openings: Sequence[int] = (),
+    parts: Tensor | None = None,
 ) -> GateFit:
     """Fit the gate that best separates harmful prompts at low false-positive rates.
 
@@ -141,9 +144,10 @@ def fit_gate(
         pooled: whether to try runs of layers too.
         counted: which harmless prompts count as false positives, (k,) bool; by default all. The
             others are used for fitting only.
-        signs: refusal signs of the harmful and the harmless prompts, (k, 2) each. Those of prompts
-            with a negative fold are not looked at.
+        signs: refusal signs of the harmful and the harmless prompts, (k, 2) each.
         openings: the tokens that the signs are about.
+        parts: places (m, 2) among the harmless prompts of a prompt and of one of its sentences. The
+            gate reads sentences too, so a prompt is judged by the highest of their scores.
 
     Raises:
         ValueError: the scores are not finite.
@@ -154,7 +158,7 @@ def fit_gate(
     judged = torch.isin(harmless_fold, torch.tensor(folds))
     if counted is not None:
         judged &= counted
-    said = _Said.of(signs, known_harmful, judged)
+    said = _Said.of(signs, judged)
     depth = sorted(directions)
     choices: list[tuple[int, ...]] = [(layer,) for layer in depth]
     for width in (4, 8, 16) if pooled else ():
@@ -166,20 +170,21 @@ def fit_gate(
         inner = {
             n: (harmful[:, n].float() @ b.T, harmless[:, n].float() @ b.T) for n, b in bases.items()
         }
-        parts = [_project(inner, harmful_fold != fold, harmless_fold != fold) for fold in folds]
+        tried = [_project(inner, harmful_fold != fold, harmless_fold != fold) for fold in folds]
         for layers in choices:
             unseen = torch.zeros(len(harmful)), torch.zeros(len(harmless))
-            for fold, scores in zip(folds, parts, strict=True):
+            for fold, scores in zip(folds, tried, strict=True):
                 h, s = (torch.stack([scores[n][i] for n in layers]).sum(0) for i in (0, 1))
                 known = s[(harmless_fold != fold) & judged]
                 centre, spread = known.mean(), known.std().clamp(min=1e-12)
-                h, s = (h - centre) / spread, (s - centre) / spread
+                h = (h - centre) / spread + said.intent[0]
+                s = _highest((s - centre) / spread + said.intent[1], parts)
                 unseen[0][harmful_fold == fold] = h[harmful_fold == fold]
                 unseen[1][harmless_fold == fold] = s[harmless_fold == fold]
-            linear = unseen[0][known_harmful], unseen[1][judged]
-            unit = float((linear[1] + said.intent[1]).std().clamp(min=1e-12))
+            unit = float(unseen[1][judged].std().clamp(min=1e-12))
             for verdict in (0.0,) if signs is None else (0.0, VERDICT):
-                h, s = (linear[i] + said.intent[i] + verdict * said.verdict[i] for i in (0, 1))
+                h = (unseen[0] + verdict * said.verdict[0])[known_harmful]
+                s = (unseen[1] + verdict * said.verdict[1])[judged]
                 value = auc(h, s, max(COMPARED, budget))
                 if value > best_value:
                     cut = threshold(h, s, budget)
@@ -194,7 +199,8 @@ def fit_gate(
     seen = replace(best, threshold=0.0).scores(harmless[judged])
     scale = float(seen.std())
     cut = float(seen.mean()) + best.threshold * scale
-    best = replace(best, threshold=cut, spread=best.spread * scale)
+    used = tuple(known_harmful.tolist())
+    best = replace(best, threshold=cut, spread=best.spread * scale, judged=used)
     if signs is None:
         return best
     weights = scale / said.unit, weight_of_verdict * scale
@@ -204,8 +210,8 @@ def fit_gate(
 
 @dataclass(frozen=True)
 class _Said:
-    """Refusal signs of harmful and of harmless prompts: the intent minus ``centre`` and in units of
-    ``unit``, which are its mean and spread over the harmless ones, and the verdict."""
+    """Refusal signs of all harmful and harmless prompts: the intent minus ``centre`` and in units
+    of ``unit``, which are its mean and spread over the judged harmless ones, and the verdict."""
 
     intent: tuple[Tensor, Tensor]
     verdict: tuple[Tensor, Tensor]
@@ -213,15 +219,22 @@ class _Said:
     unit: float
 
     @classmethod
-    def of(cls, signs: tuple[Tensor, Tensor] | None, harmful: Tensor, harmless: Tensor) -> _Said:
-        """The signs of the masked prompts; without signs, nothing."""
+    def of(cls, signs: tuple[Tensor, Tensor] | None, judged: Tensor) -> _Said:
+        """Without signs, nothing."""
         if signs is None:
             none = torch.zeros(()), torch.zeros(())
             return cls(none, none, 0.0, 1.0)
-        high, low = signs[0][harmful], signs[1][harmless]
-        centre, unit = float(low[:, 0].mean()), float(low[:, 0].std().clamp(min=1e-12))
-        intent = (high[:, 0] - centre) / unit, (low[:, 0] - centre) / unit
-        return cls(intent, (high[:, 1], low[:, 1]), centre, unit)
+        low = signs[1][judged, 0]
+        centre, unit = float(low.mean()), float(low.std().clamp(min=1e-12))
+        high, low = ((part[:, 0] - centre) / unit for part in signs)
+        return cls((high, low), (signs[0][:, 1], signs[1][:, 1]), centre, unit)
+
+
+def _highest(scores: Tensor, parts: Tensor | None) -> Tensor:
+    """Scores (k,), each at least as high as those of its ``parts``, see ``fit_gate``."""
+    if parts is None:
+        return scores
+    return scores.scatter_reduce(0, parts[:, 0], scores[parts[:, 1]], "amax")
 
 
 def refusal_openings(harmful: Tensor, harmless: Tensor) -> list[int]:
@@ -265,23 +278,26 @@ def bounded(gates: Sequence[GateFit], scores: Tensor, epsilon: float) -> tuple[G
 
 
 def useful_gates(
-    text_gate: GateFit, in_vlm: GateFit, scores: Tensor, epsilon: float
+    text_gate: GateFit, in_vlm: GateFit, scores: Tensor, epsilon: float, harmful: Tensor
 ) -> dict[Literal["text", "vlm"], GateFit]:
     """The gates of a guard with their final thresholds: both, or the text gate alone.
 
     Two gates share one false-positive budget, so a second one raises the threshold of the first. It
-    is left out if both together would find fewer requests than the text gate alone, even if they
-    never opened on the same one.
+    is left out unless one of the two opens on more harmful requests with a picture than the text
+    gate does alone.
 
     Args:
         text_gate, in_vlm: the fitted gates.
         scores: the highest score of each gate for each harmless question, (n, 2), in units of the
             gate's spread.
         epsilon: as in ``bounded``.
+        harmful: cross-validated scores (m, 2) of the same harmful requests by each gate, as in
+            ``GateFit.unseen``.
     """
     (alone,) = bounded([text_gate], scores[:, 0], epsilon)
     both = bounded([text_gate, in_vlm], scores.max(1).values, epsilon)
-    if sum(gate.unseen_rates[0] for gate in both) <= alone.unseen_rates[0]:
+    shifts = [conformal_threshold(part, epsilon) for part in (scores[:, 0], scores.max(1).values)]
+    if (harmful.max(1).values > shifts[1]).sum() <= (harmful[:, 0] > shifts[0]).sum():
         return {"text": alone}
     return {"text": both[0], "vlm": both[1]}
 

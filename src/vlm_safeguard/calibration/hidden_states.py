@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ FOLDS = 5  # of the cross-validation that chooses a gate
 class States:
     """Hidden states (k, L, d) of k prompts at L layers, with labels and cross-validation folds."""
 
+    ids: tuple[str, ...]  # k ids of prompts
     states: Tensor
     harmful: Tensor  # (k,) bool
     fold: Tensor  # (k,); a question and its copy in a template share a fold
@@ -68,6 +70,22 @@ class States:
 
 
 @dataclass(frozen=True)
+class Sentences:
+    """Single sentences of the harmless prompts, as text, each once.
+
+    Attributes:
+        states: (k, L, d); k may be 0.
+        signs: refusal signs (k, 2); zero if the model's refusals have no known openings.
+        of: places (m, 2) of a harmless prompt among the harmless prompts and of one of its
+            sentences among the sentences.
+    """
+
+    states: Tensor
+    signs: Tensor
+    of: Tensor
+
+
+@dataclass(frozen=True)
 class Recorded:
     """What gates are fitted to.
 
@@ -76,16 +94,18 @@ class Recorded:
         directions: safety directions by layer.
         openings: tokens that the model's refusals begin with; may be empty.
         text: states of the calibration prompts as text.
-        sentences: states (k, L, d) of single sentences of harmless prompts, as text; k may be 0.
+        sentences: of these prompts.
         pictured: states with a blank image and with a picture, by setting.
+        untold: ids of prompts whose label does not show in what the text gate reads.
     """
 
     pairs: Tensor
     directions: dict[int, Tensor]
     openings: list[int]
     text: States
-    sentences: Tensor
+    sentences: Sentences
     pictured: dict[str, States]
+    untold: frozenset[str]
 
     def text_only_states(self) -> States:
         """States that the text gate is fitted to: prompts as text, anchors, and sentences.
@@ -94,16 +114,44 @@ class Recorded:
         themselves, such as the beginning of a story.
         """
         harmful, harmless = self.pairs
-        return with_others(self.text, harmful, torch.cat([harmless, self.sentences]))
+        none = torch.zeros(len(harmful) + len(harmless), 2)
+        others = with_others(self.text, harmful, harmless, none)
+        return with_others(others, harmful[:0], self.sentences.states, self.sentences.signs)
+
+    def parts(self) -> Tensor:
+        """Where the sentences stand in ``text_only_states``, for ``fit_gate``."""
+        first = int((~self.text.harmful).sum()) + self.pairs.shape[1]
+        return self.sentences.of + torch.tensor([0, first])
 
     def vlm_states(self) -> States:
         """States that the gate in the VLM is fitted to: all settings with a picture."""
+        every = list(self.pictured.values())
         return States(
+            tuple(one for s in every for one in s.ids),
             *(
-                torch.cat([getattr(s, name) for s in self.pictured.values()])
+                torch.cat([getattr(s, name) for s in every])
                 for name in ("states", "harmful", "fold", "counted")
-            )
+            ),
         )
+
+    def found_together(self, text_gate: GateFit, in_vlm: GateFit) -> Tensor:
+        """Cross-validated scores (m, 2), by the text gate and by the gate in the VLM, of the
+        harmful prompts with a picture, for ``useful_gates``.
+
+        The text gate does not open on a prompt that it cannot tell from a harmless one.
+        """
+        by_text = dict.fromkeys(self.untold, -math.inf)
+        by_text |= _unseen(self.text_only_states(), text_gate)
+        by_vlm = _unseen(self.vlm_states(), in_vlm)
+        both = [(by_text[one], score) for one, score in by_vlm if one in by_text]
+        return torch.tensor(both).reshape(-1, 2)
+
+
+def _unseen(states: States, gate: GateFit) -> list[tuple[str, float]]:
+    """Ids and cross-validated scores of the harmful prompts."""
+    ids = [one for one, harmful in zip(states.ids, states.harmful, strict=True) if harmful]
+    judged = [one for one, used in zip(ids, gate.judged, strict=True) if used]
+    return list(zip(judged, gate.unseen[0].tolist(), strict=True))
 
 
 def record_anchors(
@@ -147,19 +195,35 @@ def record_calibration(
     worded = evenly([p for p in fit if told(p, reads_pictures)], effort.worded)
     said = [spoken(p, reads_pictures) for p in worded]
     text = record_states(loaded, worded, said, "text", folder, progress, openings)
-    parts: dict[str, None] = {}  # each once: those of a template repeat
-    for prompt in worded if reads_sentences else ():
-        if not prompt.harmful:
-            parts |= dict.fromkeys(sentences(canonical_text(prompt.prompt)))
-    single = record(
-        loaded, [Query(one, None) for one in parts], folder, what="sentences", progress=progress
-    )
+    single = record_sentences(loaded, worded if reads_sentences else [], openings, folder, progress)
     pictured: dict[str, States] = {}
     for setting in PICTURED:
         chosen = evenly(within(fit, setting), effort.pictured)
         seen = queries(chosen, setting)
         pictured[setting] = record_states(loaded, chosen, seen, setting, folder, progress)
-    return Recorded(pairs, directions, openings, text, single, pictured)
+    untold = frozenset(p.id for p in fit if not told(p, reads_pictures))
+    return Recorded(pairs, directions, openings, text, single, pictured, untold)
+
+
+def record_sentences(
+    loaded: LoadedModel,
+    items: Sequence[Prompt],
+    openings: Sequence[int],
+    folder: Path,
+    progress: Progress,
+) -> Sentences:
+    """Record the sentences of the harmless among ``items``."""
+    places: dict[str, int] = {}  # each once: those of a template repeat
+    of: list[tuple[int, int]] = []
+    for n, prompt in enumerate(p for p in items if not p.harmful):
+        for one in sentences(canonical_text(prompt.prompt)):
+            of.append((n, places.setdefault(one, len(places))))
+    asked = [Query(one, None) for one in places]
+    states, signs = record_signs(
+        loaded, asked, openings if asked else (), folder, "sentences", progress, sentence=True
+    )
+    signs = torch.zeros(len(asked), 2) if signs is None else signs
+    return Sentences(states, signs, torch.tensor(of, dtype=torch.long).reshape(-1, 2))
 
 
 def record_states(
@@ -184,7 +248,8 @@ def record_states(
     if signs is not None:
         counted &= signs[:, 1] == 0
     harmful = torch.tensor([p.harmful for p in items])
-    return States(states, harmful, torch.tensor(fold), counted, signs)
+    ids = tuple(p.id for p in items)
+    return States(ids, states, harmful, torch.tensor(fold), counted, signs)
 
 
 def record_signs(
@@ -210,21 +275,22 @@ def record_signs(
     )
 
 
-def with_others(text: States, harmful: Tensor, harmless: Tensor) -> States:
-    """States of the text prompts together with other states (k, L, d).
+def with_others(text: States, harmful: Tensor, harmless: Tensor, signs: Tensor) -> States:
+    """States of the text prompts together with other states (k, L, d) and their refusal signs.
 
     The others get a negative fold: gates are fitted to them but not judged by them. The directions
     come from the anchors and separate them better than other prompts, and a sentence is no request.
     """
     labels = torch.arange(len(harmful) + len(harmless)) < len(harmful)
     folds = torch.full((len(labels),), -1)
-    signs = None if text.signs is None else torch.cat([text.signs, torch.zeros(len(labels), 2)])
+    together = None if text.signs is None else torch.cat([text.signs, signs])
     return States(
+        text.ids + ("",) * len(labels),
         torch.cat([text.states, harmful, harmless]),
         torch.cat([text.harmful, labels]),
         torch.cat([text.fold, folds]),
         torch.cat([text.counted, ~labels]),
-        signs,
+        together,
     )
 
 
@@ -243,10 +309,11 @@ def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
             counted=states.false_positives(),
             signs=states.split_signs(),
             openings=recorded.openings,
+            parts=parts,
         )
-        for states, share in (
-            (recorded.text_only_states(), 1 - IN_VLM_SHARE),
-            (recorded.vlm_states(), IN_VLM_SHARE),
+        for states, share, parts in (
+            (recorded.text_only_states(), 1 - IN_VLM_SHARE, recorded.parts()),
+            (recorded.vlm_states(), IN_VLM_SHARE, None),
         )
     )
     return text_gate, in_vlm
@@ -288,19 +355,12 @@ def bound_scores(
     what = "bound, pictures"
     seen = record(loaded, mixed, folder, what=what, layers=layers, progress=progress)
     by_text = text_gate.scores(text, signs) / text_gate.spread
-    cut = [
-        (n, one)
-        for n, prompt in enumerate(items if reads_sentences else ())
-        for one in sentences(canonical_text(prompt.prompt))
-    ]
-    if cut:
-        asked = [Query(one, None) for _, one in cut]
-        parts, signs = record_signs(
-            loaded, asked, text_gate.openings, folder, "bound, sentences", progress, sentence=True
-        )
-        of_parts = text_gate.scores(parts, signs) / text_gate.spread
-        owners = torch.tensor([n for n, _ in cut])
-        by_text = by_text.scatter_reduce(0, owners, of_parts, "amax")
+    single = record_sentences(
+        loaded, items if reads_sentences else [], text_gate.openings, folder, progress
+    )
+    of_parts = text_gate.scores(single.states, single.signs) / text_gate.spread
+    owner, part = single.of.T
+    by_text = by_text.scatter_reduce(0, owner, of_parts[part], "amax")
     by_vlm = torch.maximum(in_vlm.scores(text), in_vlm.scores(seen)) / in_vlm.spread
     scores = torch.stack([by_text, by_vlm], 1)
     _lower_refused(loaded, items, scores, ASKED * epsilon, recogniser)

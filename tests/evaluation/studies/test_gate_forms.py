@@ -57,18 +57,21 @@ def test_gates_move_together_until_the_budget_is_kept() -> None:
     assert expected[0] != pytest.approx(float((seen + 1 > 0).double().mean()))
 
 
-@pytest.mark.parametrize(("found_in_vlm", "kept"), [(0.0, ["text"]), (0.9, ["text", "vlm"])])
+@pytest.mark.parametrize(
+    ("found_in_vlm", "kept"),
+    [(slice(0, 0), ["text"]), (slice(50, 100), ["text"]), (slice(0, 90), ["text", "vlm"])],
+)
 def test_a_gate_in_the_vlm_stays_if_it_finds_more_than_it_costs(
-    found_in_vlm: float, kept: list[str]
+    found_in_vlm: slice, kept: list[str]
 ) -> None:
     """Its scores of harmless questions are far above those of the text gate, so with it the text
-    gate's threshold moves from 0.99 to 2.99 units, past all harmful scores."""
+    gate's threshold moves from 0.99 to 2.99 units, past all harmful scores: then it must find more
+    than the upper half of the requests, which the text gate finds alone."""
     harmless = torch.stack([torch.linspace(0, 1, 1000), torch.linspace(2, 3, 1000).flip(0)], 1)
-    text = GateFit((0,), torch.ones(1, 1), 0.0, unseen=(torch.linspace(0, 2, 100), torch.zeros(9)))
-    high = torch.full((100,), -9.0)
-    high[: int(100 * found_in_vlm)] = 9.0
-    in_vlm = GateFit((1,), torch.ones(1, 1), 0.0, unseen=(high, torch.zeros(9)))
-    gates = useful_gates(text, in_vlm, harmless, 0.02)
+    text, in_vlm = (GateFit((layer,), torch.ones(1, 1), 0.0) for layer in (0, 1))
+    harmful = torch.stack([torch.linspace(0, 2, 100), torch.full((100,), -9.0)], 1)
+    harmful[found_in_vlm, 1] = 9.0
+    gates = useful_gates(text, in_vlm, harmless, 0.02, harmful)
     assert list(gates) == kept
     allowed = allowed_exceedances(1000, 0.02)
     highest = harmless[:, : len(kept)].max(1).values.sort(descending=True).values

@@ -102,9 +102,10 @@ def study(
         bound = evenly([p for p in data.bound if p.ordinary], effort.bound)
         epsilon = budget.false_positives
         scores = bound_scores(loaded, text_gate, in_vlm, bound, False, epsilon, folder, progress)
-        gates = useful_gates(text_gate, in_vlm, scores, epsilon)
-        together = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
-    return rows, together
+        together = recorded.found_together(text_gate, in_vlm)
+        gates = useful_gates(text_gate, in_vlm, scores, epsilon, together)
+        rates = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
+    return rows, rates
 
 
 def _held(
@@ -122,11 +123,14 @@ def _held(
     states, signs = record_signs(loaded, asked, openings, folder, what, progress)
     harmful = torch.tensor([p.harmful for p in items])
     ordinary = torch.tensor([p.ordinary for p in items])
-    return States(states, harmful, torch.zeros(len(items), dtype=torch.long), ordinary, signs)
+    ids, fold = tuple(p.id for p in items), torch.zeros(len(items), dtype=torch.long)
+    return States(ids, states, harmful, fold, ordinary, signs)
 
 
 def _fit(recorded: Recorded, source: str, form: Form, budget: Budget) -> GateFit:
-    states = recorded.text_only_states() if source == "text" else recorded.vlm_states()
+    states, parts = recorded.vlm_states(), None
+    if source == "text":
+        states, parts = recorded.text_only_states(), recorded.parts()
     return fit_gate(
         *states.split(),
         *states.folds(),
@@ -137,6 +141,7 @@ def _fit(recorded: Recorded, source: str, form: Form, budget: Budget) -> GateFit
         counted=states.false_positives(),
         signs=states.split_signs() if form.intent else None,
         openings=recorded.openings,
+        parts=parts,
     )
 
 
