@@ -77,14 +77,14 @@ def measure(subject: Subjects, clients: int, requests: int, rounds: int) -> dict
     config = shipped.config.model_copy(update={"reads_pictures": False})
     guard = Guard(config, shipped.tensors)
     found: dict[str, list[Load]] = {name: [] for name in SERVERS}
-    for number in range(rounds + 1):
+    for number in range(rounds):
         for name in SERVERS[number % 3 :] + SERVERS[: number % 3]:
             batch = 1 if name.endswith("batch 1") else 8
             with serving(subject, None if name == "unguarded" else guard, batch, clients) as url:
+                load(url, 1, 1)  # warms up
                 loaded = load(url, clients, requests)
             print(f"{clients} clients, {name}: {loaded.rate:.3f}/s", file=sys.stderr)
-            if number:  # the first round warms up
-                found[name].append(loaded)
+            found[name].append(loaded)
     return found
 
 

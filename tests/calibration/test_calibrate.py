@@ -121,6 +121,34 @@ def test_prompts_of_a_negative_fold_teach_but_do_not_judge() -> None:
     assert joined.unseen_rates[0] > 0.9
 
 
+def test_a_harmless_prompt_is_judged_by_the_highest_of_its_sentences() -> None:
+    """Layer 0 separates prompts best, but there a sentence that every fifth harmless prompt holds
+    looks like harm, in a direction that no prompt as a whole has. The gate reads it, so layer 1,
+    which separates a little worse, finds more at the same rate."""
+    generator = torch.Generator().manual_seed(0)
+    harmful, harmless, fresh = torch.randn(3, 200, 2, 8, generator=generator)
+    harmful[:, 0, 0] += 5
+    harmful[:, 1, 0] += 4
+    sentence = torch.zeros(1, 2, 8)
+    sentence[0, 0, 0] = 9.0
+    directions = {n: torch.eye(8)[:1] for n in range(2)}
+    fold, of = torch.arange(200) % 5, torch.arange(0, 200, 5)
+    folds = torch.cat([fold, torch.tensor([-1])])
+    parts = torch.stack([of, torch.full_like(of, 200)], 1)
+    states = torch.cat([harmless, sentence])
+    fits = [
+        fit_gate(
+            harmful, states, fold, folds, directions, 0.02, kinds=["first"], pooled=False, parts=p
+        )
+        for p in (None, parts)
+    ]
+    assert [fit.layers for fit in fits] == [(0,), (1,)]
+    opened = [bool(fit.scores(sentence) > 0) for fit in fits]
+    assert opened == [True, False]
+    assert (fits[1].scores(fresh) > 0).double().mean() < 0.06
+    assert fits[1].unseen_rates[1] <= 0.02 and fits[1].unseen_rates[0] > 0.85
+
+
 def test_harmless_prompts_that_do_not_count_leave_the_threshold_where_it_is() -> None:
     """Look-alikes lie among the harmful prompts. Only where they count is hardly anything found."""
     harmful, harmless = make_states({2}, 3)
@@ -183,6 +211,8 @@ def test_gates_are_fitted_to_sentences_of_harmless_prompts_and_not_judged_by_the
         )
         assert asked["sentences"] == (expected if reads else [])
         made, count = found.text_only_states(), 4 if reads else 0
+        pairs_of = [(0, 6), (0, 7), (0, 8), (1, 6), (1, 7), (1, 9)]  # 3 prompts, 3 anchors
+        assert found.parts().tolist() == [list(pair) for pair in pairs_of if reads]
         assert len(made.states) == 6 + 6 + count
         assert made.fold[6:].tolist() == [-1] * (6 + count)
         assert made.harmful[6:].tolist() == [True] * 3 + [False] * (3 + count)
