@@ -310,6 +310,7 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
             text_gate,
             in_vlm,
             items,
+            False,
             reads_sentences,
             0.1,
             tmp_path,

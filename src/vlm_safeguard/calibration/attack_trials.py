@@ -16,8 +16,8 @@ from vlm_safeguard.data.inputs import (
     Setting,
     batches,
     queries,
+    query,
     settings_of,
-    spoken,
 )
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.guard import Guard, reads_pictures
@@ -59,16 +59,14 @@ def successes(
 
 
 def answered(
-    loaded: LoadedModel,
-    items: Sequence[Prompt],
-    reads_pictures: bool,
-    recogniser: Recogniser = BY_PHRASES,
+    loaded: LoadedModel, items: Sequence[Prompt], recogniser: Recogniser = BY_PHRASES
 ) -> list[bool]:
-    """Whether the model answers each request as text, without a guard.
+    """Whether the model answers each request without a guard: as text, or with its picture where it
+    means nothing without.
 
     If the model refuses a request by itself, an open gate costs nothing.
     """
-    asked = [spoken(p, reads_pictures) for p in items]
+    asked = [query(p, settings_of(p)[0]) for p in items]
     return successes(loaded, None, asked, REFUSAL, recogniser)
 
 
@@ -159,9 +157,9 @@ class Cost:
     """What a guard costs on harmless requests.
 
     Attributes:
-        kl: mean KL divergence of the next token, in nats. Requests that the model would refuse as
-            text count 0.
-        stopped: for each request, whether a gate opened and the model would answer it as text.
+        kl: mean KL divergence of the next token, in nats. Requests that the model would refuse by
+            itself count 0.
+        stopped: for each request, whether a gate opened and the model would have ``answered`` it.
         clusters: the question of each request. Settings and copies in templates share it.
     """
 
@@ -203,7 +201,7 @@ def harmless_cost(
             divergences += [found.get(row) for row in range(len(group))]
     pairs = list(zip(asked, divergences, strict=True))
     of_open = list({p.id: p for p, moved_by in pairs if moved_by is not None}.values())
-    own = answered(loaded, of_open, guard.config.reads_pictures, recogniser)
+    own = answered(loaded, of_open, recogniser)
     wanted = {p.id for p, is_answered in zip(of_open, own, strict=True) if is_answered}
     counted = [moved_by if p.id in wanted else None for p, moved_by in pairs]
     stopped = [moved_by is not None for moved_by in counted]

@@ -103,7 +103,15 @@ def calibrate(
         fits = fit_gates(recorded, budget)
         epsilon = budget.false_positives
         scores = bound_scores(
-            loaded, *fits, bound, reads_sentences, epsilon, folder, progress, refusals
+            loaded,
+            *fits,
+            bound,
+            reads_pictures,
+            reads_sentences,
+            epsilon,
+            folder,
+            progress,
+            refusals,
         )
         fitted = useful_gates(*fits, scores, epsilon, recorded.found_together(*fits))
         table = _separability(text, pictured, directions)

@@ -201,7 +201,7 @@ def _effect(
     harmless = within([p for p in held if not p.harmful], "blank")
     said = respond(loaded, queries(harmless, "blank"), guard, max_new_tokens=1, reasoning=0)
     opened = [p for p, a in zip(harmless, said, strict=True) if a.fired]
-    stopped = sum(answered(loaded, opened, guard.config.reads_pictures))
+    stopped = sum(answered(loaded, opened))
     rate = wilson(stopped, len(harmless))
     allowed = guard.config.calibration.get("budget", {}).get("false_positives", 0.02)
     # With few prompts only a rate that is significantly above the budget counts against it.

@@ -16,7 +16,16 @@ from vlm_safeguard.calibration.attack_trials import answered, within
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.gate_fitting import GateFit, fit_gate, refusal_openings
 from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
-from vlm_safeguard.data.inputs import PICTURED, Query, Setting, queries, query, spoken, told
+from vlm_safeguard.data.inputs import (
+    PICTURED,
+    Query,
+    Setting,
+    queries,
+    query,
+    settings_of,
+    spoken,
+    told,
+)
 from vlm_safeguard.data.prompts import AnchorPair, CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.model.canonical_text import canonical_text
@@ -195,7 +204,10 @@ def record_calibration(
     worded = evenly([p for p in fit if told(p, reads_pictures)], effort.worded)
     said = [spoken(p, reads_pictures) for p in worded]
     text = record_states(loaded, worded, said, "text", folder, progress, openings)
-    single = record_sentences(loaded, worded if reads_sentences else [], openings, folder, progress)
+    harmless = [one.text for p, one in zip(worded, said, strict=True) if not p.harmful]
+    single = record_sentences(
+        loaded, harmless if reads_sentences else [], openings, folder, progress
+    )
     pictured: dict[str, States] = {}
     for setting in PICTURED:
         chosen = evenly(within(fit, setting), effort.pictured)
@@ -207,16 +219,16 @@ def record_calibration(
 
 def record_sentences(
     loaded: LoadedModel,
-    items: Sequence[Prompt],
+    texts: Sequence[str],
     openings: Sequence[int],
     folder: Path,
     progress: Progress,
 ) -> Sentences:
-    """Record the sentences of the harmless among ``items``."""
+    """Record the sentences of harmless prompts, of which the text gate reads ``texts``."""
     places: dict[str, int] = {}  # each once: those of a template repeat
     of: list[tuple[int, int]] = []
-    for n, prompt in enumerate(p for p in items if not p.harmful):
-        for one in sentences(canonical_text(prompt.prompt)):
+    for n, text in enumerate(texts):
+        for one in sentences(canonical_text(text)):
             of.append((n, places.setdefault(one, len(places))))
     asked = [Query(one, None) for one in places]
     states, signs = record_signs(
@@ -239,14 +251,14 @@ def record_states(
     ``openings`` also their refusal signs.
 
     Ordinary harmless prompts count as false positives, unless the verdict says that the model
-    refuses them by itself.
+    refuses them by itself. Of a prompt that means nothing without its picture it says nothing.
     """
     what = f"calibration prompts, {setting}"
     states, signs = record_signs(loaded, asked, openings, folder, what, progress)
     fold = [hashlib.sha256(p.cluster.encode()).digest()[0] % FOLDS for p in items]
     counted = torch.tensor([p.ordinary for p in items])
     if signs is not None:
-        counted &= signs[:, 1] == 0
+        counted &= (signs[:, 1] == 0) | torch.tensor([p.form == "picture" for p in items])
     harmful = torch.tensor([p.harmful for p in items])
     ids = tuple(p.id for p in items)
     return States(ids, states, harmful, torch.tensor(fold), counted, signs)
@@ -324,6 +336,7 @@ def bound_scores(
     text_gate: GateFit,
     in_vlm: GateFit,
     items: Sequence[Prompt],
+    reads_pictures: bool,
     reads_sentences: bool,
     epsilon: float,
     folder: Path,
@@ -332,14 +345,15 @@ def bound_scores(
 ) -> Tensor:
     """Scores of harmless questions, which set the thresholds: the highest of each gate.
 
-    Each prompt is scored as text and with a picture, a blank and a drawn one in turn. A question
-    and its copies in templates count as one, so that scores are independent. If the model refuses a
-    prompt as text by itself, no gate stops it, so it gets the lowest score.
+    Each prompt is scored as text and with its picture, or with a blank and a drawn one in turn. A
+    question and its copies in templates count as one, so that scores are independent. If the model
+    refuses a prompt by itself, no gate stops it, so it gets the lowest score.
 
     Args:
         text_gate: the text gate.
         in_vlm: the gate in the VLM.
         items: harmless prompts that no gate was fitted to.
+        reads_pictures: whether the text gate also reads the words in pictures.
         reads_sentences: whether the text gate also reads each sentence by itself.
         epsilon: the false-positive rate that thresholds are set for.
 
@@ -347,17 +361,16 @@ def bound_scores(
         Scores (n, 2) of n questions by the text gate and by the gate in the VLM, each in units of
         its ``spread``.
     """
-    mixed = [query(p, PICTURED[n % len(PICTURED)]) for n, p in enumerate(items)]
+    said = [spoken(p, reads_pictures) for p in items]
+    settings = [tuple(s for s in PICTURED if s in settings_of(p)) for p in items]
+    mixed = [query(p, s[n % len(s)]) for n, (p, s) in enumerate(zip(items, settings, strict=True))]
     layers = 1 + max(in_vlm.layers)  # no gate that sees pictures reads a layer above
-    text, signs = record_signs(
-        loaded, queries(items, "text"), text_gate.openings, folder, "bound, text", progress
-    )
+    text, signs = record_signs(loaded, said, text_gate.openings, folder, "bound, text", progress)
     what = "bound, pictures"
     seen = record(loaded, mixed, folder, what=what, layers=layers, progress=progress)
     by_text = text_gate.scores(text, signs) / text_gate.spread
-    single = record_sentences(
-        loaded, items if reads_sentences else [], text_gate.openings, folder, progress
-    )
+    texts = [one.text for one in said] if reads_sentences else []
+    single = record_sentences(loaded, texts, text_gate.openings, folder, progress)
     of_parts = text_gate.scores(single.states, single.signs) / text_gate.spread
     owner, part = single.of.T
     by_text = by_text.scatter_reduce(0, owner, of_parts[part], "amax")
@@ -377,7 +390,7 @@ def _lower_refused(
     share: float,
     recogniser: Recogniser,
 ) -> None:
-    """Give the lowest score to what the model refuses as text, from the highest score down until
+    """Give the lowest score to what the model refuses by itself, from the highest score down until
     it answers the highest ``share`` by each gate. Only these decide where a threshold lies."""
     count, lowest, known = int(share * len(items)) + 1, scores.min(0).values, set[int]()
     while True:
@@ -386,5 +399,5 @@ def _lower_refused(
         if not new:
             return
         known |= top
-        said = answered(loaded, [items[n] for n in new], False, recogniser)
+        said = answered(loaded, [items[n] for n in new], recogniser)
         scores[[n for n, is_answered in zip(new, said, strict=True) if not is_answered]] = lowest

@@ -101,7 +101,9 @@ def study(
         text_gate, in_vlm = fit_gates(recorded, budget)
         bound = evenly([p for p in data.bound if p.ordinary], effort.bound)
         epsilon = budget.false_positives
-        scores = bound_scores(loaded, text_gate, in_vlm, bound, False, epsilon, folder, progress)
+        scores = bound_scores(
+            loaded, text_gate, in_vlm, bound, False, False, epsilon, folder, progress
+        )
         together = recorded.found_together(text_gate, in_vlm)
         gates = useful_gates(text_gate, in_vlm, scores, epsilon, together)
         rates = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
