@@ -13,6 +13,7 @@ from inspect_ai.log import read_eval_log, write_eval_log
 from typer.testing import CliRunner
 
 from tests import checkpoint
+from tests.evaluation.harness.running import run_plan
 from vlm_safeguard.calibration.generation import Response
 from vlm_safeguard.cli.app import app
 from vlm_safeguard.data import prompts
@@ -49,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "vlm_safeguard.evaluation.harness.engine.respond",
             lambda loaded, items, *_, **__: [Response(say(i.text), 5, False, None) for i in items],
         )
-        run.run(plan, output, "none")
+        run_plan(plan, output)
     return output
 
 
