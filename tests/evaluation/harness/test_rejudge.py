@@ -180,6 +180,17 @@ def test_a_judge_of_harm_is_not_asked_about_harmless_requests(folder: Path, fake
     assert facts["reasons"] == {}
 
 
+def test_over_refusal_is_known_after_a_judge_of_harm(folder: Path, fake: Fake) -> None:
+    def not_asked(sample: Any) -> None:
+        if sample.metadata["label"] == "harmless":
+            score(sample).value, score(sample).reason = float("nan"), "not asked"
+
+    edit(folder, not_asked)
+    for entry in rejudge(folder, "fake", None, QUIET)["table"]:
+        assert (entry["over_refusal_n"], entry["unscored"], entry["not_asked"]) == (4, 0, 0)
+        assert entry["over_refusal"] == 1 - entry["degenerate"] / 4
+
+
 def test_a_sample_that_was_never_answered_stays_unscored(folder: Path, fake: Fake) -> None:
     def damage(sample: Any) -> None:
         if sample.metadata["label"] == "harmful":
