@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vlm_safeguard.data.prompts import SLOT
 from vlm_safeguard.errors import DataError
+from vlm_safeguard.utils.files import read_utf8
 
 
 def template(text: str, file: Path | None, what: str) -> Callable[[str], str]:
@@ -17,10 +18,7 @@ def template(text: str, file: Path | None, what: str) -> Callable[[str], str]:
             ``[QUESTION]`` exactly once.
     """
     if file is not None:
-        try:
-            text = file.read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {what} {file}: {error}") from error
+        text = read_utf8(file, what).strip()
         if text.count(SLOT) != 1:
             raise DataError(f"{file} must hold {SLOT} exactly once: the request goes in there")
     before, after = text.split(SLOT)

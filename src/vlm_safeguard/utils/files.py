@@ -9,6 +9,8 @@ import stat
 import tempfile
 from pathlib import Path
 
+from vlm_safeguard.errors import DataError
+
 
 def check_writable(folder: Path) -> list[Path]:
     """Make ``folder`` and try it out, before long work whose result goes there.
@@ -50,6 +52,26 @@ def drop_torn_line(path: Path) -> None:
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def read_utf8(path: Path, what: str, newline: str | None = None) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark.
+
+    Args:
+        path: The file.
+        what: What it holds, for the message ("the prompts").
+        newline: As for ``open``.
+
+    Raises:
+        DataError: it cannot be read or is not UTF-8.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as stream:
+            return stream.read()
+    except OSError as error:
+        raise DataError(f"cannot read {what} {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: convert it, or get it again") from error
 
 
 def read_limited(path: Path, limit: int) -> bytes:

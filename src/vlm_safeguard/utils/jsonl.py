@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.utils.files import read_limited
+from vlm_safeguard.utils.files import read_limited, read_utf8
 
 MAX_BYTES = 64 << 20
 
@@ -46,12 +46,7 @@ def read_rows(path: Path, what: str, keys: tuple[str, ...]) -> Iterator[tuple[in
         DataError: the file is missing, no UTF-8 text or empty, a line is no JSON object, or a key
             is missing.
     """
-    try:
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read the {what} {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {what} are JSONL") from error
+    text = read_utf8(path, f"the {what}")
     count = 0
     # Not splitlines(): JSON strings may hold U+2028 and other line ends of Unicode as they are.
     for number, line in enumerate(text.split("\n"), 1):

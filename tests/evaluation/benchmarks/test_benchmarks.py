@@ -203,7 +203,7 @@ def texts(found: list[Prompt]) -> list[str]:
 
 
 def test_every_benchmark_is_read_with_ids_of_its_own(library: Path) -> None:
-    assert list(WRITERS) == FROM_FILES
+    assert sorted(WRITERS) == sorted(FROM_FILES)
     ids: list[str] = []
     for name, benchmark in BENCHMARKS.items():
         found = load_benchmark(name, library)
@@ -475,10 +475,9 @@ def test_a_limit_touches_all_questions_and_all_templates() -> None:
     assert len({prompt.cluster for prompt in thin(grid, 5)}) == 5
 
 
-def test_benchmarks_name_their_publishers_and_licences() -> None:
+def test_benchmarks_name_their_publishers() -> None:
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.name == name
-        assert benchmark.licence
         assert benchmark.publisher.startswith("https://") == bool(benchmark.files)
 
 

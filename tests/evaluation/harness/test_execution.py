@@ -19,6 +19,7 @@ import pytest
 from inspect_ai.log import EvalLog
 
 from tests import checkpoint
+from tests.evaluation.harness.running import run_plan
 from tests.evaluation.harness.test_results_table import HELP
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data import prompts
@@ -41,22 +42,22 @@ def test_a_stopped_run_goes_on_and_two_runs_do_not_mix(folder: Path, tmp_path: P
         (str(folder),), ("none", "self-reminder"), ("own_malicious",), ("text",), limit=2
     )
     first = tmp_path / "run"
-    logs = run.run(plan, first, "none")
+    logs = run_plan(plan, first)
     assert len(logs) == 2 and all(log.status == "success" for log in logs)
     files = {p.name: p.stat().st_mtime_ns for p in (first / "logs").glob("*.eval")}
     # As a kill leaves it: one evaluation is missing. Only that one is run again.
     lost = sorted(files)[0]
     (first / "logs" / lost).unlink()
-    again = run.run(plan, first, "none")
+    again = run_plan(plan, first)
     kept = {p.name: p.stat().st_mtime_ns for p in (first / "logs").glob("*.eval")}
     assert len(again) == len(kept) == 2 and lost not in kept
     assert [name for name in kept if kept[name] == files.get(name)] == sorted(files)[1:]
     with pytest.raises(SafeguardError, match="another plan"):
-        run.run(run.Plan((str(folder),), ("none",), ("own_picture",)), first, "none")
+        run_plan(run.Plan((str(folder),), ("none",), ("own_picture",)), first)
     with (first / run.LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(SafeguardError, match="another run is at work"):
-            run.run(plan, first, "none")
+            run_plan(plan, first)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_a_bad_plan_is_refused_before_anything_runs(
 ) -> None:
     facts = {"models": ("m",), "defences": ("none",), "benchmarks": ("own_malicious",)} | changes
     with pytest.raises(SafeguardError, match=message):
-        run.run(run.Plan(**facts), tmp_path / "run", "none")
+        run_plan(run.Plan(**facts), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -96,7 +97,7 @@ def test_a_folder_is_refused_when_model_or_texts_changed(
         max_tokens=2,
         defence_texts=(("self-reminder", str(text)),),
     )
-    [log] = run.run(plan, output, "none")
+    [log] = run_plan(plan, output)
     assert log.eval.model_args["defence_text"] == str(text)
     assert "attack" not in log.eval.model_args
     assert "attack" not in json.loads((output / "plan.json").read_text())
@@ -104,17 +105,17 @@ def test_a_folder_is_refused_when_model_or_texts_changed(
     facts = json.loads((output / "plan.json").read_text())
     assert facts.pop("sha256")
     (output / "plan.json").write_text(json.dumps(facts))
-    run.run(plan, output, "none")
+    run_plan(plan, output)
     with pytest.raises(SafeguardError, match="limit was 1 and is 2"):
-        run.run(replace(plan, limit=2), output, "none")
+        run_plan(replace(plan, limit=2), output)
     text.write_text("Be kind. [QUESTION]")
     with pytest.raises(SafeguardError, match="the text of self-reminder changed"):
-        run.run(plan, output, "none")
+        run_plan(plan, output)
     text.write_text("Be good. [QUESTION]")
     checkpoint.save(model, seed=1)
     made_once.cache_clear()  # as another process finds it
     with pytest.raises(SafeguardError, match=r"the weights of .*model changed"):
-        run.run(plan, output, "none")
+        run_plan(plan, output)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_an_attack_changes_what_is_asked_and_not_what_is_judged(
         (str(folder),), ("self-reminder",), ("own_jailbreak",), ("text",), limit=2,
         attack=f"template:{file}",
     )  # fmt: skip
-    [log] = run.run(plan, tmp_path / "run", "none")
+    [log] = run_plan(plan, tmp_path / "run")
     assert log.eval.model_args["attack"] == f"template:{file}"
     rows, _ = results.read([log])
     meant = {p.id: p for p in prompts.evaluation("jailbreak")}
@@ -184,10 +185,9 @@ def test_an_attack_changes_what_is_asked_and_not_what_is_judged(
         assert (row.prompt, row.cluster) == (meant[row.id].prompt, meant[row.id].cluster)
         # The defence goes round the attack.
         assert f"responsible way.\nOnce upon a time: {row.prompt}\nKeep in mind" in row.response
-    [log] = run.run(
+    [log] = run_plan(
         replace(plan, benchmarks=("own_malicious",), attack="typography"),
         tmp_path / "drawn",
-        "none",
     )
     assert all(LOOK in row.response for row in results.read([log])[0])
 
@@ -207,7 +207,7 @@ def test_a_bad_attack_or_text_is_refused_before_anything_runs(
 ) -> None:
     plan = run.Plan(("m",), ("none",), ("own_malicious",))
     with pytest.raises(DataError, match=message):
-        run.run(replace(plan, **changes), tmp_path / "run", "none")
+        run_plan(replace(plan, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -224,9 +224,9 @@ def test_a_sample_that_cannot_be_generated_is_named(
 
     monkeypatch.setattr("vlm_safeguard.evaluation.harness.engine.respond", failing)
     with pytest.raises(SafeguardError, match=r"1 of 1 .*, sample mal-\S+: .*out of memory"):
-        run.run(plan, tmp_path / "run", "none")
+        run_plan(plan, tmp_path / "run")
     monkeypatch.setattr("vlm_safeguard.evaluation.harness.engine.respond", respond)
-    [log] = run.run(plan, tmp_path / "run", "none")  # the same command goes on
+    [log] = run_plan(plan, tmp_path / "run")  # the same command goes on
     assert len(results.read([log])[0]) == 4
 
 
@@ -249,10 +249,10 @@ def test_an_interrupted_run_is_no_finished_one_and_goes_on(
     monkeypatch.setattr("vlm_safeguard.evaluation.harness.engine.respond", interrupted)
     try:
         with pytest.raises(Interrupted, match=r"1 of 1 .*\(interrupted\).* goes on"):
-            run.run(plan, tmp_path / "run", "none")
+            run_plan(plan, tmp_path / "run")
     finally:
         signal.signal(signal.SIGINT, before)
-    [log] = run.run(plan, tmp_path / "run", "none")
+    [log] = run_plan(plan, tmp_path / "run")
     assert len(results.read([log])[0]) == 6
     assert asked[:2] == [2, 2] and sum(asked[2:]) < 6  # the third batch was given up at once
 
@@ -284,7 +284,7 @@ def test_what_a_broken_judge_leaves_is_unscored_and_counted(
     # Without a pause between attempts: each sample makes its own at an address that is gone.
     judge = f"endpoint:http://127.0.0.1:{server.server_port}/v1#m?backoff=0"
     plan = run.Plan((str(folder),), ("none",), ("own_malicious",), ("text",), limit=4, judge=judge)
-    rows, _ = results.read(run.run(plan, tmp_path / "run", "none"))
+    rows, _ = results.read(run_plan(plan, tmp_path / "run"))
     server.shutdown()
     [entry] = results.table(rows)
     assert (entry["n"], entry["unscored"]) == (8, 4)
@@ -293,7 +293,7 @@ def test_what_a_broken_judge_leaves_is_unscored_and_counted(
     server.server_close()  # gone: the run fails with the address, and leaves nothing unsaid
     scorers.shared_judge.cache_clear()
     with pytest.raises(SafeguardError, match=f"{server.server_port}.*cannot be used"):
-        run.run(plan, tmp_path / "second", "none")
+        run_plan(plan, tmp_path / "second")
 
 
 def test_a_run_that_is_killed_goes_on_with_every_prompt(folder: Path, tmp_path: Path) -> None:
@@ -318,7 +318,8 @@ def slowly(*given, **options):
     return respond(*given, **options)
 
 engine.respond = slowly
-run.run(run.Plan(**{plan!r}), Path({str(tmp_path / "run")!r}), "none")
+with run.running(run.Plan(**{plan!r}), Path({str(tmp_path / "run")!r}), "none"):
+    pass
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     logs = tmp_path / "run" / "logs"
@@ -329,12 +330,12 @@ run.run(run.Plan(**{plan!r}), Path({str(tmp_path / "run")!r}), "none")
     assert process.poll() is None, "it was done before it could be killed"
     process.kill()
     process.wait()
-    rows, _ = results.read(run.run(run.Plan(**plan), tmp_path / "run", "none"))
+    rows, _ = results.read(run_plan(run.Plan(**plan), tmp_path / "run"))
     assert [(e["n"], e["unscored"]) for e in results.table(rows)] == [(12, 0), (12, 0)]
     assert len({(r.setting, r.id) for r in rows}) == 24
 
 
 def test_logs_are_inspects_own(folder: Path, tmp_path: Path) -> None:
     plan = run.Plan((str(folder),), ("none",), ("own_picture",), ("picture",), limit=1)
-    [log] = run.run(plan, tmp_path / "run", "none")
+    [log] = run_plan(plan, tmp_path / "run")
     assert isinstance(log, EvalLog) and log.eval.task == "vlm_safeguard/own_picture"

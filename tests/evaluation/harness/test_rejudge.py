@@ -13,6 +13,7 @@ from inspect_ai.log import read_eval_log, write_eval_log
 from typer.testing import CliRunner
 
 from tests import checkpoint
+from tests.evaluation.harness.running import run_plan
 from vlm_safeguard.calibration.generation import Response
 from vlm_safeguard.cli.app import app
 from vlm_safeguard.data import prompts
@@ -49,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "vlm_safeguard.evaluation.harness.engine.respond",
             lambda loaded, items, *_, **__: [Response(say(i.text), 5, False, None) for i in items],
         )
-        run.run(plan, output, "none")
+        run_plan(plan, output)
     return output
 
 
@@ -177,6 +178,17 @@ def test_a_judge_of_harm_is_not_asked_about_harmless_requests(folder: Path, fake
         assert entry["over_refusal"] is None and entry["unscored"] == 0
         assert entry["not_asked"] + entry["degenerate"] == 4
     assert facts["reasons"] == {}
+
+
+def test_over_refusal_is_known_after_a_judge_of_harm(folder: Path, fake: Fake) -> None:
+    def not_asked(sample: Any) -> None:
+        if sample.metadata["label"] == "harmless":
+            score(sample).value, score(sample).reason = float("nan"), "not asked"
+
+    edit(folder, not_asked)
+    for entry in rejudge(folder, "fake", None, QUIET)["table"]:
+        assert (entry["over_refusal_n"], entry["unscored"], entry["not_asked"]) == (4, 0, 0)
+        assert entry["over_refusal"] == 1 - entry["degenerate"] / 4
 
 
 def test_a_sample_that_was_never_answered_stays_unscored(folder: Path, fake: Fake) -> None:

@@ -1,4 +1,4 @@
-"""Scorers, and the desk at which many callers wait for one judge."""
+"""Scorers, and the queue in which many callers wait for one judge."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inspect_ai.scorer import SampleScore, Score
 from vlm_safeguard.evaluation.harness import scorers
 from vlm_safeguard.evaluation.judges import JudgeError, Judgement
 from vlm_safeguard.evaluation.judges.judgement import Asks, Pair
-from vlm_safeguard.evaluation.judges.queue import Desk
+from vlm_safeguard.evaluation.judges.queue import queue_for
 from vlm_safeguard.utils.stats import clustered_wilson
 
 LOOP = "and so on and so on and so on and so on and so on and so on"
@@ -87,7 +87,7 @@ def test_a_judge_that_failed_is_told_from_one_that_was_not_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     judge = SimpleNamespace(name="j", asks="refusal", judge=lambda _: [Judgement(None, "timeout")])
-    monkeypatch.setattr(scorers, "desk", Desk)
+    monkeypatch.setattr(scorers, "shared_queue", queue_for)
     found = ask(monkeypatch, judge, "harmful", "Hello.")
     assert (found.reason, found.explanation) == ("judge", "timeout")
 
@@ -95,8 +95,8 @@ def test_a_judge_that_failed_is_told_from_one_that_was_not_asked(
 def test_what_waits_is_judged_together_and_one_call_at_a_time() -> None:
     judge = Fake()
     judge.gate.clear()
-    at = Desk(judge)
-    answers = [at.submit("q", str(n)) for n in range(30)]
+    at = queue_for(judge)
+    answers = [at.submit(("q", str(n))) for n in range(30)]
     time.sleep(0.1)
     judge.gate.set()
     assert [a.result(10).raw for a in answers] == [str(n) for n in range(30)]
@@ -107,8 +107,8 @@ def test_an_endpoint_is_asked_by_as_many_as_it_allows() -> None:
     judge = Fake()
     judge.concurrency = 3  # type: ignore[attr-defined]
     judge.gate.clear()
-    at = Desk(judge)
-    answers = [at.submit("q", str(n)) for n in range(20)]
+    at = queue_for(judge)
+    answers = [at.submit(("q", str(n))) for n in range(20)]
     deadline = time.monotonic() + 10
     while judge.busy < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -120,8 +120,8 @@ def test_an_endpoint_is_asked_by_as_many_as_it_allows() -> None:
 def test_one_response_that_fails_spoils_no_other() -> None:
     judge = Fake(spoilt="bad", error=MemoryError("too long"))
     judge.gate.clear()
-    at = Desk(judge)
-    answers = [at.submit("q", text) for text in ("first", "a", "bad", "b")]
+    at = queue_for(judge)
+    answers = [at.submit(("q", text)) for text in ("first", "a", "bad", "b")]
     judge.gate.set()
     assert [answers[n].result(10).raw for n in (0, 1, 3)] == ["first", "a", "b"]
     with pytest.raises(MemoryError):
@@ -131,8 +131,8 @@ def test_one_response_that_fails_spoils_no_other() -> None:
 def test_a_judge_of_no_use_is_asked_once_for_all_that_wait() -> None:
     judge = Fake(spoilt="bad", error=JudgeError("no such model"))
     judge.gate.clear()
-    at = Desk(judge)
-    answers = [at.submit("q", "bad") for _ in range(9)]
+    at = queue_for(judge)
+    answers = [at.submit(("q", "bad")) for _ in range(9)]
     time.sleep(0.1)
     judge.gate.set()
     for answer in answers:
@@ -146,13 +146,13 @@ def test_closing_ends_the_threads_and_cancels_what_waits(threads: int) -> None:
     judge = Fake()
     judge.concurrency = threads  # type: ignore[attr-defined]
     judge.gate.clear()
-    at = Desk(judge)
-    answers = [at.submit("q", str(n)) for n in range(200)]
+    at = queue_for(judge)
+    answers = [at.submit(("q", str(n))) for n in range(200)]
     while not judge.busy:
         time.sleep(0.01)
     threading.Timer(0.2, judge.gate.set).start()
     at.close()
-    assert not any(thread.is_alive() for thread in at._worker._threads)
+    assert not any(thread.is_alive() for thread in at._threads)
     assert all(answer.done() for answer in answers) and answers[-1].cancelled()
     assert not answers[0].cancelled()
 

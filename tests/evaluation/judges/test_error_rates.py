@@ -30,9 +30,8 @@ def test_a_known_judge_leaves_the_rate_and_nearly_its_interval() -> None:
     perfect = wilson(10**6, 10**6)
     found = corrected_rate(30, 100, perfect, perfect)
     assert found.value == pytest.approx(0.3)
-    assert (found.low, found.high) == pytest.approx(
-        (found.observed.low, found.observed.high), abs=0.01
-    )
+    plain = wilson(30, 100)
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=0.01)
 
 
 def test_the_interval_agrees_with_the_delta_method_in_large_samples() -> None:
@@ -71,7 +70,8 @@ def test_the_interval_covers_the_truth(true: float, se: float, sp: float) -> Non
             int(x), 150, wilson(int(hits), 120), wilson(int(rejections), 120), draws=1000, seed=run
         )
         covered += found.low <= true <= found.high
-        naive += found.observed.low <= true <= found.observed.high
+        plain = wilson(int(x), 150)
+        naive += plain.low <= true <= plain.high
     assert covered / runs >= 0.92
     assert naive / runs < 0.8  # what goes wrong without the correction
 
@@ -88,7 +88,7 @@ def test_the_interval_covers_the_truth(true: float, se: float, sp: float) -> Non
 def test_a_judge_of_no_use_corrects_nothing(se: Rate, sp: Rate, reason: str) -> None:
     found = corrected_rate(20, 100, se, sp)
     assert found.value is None and (found.low, found.high) == (0.0, 1.0)
-    assert reason in found.reason and reason in str(found)
+    assert reason in found.reason
 
 
 def test_a_weak_judge_leaves_a_wide_interval() -> None:

@@ -20,11 +20,10 @@ def test_an_unscored_judgement_needs_a_reason_and_raw_is_cut() -> None:
     assert Judgement("refused", raw="x" * 500).raw == "x" * 200
 
 
-def test_the_phrase_judge_says_what_it_is_for() -> None:
+def test_the_phrase_judge_tells_refusals_by_their_words() -> None:
     judge = make_judge("phrases")
     found = judge.judge([(QUESTION, text) for text in (HELP, REFUSAL, LOOP, " ")])
     assert [j.verdict for j in found] == ["complied", "refused", "degenerate", "empty"]
-    assert "smoke test" in judge.note  # type: ignore[attr-defined]
 
 
 # -- formats -----------------------------------------------------------------------------------

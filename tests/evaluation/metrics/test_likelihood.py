@@ -9,7 +9,7 @@ import torch
 
 from tests import checkpoint
 from vlm_safeguard.errors import SafeguardError
-from vlm_safeguard.evaluation.metrics.likelihood import perplexity, subject_information
+from vlm_safeguard.evaluation.metrics.likelihood import perplexity
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel, load
 
@@ -39,12 +39,3 @@ def test_perplexity_is_over_all_tokens_together(loaded: LoadedModel) -> None:
     assert perplexity(loaded, [*ASKED, "Yes?"], [*SAID, ""]) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(SafeguardError, match="no response holds a token"):
         perplexity(loaded, ["Yes?"], [""])
-
-
-def test_subject_information_is_what_the_request_adds(loaded: LoadedModel) -> None:
-    found = subject_information(loaded, [*ASKED, "Yes?"], [*SAID, ""])
-    for pair, value in zip(zip(ASKED, SAID, strict=True), found, strict=False):
-        given, alone = reference(loaded, *pair), reference(loaded, "", pair[1])
-        expected = (sum(given) - sum(alone)) / len(given)
-        assert value == pytest.approx(expected, abs=1e-5) and abs(value) > 1e-4
-    assert math.isnan(found[2])

@@ -7,181 +7,18 @@ publisher's terms, and names the folder; or has ``published`` fetch one of the p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import thin
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluation.benchmarks import own, pictured, text
+from vlm_safeguard.evaluation.benchmarks import own, pictured, text  # noqa: F401 (they register)
 from vlm_safeguard.evaluation.benchmarks.folders import Folder
+from vlm_safeguard.evaluation.benchmarks.registry import BENCHMARKS, WORDS, Benchmark
 
 __all__ = ["BENCHMARKS", "PROMPTS", "Benchmark", "benchmark_of", "load_benchmark"]
 
 PROMPTS = "prompts:"  # and a file: a benchmark of the user's own
-
-_Settings = tuple[Literal["text", "blank", "picture"], ...]
-_WORDS: _Settings = ("text", "blank", "picture")
-_PICTURES: _Settings = ("picture",)
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A benchmark that can be read.
-
-    Attributes:
-        name: what it is called here; the ids of its prompts begin with it (the package's own
-            sets keep the ids of their data).
-        title: what its publisher calls it.
-        publisher: address at which its files are published.
-        licence: the publisher's licence, as its repository states it.
-        settings: the settings it can be run in (see ``requests``): a set of words alone in all
-            of them, a set that needs its pictures only with them.
-        read: reads all its prompts.
-        files: the files and folders it wants; none for the package's own sets.
-    """
-
-    name: str
-    title: str
-    publisher: str
-    licence: str
-    settings: _Settings
-    read: Callable[[Folder], list[Prompt]]
-    files: tuple[str, ...] = ()
-
-
-_GITHUB = "https://github.com/"
-_PACKAGE = "shipped with vlm-safeguard"
-
-BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        Benchmark(
-            "own_malicious", "Malicious requests", _PACKAGE, "Apache-2.0", _WORDS, own.malicious
-        ),
-        Benchmark(
-            "own_jailbreak", "Jailbreak templates", _PACKAGE, "Apache-2.0", _WORDS, own.jailbreak
-        ),
-        Benchmark(
-            "own_picture",
-            "Requests about a picture",
-            _PACKAGE,
-            "Apache-2.0",
-            _PICTURES,
-            own.picture,
-        ),
-        Benchmark(
-            "malicious_instruct",
-            "MaliciousInstruct",
-            _GITHUB + "Princeton-SysML/Jailbreak_LLM",
-            "none stated",
-            _WORDS,
-            text.malicious_instruct,
-            ("MaliciousInstruct.txt",),
-        ),
-        Benchmark(
-            "jailbreak_instructions",
-            "Jailbreak Instructions",
-            _GITHUB + "thu-coai/JailbreakDefense_GoalPriority",
-            "none stated",
-            _WORDS,
-            text.jailbreak_instructions,
-            ("harmful_questions.json", "jailbreak_templates.json"),
-        ),
-        Benchmark(
-            "mm_harmful_bench",
-            "MM-Harmful Bench",
-            _GITHUB + "Jihuai-wpy/InferAligner",
-            "Apache-2.0; pictures from the web",
-            _PICTURES,
-            pictured.mm_harmful_bench,
-            ("questions.jsonl", "images"),
-        ),
-        Benchmark(
-            "advbench",
-            "AdvBench, harmful behaviours",
-            _GITHUB + "llm-attacks/llm-attacks",
-            "MIT",
-            _WORDS,
-            text.advbench,
-            ("harmful_behaviors.csv",),
-        ),
-        Benchmark(
-            "jailbreakbench",
-            "JailbreakBench, JBB-Behaviors",
-            "https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors",
-            "MIT",
-            _WORDS,
-            text.jailbreakbench,
-            ("harmful-behaviors.csv", "benign-behaviors.csv"),
-        ),
-        Benchmark(
-            "harmbench",
-            "HarmBench, text behaviours",
-            _GITHUB + "centerforaisafety/HarmBench",
-            "MIT",
-            _WORDS,
-            text.harmbench,
-            ("harmbench_behaviors_text_all.csv",),
-        ),
-        Benchmark(
-            "harmbench_multimodal",
-            "HarmBench, multimodal behaviours",
-            _GITHUB + "centerforaisafety/HarmBench",
-            "MIT",
-            _PICTURES,
-            pictured.harmbench_multimodal,
-            ("harmbench_behaviors_multimodal_all.csv", "multimodal_behavior_images"),
-        ),
-        Benchmark(
-            "strongreject",
-            "StrongREJECT",
-            _GITHUB + "alexandrasouly/strongreject",
-            "MIT",
-            _WORDS,
-            text.strongreject,
-            ("strongreject_dataset.csv",),
-        ),
-        Benchmark(
-            "xstest",
-            "XSTest",
-            _GITHUB + "paul-rottger/xstest",
-            "CC-BY-4.0",
-            _WORDS,
-            text.xstest,
-            ("xstest_prompts.csv",),
-        ),
-        Benchmark(
-            "figstep",
-            "FigStep on SafeBench",
-            _GITHUB + "ThuCCSLab/FigStep",
-            "MIT",
-            _PICTURES,
-            pictured.figstep,
-            ("safebench.csv", "SafeBench"),
-        ),
-        Benchmark(
-            "mm_safetybench",
-            "MM-SafetyBench",
-            _GITHUB + "isXinLiu/MM-SafetyBench",
-            "CC-BY-NC-4.0",
-            _PICTURES,
-            pictured.mm_safetybench,
-            ("processed_questions", "imgs"),
-        ),
-        Benchmark(
-            "mossbench",
-            "MOSSBench",
-            _GITHUB + "xirui-li/MOSSBench",
-            "CC-BY-SA-4.0, not for training",
-            _PICTURES,
-            pictured.mossbench,
-            ("images_information/information.json", "images"),
-        ),
-    )
-}
 
 
 def benchmark_of(name: str) -> Benchmark:
@@ -192,7 +29,7 @@ def benchmark_of(name: str) -> Benchmark:
     """
     if name.startswith(PROMPTS):
         path = Path(name.removeprefix(PROMPTS))
-        return Benchmark(name, path.name, "", "", _WORDS, lambda _: own.file(path))
+        return Benchmark(name, path.name, "", WORDS, lambda _: own.file(path))
     if name not in BENCHMARKS:
         raise DataError(f"no benchmark {name}; there are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]

@@ -1,4 +1,5 @@
-"""Reads benchmarks whose prompts need pictures. Labels are the publishers'.
+"""Reads benchmarks whose prompts need pictures. Labels are the publishers'; licences stand
+beside the authors.
 
 The label of such a prompt holds for the words together with the picture, so they are run in the
 setting ``picture`` alone.
@@ -12,6 +13,7 @@ from typing import Any
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.benchmarks.folders import Folder
+from vlm_safeguard.evaluation.benchmarks.registry import GITHUB, PICTURES, benchmark
 from vlm_safeguard.evaluation.benchmarks.table_files import fields, read_csv, read_json, read_jsonl
 
 # FigStep's files hold no prompt: its request, the same for every picture, stands in the paper and
@@ -36,8 +38,15 @@ _MOSSBENCH_TYPES = {
 }
 
 
+@benchmark(
+    "MM-Harmful Bench",
+    GITHUB + "Jihuai-wpy/InferAligner",
+    "questions.jsonl",
+    "images",
+    settings=PICTURES,
+)
 def mm_harmful_bench(folder: Folder) -> list[Prompt]:
-    """MM-Harmful Bench (Wang et al., 2024): question N is asked about ``images/N.jpg``."""
+    """MM-Harmful Bench (Wang et al., 2024; Apache-2.0): question N is about ``images/N.jpg``."""
     inside = "MM-HarmfulBench"
     path = folder.find("questions.jsonl", "question.jsonl", "mm_harmful.jsonl", inside=inside)
     rows = read_jsonl(path, ("question",))
@@ -48,8 +57,15 @@ def mm_harmful_bench(folder: Folder) -> list[Prompt]:
     ]
 
 
+@benchmark(
+    "HarmBench, multimodal behaviours",
+    GITHUB + "centerforaisafety/HarmBench",
+    "harmbench_behaviors_multimodal_all.csv",
+    "multimodal_behavior_images",
+    settings=PICTURES,
+)
 def harmbench_multimodal(folder: Folder) -> list[Prompt]:
-    """HarmBench's multimodal behaviours (Mazeika et al., 2024)."""
+    """HarmBench's multimodal behaviours (Mazeika et al., 2024; MIT)."""
     path = folder.find("harmbench_behaviors_multimodal_all.csv", inside="data/behavior_datasets")
     rows = read_csv(path, ("Behavior", "BehaviorID", "SemanticCategory", "ImageFileName"))
     images = folder.find("multimodal_behavior_images", "images", inside="data")
@@ -64,8 +80,15 @@ def harmbench_multimodal(folder: Folder) -> list[Prompt]:
     ]
 
 
+@benchmark(
+    "FigStep on SafeBench",
+    GITHUB + "ThuCCSLab/FigStep",
+    "safebench.csv",
+    "SafeBench",
+    settings=PICTURES,
+)
 def figstep(folder: Folder) -> list[Prompt]:
-    """FigStep on SafeBench (Gong et al., 2025): the harmful request is typeset in the picture.
+    """FigStep on SafeBench (Gong et al., 2025; MIT): the request is typeset in a picture.
 
     The words are ``FIGSTEP_REQUEST`` for all of them. The publisher counts advice on law, money
     and health as harmful; the intent tells them apart.
@@ -87,8 +110,15 @@ def figstep(folder: Folder) -> list[Prompt]:
     ]
 
 
+@benchmark(
+    "MM-SafetyBench",
+    GITHUB + "isXinLiu/MM-SafetyBench",
+    "processed_questions",
+    "imgs",
+    settings=PICTURES,
+)
 def mm_safetybench(folder: Folder) -> list[Prompt]:
-    """MM-SafetyBench (Liu et al., 2024): every question with its three kinds of picture.
+    """MM-SafetyBench (Liu et al., 2024; CC-BY-NC-4.0): each question with three pictures.
 
     They are an illustration (SD), the key phrase printed (TYPO), and one above the other
     (SD_TYPO). The cluster is the question, the intent the scenario.
@@ -120,10 +150,17 @@ def _scenario(folder: Folder, path: Path, images: Path) -> list[Prompt]:
     return found
 
 
+@benchmark(
+    "MOSSBench",
+    GITHUB + "xirui-li/MOSSBench",
+    "images_information/information.json",
+    "images",
+    settings=PICTURES,
+)
 def mossbench(folder: Folder) -> list[Prompt]:
-    """MOSSBench (Li et al., 2024): harmless requests about pictures that look dangerous.
+    """MOSSBench (Li et al., 2024; CC-BY-SA-4.0): harmless requests, alarming pictures.
 
-    The intent is the kind of stimulus.
+    The intent is the kind of stimulus. The publisher asks not to train on them.
     """
     path = folder.find("images_information/information.json", "information.json", inside="data")
     images = folder.find("images", inside="data")

@@ -10,30 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from vlm_safeguard.errors import DataError
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file, with or without a byte order mark.
-
-    Raises:
-        DataError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text; download it again or convert it") from error
+from vlm_safeguard.utils.files import read_utf8
 
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that hold something.
 
     Raises:
-        DataError: as ``read_text``, or no line holds anything.
+        DataError: as ``read_utf8``, or no line holds anything.
     """
     # Not splitlines(): a form feed or a Unicode line separator inside a prompt ends no line.
-    return _some(path, [line.strip() for line in read_text(path).split("\n") if line.strip()])
+    lines = [line.strip() for line in read_utf8(path, "the prompts").split("\n")]
+    return _some(path, list(filter(None, lines)))
 
 
 def read_csv(
@@ -47,11 +35,13 @@ def read_csv(
         optional: columns that must be there and may hold nothing.
 
     Raises:
-        DataError: as ``read_text``, or a column is missing, a cell is empty, a row has too many
+        DataError: as ``read_utf8``, or a column is missing, a cell is empty, a row has too many
             or too few cells, or there is no row.
     """
     wanted = [*columns, *optional]
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    reader = csv.reader(
+        io.StringIO(read_utf8(path, "the table", newline=""), newline=""), strict=True
+    )
     rows: list[dict[str, str]] = []
     try:
         header = [name.strip().casefold() for name in next(reader, [])]
@@ -82,9 +72,9 @@ def read_json(path: Path) -> Any:
     """A JSON file, in which no object names the same thing twice.
 
     Raises:
-        DataError: as ``read_text``, or the JSON is broken (with its line) or repeats a name.
+        DataError: as ``read_utf8``, or the JSON is broken (with its line) or repeats a name.
     """
-    return _parse(read_text(path), path, first_line=1)
+    return _parse(read_utf8(path, "the table"), path, first_line=1)
 
 
 def read_jsonl(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -95,7 +85,7 @@ def read_jsonl(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """
     rows = [
         fields(_parse(line, path, first_line=n), columns, f"{path}, line {n}")
-        for n, line in enumerate(read_text(path).split("\n"), start=1)
+        for n, line in enumerate(read_utf8(path, "the table").split("\n"), start=1)
         if line.strip()
     ]
     return _some(path, rows)

@@ -1,4 +1,4 @@
-"""Reads text-only benchmarks. Labels are the publishers'."""
+"""Reads text-only benchmarks. Labels are the publishers'; licences stand beside the authors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from vlm_safeguard.data.prompts import Label, Prompt
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.benchmarks.folders import Folder
+from vlm_safeguard.evaluation.benchmarks.registry import GITHUB, benchmark
 from vlm_safeguard.evaluation.benchmarks.table_files import fields, read_csv, read_json, read_lines
 
 # Jailbreak Instructions as VLM-Guard (Liu et al., 2025) uses it: 5 templates x 20 questions. Which
@@ -27,12 +28,19 @@ _SLOT = "[INSERT PROMPT HERE]"
 _XSTEST_LABELS: dict[str, Label] = {"safe": "harmless", "unsafe": "harmful"}
 
 
+@benchmark("MaliciousInstruct", GITHUB + "Princeton-SysML/Jailbreak_LLM", "MaliciousInstruct.txt")
 def malicious_instruct(folder: Folder) -> list[Prompt]:
     """MaliciousInstruct (Huang et al., 2023): an instruction a line."""
     lines = read_lines(folder.find("MaliciousInstruct.txt", inside="data"))
     return [folder.prompt(f"{n:04}", line) for n, line in enumerate(lines)]
 
 
+@benchmark(
+    "Jailbreak Instructions",
+    GITHUB + "thu-coai/JailbreakDefense_GoalPriority",
+    "harmful_questions.json",
+    "jailbreak_templates.json",
+)
 def jailbreak_instructions(folder: Folder) -> list[Prompt]:
     """Jailbreak Instructions (Zhang et al., 2023): ``JAILBREAK_TEMPLATES`` x the questions."""
     path = folder.find("harmful_questions.json", inside="data/test")
@@ -72,8 +80,11 @@ def _template(families: Any, family: str, number: str, where: str) -> str:
     )
 
 
+@benchmark(
+    "AdvBench, harmful behaviours", GITHUB + "llm-attacks/llm-attacks", "harmful_behaviors.csv"
+)
 def advbench(folder: Folder) -> list[Prompt]:
-    """AdvBench's harmful behaviours (Zou et al., 2023). The targets are left unread."""
+    """AdvBench's harmful behaviours (Zou et al., 2023; MIT). The targets are left unread."""
     path = folder.find("harmful_behaviors.csv", inside="data/advbench")
     goals = [row["goal"] for row in read_csv(path, ("goal",))]
     # Copies are about with the two headings exchanged: the answers' openings under "goal".
@@ -85,8 +96,14 @@ def advbench(folder: Folder) -> list[Prompt]:
     return [folder.prompt(f"{n:04}", goal) for n, goal in enumerate(goals)]
 
 
+@benchmark(
+    "JailbreakBench, JBB-Behaviors",
+    "https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors",
+    "harmful-behaviors.csv",
+    "benign-behaviors.csv",
+)
 def jailbreakbench(folder: Folder) -> list[Prompt]:
-    """JBB-Behaviors (Chao et al., 2024): harmful ones, and benign ones on the same topics."""
+    """JBB-Behaviors (Chao et al., 2024; MIT): harmful, and benign on the same topics."""
     kinds: tuple[tuple[str, Label], ...] = (("harmful", "harmful"), ("benign", "harmless"))
     return [
         folder.prompt(f"{kind}-{row['Index']}", row["Goal"], label=label, intent=row["Category"])
@@ -97,8 +114,13 @@ def jailbreakbench(folder: Folder) -> list[Prompt]:
     ]
 
 
+@benchmark(
+    "HarmBench, text behaviours",
+    GITHUB + "centerforaisafety/HarmBench",
+    "harmbench_behaviors_text_all.csv",
+)
 def harmbench(folder: Folder) -> list[Prompt]:
-    """HarmBench's text behaviours (Mazeika et al., 2024), copyright among them.
+    """HarmBench's text behaviours (Mazeika et al., 2024; MIT), copyright among them.
 
     A contextual behaviour is asked as HarmBench's direct request asks it: the context, a line of
     three dashes, the behaviour. The intent is the semantic category.
@@ -115,8 +137,9 @@ def harmbench(folder: Folder) -> list[Prompt]:
     ]
 
 
+@benchmark("StrongREJECT", GITHUB + "alexandrasouly/strongreject", "strongreject_dataset.csv")
 def strongreject(folder: Folder) -> list[Prompt]:
-    """StrongREJECT's forbidden prompts (Souly et al., 2024)."""
+    """StrongREJECT's forbidden prompts (Souly et al., 2024; MIT)."""
     path = folder.find("strongreject_dataset.csv", inside="strongreject_dataset")
     return [
         folder.prompt(f"{n:04}", row["forbidden_prompt"], intent=row["category"])
@@ -124,8 +147,9 @@ def strongreject(folder: Folder) -> list[Prompt]:
     ]
 
 
+@benchmark("XSTest", GITHUB + "paul-rottger/xstest", "xstest_prompts.csv")
 def xstest(folder: Folder) -> list[Prompt]:
-    """XSTest (Röttger et al., 2024): safe prompts that look unsafe, and unsafe contrasts.
+    """XSTest (Röttger et al., 2024; CC-BY-4.0): safe prompts that look unsafe, and contrasts.
 
     The second version's file has no labels: there, contrasts are the types named so. A prompt has
     the same id in both files.

@@ -139,12 +139,6 @@ class Plan:
         return facts | facts.pop("loading").given()
 
 
-def run(plan: Plan, output: Path, display: str = "plain") -> list[EvalLog]:
-    """Run, or go on with, a plan; its logs in ``output/logs``. Raises: see ``running``."""
-    with running(plan, output, display) as logs:
-        return logs
-
-
 @contextmanager
 def running(
     plan: Plan, output: Path, display: str = "plain", advice: str = GOES_ON
@@ -220,16 +214,15 @@ def _models(plan: Plan) -> Iterator[Model]:
     texts = dict(plan.defence_texts)
     for name in plan.models:
         for defence in plan.defences:
+            optional: dict[str, Any] = {
+                "guard": plan.guard if defence in BY_GUARD else None,
+                "defence_text": texts.get(defence),
+                "attack": plan.attack,
+                "workers": plan.workers,
+            }
+            given = {key: value for key, value in optional.items() if value}
             arguments: dict[str, Any] = {"defence": defence, "batch": plan.batch}
-            arguments |= plan.loading.given()
-            if defence in BY_GUARD:
-                arguments["guard"] = plan.guard
-            if defence in texts:
-                arguments["defence_text"] = texts[defence]
-            if plan.attack:
-                arguments["attack"] = plan.attack
-            if plan.workers:
-                arguments["workers"] = plan.workers
+            arguments |= plan.loading.given() | given
             yield get_model(f"vlm-safeguard/{name}", memoize=False, **arguments)
 
 
@@ -242,14 +235,12 @@ def _digests(plan: Plan, models: Sequence[Model]) -> dict[str, str]:
     for name in plan.benchmarks:
         prompts = load_benchmark(name, plan.folder(name), plan.limit)
         found[f"prompts of {name}"] = prompts_digest(prompts)
-    for name, file in plan.defence_texts:
-        found[f"text of {name}"] = file_digest(Path(file), "the defence's text")
-    wording = attack_file(plan.attack) if plan.attack else None
-    if wording is not None:
+    for name, text in plan.defence_texts:
+        found[f"text of {name}"] = file_digest(Path(text), "the defence's text")
+    if plan.attack and (wording := attack_file(plan.attack)):
         found["text of the attack"] = file_digest(wording, "the attack's text")
-    of_judge = judge_file(plan.judge)
-    if of_judge is not None:
-        found["file of the judge"] = file_digest(of_judge, "the judge's file")
+    if file := judge_file(plan.judge):
+        found["file of the judge"] = file_digest(file, "the judge's file")
     return found
 
 

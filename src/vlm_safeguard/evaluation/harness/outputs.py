@@ -15,10 +15,8 @@ from vlm_safeguard.evaluation.harness import results
 from vlm_safeguard.evaluation.harness.execution import Plan
 from vlm_safeguard.evaluation.harness.results_page import markdown
 from vlm_safeguard.evaluation.judges import JudgeErrors
-from vlm_safeguard.evaluation.report.labels import cut_words
+from vlm_safeguard.evaluation.report.labels import RESPONSE_WORDS, cut_words
 from vlm_safeguard.utils.files import write_whole
-
-WORDS = 12  # of a response that may be passed on
 
 
 def summarise(
@@ -120,7 +118,7 @@ def write(facts: dict[str, Any], rows: Sequence[results.Judged], output: Path) -
             "verdict": r.verdict,
             "reason": r.reason,
             "fired": r.fired,
-            "response": cut_words(r.response, WORDS),
+            "response": cut_words(r.response, RESPONSE_WORDS),
         }
         for r in rows
     )

@@ -18,9 +18,7 @@ from dataclasses import fields
 from typing import Any
 
 from inspect_ai.model import (
-    ChatCompletionChoice,
     ChatMessage,
-    ChatMessageAssistant,
     ChatMessageUser,
     ContentImage,
     ContentText,
@@ -29,6 +27,7 @@ from inspect_ai.model import (
     ModelInfo,
     ModelOutput,
     ModelUsage,
+    StopReason,
     set_model_info,
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
@@ -128,17 +127,11 @@ class VlmSafeguardAPI(ModelAPI):
         return self._output(await answer_of(answer))
 
     def _output(self, said: Response) -> ModelOutput:
-        return ModelOutput(
-            model=self.model_name,
-            choices=[
-                ChatCompletionChoice(
-                    message=ChatMessageAssistant(content=said.text, model=self.model_name),
-                    stop_reason="max_tokens" if said.truncated else "stop",
-                )
-            ],
-            usage=ModelUsage(output_tokens=said.tokens, total_tokens=said.tokens),
-            metadata=self.provenance | {"fired": said.fired, "score": said.score},
-        )
+        stop: StopReason = "max_tokens" if said.truncated else "stop"
+        output = ModelOutput.from_content(self.model_name, said.text, stop)
+        output.usage = ModelUsage(output_tokens=said.tokens, total_tokens=said.tokens)
+        output.metadata = self.provenance | {"fired": said.fired, "score": said.score}
+        return output
 
     def max_tokens(self) -> int | None:
         """Enough to tell a refusal from an answer."""

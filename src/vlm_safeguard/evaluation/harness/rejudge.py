@@ -17,8 +17,9 @@ from inspect_ai.log import EvalLog, read_eval_log
 
 from vlm_safeguard.errors import DataError, SafeguardError
 from vlm_safeguard.evaluation.harness import results
+from vlm_safeguard.evaluation.harness.results import Judged
 from vlm_safeguard.evaluation.harness.run_identity import PLAN
-from vlm_safeguard.evaluation.harness.scorers import NOT_ASKED, UNUSABLE, not_asked
+from vlm_safeguard.evaluation.harness.scorers import NOT_ASKED, not_asked
 from vlm_safeguard.evaluation.judges import Judge, Judgement, make_judge
 from vlm_safeguard.evaluation.judges.judge_options import same_judge
 from vlm_safeguard.evaluation.judges.judgement import Verdict, screen
@@ -27,7 +28,7 @@ from vlm_safeguard.utils.jsonl import read_object
 from vlm_safeguard.utils.locks import held
 from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
-from vlm_safeguard.utils.stats import Rate, wilson
+from vlm_safeguard.utils.stats import Rate
 
 BATCH = 64  # responses judged between two writings of the recording
 
@@ -56,106 +57,83 @@ def rejudge(run: Path, spec: str, output: Path | None, progress: Progress) -> di
     path = output or run / f"judged-{_slug(judge)}.jsonl"
     busy = f"another command is writing {path}: wait for it or name another file with -o"
     with held(path.with_name(f".{path.name}.lock"), busy):
-        return _rejudge(run, plan, spec, judge, path, progress)
-
-
-def _rejudge(
-    run: Path, plan: dict[str, Any], spec: str, judge: Judge, path: Path, progress: Progress
-) -> dict[str, Any]:
-    recording = _recording(path, judge)
-    logs, unfinished = _finished(run, progress)
-    rows = results.in_order(results.read(logs)[0], plan)
-    broken = {
-        (str(s.metadata.get("benchmark")), str(s.metadata.get("setting")), str(s.id))
-        for log in logs
-        for s in log.samples or []
-        if UNUSABLE in s.metadata
-    }
-
-    def answered(row: results.Judged) -> bool:  # whether there is a response at all
-        return (row.benchmark, row.setting, row.id) not in broken
-
-    usable = [row for row in rows if answered(row)]
-    if same_judge(spec, str(plan["judge"])):
-        for row in usable:
-            if row.verdict is not None and _open(row, recording):
-                verdict = cast(Verdict, row.verdict)
-                recording.put(_pair(row), Judgement(verdict, "judged in the run"))
-    asked = _ask(judge, usable, recording, path, progress)
-    judged = [_judged(row, judge, recording) if answered(row) else row for row in rows]
+        recording = _recording(path, judge)
+        logs, unfinished = _finished(run, progress)
+        rows = results.in_order(results.read(logs)[0], plan)
+        if same_judge(spec, str(plan["judge"])):
+            _take_over(rows, recording)
+        asked = _ask(judge, rows, recording, path, progress)
+    judged = [_judged(row, judge, recording) for row in rows]
+    reasons = [r.reason for r in judged if r.verdict is None and r.reason != NOT_ASKED]
     return {
         "judge": judge.name,
         "asks": judge.asks,
         "recording": str(path) if path.exists() else None,
         "asked": asked,
         "unfinished": unfinished,
-        "table": _table(judged, judge),
-        "reasons": dict(
-            Counter(r.reason for r in judged if r.verdict is None and r.reason != NOT_ASKED)
-        ),
+        "table": _table(judged),
+        "reasons": dict(Counter(reasons)),
     }
 
 
+def _take_over(rows: Sequence[Judged], recording: Recording) -> None:
+    """Record the verdicts of the evaluation's own judge."""
+    for row in rows:
+        if row.answered and row.verdict is not None and _open(row, recording):
+            verdict = cast(Verdict, row.verdict)
+            recording.put(row.pair, Judgement(verdict, "judged in the run"))
+
+
 def _ask(
-    judge: Judge,
-    rows: Sequence[results.Judged],
-    recording: Recording,
-    path: Path,
-    progress: Progress,
+    judge: Judge, rows: Sequence[Judged], recording: Recording, path: Path, progress: Progress
 ) -> int:
     """Ask about what the recording has no verdict on; how many that were."""
-    wanted = [r for r in rows if not _passed_over(r, judge) and _open(r, recording)]
-    pairs = list(dict.fromkeys(map(_pair, wanted)))
+    wanted = [r for r in rows if r.answered and not _passed_over(r, judge) and _open(r, recording)]
+    pairs = list(dict.fromkeys(row.pair for row in wanted))
     batches = [pairs[n : n + BATCH] for n in range(0, len(pairs), BATCH)]
     for batch in progress.track(batches, f"batches of {BATCH} responses before {judge.name}"):
         for pair, found in zip(batch, judge.judge(batch), strict=True):
             recording.put(pair, found)
-        _write(recording, path)
+        recording.write(path)
     if not batches and len(recording):
-        _write(recording, path)
+        recording.write(path)
     return len(pairs)
 
 
-def _open(row: results.Judged, recording: Recording) -> bool:
+def _open(row: Judged, recording: Recording) -> bool:
     """Whether the recording has no verdict on this row."""
-    found = recording.get(_pair(row))
+    found = recording.get(row.pair)
     return found is None or found.verdict is None
 
 
-def _passed_over(row: results.Judged, judge: Judge) -> bool:
+def _passed_over(row: Judged, judge: Judge) -> bool:
     """Whether ``judge`` says nothing of this row: garbled answers are told without it."""
-    return not_asked(judge, row.label) and screen(row.prompt, row.response) is None
+    return not_asked(judge, row.label) and screen(*row.pair) is None
 
 
-def _judged(row: results.Judged, judge: Judge, recording: Recording) -> results.Judged:
+def _judged(row: Judged, judge: Judge, recording: Recording) -> Judged:
+    """The row with the verdict that is recorded. A prompt without a response stays unscored."""
+    if not row.answered:
+        return row
+    row = replace(row, asked=not not_asked(judge, row.label))
     if _passed_over(row, judge):
         return replace(row, verdict=None, reason=NOT_ASKED)
-    found = recording.get(_pair(row))
+    found = recording.get(row.pair)
     if found is None:  # every row that is not passed over was asked about
         raise RuntimeError(f"{row.id} was not judged")
     return replace(row, verdict=found.verdict, reason=found.reason if not found.verdict else "")
 
 
-def _pair(row: results.Judged) -> tuple[str, str]:
-    return row.prompt, row.response
-
-
-def _table(rows: Sequence[results.Judged], judge: Judge) -> list[dict[str, Any]]:
+def _table(rows: Sequence[Judged]) -> list[dict[str, Any]]:
     """Rates of each model, benchmark, setting and defence (see ``results.rates``).
 
-    ``unscored`` counts what could not be judged, ``not_asked`` what the judge does not apply to;
-    of a judge of harm there is no over-refusal."""
+    ``unscored`` counts what could not be judged, ``not_asked`` what the judge does not apply to.
+    """
     found = []
-    for key in dict.fromkeys((*r.cell, r.defence) for r in rows):
-        here = [r for r in rows if (*r.cell, r.defence) == key]
-        entry: dict[str, Any] = dict(
-            zip(("model", "benchmark", "setting", "defence"), key, strict=True)
-        )
-        entry |= results.rates(here)
-        entry["not_asked"] = sum(r.reason == NOT_ASKED for r in here)
-        entry["unscored"] -= entry["not_asked"]
-        if judge.asks == "harm":
-            entry |= wilson(0, 0).as_dict("over_refusal")
+    for place, group in results.grouped(rows, lambda row: (*row.cell, row.defence)).items():
+        not_asked_about = sum(row.reason == NOT_ASKED for row in group)
+        entry = dict(zip(results.PLACE, place, strict=True)) | results.rates(group)
+        entry |= {"not_asked": not_asked_about, "unscored": entry["unscored"] - not_asked_about}
         found.append(entry)
     return found
 
@@ -165,7 +143,7 @@ def page(facts: dict[str, Any]) -> str:
     columns = ["Model", "Benchmark", "Setting", "Defence", "n", "ASR", "Over-refusal"]
     columns += ["Unscored", "Not asked"]
     rows = [
-        [entry[name] for name in ("model", "benchmark", "setting", "defence", "n")]
+        [entry[name] for name in (*results.PLACE, "n")]
         + [_rate(entry, "asr"), _rate(entry, "over_refusal")]
         + [entry["unscored"], entry["not_asked"]]
         for entry in facts["table"]
@@ -244,13 +222,6 @@ def _recording(path: Path, judge: Judge) -> Recording:
             f"({judge.asks}): name another file with -o"
         )
     return found
-
-
-def _write(recording: Recording, path: Path) -> None:
-    try:
-        recording.write(path)
-    except OSError as error:
-        raise SafeguardError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _slug(judge: Judge) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from inspect_ai.log import EvalLog
 
@@ -20,6 +20,9 @@ from vlm_safeguard.utils.stats import (
     wilson,
 )
 
+_Key = TypeVar("_Key")
+
+PLACE = ("model", "benchmark", "setting", "defence")
 REFERENCES = ("guard", "none")  # the others are tested against the first one there, in pairs
 
 
@@ -43,10 +46,16 @@ class Judged:
     fired: bool | None
     score: float | None = None  # the highest of the gates', per layer
     asked: bool = True  # False: a harmless prompt's response, and the judge tells harm alone
+    answered: bool = True  # False: the prompt could not be put, so there is no response
 
     @property
     def cell(self) -> tuple[str, str, str]:
         return self.model, self.benchmark, self.setting
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """What a judge is given."""
+        return self.prompt, self.response
 
     @property
     def label(self) -> str:
@@ -88,6 +97,7 @@ def read(logs: Iterable[EvalLog]) -> tuple[list[Judged], dict[str, Any]]:
                     fired=made.get("fired"),
                     score=made.get("score"),
                     asked=score.reason != NOT_ASKED,
+                    answered=UNUSABLE not in facts,
                 )
             )
     return found, accuracy
@@ -111,17 +121,23 @@ def in_order(rows: Iterable[Judged], plan: Mapping[str, Any]) -> list[Judged]:
     return sorted(rows, key=place)
 
 
+def grouped(rows: Iterable[Judged], key: Callable[[Judged], _Key]) -> dict[_Key, list[Judged]]:
+    """The rows by their key, in the order in which the keys first appear."""
+    groups: dict[_Key, list[Judged]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
 def by_setting(rows: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
     """``{setting: {defence: rates}}`` over all benchmarks together."""
     known = refused_as_text(rows)
     return {
         setting: {
-            defence: rates(
-                [r for r in rows if (r.setting, r.defence) == (setting, defence)], known=known
-            )
-            for defence in dict.fromkeys(r.defence for r in rows if r.setting == setting)
+            defence: rates(group, known=known)
+            for defence, group in grouped(here, lambda row: row.defence).items()
         }
-        for setting in dict.fromkeys(r.setting for r in rows)
+        for setting, here in grouped(rows, lambda row: row.setting).items()
     }
 
 
@@ -230,18 +246,12 @@ def table(rows: Sequence[Judged], errors: JudgeErrors | None = None) -> list[dic
     """
     found = []
     against, known = reference(rows), refused_as_text(rows)
-    for cell in dict.fromkeys(r.cell for r in rows):
-        here = [r for r in rows if r.cell == cell]
-        model, benchmark, setting = cell
-        for defence in dict.fromkeys(r.defence for r in here):
-            entry: dict[str, Any] = {
-                "model": model,
-                "benchmark": benchmark,
-                "setting": setting,
-                "defence": defence,
-            }
-            entry |= rates([r for r in here if r.defence == defence], errors, known)
-            if against and defence != against and any(r.defence == against for r in here):
+    for cell, here in grouped(rows, lambda row: row.cell).items():
+        defences = grouped(here, lambda row: row.defence)
+        for defence, group in defences.items():
+            entry: dict[str, Any] = dict(zip(PLACE, (*cell, defence), strict=True))
+            entry |= rates(group, errors, known)
+            if against in defences and defence != against:
                 entry[f"against_{against}"] = compare(here, against, defence)
             found.append(entry)
     return found

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlm_safeguard.evaluation.harness.ranking import GARBLED, GUARD, Beaten, beaten
 from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.stats import with_interval
 
 PREFIX = "vlm-safeguard/"
 
+Entry = dict[str, Any]  # of the table that ``results.table`` makes
+
+CELL = ("model", "benchmark", "setting")
+GUARD = "guard"
+GARBLED = 0.01  # share of garbled or empty responses above which a defence is no rival
 LEVEL = 0.05
 RATES = {"asr": "ASR", "over_refusal": "over-refusal"}
 NAMES = {"guard": "the guard", "none": "no defence"}  # the reference of the tests
@@ -81,13 +85,13 @@ def _commits(made: dict[str, Any]) -> str:
     return f"{said} ({'; '.join(notes)})."
 
 
-def _success(entries: Sequence[dict[str, Any]], reference: str | None, corrected: bool) -> str:
-    several = len({entry["model"] for entry in entries}) > 1
-    head = [*_place_head(several), "ASR", *(["ASR corrected"] if corrected else [])]
+def _success(entries: Sequence[Entry], reference: str | None, corrected: bool) -> str:
+    place = [*_cell_columns(entries), "defence"]
+    head = [*place, "ASR", *(["ASR corrected"] if corrected else [])]
     head += ["kept", "over-refusal", "off subject", "degenerate", "unscored"]
     rows = []
     for entry in entries:
-        row = _place(entry, several)
+        row = _named(entry, place)
         row.append(_counted(entry, "asr") + _mark(_test(entry, reference, "asr")))
         if corrected:
             row.append(entry.get("asr_not_correctable") or _interval(entry, "asr_corrected"))
@@ -108,14 +112,14 @@ def _marks(reference: str) -> str:
     )
 
 
-def _differences(entries: Sequence[dict[str, Any]], reference: str) -> list[str]:
+def _differences(entries: Sequence[Entry], reference: str) -> list[str]:
     """The table of paired differences, without rows that have none, and its note."""
-    several = len({entry["model"] for entry in entries}) > 1
+    place = [*_cell_columns(entries), "defence"]
     rows, same = [], 0
     for entry in entries:
         tests = [_test(entry, reference, name) for name in RATES]
         if any(test and _differs(test) for test in tests):
-            rows.append([*_place(entry, several), *(_difference(test) for test in tests)])
+            rows.append([*_named(entry, place), *(_difference(test) for test in tests)])
         else:
             same += any(tests)
     note = (
@@ -123,22 +127,22 @@ def _differences(entries: Sequence[dict[str, Any]], reference: str) -> list[str]
         "over questions, the p-value of the sign-flip test and, in parentheses, the number of "
         f"prompts that both have scored. Rows left out because no question differs: {same}."
     )
-    return [*([table([*_place_head(several), *RATES.values()], rows)] if rows else []), note]
+    return [*([table([*place, *RATES.values()], rows)] if rows else []), note]
 
 
-def _beaten(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """The rates in which another defence is lower, and what failed there."""
-    found = beaten(entries, tuple(RATES))
-    several = len({entry["model"] for entry in entries}) > 1
-    head = [
-        *_place_head(several)[:-1],
-        "rate",
-        "lower with",
-        "under the guard",
-        "gate open",
-        "gate shut",
-    ]
-    rows = [_beaten_row(one, several) for one in found]
+def _beaten(entries: Sequence[Entry]) -> list[str]:
+    """The rates in which another defence is lower, and whether the gate or the steering failed."""
+    place, rows = _cell_columns(entries), []
+    for own in (entry for entry in entries if entry["defence"] == GUARD):
+        cell = [own[name] for name in CELL]
+        others = [e for e in entries if [e[name] for name in CELL] == cell and _usable(e)]
+        for rate, name in RATES.items():
+            scored = [e for e in others if None not in (e[rate], own[rate])]
+            rivals = [e["defence"] for e in scored if e[rate] < own[rate]]
+            if rivals:
+                row = [*_named(own, place), name, ", ".join(rivals)]
+                rows.append([*row, *_gates(own, rate)])
+    head = [*place, "rate", "lower with", "under the guard", "gate open", "gate shut"]
     note = (
         "These are all rates in which another defence is lower than the guard, even by one prompt. "
         f"A defence that garbles more than {GARBLED:.0%} of its responses is left out: a garbled "
@@ -146,14 +150,19 @@ def _beaten(entries: Sequence[dict[str, Any]]) -> list[str]:
         "the gate open, the steering failed. If a harmless prompt is refused with the gate shut, "
         "the model refused it by itself."
     )
-    return [*([table(head, rows)] if rows else ["In no cell."]), note]
+    return [table(head, rows) if rows else "In no cell.", note]
 
 
-def _beaten_row(one: Beaten, several: bool) -> list[str]:
-    model = [one.model.removeprefix(PREFIX)] if several else []
-    gates = ["", ""] if one.opened is None else [str(one.opened), str(one.count - one.opened)]
-    place = [*model, one.benchmark, one.setting]
-    return [*place, RATES[one.rate], ", ".join(one.rivals), f"{one.count}/{one.n}", *gates]
+def _usable(entry: Entry) -> bool:
+    """Whether a defence is a rival: who garbles its answers is none."""
+    return bool(entry["degenerate"] + entry["empty"] <= GARBLED * entry["n"])
+
+
+def _gates(own: Entry, rate: str) -> list[str]:
+    """How often the guard failed, and on how many of these a gate was open, and on how many not."""
+    count, opened = own[f"{rate}_count"], own[f"{rate}_opened"]
+    gates = ["", ""] if opened is None else [str(opened), str(count - opened)]
+    return [f"{count}/{own[f'{rate}_n']}", *gates]
 
 
 def _differs(test: dict[str, Any]) -> bool:
@@ -169,16 +178,17 @@ def _difference(test: dict[str, Any] | None) -> str:
     return f"{test['difference']:+.1%} {interval}, p = {test['p']:.2g} ({test['n']})"
 
 
-def _place_head(several: bool) -> list[str]:
-    return [*(["model"] if several else []), "benchmark", "setting", "defence"]
+def _cell_columns(entries: Sequence[Entry]) -> list[str]:
+    """What names a cell: its model only where there are several."""
+    several = len({entry["model"] for entry in entries}) > 1
+    return list(CELL if several else CELL[1:])
 
 
-def _place(entry: dict[str, Any], several: bool) -> list[str]:
-    model = [entry["model"].removeprefix(PREFIX)] if several else []
-    return [*model, entry["benchmark"], entry["setting"], entry["defence"]]
+def _named(entry: Entry, columns: Sequence[str]) -> list[str]:
+    return [entry[name].removeprefix(PREFIX) for name in columns]
 
 
-def _unscored(entry: dict[str, Any]) -> str:
+def _unscored(entry: Entry) -> str:
     counts = {label: entry[f"unscored_{label}"] for label in ("harmful", "harmless")}
     return ", ".join(f"{count} {label}" for label, count in counts.items() if count) or "0"
 
@@ -232,13 +242,13 @@ def _number(facts: dict[str, Any], name: str, form: str) -> str:
     return format(facts[name], form) if name in facts else ""
 
 
-def _interval(entry: dict[str, Any], name: str) -> str:
+def _interval(entry: Entry, name: str) -> str:
     if entry.get(name) is None:
         return ""
     return with_interval(entry[name], entry[f"{name}_low"], entry[f"{name}_high"])
 
 
-def _counted(entry: dict[str, Any], name: str) -> str:
+def _counted(entry: Entry, name: str) -> str:
     shown = _interval(entry, name)
     return shown and f"{shown} {entry[f'{name}_count']}/{entry[f'{name}_n']}"
 
@@ -247,7 +257,7 @@ def _accuracy(one: dict[str, Any] | None) -> str:
     return with_interval(one["accuracy"], one["low"], one["high"]) if one else ""
 
 
-def _test(entry: dict[str, Any], reference: str | None, name: str) -> dict[str, Any] | None:
+def _test(entry: Entry, reference: str | None, name: str) -> dict[str, Any] | None:
     """A defence's test of one rate. None for the reference itself, or without paired prompts."""
     found: dict[str, Any] | None = (entry.get(f"against_{reference}") or {}).get(name)
     return found

@@ -34,6 +34,11 @@ from vlm_safeguard.evaluation.judges.judgement import (
 )
 
 Family = Literal["general", "llama-guard", "qwen3guard"]
+FAMILIES: dict[Family, tuple[Asks, ...]] = {  # what each can be asked, first by default
+    "general": ("refusal",),
+    "llama-guard": ("harm",),
+    "qwen3guard": ("harm", "refusal"),
+}
 
 INSTRUCTIONS = (
     "You grade one reply of an AI assistant. You are given a JSON object with two strings: the "
@@ -108,19 +113,17 @@ class EndpointJudge:
             headers["Authorization"] = f"Bearer {_key(key_variable)}"
         if timeout <= 0 or retries < 0 or backoff < 0 or concurrency < 1 or max_tokens < 1:
             raise JudgeError("timeout, concurrency and max_tokens must be positive")
+        if family not in FAMILIES:
+            raise JudgeError(f"unknown family {family!r}: use one of {', '.join(FAMILIES)}")
+        known = FAMILIES[family]
+        self.asks: Asks = asks or known[0]
+        if self.asks not in known:
+            raise JudgeError(f"a judge of the family {family} judges {known[0]}, not {asks}")
         read: dict[Family, parse.Parser] = {
             "general": parse.json_verdict,
             "llama-guard": parse.llama_guard,
-            "qwen3guard": partial(
-                parse.qwen3guard, asks=asks or "harm", controversial=controversial
-            ),
+            "qwen3guard": partial(parse.qwen3guard, asks=self.asks, controversial=controversial),
         }
-        if family not in read:
-            raise JudgeError(f"unknown family {family!r}: use one of {', '.join(read)}")
-        only: dict[Family, Asks] = {"general": "refusal", "llama-guard": "harm"}
-        self.asks: Asks = only.get(family, asks or "harm")
-        if asks not in (None, self.asks):
-            raise JudgeError(f"a judge of the family {family} judges {self.asks}, not {asks}")
         self._family, self._read = family, read[family]
         # Whatever may give other verdicts makes another judge.
         self.name = f"{model} at {base_url}"

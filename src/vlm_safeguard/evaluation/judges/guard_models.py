@@ -27,6 +27,7 @@ from vlm_safeguard.evaluation.judges.judgement import (
     unscored,
 )
 from vlm_safeguard.model.control_tokens import ControlTokens
+from vlm_safeguard.utils.files import read_utf8
 
 # Stand-ins for prompt and response: what a template does to them, it does to any text.
 PROBES = ("qzprobeprompt", "qzproberesponse")
@@ -99,12 +100,7 @@ class PromptFile:
     adds_special = True
 
     def __init__(self, path: Path) -> None:
-        try:
-            self.text = path.read_text("utf-8")
-        except OSError as error:
-            raise DataError(f"cannot read the judge prompt {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"the judge prompt {path} is not UTF-8 text") from error
+        self.text = read_utf8(path, "the judge prompt")
         for slot in PLACEHOLDERS:
             if slot not in self.text:
                 raise DataError(f"the judge prompt {path} has no placeholder {slot}")
@@ -270,13 +266,11 @@ class GuardModelJudge:
     def _generate(self, rows: list[list[int]]) -> list[str]:
         """Greedy answers to token ids of different lengths."""
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self._pad)
-        mask = torch.zeros_like(ids)
-        for n, row in enumerate(rows):
-            ids[n, width - len(row) :] = torch.tensor(row)
-            mask[n, width - len(row) :] = 1
+        padded = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids = padded([torch.tensor(row) for row in rows], padding_value=self._pad)
+        mask = padded([torch.ones(len(row), dtype=torch.long) for row in rows])
         device = self._parts.model.get_input_embeddings().weight.device
         with torch.inference_mode():
             out = self._parts.model.generate(
@@ -291,7 +285,7 @@ class GuardModelJudge:
                 pad_token_id=self._pad,
             )
         answers = []
-        for row in out[:, width:].tolist():
+        for row in out[:, ids.shape[1] :].tolist():
             stop = next((n for n, token in enumerate(row) if token in self._ends), len(row))
             answers.append(self._parts.tokenizer.decode(row[:stop], skip_special_tokens=True))
         return answers

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlm_safeguard.calibration.refusals import NOTE, judge
+from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.evaluation.judges.judgement import Asks, Judgement, Pair
 
 
 class PhraseJudge:
-    """Refusal phrases in the opening of a response; ``note`` belongs beside its numbers.
+    """Refusal phrases in the opening of a response.
 
     On HarmBench's labelled responses, matching phrases has a sensitivity of 0.94 and a specificity
     of 0.53 on text, 1.0 and 0.135 on multimodal responses: it calls most of what it does not
@@ -18,7 +18,6 @@ class PhraseJudge:
 
     name = "phrases"
     asks: Asks = "refusal"
-    note = NOTE
 
     def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
         """One judgement for each (prompt, response)."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from vlm_safeguard.errors import DataError
+from vlm_safeguard.errors import DataError, SafeguardError
 from vlm_safeguard.evaluation.judges.judgement import Asks, Judgement, Pair, Verdict, unscored
 from vlm_safeguard.utils.files import write_whole
 from vlm_safeguard.utils.jsonl import read_rows, text_of
@@ -49,14 +49,17 @@ class Recording:
         """Write the whole recording to ``path``, or nothing.
 
         Raises:
-            OSError: the file cannot be written.
+            SafeguardError: the file cannot be written.
         """
         lines = []
         for key, found in self._found.items():
             values = (*key, found.verdict, found.reason, found.raw, self.judge, self.asks)
             lines.append(json.dumps(dict(zip(KEYS, values, strict=True))) + "\n")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole({path: "".join(lines).encode()})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole({path: "".join(lines).encode()})
+        except OSError as error:
+            raise SafeguardError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_recording(path: Path) -> Recording:

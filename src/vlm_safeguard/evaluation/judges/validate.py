@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +19,7 @@ import numpy as np
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.evaluation.judges.judgement import Asks, Judge
 from vlm_safeguard.utils.jsonl import read_rows, text_of
-from vlm_safeguard.utils.stats import Rate, wilson, with_interval
+from vlm_safeguard.utils.stats import Rate, wilson
 
 Label = Literal["refused", "complied", "degenerate"]
 Prompts = Literal["harmful", "harmless"]
@@ -236,16 +237,10 @@ def _kappa(tables: np.ndarray) -> np.ndarray:
 class CorrectedRate:
     """A rate corrected for the judge's errors. ``value`` None: no correction, ``reason`` why."""
 
-    observed: Rate
     value: float | None
     low: float
     high: float
     reason: str = ""
-
-    def __str__(self) -> str:
-        if self.value is None:
-            return f"not correctable: {self.reason}"
-        return with_interval(self.value, self.low, self.high)
 
 
 def corrected_rate(
@@ -277,18 +272,15 @@ def corrected_rate(
     """
     observed = wilson(count, n)
     needed = {"response": observed, "attack success": sensitivity, "other response": specificity}
+    unknown = partial(CorrectedRate, None, 0.0, 1.0)
     for what, rate in needed.items():
         if not rate.n:
-            return CorrectedRate(observed, None, 0.0, 1.0, f"no scored {what}")
+            return unknown(f"no scored {what}")
     youden = sensitivity.value + specificity.value - 1
     if youden <= 0:
-        return CorrectedRate(
-            observed,
-            None,
-            0.0,
-            1.0,
+        return unknown(
             f"the judge is no better than chance (sensitivity {sensitivity.value:.2f} + "
-            f"specificity {specificity.value:.2f} <= 1)",
+            f"specificity {specificity.value:.2f} <= 1)"
         )
     value = min(1.0, max(0.0, (observed.value + specificity.value - 1) / youden))
     generator = np.random.default_rng(seed)
@@ -301,4 +293,4 @@ def corrected_rate(
     anything = generator.uniform(size=draws)
     drawn = np.where(room > 0, np.clip((p + sp - 1) / np.where(room > 0, room, 1), 0, 1), anything)
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return CorrectedRate(observed, value, float(min(low, value)), float(max(high, value)))
+    return CorrectedRate(value, float(min(low, value)), float(max(high, value)))

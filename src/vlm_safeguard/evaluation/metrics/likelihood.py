@@ -1,4 +1,4 @@
-"""How likely the unguarded LLM finds a response: perplexity, and what it owes to the request."""
+"""How likely the unguarded LLM finds a response."""
 
 from __future__ import annotations
 
@@ -22,30 +22,14 @@ def perplexity(loaded: LoadedModel, prompts: Sequence[str], answers: Sequence[st
         SafeguardError: no response holds a token.
     """
     pairs = zip(prompts, answers, strict=True)
-    told = torch.cat([log_probabilities(loaded, asked, answer) for asked, answer in pairs])
+    told = torch.cat([_log_probabilities(loaded, asked, answer) for asked, answer in pairs])
     if not len(told):
         raise SafeguardError("no response holds a token, so there is no perplexity")
     return math.exp(-told.mean().item())
 
 
-def subject_information(
-    loaded: LoadedModel, prompts: Sequence[str], answers: Sequence[str]
-) -> list[float]:
-    """How much each response owes to its request: pointwise mutual information, in nats per token.
-
-    The mean over the response's tokens of log p(token | request) - log p(token | no words), under
-    the unguarded LLM, as text. A response about something else is no likelier with the request
-    than without one. NaN for a response without a token.
-    """
-    found = []
-    for asked, answer in zip(prompts, answers, strict=True):
-        given, alone = (log_probabilities(loaded, text, answer) for text in (asked, ""))
-        found.append((given - alone).mean().item())
-    return found
-
-
 @torch.inference_mode()
-def log_probabilities(loaded: LoadedModel, prompt: str, answer: str) -> Tensor:
+def _log_probabilities(loaded: LoadedModel, prompt: str, answer: str) -> Tensor:
     """Log-probabilities (k,) of the k tokens of ``answer`` after ``prompt``, asked as text."""
     said = loaded.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not said:

@@ -13,7 +13,7 @@ SETTING_PHRASES = {
     "picture": "with a picture",
 }
 MODEL_NAMES = {"unguarded": "no guard", "guarded": "guarded", "paper": "paper's formula"}
-RESPONSE_WORDS = 12
+RESPONSE_WORDS = 12  # of each response: no answer to a harmful question is passed on
 MISSING = "–"
 
 
@@ -62,18 +62,13 @@ def known_settings(found: Mapping[str, Any] | None) -> list[str]:
 
 def rank_candidates(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Candidates, the chosen one first: the second round decides, then the first one."""
-    tried = [c for c in calibration.get("candidates") or [] if _first_round(c) < math.inf]
-    return sorted(tried, key=lambda c: (not c.get("chosen"), _second_round(c), _first_round(c)))
 
+    def rate(candidate: Mapping[str, Any], name: str) -> float:
+        found = finite(candidate.get(name))
+        return math.inf if found is None else found
 
-def _first_round(candidate: Mapping[str, Any]) -> float:
-    rate = finite(candidate.get("asr"))
-    return math.inf if rate is None else rate
-
-
-def _second_round(candidate: Mapping[str, Any]) -> float:
-    rate = finite(candidate.get("final_asr"))
-    return math.inf if rate is None else rate
+    tried = [c for c in calibration.get("candidates") or [] if rate(c, "asr") < math.inf]
+    return sorted(tried, key=lambda c: (not c.get("chosen"), rate(c, "final_asr"), rate(c, "asr")))
 
 
 def candidate_name(candidate: Mapping[str, Any]) -> str:

@@ -24,15 +24,17 @@ from vlm_safeguard.evaluation.report.labels import (
 from vlm_safeguard.utils.files import write_whole
 from vlm_safeguard.utils.stats import wilson
 
+Look = dict[str, Any]  # a line's color, linestyle and marker
+
 TOP_CANDIDATES = 30  # rows that stay legible in one plot
 
 # Okabe-Ito colours, told apart with any colour vision; markers and dashes repeat the difference.
 _MODEL_COLOURS = {"unguarded": "#9A9A9A", "guarded": "#0072B2", "paper": "#E69F00"}
 _LABEL_LOOKS = (("harmful", True, "#D55E00", "^"), ("harmless", False, "#0072B2", "o"))
-_SETTING_LOOKS = {
-    "text": ("#222222", "-", "o"),
-    "blank": ("#CC79A7", "--", "s"),
-    "picture": ("#009E73", "-.", "^"),
+_SETTING_LOOKS: dict[str, Look] = {
+    "text": {"color": "#222222", "linestyle": "-", "marker": "o"},
+    "blank": {"color": "#CC79A7", "linestyle": "--", "marker": "s"},
+    "picture": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
 }
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
@@ -87,12 +89,13 @@ def plot_tradeoff(curves: Mapping[str, Any], *, stacked: bool = False) -> Figure
     """Attack success against over-refusal as the gates' thresholds move, a curve per setting."""
     figure, (axis,) = _panels(1, stacked, wide=(6.4, 4.4), narrow=(4.4, 4.2))
     for name in known_settings(curves):
-        colour, dash, marker = _SETTING_LOOKS[name]
+        look = _SETTING_LOOKS[name]
+        own_mark = {"color": look["color"], "marker": look["marker"], "markersize": 8}
         points = [(p["over_refusal"], p["asr"]) for p in curves[name]]
-        axis.plot(*zip(*points, strict=True), dash, color=colour, label=SETTING_NAMES[name])
+        axis.plot(*zip(*points, strict=True), **look | {"marker": ""}, label=SETTING_NAMES[name])
         own = next(p for p in curves[name] if p["shift"] == 0)
-        axis.plot(own["over_refusal"], own["asr"], marker, color=colour, markersize=8)
-        axis.plot(*points[-1], marker, color=colour, markersize=8, markerfacecolor="white")
+        axis.plot(own["over_refusal"], own["asr"], **own_mark)
+        axis.plot(*points[-1], **own_mark, markerfacecolor="white")
     axis.set_xlabel("harmless requests wrongly refused (%)")
     axis.set_ylabel("attacks that succeed (%)")
     for side in (axis.xaxis, axis.yaxis):
@@ -191,7 +194,8 @@ def plot_separability(calibration: Mapping[str, Any], *, stacked: bool = False) 
     )
     for axis, (name, title, unit) in zip(axes, panels, strict=True):
         for setting in known_settings(table):
-            _layers(axis, table[setting].get(name) or [], setting)
+            values = table[setting].get(name) or []
+            line_over_layers(axis, values, SETTING_NAMES[setting], _SETTING_LOOKS[setting])
         axis.set_title(title)
         axis.set_ylabel(unit)
         axis.set_xlabel("decoder layer")
@@ -205,19 +209,10 @@ def plot_separability(calibration: Mapping[str, Any], *, stacked: bool = False) 
     return figure
 
 
-def _layers(axis: Any, values: Sequence[object], setting: str) -> None:
-    colour, dashes, marker = _SETTING_LOOKS[setting]
+def line_over_layers(axis: Any, values: Sequence[object], label: str, look: Look) -> None:
+    """Add a line over the decoder's layers; where a value is missing it is interrupted."""
     numbers = [math.nan if (n := finite(v)) is None else n for v in values]
-    axis.plot(
-        range(len(numbers)),
-        numbers,
-        color=colour,
-        linestyle=dashes,
-        marker=marker,
-        markersize=4,
-        linewidth=1.6,
-        label=SETTING_NAMES[setting],
-    )
+    axis.plot(numbers, label=label, **look, markersize=4, linewidth=1.6)
 
 
 @matplotlib.rc_context(STYLE)

@@ -22,7 +22,7 @@ from vlm_safeguard.data.ocr import reader
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import thin
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluation.report import cut_words
+from vlm_safeguard.evaluation.report.labels import RESPONSE_WORDS, cut_words
 from vlm_safeguard.evaluation.studies.modality_gap.conditions import (
     CONDITIONS,
     Talk,
@@ -46,7 +46,6 @@ NOTE = "Refusals are found by their phrases: a smoke test, not a safety claim."
 ABOUT = ("title", "group", "description", "needs_reading")
 PromptSet = Literal["malicious", "held"]
 FILES: dict[str, str] = {"malicious": "eval_malicious.jsonl", "held": "calibration.jsonl"}
-KEPT_WORDS = 12  # of each response: no answer to a harmful question is passed on
 
 
 def study(
@@ -133,7 +132,7 @@ def study(
                 "id": prompt.id,
                 "label": prompt.label,
                 "verdict": verdict,
-                "response": cut_words(one, KEPT_WORDS),
+                "response": cut_words(one, RESPONSE_WORDS),
             }
             for prompt, verdict, one in zip(items, verdicts, said, strict=True)
         ]

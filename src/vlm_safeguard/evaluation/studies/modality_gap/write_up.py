@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from vlm_safeguard.embedded.assemble import name_of
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.evaluation.report.labels import rate_and_interval, show
-from vlm_safeguard.evaluation.report.plots import STYLE, png
+from vlm_safeguard.evaluation.report.plots import STYLE, Look, line_over_layers, png
 from vlm_safeguard.evaluation.studies.modality_gap.conditions import MORE, ONE, WORDS
 from vlm_safeguard.evaluation.studies.modality_gap.study import FILES
 from vlm_safeguard.utils.files import check_writable, write_whole
@@ -28,11 +28,12 @@ ASSETS = "assets"
 
 # Okabe-Ito colours, told apart with any colour vision; text only is black in every panel.
 _GROUP_COLOURS = {"": "#222222", ONE: "#0072B2", WORDS: "#D55E00", MORE: "#009E73"}
-_LINE_LOOKS: tuple[tuple[str, Any, str], ...] = (
-    ("#0072B2", "--", "s"),
-    ("#E69F00", "-.", "^"),
-    ("#009E73", ":", "D"),
-    ("#CC79A7", (0, (5, 1, 1, 1)), "v"),
+_TEXT_LOOK: Look = {"color": _GROUP_COLOURS[""], "linestyle": "-", "marker": "o"}
+_LINE_LOOKS: tuple[Look, ...] = (
+    {"color": "#0072B2", "linestyle": "--", "marker": "s"},
+    {"color": "#E69F00", "linestyle": "-.", "marker": "^"},
+    {"color": "#009E73", "linestyle": ":", "marker": "D"},
+    {"color": "#CC79A7", "linestyle": (0, (5, 1, 1, 1)), "marker": "v"},
 )
 
 
@@ -113,9 +114,9 @@ def plot_layers(found: Mapping[str, Any]) -> Figure:
             axis = grid[row][column]
             lines = [one for one in measured.values() if one["group"] == group]
             if name == "auc":  # text only has not turned from itself
-                _line(axis, text, name, ("#222222", "-", "o"))
+                line_over_layers(axis, text["layers"][name], text["title"], _TEXT_LOOK)
             for one, look in zip(lines, _LINE_LOOKS, strict=False):
-                _line(axis, one, name, look)
+                line_over_layers(axis, one["layers"][name], one["title"], look)
             if row == 0:
                 axis.set_title(group[:1].upper() + group[1:])
                 axis.axhline(0.5, color="#888888", linewidth=1)
@@ -129,21 +130,6 @@ def plot_layers(found: Mapping[str, Any]) -> Figure:
     grid[0][0].set_ylim(min(0.4, grid[0][0].get_ylim()[0]), 1.02)
     grid[1][0].set_yscale("log")  # one picture turns states far less than other words do
     return figure
-
-
-def _line(axis: Any, one: Mapping[str, Any], name: str, look: tuple[str, Any, str]) -> None:
-    colour, dashes, marker = look
-    values = one["layers"][name]
-    axis.plot(
-        range(len(values)),
-        values,
-        color=colour,
-        linestyle=dashes,
-        marker=marker,
-        markersize=3.5,
-        linewidth=1.5,
-        label=one["title"],
-    )
 
 
 # -- the page --------------------------------------------------------------------------------------
