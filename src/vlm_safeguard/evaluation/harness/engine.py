@@ -66,10 +66,12 @@ class Engine:
         return self._worker.submit(_Job(request, guard, tokens))
 
     def close(self) -> None:
-        """Cancel what waits, and return when the threads and workers have ended."""
-        self._worker.close()
+        """Cancel what waits, and return when the threads and processes have ended. Other
+        processes do not finish what they began: the next run does it."""
+        self._worker.stop()
         if self._pool:
             self._pool.close()
+        self._worker.close()
 
     def _divide(self, jobs: list[_Job]) -> list[list[int]]:
         kinds: dict[tuple[int, int], list[int]] = {}
