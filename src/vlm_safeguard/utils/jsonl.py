@@ -51,7 +51,8 @@ def read_rows(path: Path, what: str, keys: tuple[str, ...]) -> Iterator[tuple[in
     except OSError as error:
         raise DataError(f"cannot read the {what} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {what} are JSONL") from error
+        place = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {place}: not UTF-8 text: {what} are JSONL") from error
     count = 0
     # Not splitlines(): JSON strings may hold U+2028 and other line ends of Unicode as they are.
     for number, line in enumerate(text.split("\n"), 1):
