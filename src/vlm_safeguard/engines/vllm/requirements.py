@@ -96,8 +96,7 @@ def check_settings(guard: Guard, config: Any) -> None:
 
 
 def check_eager(config: Any) -> None:
-    """Refuse a compiled model: tracing would keep what the guard's hooks do in the warm-up, which
-    is nothing.
+    """Refuse a compiled model: the guard's hooks are no part of a graph.
 
     Args:
         config: a ``VllmConfig``, made by ``run_eagerly`` or elsewhere.
