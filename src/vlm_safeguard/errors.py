@@ -25,6 +25,22 @@ class UnreadableText(GuardRuntimeError):
     """The text gate cannot read a request as it is written; the request has to change."""
 
 
+class TextTooLong(GuardRuntimeError):
+    """What the text gate would read of a request is longer than the model's context.
+
+    Attributes:
+        tokens: its length.
+        most: what the gate can read.
+    """
+
+    def __init__(self, tokens: int, most: int) -> None:
+        super().__init__(
+            f"the prompt, as the guard reads it, with the words in its pictures, has {tokens} "
+            f"tokens; at most {most} are accepted"
+        )
+        self.tokens, self.most = tokens, most
+
+
 class CalibrationError(SafeguardError):
     """No guard within the stated budget could be proven to help; nothing was saved."""
 

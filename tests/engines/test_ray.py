@@ -39,6 +39,14 @@ class Slow:
         return part, os.getpid()
 
 
+class Sleeper:
+    """Sleeps as long as a part says."""
+
+    def work(self, part: int) -> tuple[int, int]:
+        time.sleep(part)
+        return part, os.getpid()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     yield
@@ -62,6 +70,31 @@ def test_a_killed_workers_part_is_done_again() -> None:
     pool.close()
     assert sorted(part for part, _ in found) == list(range(6))
     assert len({process for _, process in found} - {killed}) >= WORKERS
+
+
+def test_an_interrupt_does_not_wait_for_parts_in_progress() -> None:
+    pool: RayPool[int, tuple[int, int]] = RayPool(Sleeper, (), WORKERS)
+    found: list[int] = []
+    begun = 0.0
+
+    def work() -> None:
+        nonlocal begun
+        try:
+            for part, _ in pool.map([0, 0, 300, 300, 300]):
+                found.append(part)
+                if len(found) == 2:
+                    begun = time.monotonic()
+                    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        finally:
+            pool.close()
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(60)  # they would keep the process
+    assert time.monotonic() - begun < 100  # and not 300
+    assert found == [0, 0]  # what was finished is there
 
 
 def test_errors_of_workers_are_ours() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,6 +149,25 @@ def test_an_order_of_the_users_own_is_refused(engine: Any) -> None:
     sampling = vllm.SamplingParams(max_tokens=NEW, extra_args={"vlm_safeguard": {"texts": []}})
     with pytest.raises(VLLMValidationError, match="belongs to the guard"):
         engine.generate(["user: Hello\nassistant: "], sampling, use_tqdm=False)
+
+
+def test_an_adapter_is_refused(engine: Any) -> None:
+    from vllm.lora.request import LoRARequest
+
+    adapter = LoRARequest("other", 1, "no/such/folder")
+    refused(engine, {"prompt": "user: Hello\nassistant: "}, "LoRA", lora_request=adapter)
+
+
+def test_a_guard_folder_that_vanishes_changes_nothing(engine: Any, reference: Reference) -> None:
+    """The guard is in memory; who starts then is told, see ``test_vllm_start``."""
+    folder = Path(os.environ["VLM_SAFEGUARD"])
+    away = folder.rename(folder.with_name("away"))
+    try:
+        outputs = chat(engine, reference.requests[:8])
+    finally:
+        away.rename(folder)
+    for output, answer in zip(outputs, reference.answers, strict=False):
+        same(output, answer)
 
 
 def test_beam_search_is_refused(engine: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests import tiny
 from tests.engines import tiny_vllm
 from tests.engines.conftest import Reference
-from vlm_safeguard.errors import GuardError
+from vlm_safeguard.errors import GuardError, ModelError
 
 vllm = pytest.importorskip("vllm")
 requirements = pytest.importorskip("vlm_safeguard.engines.vllm.requirements")
@@ -58,12 +58,80 @@ def test_settings_that_are_not_guarded_are_refused(
         config(reference, **options)
 
 
+def test_a_worker_that_would_compile_is_refused(engine: Any, reference: Reference) -> None:
+    """As where a program makes the configuration without vLLM's arguments."""
+    found = config(reference)
+    requirements.check_eager(found)
+    found.compilation_config.cudagraph_mode = vllm.config.CUDAGraphMode.PIECEWISE
+    with pytest.raises(GuardError, match="CUDA graphs"):
+        requirements.check_eager(found)
+    found = config(reference)
+    found.compilation_config.mode = vllm.config.CompilationMode.DYNAMO_TRACE_ONCE
+    runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(GuardError, match="cannot compile the model"),
+    ):
+        patch.setattr(runner.model_runner, "vllm_config", found)
+        runner.model_runner.load_model()
+
+
+def test_the_v2_runner_is_refused(
+    engine: Any, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    with pytest.raises(GuardError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        GPUModelRunner.load_model(None)
+    found = config(reference)
+    monkeypatch.setattr(vllm.config.VllmConfig, "use_v2_model_runner", True)
+    with pytest.raises(GuardError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        requirements.check_settings(reference.guard, found)
+
+
 def test_another_model_is_refused(engine: Any, reference: Reference, tmp_path: Path) -> None:
     tiny_vllm.save(tmp_path, seed=1)
     from vllm.engine.arg_utils import EngineArgs
 
     with pytest.raises(GuardError, match="weights differ"):
         EngineArgs(model=str(tmp_path), max_model_len=512).create_engine_config()
+
+
+@pytest.mark.parametrize("fact", ["get_hidden_size", "get_total_num_hidden_layers"])
+def test_a_model_of_another_size_is_refused(
+    engine: Any, reference: Reference, monkeypatch: pytest.MonkeyPatch, fact: str
+) -> None:
+    found = config(reference)
+    monkeypatch.setattr(vllm.config.ModelConfig, fact, lambda *_: 64)
+    with pytest.raises(GuardError, match=r"the model has .*\b64\b"):
+        requirements.check_settings(reference.guard, found)
+
+
+def test_a_model_without_images_is_refused(
+    engine: Any, reference: Reference, tmp_path: Path
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    small = LlamaConfig(
+        vocab_size=300,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(small).save_pretrained(tmp_path)
+    reference.loaded.processor.tokenizer.save_pretrained(tmp_path)
+    given = EngineArgs(model=str(tmp_path), max_model_len=256, limit_mm_per_prompt={"image": 1})
+    with pytest.raises(GuardError, match="takes no images"):
+        given.create_engine_config()
+
+
+def test_a_revision_of_a_folder_is_refused(engine: Any, reference: Reference) -> None:
+    with pytest.raises(ModelError, match="only models on the hub have revisions"):
+        config(reference, revision="v2")
 
 
 def test_other_versions_are_refused() -> None:
@@ -84,6 +152,22 @@ def test_another_decoder_is_refused(engine: Any, reference: Reference, runner: A
     model = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     with pytest.raises(GuardError, match="0 lists of 7 layers"):
         decoder_layers(model.model_runner.model, tiny.LAYERS + 1)
+
+
+def test_another_version_stops_vllm(tmp_path: Path) -> None:
+    program = (
+        "import vllm; vllm.__version__ = '0.26.0';"
+        "from vllm.plugins import load_general_plugins as load; load(); print('went on')"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "VLM_SAFEGUARD": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode != 0
+    assert "vLLM 0.26.0 is not supported" in ran.stderr
+    assert "went on" not in ran.stdout
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tests.engines.conftest import NEW, Reference
 from tests.server.live import wait_until
 from vlm_safeguard.errors import SafeguardError, UnreadableText
 from vlm_safeguard.model.text_reader import TextReader
+from vlm_safeguard.server import errors
 from vlm_safeguard.server.batch import answer_all
 from vlm_safeguard.server.batch_file import URL, read_tasks
 from vlm_safeguard.server.inference_thread import InferenceThread
@@ -139,6 +140,39 @@ def test_what_cannot_be_answered_gets_its_reason(
     assert "at most 400" in long["response"]["body"]["error"]["message"]
     assert hidden["response"]["status_code"] == 400
     assert "control token" in hidden["response"]["body"]["error"]["message"]
+    assert plain["response"]["status_code"] == 200
+
+
+def test_a_prompt_that_is_too_long_with_its_pictures_is_told_its_length(
+    engine: Any, reference: Reference, tmp_path: Path
+) -> None:
+    """vLLM would refuse it as well, and the reason would not be told."""
+    most = engine.llm_engine.model_config.max_model_len - 2
+    *pictures, _ = contents(reference)[7]
+    frame = 21  # tokens of the chat template and of two pictures before they are expanded
+    fits = "x" * (most - frame)  # a token each
+    with running(engine, max_prompt_tokens=most, max_tokens=1) as made:
+        rows = [[*pictures, {"type": "text", "text": fits}], fits]
+        (long, plain), _ = asked(made, tmp_path, rows, max_tokens=1)
+    assert long["response"]["status_code"] == 400
+    told = long["response"]["body"]["error"]["message"]
+    assert told == str(errors.too_long(most + 2 * 3, most))  # four tokens each
+    assert plain["response"]["status_code"] == 200
+
+
+def test_a_text_that_is_too_long_to_read_is_told_its_length(
+    engine: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """Words in pictures and the canonical form may make it longer than the prompt."""
+    most = engine.llm_engine.model_config.max_model_len - 1
+    with running(engine) as made:
+        monkeypatch.setattr(TextReader, "other_form", lambda _, ids: ids[:1] * (most + 1))
+        [answer], _ = asked(made, tmp_path, ["Hello"])
+        monkeypatch.undo()
+        [plain], _ = asked(made, tmp_path, ["Hello"])
+    assert answer["response"]["status_code"] == 400
+    told = answer["response"]["body"]["error"]["message"]
+    assert f"has {most + 1} tokens; at most {most} are accepted" in told
     assert plain["response"]["status_code"] == 200
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import pytest
 
 from tests.command import run
 from tests.server.live import MODEL, Live, open_guard, wait_until
-from tests.server.test_clients import MESSAGES, NEW
+from tests.server.test_clients import MESSAGES, NEW, PICTURE
 from vlm_safeguard.errors import DataError, SafeguardError
 from vlm_safeguard.model.loading import load
+from vlm_safeguard.server import conversation
 from vlm_safeguard.server.batch import answer_all
 from vlm_safeguard.server.batch_file import URL, Answers, answers, partial_of, read_tasks
 
@@ -69,6 +72,34 @@ def test_a_failure_is_an_error_and_no_answer(live: Live, tmp_path: Path, monkeyp
     assert "secret" not in json.dumps(found)
 
 
+def test_pictures_are_decoded_while_there_is_room(
+    live: Live, tmp_path: Path, monkeypatch: Any
+) -> None:
+    decode, generate = conversation.decode_image, live.engine._generate
+    decoded, ahead = [], []
+
+    def slowly(jobs: Any) -> None:
+        if not ahead:
+            time.sleep(1.0)
+            ahead.append(len(decoded))
+        generate(jobs)
+
+    def counted(data: bytes) -> Any:
+        decoded.append(decode(data))
+        return decoded[-1]
+
+    monkeypatch.setattr(conversation, "decode_image", counted)
+    monkeypatch.setattr(live.engine, "_generate", slowly)
+    tight = replace(live.engine.settings, max_waiting_pixels=4 * PICTURE.width * PICTURE.height + 1)
+    monkeypatch.setattr(live.engine, "settings", tight)
+    rows = [line(str(number)) for number in range(10)]  # two pictures each
+    found: list[dict[str, Any]] = []
+    answer_all(live.engine, read_tasks(written(tmp_path / "in.jsonl", rows), "g"), found.append)
+    assert ahead == [2 * 3]
+    assert len(decoded) == 2 * len(rows)
+    assert [one["response"]["status_code"] for one in found] == [200] * len(rows)
+
+
 def test_a_body_is_not_larger_than_the_servers(live: Live, tmp_path: Path) -> None:
     large = [line("a", user="x" * live.engine.settings.max_body)]
     found: list[dict[str, Any]] = []
@@ -109,6 +140,9 @@ def test_a_torn_file_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "in.jsonl", [line("a"), line("b")])
     path.write_text(path.read_text()[:-20])
     with pytest.raises(DataError, match="line 2: broken JSON"):
+        read_tasks(path, "guard")
+    path.write_bytes(json.dumps(line("a")).encode() + '\n{"custom_id": "\u00e9'.encode()[:-1])
+    with pytest.raises(DataError, match="line 2: not UTF-8 text"):  # torn within a letter
         read_tasks(path, "guard")
 
 

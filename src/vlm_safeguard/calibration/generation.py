@@ -95,7 +95,7 @@ def respond(
                 stop = next((n for n, token in enumerate(said) if token in ends), None)
                 said = said if stop is None else said[:stop]
                 text = decoded(tokenizer, said, tag)
-                fired, score = _gate(decided[row])
+                fired, score = gate_of(decided[row])
                 first, opening = said[0] if said else -1, watch.found.get(row, 0.0)
                 found[index] = Response(text, len(said), stop is None, fired, score, first, opening)
     return [found[i] for i in range(len(items))]
@@ -114,7 +114,7 @@ class _FirstToken(LogitsProcessor):
         return scores
 
 
-def _gate(decision: Decision | None) -> tuple[bool | None, float | None]:
+def gate_of(decision: Decision | None) -> tuple[bool | None, float | None]:
     """Whether a gate opened, and the highest score of any gate, as a mean over its layers."""
     if decision is None:
         return None, None

@@ -86,7 +86,7 @@ def evaluate(
     max_new_tokens: MaxNewTokens = 32,
     batch: Annotated[int, typer.Option(min=1, max=4096)] = 32,
     engine: Annotated[
-        Literal["transformers", "ray"],
+        Literal["transformers", "vllm", "ray"],
         typer.Option(help="What answers; ray: transformers in --workers processes."),
     ] = "transformers",
     workers: Annotated[int, typer.Option(min=1, help="Workers of ray.")] = 1,
@@ -102,6 +102,11 @@ def evaluate(
     from vlm_safeguard.evaluation.harness.execution import Plan, names
     from vlm_safeguard.evaluation.harness.results_page import markdown
 
+    if engine == "vllm" and (pairs or throughput):
+        raise SafeguardError(
+            "--pairs and --throughput measure times in transformers: leave them out, or leave out "
+            "--engine vllm"
+        )
     plan = Plan(
         models=tuple(dict.fromkeys(models)),
         defences=names(defence or ["none", *(["guard"] if guard else [])], DEFENCES_TO_COMPARE),
@@ -118,6 +123,7 @@ def evaluate(
         defence_texts=tuple(_named_file(given) for given in defence_text or []),
         attack=attack,
         workers=ray_workers(engine, workers),
+        vllm=engine == "vllm",
     )
     measure = Measure(pairs=pairs, rounds=throughput, labels=labels)
     facts = run(plan, output, measure, make_progress(quiet))

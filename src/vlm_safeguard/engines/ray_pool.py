@@ -80,6 +80,11 @@ class RayPool(Generic[Part, Result]):
         except ray.exceptions.RayActorError as error:
             raise _told("a worker of Ray cannot start", error) from error
 
+    @property
+    def size(self) -> int:
+        """How many parts are done at once."""
+        return len(self.actors)
+
     def work(self, part: Part) -> Result:
         """Have the next free worker do a part, and wait for it; for several threads.
 
@@ -99,17 +104,23 @@ class RayPool(Generic[Part, Result]):
         return result
 
     def map(self, parts: Iterable[Part]) -> Iterator[Result]:
-        """The results of all parts, as they come. The first error ends it."""
-        with ThreadPoolExecutor(len(self.actors)) as threads:
-            waiting = [threads.submit(self.work, part) for part in parts]
-            try:
-                for done in as_completed(waiting):
-                    yield done.result()
-            finally:
-                threads.shutdown(wait=False, cancel_futures=True)
+        """The results of all parts, as they come.
+
+        The first error ends it, and so does an interrupt. It does not wait for parts in progress
+        then: ``close`` ends them.
+        """
+        threads = ThreadPoolExecutor(len(self.actors))
+        try:
+            for done in as_completed([threads.submit(self.work, part) for part in parts]):
+                yield done.result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
-        """End the workers. Where Ray was shut down, they have ended."""
+        """End the workers, also in the midst of a part. Where Ray was shut down, they have ended.
+
+        Whoever waits for a part in another thread gets an error.
+        """
         if self._ray.is_initialized():  # else Ray would start anew
             for actor in self.actors:
                 self._ray.kill(actor)

@@ -275,6 +275,12 @@ def _rendered(processor: Any, turns: Sequence[_Turn], control: ControlTokens) ->
     return templated(processor, messages)
 
 
+def single_turn(prompt: str, picture: Image.Image | None) -> Conversation:
+    """A request with one picture or none, as a conversation for ``prepare``."""
+    image = [] if picture is None else [{"type": "image", "image": picture}]
+    return [{"role": "user", "content": [*image, {"type": "text", "text": prompt}]}]
+
+
 def encode(
     loaded: LoadedModel,
     prompts: Sequence[str],
@@ -293,16 +299,7 @@ def encode(
         Model inputs on the model's device.
     """
     conversations = [
-        [
-            {
-                "role": "user",
-                "content": [
-                    *([] if picture is None else [{"type": "image", "image": picture}]),
-                    {"type": "text", "text": prompt},
-                ],
-            }
-        ]
-        for prompt, picture in zip(prompts, pictures, strict=True)
+        single_turn(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)
     ]
     inputs = prepare(loaded.processor, conversations, read_pictures)
     return {key: value.to(loaded.device) for key, value in inputs.items()}

@@ -7,7 +7,6 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from anyio.to_thread import run_sync
 from pydantic import ValidationError
 
 from vlm_safeguard.errors import SafeguardError
@@ -16,10 +15,12 @@ from vlm_safeguard.server.audit import digest
 from vlm_safeguard.server.batch_file import Task
 from vlm_safeguard.server.body import check_json
 from vlm_safeguard.server.chat import CHAT, Answer, check_model, sampling_of
-from vlm_safeguard.server.conversation import read_messages
+from vlm_safeguard.server.conversation import Conversation
 from vlm_safeguard.server.errors import RequestError
 from vlm_safeguard.server.exchange import Exchange
 from vlm_safeguard.server.inference_thread import InferenceThread
+from vlm_safeguard.server.job import Sampling
+from vlm_safeguard.server.picture_memory import PictureMemory
 from vlm_safeguard.server.schema import ChatRequest
 
 _PAUSE = 0.1  # seconds until a request that found the queue full is tried again
@@ -47,12 +48,12 @@ def answer_all(
 
 
 async def _answers(engine: InferenceThread, tasks: Sequence[Task]) -> AsyncIterator[dict[str, Any]]:
-    waiting = iter(tasks)
+    waiting, memory = iter(tasks), PictureMemory(engine.settings.max_waiting_pixels)
     running: set[asyncio.Task[dict[str, Any]]] = set()
     try:
         while True:
             for task in waiting:
-                running.add(asyncio.create_task(_line(engine, task)))
+                running.add(asyncio.create_task(_line(engine, task, memory)))
                 if len(running) >= 2 * engine.settings.batch:
                     break
             if not running:
@@ -65,11 +66,11 @@ async def _answers(engine: InferenceThread, tasks: Sequence[Task]) -> AsyncItera
             one.cancel()
 
 
-async def _line(engine: InferenceThread, task: Task) -> dict[str, Any]:
+async def _line(engine: InferenceThread, task: Task, memory: PictureMemory) -> dict[str, Any]:
     """A line of the batch's answers."""
     line: dict[str, Any] = {"id": task.id, "custom_id": task.custom_id}
     try:
-        status, body = 200, await _completion(engine, task)
+        status, body = 200, await _completion(engine, task, memory)
     except RequestError as error:
         if error.status >= 500:
             told = {"code": error.kind, "message": str(error)}
@@ -79,7 +80,9 @@ async def _line(engine: InferenceThread, task: Task) -> dict[str, Any]:
     return line | {"response": response, "error": None}
 
 
-async def _completion(engine: InferenceThread, task: Task) -> Mapping[str, Any]:
+async def _completion(
+    engine: InferenceThread, task: Task, memory: PictureMemory
+) -> Mapping[str, Any]:
     settings, data = engine.settings, json.dumps(task.body).encode()
     if len(data) > settings.max_body:
         raise RequestError(413, f"a body has at most {settings.max_body} bytes")
@@ -92,7 +95,17 @@ async def _completion(engine: InferenceThread, task: Task) -> Mapping[str, Any]:
         raise RequestError(400, "a batch does not stream: leave stream out", param="stream")
     check_model(body.model, settings)
     sampling = sampling_of(body, settings)
-    conversation = await run_sync(read_messages, body.messages, settings)
+    async with memory.conversation(body.messages, settings) as conversation:
+        return await _answer(engine, task, conversation, sampling, digest(data))
+
+
+async def _answer(
+    engine: InferenceThread,
+    task: Task,
+    conversation: Conversation,
+    sampling: Sampling,
+    asked: str,
+) -> Mapping[str, Any]:
     while True:
         exchange = Exchange(
             engine,
@@ -101,12 +114,12 @@ async def _completion(engine: InferenceThread, task: Task) -> Mapping[str, Any]:
             endpoint=CHAT,
             request_id=task.id,
             audit=None,
-            asked=digest(data),
+            asked=asked,
         )
         try:
             begun = await exchange.begin()
             text = "".join([piece async for piece in exchange.texts()])
-            return Answer(settings, begun, trusted=True).completion(text, exchange)
+            return Answer(engine.settings, begun, trusted=True).completion(text, exchange)
         except RequestError as error:
             if error.status == 503 and engine.alive:
                 raise SafeguardError(f"{error}. The same command goes on") from error

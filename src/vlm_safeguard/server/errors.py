@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.errors import SafeguardError, TextTooLong
 
 FAILED = "the guard or the model failed, and the answer is withheld"
 
@@ -88,6 +88,11 @@ def too_long(tokens: int, most: int) -> RequestError:
         f"the prompt has {tokens} tokens, images included; at most {most} are accepted",
         param="messages",
     )
+
+
+def text_too_long(error: TextTooLong) -> RequestError:
+    """The prompt is too long with the words in its pictures, or written out."""
+    return RequestError(400, str(error), param="messages")
 
 
 def image_lost() -> RequestError:

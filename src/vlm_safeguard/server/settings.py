@@ -20,7 +20,8 @@ class Settings:
         batch: requests that are answered together, at most.
         window: seconds that the first request of a batch waits for others.
         waiting: requests that may wait. One more gets status 429.
-        max_waiting_pixels: pixels of all pictures that may wait, 3 bytes each.
+        max_waiting_pixels: pixels of all pictures that may wait, 3 bytes each; in a batch, of
+            all that are decoded.
         deadline: seconds until a request that has not ended is given up, waiting included.
         max_tokens: tokens of an answer, at most; and where the request does not say.
         max_prompt_tokens: tokens of a prompt with its pictures, at most.

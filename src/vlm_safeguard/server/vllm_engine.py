@@ -17,7 +17,13 @@ from typing import Any
 from vlm_safeguard.data.prompts import anchors
 from vlm_safeguard.engines.vllm.front_end import decisions
 from vlm_safeguard.engines.vllm.identity import load_processor
-from vlm_safeguard.errors import GuardRuntimeError, ImageError, ModelError, UnreadableText
+from vlm_safeguard.errors import (
+    GuardRuntimeError,
+    ImageError,
+    ModelError,
+    TextTooLong,
+    UnreadableText,
+)
 from vlm_safeguard.model.chat import tokenize
 from vlm_safeguard.server import errors
 from vlm_safeguard.server.conversation import Conversation
@@ -136,10 +142,15 @@ class VllmEngine(InferenceThread):
             if pictures.sent != pictures.reached:
                 raise errors.image_lost()
             media = {"multi_modal_data": {"image": images}} if images else {}
-            self._vllm.add_request(name, {"prompt_token_ids": ids, **media}, params)
+            [prompt] = self._vllm.renderer.render_cmpl([{"prompt_token_ids": ids, **media}])
+            # With its pictures it may be longer than vLLM's context, which it refuses as any fault.
+            self._check_length(len(prompt["prompt_token_ids"]))
+            self._vllm.add_request(name, prompt, params)
         except VLLMValidationError as error:
             if isinstance(error.__cause__, UnreadableText):
                 raise errors.unreadable() from None
+            if isinstance(error.__cause__, TextTooLong):
+                raise errors.text_too_long(error.__cause__) from None
             raise errors.unusable() from None
         except (ModelError, ImageError):  # their texts quote the request and the library
             raise errors.unusable() from None
@@ -172,15 +183,12 @@ class VllmEngine(InferenceThread):
             if said.finish_reason == "error":
                 raise GuardRuntimeError("the guard blocked the request")
             if tokens and not job.begun:
-                prompt = len(output.prompt_token_ids)
-                self._check_length(prompt)
-                answer.begin(decisions(output)[0], running.pictures, prompt)
+                length = len(output.prompt_token_ids)
+                answer.begin(decisions(output)[0], running.pictures, length)
         except GuardRuntimeError:
             self.telemetry.failures.inc()
             self._due = 0.0  # a self-check follows
             job.send(Failed(errors.failed()))
-        except RequestError as error:
-            job.send(Failed(error))
         for place, token in enumerate(tokens, 1):
             is_last = output.finished and place == len(tokens)
             if not job.ended:

@@ -71,7 +71,10 @@ def read_utf8(path: Path, what: str, newline: str | None = None) -> str:
     except OSError as error:
         raise DataError(f"cannot read {what} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: convert it, or get it again") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: not UTF-8 text: convert it, or get it again"
+        ) from error
 
 
 def read_limited(path: Path, limit: int) -> bytes:

@@ -59,11 +59,15 @@ class Worker(Generic[Job, Answer]):
         self._queue.put((job, answer))
         return answer
 
-    def close(self) -> None:
-        """Cancel what waits and return when the threads have ended: one that still runs while the
-        interpreter shuts down can take the process with it. Nothing may be submitted later."""
+    def stop(self) -> None:
+        """Cancel what waits. Nothing may be submitted later."""
         self._closing.set()
         self._queue.put(None)
+
+    def close(self) -> None:
+        """``stop``, and return when the threads have ended: one that still runs while the
+        interpreter shuts down can take the process with it."""
+        self.stop()
         for thread in self._threads:
             thread.join()
 
@@ -104,7 +108,8 @@ class Worker(Generic[Job, Answer]):
         try:
             found = list(zip(batch, self._work([job for job, _ in batch]), strict=True))
         except BaseException as error:
-            if len(batch) > 1 and not isinstance(error, self._hopeless):
+            hopeless = self._closing.is_set() or isinstance(error, self._hopeless)
+            if len(batch) > 1 and not hopeless:
                 for one in batch:
                     self._do([one])
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from inspect_ai.model import (
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data import prompts
 from vlm_safeguard.data.inputs import Query, queries
-from vlm_safeguard.errors import DataError, ImageError
+from vlm_safeguard.errors import DataError, ImageError, SafeguardError
 from vlm_safeguard.evaluation.harness import tasks
 from vlm_safeguard.evaluation.harness.engine import Engine
 from vlm_safeguard.evaluation.harness.provider import VlmSafeguardAPI, read_request
@@ -66,6 +67,33 @@ def test_closing_ends_the_thread_and_cancels_what_waits(folder: Path) -> None:
     assert all(answer.done() for answer in answers)
     assert answers[-1].cancelled()
     assert all(answer.cancelled() or answer.result() == first for answer in answers)
+
+
+def test_closing_does_not_wait_for_what_workers_of_ray_have_begun(folder: Path) -> None:
+    class Pool:
+        """Works until it is closed, as workers of Ray are ended in the midst of a part."""
+
+        def __init__(self) -> None:
+            self.size, self.begun, self.closed = 2, Event(), Event()
+
+        def work(self, part: Any) -> Any:
+            self.begun.set()
+            assert self.closed.wait(60)
+            raise SafeguardError("the workers ended")
+
+        def close(self) -> None:
+            self.closed.set()
+
+    pool = Pool()
+    one = Engine(load(folder), 2, pool)  # type: ignore[arg-type]
+    answers = [one.submit(Query("Hello", None), None, 4) for _ in range(9)]
+    assert pool.begun.wait(60)
+    closing = Thread(target=one.close, daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert all(answer.done() for answer in answers)
+    assert answers[-1].cancelled()
 
 
 def test_what_nobody_waits_for_is_not_answered(

@@ -14,6 +14,7 @@ from vlm_safeguard.engines.vllm.front_end import FrontEnd
 from vlm_safeguard.engines.vllm.identity import check_model
 from vlm_safeguard.engines.vllm.messages import REPORT
 from vlm_safeguard.engines.vllm.requirements import (
+    check_eager,
     check_guard,
     check_settings,
     check_version,
@@ -182,6 +183,7 @@ def _arm_workers(guard: Guard, monitor: bool) -> None:
             from vllm.distributed import get_tensor_model_parallel_rank
 
             check_settings(guard, self.vllm_config)
+            check_eager(self.vllm_config)
             own(self, *args, **kwargs)
             is_heard = get_tensor_model_parallel_rank() == 0
             setattr(self, _GUARD, RunnerGuard(guard, self.model, monitor, is_heard))

@@ -11,7 +11,7 @@ from vlm_safeguard.engines.vllm.identity import load_processor
 from vlm_safeguard.engines.vllm.messages import KEY, Report, guard_digest, put
 from vlm_safeguard.engines.vllm.telemetry import counters
 from vlm_safeguard.engines.vllm.texts import TextForms
-from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.errors import GuardRuntimeError, TextTooLong
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.runtime.attestation import Decision
 
@@ -66,6 +66,7 @@ class FrontEnd:
 
         Raises:
             GuardRuntimeError: it is of a kind that is not guarded.
+            TextTooLong: what the guard reads of it does not fit vLLM's context.
         """
         params = request.sampling_params
         if params is None:
@@ -94,7 +95,12 @@ class FrontEnd:
         )
         if self._forms is None:
             self._forms = TextForms(self._guard, load_processor(model_config))
-        put(params, self._forms.order(request.prompt_token_ids, places, words))
+        order = self._forms.order(request.prompt_token_ids, places, words)
+        # vLLM checks the prompt, but not the texts, which are requests of their own in its core.
+        longest, most = max(map(len, order.texts), default=0), model_config.max_model_len - 1
+        if longest > most:
+            raise TextTooLong(longest, most)
+        put(params, order)
         request.cache_salt = ":".join(filter(None, (self._digest, request.cache_salt)))
 
     # -- answers go out ----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ def load_in_vllm(
     max_len: int = 4096,
     batch: int = 8,
     images: int = 1,
+    memory: float | None = None,
 ) -> Any:
     """Start vLLM in this process, which must not have imported it before.
 
@@ -34,6 +35,7 @@ def load_in_vllm(
         max_len: tokens of a prompt and its answer, at most.
         batch: requests that are answered together, at most.
         images: pictures of a request, at most.
+        memory: share of the GPU's memory; None: vLLM's own choice.
 
     Returns:
         The ``vllm.LLM``.
@@ -44,6 +46,8 @@ def load_in_vllm(
         SafeguardError: vLLM is missing.
     """
     chosen = _chosen(options or LoadOptions())
+    if memory is not None:
+        chosen["gpu_memory_utilization"] = memory
     if guard is None:
         os.environ.pop(VARIABLE, None)
     else:

@@ -95,6 +95,25 @@ def check_settings(guard: Guard, config: Any) -> None:
         )
 
 
+def check_eager(config: Any) -> None:
+    """Refuse a compiled model: the guard's hooks are no part of a graph.
+
+    Args:
+        config: a ``VllmConfig``, made by ``run_eagerly`` or elsewhere.
+
+    Raises:
+        GuardError: it compiles, or captures CUDA graphs.
+    """
+    from vllm.config import CompilationMode, CUDAGraphMode
+
+    compiling = config.compilation_config
+    if compiling.mode != CompilationMode.NONE or compiling.cudagraph_mode != CUDAGraphMode.NONE:
+        raise GuardError(
+            "under a guard vLLM cannot compile the model or use CUDA graphs: start it with "
+            "--enforce-eager"
+        )
+
+
 def run_eagerly(config: Any) -> None:
     """Keep vLLM from compiling the model: the guard's hooks are no part of a graph.
 

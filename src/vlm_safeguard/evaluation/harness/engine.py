@@ -1,4 +1,4 @@
-"""Serves many callers with one loaded model, or with several in workers of Ray, in large batches.
+"""Serves many callers with one loaded model, in workers of Ray or in vLLM, in large batches.
 
 The engine gathers what has come in, sorts it by length and generates in batches; rows of different
 defences never share one.
@@ -11,11 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.embedded.assemble import resolve
 from vlm_safeguard.engines.ray_pool import RayPool
+from vlm_safeguard.evaluation.harness.vllm_pool import VllmPool
 from vlm_safeguard.evaluation.harness.workers import Batch, RespondWorker
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.load_options import LoadOptions
@@ -33,6 +35,20 @@ class _Job:
     tokens: int
 
 
+class Pool(Protocol):
+    """Other processes that answer."""
+
+    @property
+    def size(self) -> int:
+        """How many batches are answered at once."""
+
+    def work(self, part: Batch) -> list[Response]:
+        """One response for each request."""
+
+    def close(self) -> None:
+        """End the processes, also in the midst of a batch."""
+
+
 class Engine:
     """Batches requests to a model on one thread of its own, or on one for each worker of Ray.
 
@@ -46,17 +62,18 @@ class Engine:
         self,
         loaded: LoadedModel,
         batch: int,
-        pool: RayPool[Batch, list[Response]] | None = None,
+        pool: Pool | None = None,
     ) -> None:
         self.loaded = loaded
         self.batch = batch
         self._pool = pool
         self.heard: Callable[[int], object] = lambda _: None  # how many were answered just now
+        size = pool.size if pool else 1
         self._worker: Worker[_Job, Response] = Worker(
             self._answer,
             "engine",
-            batch if pool else ROUND * batch,  # no worker takes what others could do
-            threads=len(pool.actors) if pool else 1,
+            batch if size > 1 else ROUND * batch,  # no worker takes what others could do
+            threads=size,
             gather=GATHER,
             divide=self._divide,
         )
@@ -66,10 +83,12 @@ class Engine:
         return self._worker.submit(_Job(request, guard, tokens))
 
     def close(self) -> None:
-        """Cancel what waits, and return when the threads and workers have ended."""
-        self._worker.close()
+        """Cancel what waits, and return when the threads and processes have ended. Other
+        processes do not finish what they began: the next run does it."""
+        self._worker.stop()
         if self._pool:
             self._pool.close()
+        self._worker.close()
 
     def _divide(self, jobs: list[_Job]) -> list[list[int]]:
         kinds: dict[tuple[int, int], list[int]] = {}
@@ -94,7 +113,9 @@ class Engine:
         return found
 
 
-def engine(name: str, options: LoadOptions, batch: int, workers: int = 0) -> Engine:
+def engine(
+    name: str, options: LoadOptions, batch: int, workers: int = 0, vllm: bool = False
+) -> Engine:
     """The engine of a model, loaded once per process however many defences share it, and closed
     when the process ends, also by an interrupt.
 
@@ -103,19 +124,25 @@ def engine(name: str, options: LoadOptions, batch: int, workers: int = 0) -> Eng
         options: how it is loaded.
         batch: rows that are generated together.
         workers: of Ray, each with a model of its own; 0 answers in this process.
+        vllm: whether vLLM answers.
 
     Raises:
         ModelError, DemoError: the model cannot be loaded or assembled.
-        SafeguardError: see ``RayPool``.
+        SafeguardError: see ``RayPool`` and ``VllmPool``.
     """
-    return made_once(name, options, batch, workers)
+    return made_once(name, options, batch, workers, vllm)
 
 
 @lru_cache
-def made_once(name: str, options: LoadOptions, batch: int, workers: int) -> Engine:
+def made_once(name: str, options: LoadOptions, batch: int, workers: int, vllm: bool) -> Engine:
     """See ``engine``."""
-    loaded = load(resolve(name), **options.given())
-    pool = RayPool(RespondWorker, (name, options), workers) if workers else None
+    folder = resolve(name)
+    loaded = load(folder, **options.given())
+    pool: Pool | None = None
+    if workers:
+        pool = RayPool(RespondWorker, (name, options), workers)
+    elif vllm:
+        pool = VllmPool(str(folder), options, loaded, batch)
     made = Engine(loaded, batch, pool)
     atexit.register(made.close)
     return made

@@ -65,6 +65,7 @@ class Plan:
     defence_texts: tuple[tuple[str, str], ...] = ()
     attack: str | None = None
     workers: int = 0  # processes of Ray that answer, 0 for this one
+    vllm: bool = False  # vLLM answers
 
     def check(self) -> list[tuple[str, str]]:
         """(benchmark, setting) of every task, after reading all of the data once.
@@ -80,6 +81,7 @@ class Plan:
             for name in given:
                 if name not in known and not (kind == "benchmark" and name.startswith(PROMPTS)):
                     raise DataError(f"unknown {kind} {name!r}: use one of {', '.join(known)}")
+        self._check_vllm()
         shared_judge(self.judge)
         pairs: list[tuple[str, str]] = []
         for name in self.benchmarks:
@@ -94,6 +96,18 @@ class Plan:
         self._check_texts()
         self._check_attack({setting for _, setting in pairs})
         return pairs
+
+    def _check_vllm(self) -> None:
+        if not self.vllm:
+            return
+        if len(self.models) > 1:
+            raise DataError("vLLM keeps its memory until the end: evaluate one model at a time")
+        for name in self.defences:
+            if name in BY_GUARD and name != "guard":
+                raise DataError(
+                    f"the defence {name} needs hooks in transformers: leave it out, or leave out "
+                    "--engine vllm"
+                )
 
     def _check_texts(self) -> None:
         for name, file in self.defence_texts:
@@ -134,7 +148,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """All settings; what was added to plans later, only where it is given."""
-        later = ("defence_texts", "attack", "workers")
+        later = ("defence_texts", "attack", "workers", "vllm")
         facts = {key: value for key, value in vars(self).items() if value or key not in later}
         return facts | facts.pop("loading").given()
 
@@ -219,6 +233,7 @@ def _models(plan: Plan) -> Iterator[Model]:
                 "defence_text": texts.get(defence),
                 "attack": plan.attack,
                 "workers": plan.workers,
+                "vllm": plan.vllm,
             }
             given = {key: value for key, value in optional.items() if value}
             arguments: dict[str, Any] = {"defence": defence, "batch": plan.batch}

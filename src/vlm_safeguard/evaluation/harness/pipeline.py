@@ -87,7 +87,7 @@ def answers(plans: Sequence[Plan], progress: Progress) -> tuple[list[Judged], di
     answered = progress.track(itertools.count(), "responses")
     for plan in plans:
         for name in plan.models:
-            one = engine(name, plan.loading, plan.batch, plan.workers)
+            one = engine(name, plan.loading, plan.batch, plan.workers, plan.vllm)
             one.heard = lambda count: list(itertools.islice(answered, count))
         with (
             tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder,
@@ -112,7 +112,7 @@ def _measured(
     facts, rows = outputs.summarise(plan, logs, errors)
     facts |= {"loaded": {}, "costs": {}, "throughput": {}}
     for model in plan.models:
-        loaded = engine(model, plan.loading, plan.batch, plan.workers).loaded
+        loaded = engine(model, plan.loading, plan.batch, plan.workers, plan.vllm).loaded
         facts["loaded"][model] = {
             "dtype": dtype_name(loaded.model),
             "device": loaded.device.type,

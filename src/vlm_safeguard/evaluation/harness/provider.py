@@ -61,6 +61,7 @@ class VlmSafeguardAPI(ModelAPI):
         attack: ``template:FILE`` or ``typography`` (see ``vlm_safeguard.evaluation.attacks``).
         batch: rows generated together.
         workers: processes of Ray that answer; 0 answers in this one.
+        vllm: whether vLLM answers.
         options: fields of ``LoadOptions``, such as dtype and device.
 
     Raises:
@@ -79,6 +80,7 @@ class VlmSafeguardAPI(ModelAPI):
         attack: str | None = None,
         batch: int = BATCH,
         workers: int = 0,
+        vllm: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
@@ -86,7 +88,7 @@ class VlmSafeguardAPI(ModelAPI):
         if unknown := options.keys() - known:
             raise DataError(
                 f"unknown model argument {', '.join(sorted(unknown))}: known are defence, guard, "
-                f"defence_text, attack, batch, workers, {', '.join(known)}"
+                f"defence_text, attack, batch, workers, vllm, {', '.join(known)}"
             )
         self.defence = make_defence(defence, guard, defence_text)
         self.attack = make_attack(attack) if attack else None
@@ -94,7 +96,7 @@ class VlmSafeguardAPI(ModelAPI):
         # with other arguments, which would load the model a second time.
         set_model_info(PREFIX + model_name, ModelInfo())
         self.workers = int(workers)
-        self.engine = engine(model_name, LoadOptions(**options), int(batch), self.workers)
+        self.engine = engine(model_name, LoadOptions(**options), int(batch), self.workers, vllm)
         loaded = self.engine.loaded
         # Every response is kept with what made it.
         self.provenance = {
