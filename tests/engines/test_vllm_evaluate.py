@@ -62,8 +62,9 @@ def test_a_failure_of_vllm_ends_the_evaluation_with_its_reason(
         limit=1,
         vllm=True,
     )
-    with pytest.raises(Exception, match="did not load the guard's plugin"):
-        execution.run(plan, tmp_path / "out", "none")
+    reason = "did not load the guard's plugin"
+    with pytest.raises(Exception, match=reason), execution.running(plan, tmp_path / "out", "none"):
+        pass
 
 
 @pytest.mark.parametrize(
