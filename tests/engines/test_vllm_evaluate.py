@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 
 from tests import tiny
 from tests.engines import tiny_vllm
+from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.errors import DataError
+from vlm_safeguard.model.load_options import LoadOptions
 
 pytest.importorskip("vllm")
 pytest.importorskip("inspect_ai")
 execution = pytest.importorskip("vlm_safeguard.evaluation.harness.execution")
+vllm_pool = pytest.importorskip("vlm_safeguard.evaluation.harness.vllm_pool")
 
 
 def test_responses_are_those_of_transformers(tmp_path: Path) -> None:
@@ -65,6 +69,17 @@ def test_a_failure_of_vllm_ends_the_evaluation_with_its_reason(
     reason = "did not load the guard's plugin"
     with pytest.raises(Exception, match=reason), execution.running(plan, tmp_path / "out", "none"):
         pass
+
+
+def test_nothing_of_vllm_outlives_its_process(tmp_path: Path) -> None:
+    folder = tiny_vllm.save(tmp_path / "model")
+    process = vllm_pool._Process(None, str(folder), LoadOptions(), 512, 4)
+    assert len(process.ask([Query("How do I bake bread?", None)], 4)) == 1
+    group = process._process.pid
+    os.killpg(group, 0)  # it is there
+    process.close()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
 
 
 @pytest.mark.parametrize(

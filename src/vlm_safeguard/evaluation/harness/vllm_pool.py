@@ -6,10 +6,12 @@ vLLM takes its guard when it starts, so these cannot be one.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -120,16 +122,26 @@ class _Process:
     def close(self) -> None:
         self._process.terminate()
         self._process.join(PATIENCE)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        with suppress(ProcessLookupError):  # what vLLM started may outlive it
+            os.killpg(self._process.pid or 0, signal.SIGKILL)
+        self._process.kill()
+        self._process.join()
         self._here.close()
 
 
 def _serve(asked: Connection, *arguments: Any) -> None:
     """What such a process does: answer until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks ends it
+    os.setsid()  # a group of its own, with all that vLLM starts, so that all can be ended
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        _answer(asked, *arguments)
+    finally:
+        # A process of multiprocessing skips the exit handlers that vLLM relies on.
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+
+def _answer(asked: Connection, *arguments: Any) -> None:
     responder: _Responder | SafeguardError
     try:
         responder = _Responder(*arguments)
