@@ -157,7 +157,9 @@ def test_refused_by_name(name: str) -> None:
 def test_a_text_only_model_has_no_image_token() -> None:
     text = LlamaForCausalLM(LlamaConfig(**families.TEXT))
     processor = families.llava().processor
-    with pytest.raises(ModelError, match="only words: its configuration names no image token"):
+    with pytest.raises(
+        ModelError, match="only words: its configuration names no image token, so it takes no"
+    ):
         find_markup(LoadedModel(text, processor, "only words"))
 
 
