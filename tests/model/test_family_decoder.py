@@ -143,6 +143,8 @@ REASONS = {
     "Kosmos-2": "its own generate\\(\\)",
     "Janus": "its own generate\\(\\)",
     "Florence-2": "encoder-decoder",
+    "GIT": "0 modules hold the token embedding",
+    "Idefics": "does not run on text alone \\(Exactly 1 of pixel_values",
     "Gemma 3n": "not a floating-point residual stream",
 }
 

@@ -213,6 +213,11 @@ def verify_residual_stream(model: Any) -> Decoder:
         text_pass(model, ids, torch.ones_like(ids))
     except ModelError as error:
         raise ModelError(f"cannot verify the decoder of {name}: {error}") from error
+    except (ValueError, TypeError) as error:  # of the model: it wants other inputs
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"cannot verify the decoder of {name}: it does not run on text alone ({reason})"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
