@@ -80,3 +80,10 @@ def glm46v() -> LoadedModel:
     config = tf.Glm46VConfig(text_config=text, vision_config=vision, **IDS)
     model = tf.Glm46VForConditionalGeneration(config)
     return _made(model, tf.Glm46VProcessor, tf.Glm46VImageProcessorPil, "GLM-4.6V")
+
+
+@family("GLM-OCR", markup=MARKUP)
+def glm_ocr() -> LoadedModel:
+    config = tf.GlmOcrConfig(text_config=_text(), vision_config=VISION, **IDS)
+    model = tf.GlmOcrForConditionalGeneration(config)
+    return _made(model, tf.Glm46VProcessor, tf.Glm46VImageProcessorPil, "GLM-OCR")

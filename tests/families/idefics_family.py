@@ -1,20 +1,23 @@
-"""Idefics and SmolVLM."""
+"""Idefics, SmolVLM, and Aria, which has their vision tower."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest.mock import patch
 
 import transformers as tf
 
 from tests.families.base import (
     FIRST_SPECIAL,
+    MEAN,
     TEXT,
     VISION,
     WIDTH,
     family,
     ready,
+    template,
     tokenizer,
     without_video,
 )
@@ -146,3 +149,27 @@ def smolvlm(splitting: bool = False) -> LoadedModel:
 )
 def smolvlm_split() -> LoadedModel:
     return smolvlm(splitting=True)
+
+
+class _Aria(tf.AriaProcessor):
+    images_kwargs: ClassVar = {}  # what they do there is said of every picture
+
+
+@family("Aria", markup=(("<image>",), "", ""))
+def aria() -> LoadedModel:
+    side = 490  # or 980: no other is known to its processor of pictures
+    experts = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+    vision = {"model_type": "idefics3_vision", "image_size": side, "patch_size": 70}
+    config = tf.AriaConfig(
+        vision_config=VISION | vision,
+        text_config=tf.AriaTextConfig(**TEXT, **experts),
+        image_token_index=FIRST_SPECIAL,
+        projector_patch_to_query_dict={49: 2},
+    )
+    processor = _Aria(
+        tf.AriaImageProcessorPil(max_image_size=side, min_image_size=70, **MEAN),
+        tokenizer(["<image>"], image_token="<image>"),
+        size_conversion={side: 2},
+        chat_template=template("<image>"),
+    )
+    return ready(tf.AriaForConditionalGeneration(config), processor, "tiny Aria")

@@ -27,18 +27,14 @@ def _tiles(**more: Any) -> Any:
     )
 
 
+VIT = VISION | {"image_size": [24, 24], "patch_size": [6, 6]}
+
+
 @family("InternVL", markup=(("<IMG_CONTEXT>",), "<img>", "</img>\n"))
 def internvl() -> LoadedModel:
     specials = ["<IMG_CONTEXT>", "<img>", "</img>", "<video>"]
     config = tf.InternVLConfig(
-        vision_config={
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "image_size": [24, 24],
-            "patch_size": [6, 6],
-        },
+        vision_config=VIT,
         text_config=tf.Qwen2Config(**TEXT),
         image_token_id=FIRST_SPECIAL,
         image_seq_length=4,
@@ -56,6 +52,28 @@ def internvl() -> LoadedModel:
         chat_template=template("<IMG_CONTEXT>\n"),
     )
     return ready(tf.InternVLForConditionalGeneration(config), processor, "tiny InternVL")
+
+
+@family("Qianfan-OCR", markup=(("<IMG_CONTEXT>",), "<img>", "</img>\n"))
+def qianfan_ocr() -> LoadedModel:
+    config = tf.QianfanOCRConfig(
+        vision_config=VIT,
+        text_config=tf.Qwen3Config(**TEXT),
+        image_token_id=FIRST_SPECIAL,
+        image_seq_length=4,
+    )
+    named = {
+        "context_image_token": "<IMG_CONTEXT>",
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+    }
+    processor = tf.QianfanOCRProcessor(
+        _tiles(),
+        tokenizer([*named.values(), "<image>"], **named),
+        image_seq_length=4,
+        chat_template=template("<image>\n"),
+    )
+    return ready(tf.QianfanOCRForConditionalGeneration(config), processor, "tiny Qianfan-OCR")
 
 
 AYA = ("<|IMG_PATCH|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "TILE_GLOBAL")

@@ -85,6 +85,34 @@ def llava_next() -> LoadedModel:
     return ready(tf.LlavaNextForConditionalGeneration(config), processor, "tiny LLaVA-NeXT")
 
 
+@family("Granite 4 Vision", markup=(("<image>",), "", "\n"))
+def granite4_vision() -> LoadedModel:
+    """Features of the picture are added to the states above several layers."""
+    text = {key: value for key, value in TEXT.items() if key != "head_dim"}
+    config = tf.Granite4VisionConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION | {"hidden_size": 64, "patch_size": 6}),
+        text_config=tf.Granite4VisionTextConfig(**text),
+        image_token_index=FIRST_SPECIAL,
+        image_grid_pinpoints=GRID,
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-1, 0], [0, 1]],
+        spatial_target_layers=[0, 1, 2, 3],
+    )
+    processor = tf.Granite4VisionProcessor(
+        tf.LlavaNextImageProcessorPil(
+            size={"shortest_edge": 24}, crop_size=SQUARE, image_grid_pinpoints=GRID
+        ),
+        tokenizer(["<image>"]),
+        patch_size=6,
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+        chat_template=template("<image>\n"),
+    )
+    model = tf.Granite4VisionForConditionalGeneration(config)
+    return ready(model, processor, "tiny Granite 4 Vision")
+
+
 @family("LLaVA-NeXT-Video", markup=(("<image>",), "", "\n"))
 def llava_next_video() -> LoadedModel:
     config = tf.LlavaNextVideoConfig(

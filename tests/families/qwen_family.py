@@ -9,6 +9,7 @@ import transformers as tf
 from tests.families.base import (
     FIRST_SPECIAL,
     TEXT,
+    VISION,
     WIDTH,
     family,
     ready,
@@ -194,3 +195,48 @@ def exaone4_5() -> LoadedModel:
         chat_template=template("<vision><|image_pad|></vision>"),
     )
     return ready(tf.Exaone4_5_ForConditionalGeneration(config), processor, "tiny EXAONE 4.5")
+
+
+@family("VideoLLaMA 3", markup=(("<image>",), "", "\n"))
+def video_llama_3() -> LoadedModel:
+    config = tf.VideoLlama3Config(
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "patch_size": 8,
+        },
+        text_config=tf.Qwen2Config(**TEXT),
+        image_token_id=FIRST_SPECIAL,
+        video_token_id=FIRST_SPECIAL + 1,
+    )
+    processor = without_video(tf.VideoLlama3Processor)(
+        tf.VideoLlama3ImageProcessorPil(
+            patch_size=8, min_pixels=256, max_pixels=4096, merge_size=1
+        ),
+        tokenizer(["<image>", "<|video_pad|>"], image_token="<image>"),
+        chat_template=template("<image>\n"),
+    )
+    model = tf.VideoLlama3ForConditionalGeneration(config)
+    return ready(model, processor, "tiny VideoLLaMA 3")
+
+
+PADDLE = ["<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>", "<|video_pad|>"]
+
+
+@family("PaddleOCR-VL", markup=((PADDLE[2],), PADDLE[0], PADDLE[1]))
+def paddleocr_vl() -> LoadedModel:
+    config = tf.PaddleOCRVLConfig(
+        text_config=TEXT | mrope(1, 1, 2),
+        vision_config=VISION | {"patch_size": 6},
+        **QWEN_IDS,
+    )
+    size = {"shortest_edge": 144, "longest_edge": 2304}
+    processor = tf.PaddleOCRVLProcessor(
+        tf.PaddleOCRVLImageProcessorPil(patch_size=6, size=size, merge_size=2),
+        tokenizer(PADDLE, image_token=PADDLE[2]),
+        chat_template=template(PADDLE[0] + PADDLE[2] + PADDLE[1]),
+    )
+    model = tf.PaddleOCRVLForConditionalGeneration(config)
+    return ready(model, processor, "tiny PaddleOCR-VL")

@@ -20,6 +20,7 @@ def refused(name: str) -> Callable[[Callable[[], Any]], Any]:
     return register
 
 
+NOT_THERE = ("head_dim", "num_key_value_heads")  # in configurations of older models
 QFORMER = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -137,3 +138,19 @@ def gemma3n() -> Any:
         sliding_window=16,
     )
     return tf.Gemma3nForCausalLM(config)
+
+
+@refused("GIT")
+def git() -> Any:
+    text = {key: value for key, value in TEXT.items() if key not in NOT_THERE}
+    return tf.GitForCausalLM(tf.GitConfig(**text, vision_config=VISION))
+
+
+@refused("Idefics")
+def idefics() -> Any:
+    text = {key: value for key, value in TEXT.items() if key not in NOT_THERE}
+    vision = {key: value for key, value in VISION.items() if key != "hidden_size"}
+    config = tf.IdeficsConfig(
+        **text, vision_config=vision | {"embed_dim": 16}, cross_layer_interval=2
+    )
+    return tf.IdeficsForVisionText2Text(config)

@@ -24,6 +24,7 @@ TRIMMED = ADDED.replace("message['content'] +", "(message['content'] | trim) +")
 TESTED = ADDED.replace(
     "message['content'] +", "(message['content'] if message['content'] is string else '') +"
 )
+ON_TWO_LINES = ADDED.replace("\\n", "\n")
 TALK: list[dict[str, Any]] = [
     {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
     {"role": "assistant", "content": "Yes?"},
@@ -56,7 +57,7 @@ def test_a_template_is_found_with_the_tokenizer_and_by_its_name(loaded: LoadedMo
         render(processor, "Hi")
 
 
-@pytest.mark.parametrize("template", [ADDED, TRIMMED, TESTED])
+@pytest.mark.parametrize("template", [ADDED, TRIMMED, TESTED, ON_TWO_LINES])
 def test_a_template_that_takes_a_text_gets_one(loaded: LoadedModel, template: str) -> None:
     processor = loaded.processor
     processor.chat_template = template
@@ -89,6 +90,7 @@ def test_a_template_for_texts_needs_a_token_for_pictures(loaded: LoadedModel) ->
         ("{{ messages[0]['role'] + 5 }}", "can only concatenate str"),
         ("Hello.", "it writes the text of no message"),
         ("{% if %}", "Expected an expression"),
+        ("{{ 'never closed }}", "unexpected char"),
     ],
 )
 @pytest.mark.parametrize("owner", ["processor", "tokenizer"])

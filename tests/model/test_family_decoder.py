@@ -143,6 +143,8 @@ REASONS = {
     "Kosmos-2": "its own generate\\(\\)",
     "Janus": "its own generate\\(\\)",
     "Florence-2": "encoder-decoder",
+    "GIT": "0 modules hold the token embedding",
+    "Idefics": "does not run on text alone \\(Exactly 1 of pixel_values",
     "Gemma 3n": "not a floating-point residual stream",
 }
 
@@ -157,7 +159,9 @@ def test_refused_by_name(name: str) -> None:
 def test_a_text_only_model_has_no_image_token() -> None:
     text = LlamaForCausalLM(LlamaConfig(**families.TEXT))
     processor = families.llava().processor
-    with pytest.raises(ModelError, match="only words: its configuration names no image token"):
+    with pytest.raises(
+        ModelError, match="only words: its configuration names no image token, so it takes no"
+    ):
         find_markup(LoadedModel(text, processor, "only words"))
 
 

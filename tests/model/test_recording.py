@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests import checkpoint, tiny
+from tests.reference import close
 from vlm_safeguard.data import drawings
 from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel, load
-from vlm_safeguard.model.recording import record
+from vlm_safeguard.model.recording import record, record_with_logits
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import find_markup
 
@@ -38,6 +40,29 @@ def test_the_first_layers_alone_are_what_they_are_among_all(
         )
     assert part.shape == (len(ITEMS), count, whole.shape[2]) and not above
     assert torch.equal(part, whole[:, :count])
+
+
+def test_the_head_runs_where_logits_are_read_and_on_states_in_one_piece(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    """On a CPU torch multiplies the last columns of a batch far slower where they lie."""
+    seen: list[bool] = []
+    head = loaded.model.get_output_embeddings()
+
+    def see(_: Any, args: tuple[torch.Tensor], __: Any) -> None:
+        if len(args[0]) > 1:  # not of the pass that verifies the model
+            seen.append(args[0].is_contiguous())
+
+    with head.register_forward_hook(see):
+        states = record(loaded, ITEMS, tmp_path)
+        assert not seen
+        again, found = record_with_logits(loaded, ITEMS, tmp_path, lambda logits: logits)
+    assert seen and all(seen)
+    assert torch.equal(states, again)
+    with torch.no_grad():
+        alone = loaded.model(**encode(loaded, [ITEMS[1].text], [None])).logits[0, -1]
+    close(found[1].double(), alone.double())
+    assert not head._forward_pre_hooks
 
 
 def test_batches_hold_all_once_by_length_in_tokens_and_pictures_apart(loaded: LoadedModel) -> None:

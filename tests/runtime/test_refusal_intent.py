@@ -71,6 +71,17 @@ def test_the_score_is_that_of_the_formula_in_every_row(model, side, tmp_path):
     assert opened == [score > middle for score in wanted]
 
 
+def test_the_text_pass_hands_its_head_states_in_one_piece(model):
+    """The request's own pass is left as it is, to the last bit."""
+    seen = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, args, __: seen.append(args[0].is_contiguous()))
+    with hook, tiny.guard(model, [intent_gate()]).attach(model), torch.no_grad():
+        model(**tiny.batch(tiny.PROMPTS), use_cache=False, logits_to_keep=1)
+    assert seen == [True, False]
+    assert not head._forward_pre_hooks
+
+
 def test_an_open_gate_steers_as_a_linear_one_does(model):
     """Only what opens it differs: the coordinates come from the same pass."""
     linear = tiny.guard(model, [tiny.gate("text", 1, 3, threshold=-1e6)])

@@ -23,6 +23,7 @@ from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.text_only import head_in_one_piece
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, clustered_wilson
 
@@ -216,6 +217,7 @@ def _next_token(
     texts, images = [r.text for r in items], [r.image for r in items]
     inputs = encode(loaded, texts, images, reads_pictures(guard))
     with guard.attach(loaded.model, loaded.processor) if guard else nullcontext() as session:
-        logits = loaded.model(**inputs, logits_to_keep=1).logits[:, -1]
+        with head_in_one_piece(loaded.model):
+            logits = loaded.model(**inputs, logits_to_keep=1).logits[:, -1]
         opened = [d.fired for d in session.decisions] if session else []
     return logits.float().log_softmax(-1), opened

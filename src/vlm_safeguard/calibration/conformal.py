@@ -55,7 +55,7 @@ def check_enough(count: int, epsilon: float, confidence: float = CONFIDENCE) -> 
         raise CalibrationError(
             f"a false-positive rate of at most {epsilon:.2%} with {confidence:.0%} confidence "
             f"needs {least_bound(epsilon, confidence)} harmless prompts to set the threshold on, "
-            f"there are {count}"
+            f"there are {count}: add some, or allow more with --max-false-positives"
         )
     return allowed
 

@@ -69,18 +69,20 @@ def prove(
         raise CalibrationError(
             f"no guard: on held-back prompts with images {succeed} of {len(after)} questions "
             f"succeed with the best candidate, {did} without (p = {p_value:.2g}): its "
-            "states may not separate harm, or too few of its refusals are lost beside a picture"
+            "states may not separate harm, or too few of its refusals are lost beside a picture. "
+            "See how much a picture weakens refusals with `vlm-safeguard gap MODEL`"
         )
     ordinary = costs["harmless"]
     # There are few requests here, so only a rate significantly above the budget is refused.
     if ordinary.rate().low > budget.false_positives:
         raise CalibrationError(
             f"no guard: it stops {ordinary.rate()} of held-back harmless prompts, the budget is "
-            f"{budget.false_positives:.1%}"
+            f"{budget.false_positives:.1%}. Add harmless prompts like these (--harmless), or allow "
+            "more with --max-false-positives"
         )
     if ordinary.kl > budget.kl:
         raise CalibrationError(
             f"no guard: the mean KL divergence on harmless prompts is {ordinary.kl:.3f} nats, the "
-            f"budget is {budget.kl}"
+            f"budget is {budget.kl}. Allow more with --max-kl"
         )
     return proof

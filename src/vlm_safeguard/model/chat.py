@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm_safeguard.data.image_io import as_picture
 from vlm_safeguard.data.ocr import reader, with_words
-from vlm_safeguard.errors import ModelError
+from vlm_safeguard.errors import ImageError, ModelError
 from vlm_safeguard.model.chat_template import templated
 from vlm_safeguard.model.control_tokens import ControlTokens
 from vlm_safeguard.model.loading import LoadedModel
@@ -142,7 +142,7 @@ def prepare(
         SafeguardError: pictures are to be read, but the OCR library is missing.
     """
     if not conversations or not all(conversations):
-        raise ModelError("a conversation needs at least one message")
+        raise ModelError("a conversation is empty: it needs at least one message")
     parsed = [[_parsed(message) for message in messages] for messages in conversations]
     batch = _encoded(processor, parsed, padding_side)
     if read_pictures:
@@ -177,7 +177,7 @@ def tokenize(processor: Any, conversation: Conversation) -> tuple[list[int], lis
         ImageError, ModelError: as in ``prepare``.
     """
     if not conversation:
-        raise ModelError("a conversation needs at least one message")
+        raise ModelError("a conversation is empty: it needs at least one message")
     turns, control = [_parsed(message) for message in conversation], ControlTokens.of(processor)
     text = _rendered(processor, turns, control)
     _check_control(processor, text, turns, control)
@@ -194,7 +194,9 @@ def _parsed(message: Any) -> _Turn:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
-        raise ModelError(f"the content of a message is a text or a list, got {type(content)}")
+        raise ModelError(
+            f"the content of a message is a text or a list of parts, got {type(content).__name__}"
+        )
     parts: list[str | None] = []
     pictures: list[Image.Image] = []
     for part in content:
@@ -202,11 +204,19 @@ def _parsed(message: Any) -> _Turn:
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         elif kind == "image":
+            if "image" not in part:
+                keys = ", ".join(sorted(map(str, part)))
+                raise ImageError(
+                    f"an image of a message has {keys}, and needs `image`, a "
+                    "PIL.Image; open files with open_image and addresses yourself, so that no "
+                    "request can name them"
+                )
             parts.append(None)
-            pictures.append(as_picture(part.get("image")))
+            pictures.append(as_picture(part["image"]))
         else:
             raise ModelError(
-                f"a part of a message is a text or an image with a PIL.Image, got {kind!r}"
+                'a part of a message is {"type": "text", "text": ...} or {"type": "image", '
+                f'"image": a PIL.Image}}, got {kind!r}'
             )
     return message["role"], parts, pictures
 

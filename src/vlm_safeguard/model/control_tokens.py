@@ -7,7 +7,6 @@ or two line breaks, are ordinary text.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, TemplateSyntaxError
 
 from vlm_safeguard.model.chat_template import find_template
 
@@ -86,14 +85,27 @@ def _patterns(texts: frozenset[str]) -> tuple[re.Pattern[str], re.Pattern[str]]:
 
 @lru_cache
 def _literals(template: str) -> str:
-    """What a chat template can write of itself: its text and string constants."""
+    """What a chat template can write of itself: its text and string constants.
+
+    Of one that is no template: nothing. What is wrong with it is said where it is used.
+    """
     parts = []
-    for _, kind, value in Environment().lex(template):
-        if kind == "data":
-            parts.append(value)
-        elif kind == "string":
-            parts.append(ast.literal_eval(value))
+    try:
+        for _, kind, value in Environment().lex(template):
+            if kind == "data":
+                parts.append(value)
+            elif kind == "string":
+                parts.append(_string(value))
+    except TemplateSyntaxError:
+        return ""
     return "\0".join(parts)  # no token across two of them
+
+
+def _string(written: str) -> str:
+    """The value of a string constant with its quotes, by Jinja's rules: unlike Python's, it may go
+    over several lines."""
+    escaped = written[1:-1].encode("ascii", "backslashreplace")
+    return escaped.decode("unicode-escape")
 
 
 def _of_pictures(processor: Any, added: set[str]) -> set[str]:

@@ -117,19 +117,24 @@ def load(
     except ModelError:
         raise
     except Exception as error:  # transformers, safetensors and json each raise their own kinds
-        reason = str(error).strip().splitlines()
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{name} needs to run its own code, which is off by default. Read the code, then "
                 "use load(..., trust_remote_code=True) or --trust-remote-code"
             ) from error
+        where = (
+            "the folder holds" if local else "the name is right, the network can be used and it is"
+        )
         raise ModelError(
-            f"cannot load the model {name}: {reason[0] if reason else type(error).__name__}. "
-            "Check that the folder holds a complete Hugging Face checkpoint (config.json, "
-            "weights, processor)."
+            f"cannot load the model {name}: {reason}. Check that {where} a complete Hugging Face "
+            "checkpoint (config.json, weights, processor), and the options of load"
         ) from error
     if getattr(processor, "image_processor", None) is None:
-        raise ModelError(f"{name} has no image processor beside its tokenizer")
+        raise ModelError(
+            f"{name} has no image processor beside its tokenizer: get the checkpoint with its "
+            "preprocessor_config.json or processor_config.json"
+        )
     if find_template(processor) is None:
         raise ModelError(f"{name} has no chat template: save its processor with one")
     processor.tokenizer.padding_side = "left"
@@ -168,7 +173,8 @@ def _device(name: str) -> torch.device:
     except Exception as error:  # each backend raises its own kinds
         reason = str(error).splitlines()
         raise ModelError(
-            f"the device {name!r} cannot be used here: {reason[0] if reason else type(error)}"
+            f"the device {name!r} cannot be used here ({reason[0] if reason else type(error)}): "
+            "choose another, or auto for the best there is"
         ) from error
     return device
 
@@ -190,7 +196,8 @@ def _local_folder(name: str) -> bool:
         raise ModelError(f"{name} is a file: name the model's folder")
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") != 1:
         raise ModelError(
-            f"there is no model folder {name}. The embedded model is made by "
-            "`vlm-safeguard assemble`, which prints its folder"
+            f"there is no model folder {name}: name a folder, or a model on the hub as "
+            "owner/name. The embedded model is made by `vlm-safeguard assemble`, which prints its "
+            "folder"
         )
     return False

@@ -76,6 +76,7 @@ def record(
     size = max(1, len(items)) * depth * width
     states = torch.from_file(path, shared=True, size=size, dtype=torch.float32)
     states = states[: len(items) * depth * width].view(len(items), depth, width)
+    ends = layers is not None or shared is not None  # nothing above the last layer is needed
     finite = torch.ones(len(items), depth, dtype=torch.bool)  # asked batch by batch: see above
     seen: dict[int, Tensor] = {}
     prompt = False  # whether this pass is over more than one token
@@ -90,7 +91,7 @@ def record(
                 prompt = hidden.shape[1] > 1
             if prompt:
                 seen[layer] = hidden[:, -1].float().cpu()
-            if layer == depth - 1 and layers:
+            if layer == depth - 1 and ends:
                 raise EnoughSeen
 
         return see

@@ -48,13 +48,19 @@ def find_decoder(model: Any) -> Decoder:
     name = type(model).__name__
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_decoder"):
-        raise ModelError(f"{name} is not a transformers model with a decoder")
+        raise ModelError(
+            f"{name} is not a transformers model with a decoder: pass what vlm_safeguard.load or "
+            "AutoModelForImageTextToText.from_pretrained returns"
+        )
     try:
         text = config.get_text_config(decoder=True)
     except ValueError as error:  # several text configurations
         raise ModelError(f"cannot verify the decoder of {name}: {error}") from error
     if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder model: its decoder is not a residual LLM")
+        raise ModelError(
+            f"{name} is an encoder-decoder model, and a guard needs a language model that reads "
+            "prompt and answer in one decoder"
+        )
     if getattr(type(model), "generate", None) is not GenerationMixin.generate:
         raise ModelError(
             f"{name} has its own generate(), which bypasses the forward pass that a guard "
@@ -207,6 +213,11 @@ def verify_residual_stream(model: Any) -> Decoder:
         text_pass(model, ids, torch.ones_like(ids))
     except ModelError as error:
         raise ModelError(f"cannot verify the decoder of {name}: {error}") from error
+    except (ValueError, TypeError) as error:  # of the model: it wants other inputs
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"cannot verify the decoder of {name}: it does not run on text alone ({reason})"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

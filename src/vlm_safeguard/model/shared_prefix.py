@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.text_only import head_in_one_piece
 
 SHORTEST = 8  # tokens; a shorter beginning is not worth a cache
 PLAIN = {"input_ids", "attention_mask", "pixel_values"}  # inputs that a prefix can be cut from
@@ -55,6 +56,10 @@ class SharedPrefix:
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """The model's output for inputs padded on the left, of the columns after the beginning
         where it is shared. Logits are those of the last column."""
+        with head_in_one_piece(self._model):
+            return self._run(inputs)
+
+    def _run(self, inputs: dict[str, Tensor]) -> Any:
         cut = self._cut(inputs)
         if cut is None:
             return self._model(**inputs, use_cache=False, logits_to_keep=1)

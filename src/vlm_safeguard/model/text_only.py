@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,10 @@ def image_token(loaded: LoadedModel) -> int:
     for name in ("image_token_id", "image_token_index"):
         if isinstance(getattr(config, name, None), int):
             return int(getattr(config, name))
-    raise ModelError(f"{loaded.name}: its configuration names no image token")
+    raise ModelError(
+        f"{loaded.name}: its configuration names no image token, so it takes no pictures: "
+        "VLM-Safeguard guards vision-language models"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,10 @@ def _block(tokenizer: Any, plain: list[int], full: list[int], image_id: int, nam
     """The tokens around the image tokens of ``full`` that must be removed to get ``plain``."""
     places = [i for i, token in enumerate(full) if token == image_id]
     if not places:
-        raise ModelError(f"{name}: its template puts no image token into the prompt")
+        raise ModelError(
+            f"{name}: its chat template puts no image token into the prompt: get the processor "
+            "with the template that its publisher gives for pictures"
+        )
     first, last = places[0], places[-1] + 1
     cuts = [(a, b) for a in range(first, -1, -1) for b in range(last, len(full) + 1)]
     extra = len(full) - len(plain)
@@ -240,6 +247,25 @@ def text_pass(
     if "token_type_ids" in known:  # 0 is text, 1 what comes after it (PaliGemma) or a picture
         options["token_type_ids"] = torch.zeros_like(ids)
     return (forward or model.forward)(input_ids=ids, attention_mask=mask, **options)
+
+
+@contextmanager
+def head_in_one_piece(model: Any) -> Iterator[None]:
+    """Copies what the model's head reads into one piece, while the context is open.
+
+    The last columns of a batch are a view with gaps. On CPUs torch multiplies it several times
+    slower than a copy (float32), or up to hundreds of times (bfloat16). The results may differ in
+    their rounding, so this is for passes of our own alone, and not for a request's.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: tuple(one.contiguous() for one in args))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def last_logits(output: Any) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.residual_stream import EnoughSeen, hidden_of
-from vlm_safeguard.model.text_only import last_logits, text_pass
+from vlm_safeguard.model.text_only import head_in_one_piece, last_logits, text_pass
 from vlm_safeguard.runtime import validation
 from vlm_safeguard.runtime.gate import GateReading, Gates
 from vlm_safeguard.runtime.request import Request, Span
@@ -202,7 +202,7 @@ class TextPass(ForwardPass):
             GuardRuntimeError: a layer did not run, or a gate score is not finite.
         """
         output = None
-        with suppress(EnoughSeen):
+        with suppress(EnoughSeen), head_in_one_piece(model):
             output = text_pass(model, ids, mask, forward)
         self.finish(output)
 

@@ -190,5 +190,8 @@ class GateReading:
 def _finite(scores: Tensor) -> list[list[float]]:
     table: list[list[float]] = scores.tolist()
     if not all(math.isfinite(score) for row in table for score in row):
-        raise GuardRuntimeError("the request is blocked: a gate score is NaN or Inf")
+        raise GuardRuntimeError(
+            "the request is blocked: a gate score is NaN or Inf. The model's weights are damaged, "
+            "or its dtype overflows (try float32)"
+        )
     return table

@@ -122,7 +122,10 @@ class Session:
             GuardRuntimeError: called inside a guarded ``generate``.
         """
         if self._in_generate and self._owner.mine:
-            raise GuardRuntimeError("the guard cannot be detached inside its own generate")
+            raise GuardRuntimeError(
+                "the guard cannot be detached inside its own generate: detach it when that has "
+                "returned"
+            )
         self._owner.take()
         try:
             self._pass = self._request = None
@@ -177,11 +180,15 @@ class Session:
     def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
         self._owner.take()
         if self._in_generate:
-            raise GuardRuntimeError("generate inside generate is not guarded")
+            raise GuardRuntimeError(
+                "generate inside generate is not guarded: call it when the other has returned"
+            )
         try:
             self._request = self._reported = None
             if not self._hooks.armed:
-                raise GuardRuntimeError("this generate belongs to a guard that was detached")
+                raise GuardRuntimeError(
+                    "this generate belongs to a guard that was detached: call model.generate"
+                )
             if len(args) > 1:
                 raise GuardRuntimeError("under guard, pass everything after the ids by keyword")
             text = validation.take_text(kwargs)
@@ -284,7 +291,10 @@ class Session:
         self._owner.take()
         if not self._hooks.armed:
             self._owner.give_back()
-            raise GuardRuntimeError("the guard was detached while this call waited for its turn")
+            raise GuardRuntimeError(
+                "the guard was detached while this call waited for its turn: call it again, now "
+                "without a guard, or attach one first"
+            )
         if self._pass is not None:
             raise GuardRuntimeError("the model's forward ran inside its own forward")
         whole = False
@@ -315,7 +325,10 @@ class Session:
         ids = kwargs.get("input_ids", args[0] if args else None)
         current = ids if ids is not None else kwargs.get("inputs_embeds")
         if current is None:
-            raise GuardRuntimeError("a forward call without input_ids cannot be guarded")
+            raise GuardRuntimeError(
+                "a forward call without input_ids cannot be guarded: pass them, or inputs_embeds "
+                "with the request as text in text_input_ids"
+            )
         text = validation.take_text(kwargs)
         validation.check_not_packed(kwargs)
         if begins:
@@ -350,18 +363,26 @@ class Session:
                 "guard was attached): call model.generate"
             )
         if options.get("is_first_iteration") and self._request and self._request.decided:
-            raise GuardRuntimeError("generate inside generate is not guarded")
+            raise GuardRuntimeError(
+                "generate inside generate is not guarded: call it when the other has returned"
+            )
 
     def _layer_hook(self, layer: int) -> Callable[[Any], Tensor | None]:
         def see(output: Any) -> Tensor | None:
             current = self._pass
             if current is None:
-                raise GuardRuntimeError("the decoder ran outside the guarded model's forward call")
+                raise GuardRuntimeError(
+                    "the decoder ran outside the guarded model's forward call: call the whole "
+                    "model, or detach the guard first"
+                )
             return current.visit(layer, output)
 
         def see_first(output: Any) -> Tensor | None:
             if not self._owner.mine and self._hooks.armed:  # another thread: the pass is not its
-                raise GuardRuntimeError("the decoder ran outside the guarded model's forward call")
+                raise GuardRuntimeError(
+                    "the decoder ran outside the guarded model's forward call: call the whole "
+                    "model, or detach the guard first"
+                )
             return see(output)
 
         # A pass that the first layer lets through is the model's own; asking everywhere costs.

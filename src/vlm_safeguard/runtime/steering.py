@@ -215,7 +215,7 @@ class Steerer:
         if self._settings.positions == "all" and any(span.at_prompt for span in spans):
             raise GuardRuntimeError(
                 f"positions `all` cannot be guarded here: layer {layer} leaves out a part of the "
-                "prompt"
+                "prompt. Use a guard with positions `generated`"
             )
         found = []
         for span in spans:

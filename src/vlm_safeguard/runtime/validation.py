@@ -63,7 +63,10 @@ def check_settings(model: Any, options: Mapping[str, Any]) -> None:
             "generate(guidance_scale=...) runs a second prompt beside the guarded one: leave it out"
         )
     if setting("cache_implementation") == "paged":
-        raise GuardRuntimeError("continuous batching (a paged cache) is not guarded")
+        raise GuardRuntimeError(
+            "continuous batching (a paged cache) is not guarded: use model.generate with a batch, "
+            "or vlm-safeguard serve"
+        )
 
 
 def _setting(model: Any, options: Mapping[str, Any], name: str) -> Any:
@@ -100,11 +103,17 @@ def begin(
         )
     given = ids if ids is not None else embeds
     if given is None:
-        raise GuardRuntimeError("a forward call without input_ids cannot be guarded")
+        raise GuardRuntimeError(
+            "a forward call without input_ids cannot be guarded: pass them, or inputs_embeds with "
+            "the request as text in text_input_ids"
+        )
     if given.ndim < 2 or given.shape[1] == 0:
-        raise GuardRuntimeError("the prompt is empty")
+        raise GuardRuntimeError("the prompt is empty: input_ids hold no row or no token")
     if embeds is not None and embeds.shape[:2] != given.shape[:2]:
-        raise GuardRuntimeError("input_ids and inputs_embeds differ in length")
+        raise GuardRuntimeError(
+            f"input_ids {tuple(given.shape[:2])} and inputs_embeds {tuple(embeds.shape[:2])} "
+            "differ in length: pass those of the same prompt"
+        )
     if mask is None:
         mask = torch.ones(given.shape[:2], device=given.device, dtype=torch.long)
         if ids is not None:
@@ -114,8 +123,12 @@ def begin(
         raise GuardRuntimeError(
             f"the attention mask must have the prompt's shape {tuple(given.shape[:2])}, got {found}"
         )
-    if not bool(mask.any(1).all()):
-        raise GuardRuntimeError("a row of the batch has no tokens")
+    filled = mask.any(1).tolist()
+    if not all(filled):
+        raise GuardRuntimeError(
+            f"row {filled.index(False)} of the batch has no tokens: leave it out, or correct its "
+            "attention mask"
+        )
     width, attended = mask.shape[1], mask.bool()
     last = width - 1 - attended.long().flip(1).argmax(1)
     padding = (~attended).sum(1).tolist()
@@ -137,7 +150,10 @@ def derive_text(
     columns = text_columns(ids, mask, markup) if ids is not None else None
     check_embeds(model, ids, embeds, columns)
     if ids is None or columns is None or not bool(columns.any(1).all()):
-        raise GuardRuntimeError("a row of the batch has no text besides its pictures")
+        raise GuardRuntimeError(
+            "a row of the batch has no text besides its pictures, not even its chat template's: "
+            "make the inputs with guard.prepare(processor, messages)"
+        )
     return text_only(ids, columns, markup.pad_id)
 
 
@@ -271,7 +287,10 @@ def carry_on(
         _check_carries_on(request, cache, past, length, generating)
     else:
         if past >= request.prompt_width:
-            raise GuardRuntimeError("the cache holds the whole prompt: the gate would not be read")
+            raise GuardRuntimeError(
+                "the cache holds the whole prompt, so the gate would not be read: leave at least "
+                "the last token out of the cache"
+            )
         if getattr(cache, _STEERED, False):
             if past:
                 raise GuardRuntimeError(
@@ -314,7 +333,8 @@ def check_prompt_in_parts(config: GuardConfig, request: Request, columns: range)
         return
     if columns.start or columns.stop < request.prompt_width:
         raise GuardRuntimeError(
-            "positions `all` needs the prompt in one call: no prefix cache, no chunks"
+            "this guard steers all positions (`all`) and needs the prompt in one call: leave "
+            "prefix caches and prefill_chunk_size out"
         )
 
 

@@ -23,7 +23,7 @@ def marker_of(processor: Any) -> str:
             return marker
     raise ModelError(
         f"{type(processor).__name__} has no image_token that its chat template writes, so pictures "
-        "cannot be counted"
+        "cannot be counted: set processor.image_token and save the processor"
     )
 
 

@@ -59,9 +59,13 @@ class SelfCheck:
         logits = self._logits()
         told = session.attestation
         if told is None or not told.calls.made or told.calls.made != told.calls.expected:
-            raise GuardRuntimeError("self-check: hooks of the guard did not run")
+            raise GuardRuntimeError(
+                "self-check: hooks of the guard did not run. Restart the server"
+            )
         if not told.rows[0].decision.fired:
-            raise GuardRuntimeError("self-check: no gate opened on a harmful question")
+            raise GuardRuntimeError(
+                "self-check: no gate opened on a harmful question. Run `vlm-safeguard doctor`"
+            )
         moved = logits - self._plain
         far = bool(moved.norm() > LEAST * self._plain.norm())
         if far == self._monitor:
@@ -71,7 +75,9 @@ class SelfCheck:
         if self._moved is None:
             self._moved = moved
         if far and (moved - self._moved).norm() > TOLERANCE * self._moved.norm():
-            raise GuardRuntimeError("self-check: the guard does not act as it did at the start")
+            raise GuardRuntimeError(
+                "self-check: the guard does not act as it did at the start. Restart the server"
+            )
 
     @torch.inference_mode()
     def _logits(self) -> Tensor:

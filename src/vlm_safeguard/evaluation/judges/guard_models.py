@@ -195,7 +195,10 @@ class GuardModelJudge:
         self._new, self._batch = max_new_tokens, batch
         tokenizer = parts.tokenizer
         if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-            raise JudgeError(f"the tokenizer of {parts.name} has no padding token")
+            raise JudgeError(
+                f"the tokenizer of {parts.name} has no padding token: set pad_token in its "
+                "tokenizer_config.json"
+            )
         self._pad = tokenizer.pad_token_id
         if self._pad is None:
             self._pad = tokenizer.eos_token_id
