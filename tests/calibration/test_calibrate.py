@@ -199,6 +199,8 @@ def test_gates_are_fitted_to_sentences_of_harmless_prompts_and_not_judged_by_the
     monkeypatch.setattr(hidden_states, "record_anchors", lambda *_: (pairs, []))
     for reads in (True, False):
         asked.clear()
+        folder = tmp_path / str(reads)
+        folder.mkdir()
         data = CalibrationData([], fit, [], [], {})
         found = hidden_states.record_calibration(
             None,
@@ -206,7 +208,7 @@ def test_gates_are_fitted_to_sentences_of_harmless_prompts_and_not_judged_by_the
             Effort(),
             False,
             reads,
-            tmp_path,
+            folder,
             Progress(quiet=True),  # type: ignore[arg-type]
         )
         assert asked["sentences"] == (expected if reads else [])

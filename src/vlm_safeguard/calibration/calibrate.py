@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from vlm_safeguard.calibration.hidden_states import (
     fit_gates,
     record_calibration,
 )
+from vlm_safeguard.calibration.kept_states import states_folder
 from vlm_safeguard.calibration.recognition import (
     BY_PHRASES,
     ByTokens,
@@ -62,6 +62,7 @@ def calibrate(
     effort: Effort | None = None,
     reads_pictures: bool = False,
     refusals: Recogniser | Literal["tokens"] = BY_PHRASES,
+    states: Path | None = None,
     progress: Progress | None = None,
 ) -> Guard:
     """Calibrate a guard for a model and test it on held-back prompts.
@@ -74,6 +75,8 @@ def calibrate(
         reads_pictures: whether the guard also reads the words in pictures (OCR).
         refusals: how a refusal is recognised (``recognition``); "tokens" learns the first tokens
             of refusals.
+        states: folder that keeps recorded states, so that a calibration that was interrupted goes
+            on from there; another budget takes them too. By default they are deleted.
         progress: where progress is reported; by default nowhere.
 
     Raises:
@@ -92,8 +95,7 @@ def calibrate(
     if refusals == "tokens":
         refusals = ByTokens.learned(loaded, data.anchors, progress)
     recognised = check_recognises(loaded, refusals, data.fit, effort.tokens, progress)
-    with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
-        folder = Path(temporary)
+    with states_folder(states, loaded) as folder:
         reads_sentences = TextReader(loaded.processor).framed
         recorded = record_calibration(
             loaded, data, effort, reads_pictures, reads_sentences, folder, progress

@@ -15,6 +15,7 @@ from vlm_safeguard import method
 from vlm_safeguard.calibration.attack_trials import answered, within
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.gate_fitting import GateFit, fit_gate, refusal_openings
+from vlm_safeguard.calibration.kept_states import once
 from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.data.inputs import (
     PICTURED,
@@ -28,6 +29,7 @@ from vlm_safeguard.data.inputs import (
 )
 from vlm_safeguard.data.prompts import AnchorPair, CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
+from vlm_safeguard.errors import CalibrationError
 from vlm_safeguard.model.canonical_text import canonical_text
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import anchor_queries, record, record_with_logits
@@ -172,14 +174,17 @@ def record_anchors(
         States (2, N, L, d): harmful anchors, then their harmless partners; and the tokens that the
         model's refusals begin with.
     """
-    states, first = record_with_logits(
-        loaded,
-        anchor_queries(pairs),
+    asked = anchor_queries(pairs)
+    states, first = once(
         folder,
-        lambda logits: logits.argmax(1),
-        what="anchors",
-        progress=progress,
+        asked,
+        ("first tokens",),
+        lambda place: record_with_logits(
+            loaded, asked, place, lambda logits: logits.argmax(1), what="anchors", progress=progress
+        ),
     )
+    if first is None:
+        raise CalibrationError(f"the states of the anchors in {folder} are damaged: delete it")
     openings = refusal_openings(first[: len(pairs)], first[len(pairs) :])
     return states.view(2, len(pairs), *states.shape[1:]), openings
 
@@ -193,7 +198,10 @@ def record_calibration(
     folder: Path,
     progress: Progress,
 ) -> Recorded:
-    """Record the states that gates are fitted to. They are memory-mapped from ``folder``."""
+    """Record the states that gates are fitted to, or take what was recorded in ``folder`` before.
+
+    They are memory-mapped from there.
+    """
     pairs, openings = record_anchors(loaded, data.anchors, folder, progress)
     directions = {
         layer: method.safety_directions(pairs[0, :, layer], pairs[1, :, layer], MAX_RANK)
@@ -272,19 +280,28 @@ def record_signs(
     what: str,
     progress: Progress,
     sentence: bool = False,
+    layers: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """States of requests and, with ``openings``, their refusal signs; see ``refusal_signs``."""
-    if not openings:
-        return record(loaded, asked, folder, what=what, progress=progress), None
-    tokens = torch.tensor(openings, device=loaded.device)
-    return record_with_logits(
-        loaded,
-        asked,
-        folder,
-        lambda logits: refusal_signs(logits, tokens, sentence),
-        what=what,
-        progress=progress,
-    )
+    """States of requests and, with ``openings``, their refusal signs; see ``refusal_signs``.
+
+    With ``layers``, only those of so many layers from the first.
+    """
+    tokens = torch.tensor(openings, device=loaded.device) if openings else None
+
+    def run(place: Path) -> tuple[Tensor, Tensor | None]:
+        if tokens is None:
+            found = record(loaded, asked, place, what=what, layers=layers, progress=progress)
+            return found, None
+        return record_with_logits(
+            loaded,
+            asked,
+            place,
+            lambda logits: refusal_signs(logits, tokens, sentence),
+            what=what,
+            progress=progress,
+        )
+
+    return once(folder, asked, (tuple(openings), sentence, layers), run)
 
 
 def with_others(text: States, harmful: Tensor, harmless: Tensor, signs: Tensor) -> States:
@@ -367,7 +384,7 @@ def bound_scores(
     layers = 1 + max(in_vlm.layers)  # no gate that sees pictures reads a layer above
     text, signs = record_signs(loaded, said, text_gate.openings, folder, "bound, text", progress)
     what = "bound, pictures"
-    seen = record(loaded, mixed, folder, what=what, layers=layers, progress=progress)
+    seen, _ = record_signs(loaded, mixed, (), folder, what, progress, layers=layers)
     by_text = text_gate.scores(text, signs) / text_gate.spread
     texts = [one.text for one in said] if reads_sentences else []
     single = record_sentences(loaded, texts, text_gate.openings, folder, progress)

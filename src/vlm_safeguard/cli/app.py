@@ -94,6 +94,10 @@ def calibrate(
     quick: Annotated[
         bool, typer.Option("--quick", help="Try fewer prompts: takes half the time, finds less.")
     ] = False,
+    states: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps recorded states: an interrupted run goes on there."),
+    ] = None,
     *,
     options: LoadOptions,
     json_: Json = False,
@@ -126,6 +130,7 @@ def calibrate(
         effort=Effort.quick() if quick else Effort(),
         reads_pictures=read_pictures,
         refusals=recogniser,
+        states=states,
         progress=progress,
     )
     guard.save_pretrained(output)
