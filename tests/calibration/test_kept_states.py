@@ -11,7 +11,7 @@ from PIL import Image
 from tests import checkpoint
 from vlm_safeguard.calibration import hidden_states
 from vlm_safeguard.calibration.hidden_states import record_signs
-from vlm_safeguard.calibration.kept_states import Recorded, once, states_folder
+from vlm_safeguard.calibration.kept_states import Found, once, states_folder
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.errors import CalibrationError, SafeguardError
 from vlm_safeguard.model.loading import load
@@ -30,7 +30,7 @@ OTHERS = [
 def test_the_same_requests_are_recorded_once(tmp_path: Path) -> None:
     made: list[torch.Tensor] = []
 
-    def record(_: Path) -> Recorded:
+    def record(_: Path) -> Found:
         made.append(torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(len(made))))
         return made[-1], None if len(made) == 1 else torch.tensor([1, 2])
 
@@ -46,7 +46,7 @@ def test_the_same_requests_are_recorded_once(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_recording_leaves_nothing(tmp_path: Path) -> None:
-    def interrupted(place: Path) -> Recorded:
+    def interrupted(place: Path) -> Found:
         (place / "half").write_bytes(b"x")
         raise KeyboardInterrupt
 

@@ -72,6 +72,7 @@ def test_a_killed_workers_part_is_done_again() -> None:
     assert len({process for _, process in found} - {killed}) >= WORKERS
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_does_not_wait_for_parts_in_progress() -> None:
     pool: RayPool[int, tuple[int, int]] = RayPool(Sleeper, (), WORKERS)
     found: list[int] = []

@@ -29,6 +29,7 @@ class Threads(RayPool[int, int]):
         self._closed.set()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_does_not_wait_for_parts_in_progress() -> None:
     pool, found, sent = Threads(), list[int](), 0.0
 

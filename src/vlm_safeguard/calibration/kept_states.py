@@ -20,9 +20,8 @@ from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.weights import weights_digest
 from vlm_safeguard.utils.locks import held
 
-Recorded = tuple[
-    Tensor, Tensor | None
-]  # states (n, L, d), and what was read in the logits, (n, ...)
+# States (n, L, d), and what was read in the logits, (n, ...).
+Found = tuple[Tensor, Tensor | None]
 
 
 @contextmanager
@@ -55,8 +54,8 @@ def once(
     folder: Path,
     asked: Sequence[Query],
     facts: Sequence[object],
-    record: Callable[[Path], Recorded],
-) -> Recorded:
+    record: Callable[[Path], Found],
+) -> Found:
     """What ``record`` records of the requests, or what it recorded before in ``folder``.
 
     Args:
