@@ -24,6 +24,12 @@ def _clip() -> Any:
     return tf.CLIPImageProcessorPil(do_resize=True, size=SQUARE, do_center_crop=False)
 
 
+def _tiles() -> Any:
+    return tf.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 24}, crop_size=SQUARE, image_grid_pinpoints=GRID
+    )
+
+
 @family("LLaVA", markup=(("<image>",), "", "\n"))
 def llava() -> LoadedModel:
     config = tf.LlavaConfig(
@@ -73,9 +79,7 @@ def llava_next() -> LoadedModel:
         image_grid_pinpoints=GRID,
     )
     processor = tf.LlavaNextProcessor(
-        tf.LlavaNextImageProcessorPil(
-            size={"shortest_edge": 24}, crop_size=SQUARE, image_grid_pinpoints=GRID
-        ),
+        _tiles(),
         tokenizer(["<image>"]),
         patch_size=12,
         vision_feature_select_strategy="default",
@@ -100,9 +104,7 @@ def granite4_vision() -> LoadedModel:
         spatial_target_layers=[0, 1, 2, 3],
     )
     processor = tf.Granite4VisionProcessor(
-        tf.LlavaNextImageProcessorPil(
-            size={"shortest_edge": 24}, crop_size=SQUARE, image_grid_pinpoints=GRID
-        ),
+        _tiles(),
         tokenizer(["<image>"]),
         patch_size=6,
         vision_feature_select_strategy="full",
@@ -125,9 +127,7 @@ def llava_next_video() -> LoadedModel:
     )
     processor = without_video(tf.LlavaNextVideoProcessor)(
         None,
-        tf.LlavaNextImageProcessorPil(
-            size={"shortest_edge": 24}, crop_size=SQUARE, image_grid_pinpoints=GRID
-        ),
+        _tiles(),
         tokenizer(["<image>", "<video>"]),
         patch_size=12,
         vision_feature_select_strategy="default",
