@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from tests import checkpoint
-from vlm_safeguard.calibration import hidden_states
+from vlm_safeguard.calibration import hidden_states, kept_states
 from vlm_safeguard.calibration.hidden_states import record_signs
 from vlm_safeguard.calibration.kept_states import Found, once, states_folder
 from vlm_safeguard.data.inputs import Query
@@ -63,6 +64,18 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(CalibrationError, match=f"{file.name} is damaged: delete it"):
         once(tmp_path, ASKED, (), lambda _: (torch.ones(2, 1, 1), None))
+
+
+def test_a_full_disk_is_told_and_no_file_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(kept_states, "save_file", full)
+    with pytest.raises(CalibrationError, match=r"cannot keep states in .*No space left"):
+        once(tmp_path, ASKED, (), lambda _: (torch.ones(2, 1, 1), None))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

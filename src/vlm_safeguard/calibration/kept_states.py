@@ -67,17 +67,18 @@ def once(
         CalibrationError: the states cannot be written, or are damaged.
     """
     path = folder / f"{_name(asked, facts)}.safetensors"
-    try:
-        if not path.is_file():
-            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as temporary:
-                states, read = record(Path(temporary))
-                new = Path(temporary) / path.name
+    if not path.is_file():
+        with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as temporary:
+            states, read = record(Path(temporary))
+            new = Path(temporary) / path.name
+            try:
                 save_file({"states": states} | ({} if read is None else {"read": read}), new)
                 new.replace(path)
+            except (OSError, SafetensorError) as error:  # the latter wraps the former
+                raise CalibrationError(f"cannot keep states in {folder}: {error}") from error
+    try:
         found = load_file(path)  # mapped into memory, not read
-    except OSError as error:
-        raise CalibrationError(f"cannot keep states in {folder}: {error.strerror}") from error
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise CalibrationError(f"{path} is damaged: delete it ({error})") from error
     return found["states"], found.get("read")
 

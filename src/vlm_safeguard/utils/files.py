@@ -58,9 +58,9 @@ def read_utf8(path: Path, what: str, newline: str | None = None) -> str:
     """The text of a UTF-8 file, with or without a byte order mark.
 
     Args:
-        path: The file.
-        what: What it holds, for the message ("the prompts").
-        newline: As for ``open``.
+        path: the file.
+        what: what it holds, for the message ("the prompts").
+        newline: as for ``open``.
 
     Raises:
         DataError: it cannot be read or is not UTF-8.

@@ -122,8 +122,9 @@ class _Process:
     def close(self) -> None:
         self._process.terminate()
         self._process.join(PATIENCE)
-        with suppress(ProcessLookupError):  # what vLLM started may outlive it
-            os.killpg(self._process.pid or 0, signal.SIGKILL)
+        if (group := self._process.pid) is not None:  # what vLLM started may outlive it
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
         self._process.kill()
         self._process.join()
         self._here.close()
