@@ -29,7 +29,6 @@ from vlm_safeguard.calibration.conformal import CONFIDENCE, check_enough
 from vlm_safeguard.calibration.gate_fitting import GateFit, auc, useful_gates
 from vlm_safeguard.calibration.held_out import prove
 from vlm_safeguard.calibration.hidden_states import (
-    States,
     bound_scores,
     fit_gates,
     record_calibration,
@@ -41,6 +40,7 @@ from vlm_safeguard.calibration.recognition import (
     Recogniser,
     check_recognises,
 )
+from vlm_safeguard.calibration.recorded_states import States
 from vlm_safeguard.calibration.steering_search import search
 from vlm_safeguard.data.prompts import CalibrationData
 from vlm_safeguard.data.sampling import evenly

@@ -88,6 +88,12 @@ class GateFit:
         harmful, harmless = ((scores > 0).double().mean().item() for scores in self.unseen)
         return harmful, harmless
 
+    def moved(self, shift: float) -> GateFit:
+        """The gate with its threshold moved up by ``shift`` units of ``spread``."""
+        harmful, harmless = self.unseen
+        unseen = harmful - shift, harmless - shift
+        return replace(self, threshold=self.threshold + shift * self.spread, unseen=unseen)
+
     def scores(self, states: Tensor, signs: Tensor | None = None) -> Tensor:
         """Scores (k,) of states (k, L, d) and, for a gate with ``openings``, refusal signs (k, 2);
         positive opens the gate.
@@ -252,35 +258,15 @@ def refusal_openings(harmful: Tensor, harmless: Tensor) -> list[int]:
     return found[:MAX_OPENINGS]
 
 
-def bounded(gates: Sequence[GateFit], scores: Tensor, epsilon: float) -> tuple[GateFit, ...]:
-    """Shift the thresholds together until the false-positive rate of all gates is within a bound.
-
-    Each threshold moves by the same number of ``spread`` units of its gate. ``spread`` is
-    cross-validated, because an overfitted gate scores unseen prompts far more widely than those it
-    was fitted to, and would otherwise raise the threshold of the other gate too.
-
-    Args:
-        gates: the fitted gates.
-        scores: the highest score of any gate for each harmless question, (n,), in units of the
-            gate's spread. No gate was fitted to these questions.
-        epsilon: highest rate of harmless requests on which any gate opens, with the confidence of
-            ``conformal.CONFIDENCE``.
-    """
-    shift = conformal_threshold(scores, epsilon)
-    return tuple(
-        replace(
-            gate,
-            threshold=gate.threshold + shift * gate.spread,
-            unseen=(gate.unseen[0] - shift, gate.unseen[1] - shift),
-        )
-        for gate in gates
-    )
-
-
 def useful_gates(
     text_gate: GateFit, in_vlm: GateFit, scores: Tensor, epsilon: float, harmful: Tensor
 ) -> dict[Literal["text", "vlm"], GateFit]:
     """The gates of a guard with their final thresholds: both, or the text gate alone.
+
+    Thresholds move until the false-positive rate of all gates is within a bound: each by the same
+    number of ``spread`` units of its gate. ``spread`` is cross-validated, because an overfitted
+    gate scores unseen prompts far more widely than those it was fitted to, and would otherwise
+    raise the threshold of the other gate too.
 
     Two gates share one false-positive budget, so a second one raises the threshold of the first. It
     is left out unless one of the two opens on more harmful requests with a picture than the text
@@ -289,17 +275,17 @@ def useful_gates(
     Args:
         text_gate, in_vlm: the fitted gates.
         scores: the highest score of each gate for each harmless question, (n, 2), in units of the
-            gate's spread.
-        epsilon: as in ``bounded``.
+            gate's spread. No gate was fitted to these questions.
+        epsilon: highest rate of harmless requests on which any gate opens, with the confidence of
+            ``conformal.CONFIDENCE``.
         harmful: cross-validated scores (m, 2) of the same harmful requests by each gate, as in
             ``GateFit.unseen``.
     """
-    (alone,) = bounded([text_gate], scores[:, 0], epsilon)
-    both = bounded([text_gate, in_vlm], scores.max(1).values, epsilon)
-    shifts = [conformal_threshold(part, epsilon) for part in (scores[:, 0], scores.max(1).values)]
-    if (harmful.max(1).values > shifts[1]).sum() <= (harmful[:, 0] > shifts[0]).sum():
-        return {"text": alone}
-    return {"text": both[0], "vlm": both[1]}
+    alone = conformal_threshold(scores[:, 0], epsilon)
+    both = conformal_threshold(scores.max(1).values, epsilon)
+    if (harmful.max(1).values > both).sum() <= (harmful[:, 0] > alone).sum():
+        return {"text": text_gate.moved(alone)}
+    return {"text": text_gate.moved(both), "vlm": in_vlm.moved(both)}
 
 
 def _project(

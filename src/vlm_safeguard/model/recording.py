@@ -40,7 +40,6 @@ def record(
     decoder: Decoder | None = None,
     read_pictures: bool = False,
     run: Callable[[list[int]], None] | None = None,
-    name: str | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Record the hidden states at the last prompt token after each decoder layer.
@@ -61,9 +60,6 @@ def record(
         run: runs the model on the items of a batch, given by their indices, in place of one forward
             pass. The last pass over more than one token is recorded, so not the steps of
             ``generate``; its inputs are padded on the left.
-        name: name of the file in ``folder``; if it is there, its states are taken and nothing is
-            run. It must tell apart whatever is recorded there (see ``recording_name``). Without a
-            name, the file gets one that nobody knows.
         progress: where progress is reported; by default nowhere.
 
     Returns:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from vlm_safeguard.calibration import hidden_states
 from vlm_safeguard.calibration.budget import Budget, Effort
-from vlm_safeguard.calibration.conformal import allowed_exceedances
-from vlm_safeguard.calibration.gate_fitting import GateFit, bounded, useful_gates
+from vlm_safeguard.calibration.conformal import allowed_exceedances, conformal_threshold
+from vlm_safeguard.calibration.gate_fitting import GateFit, useful_gates
 from vlm_safeguard.data.inputs import Query, settings_of
 from vlm_safeguard.data.prompts import calibration
 from vlm_safeguard.evaluation.studies import gate_forms
@@ -46,7 +46,8 @@ def test_gates_move_together_until_the_budget_is_kept() -> None:
     seen = torch.linspace(-3, 3, 61)
     gates[0] = replace(gates[0], unseen=(seen + 1, seen - 1))
     scores = torch.stack([g.scores(states) / g.spread for g in gates]).max(0).values
-    moved = bounded(gates, scores, 0.02)
+    shift = conformal_threshold(scores, 0.02)
+    moved = [gate.moved(shift) for gate in gates]
     fired = torch.stack([g.scores(states) > 1e-4 for g in moved]).any(0)
     assert int(fired.sum()) == allowed_exceedances(400, 0.02)
     shifts = [(m.threshold - g.threshold) / g.spread for m, g in zip(moved, gates, strict=True)]

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from vlm_safeguard.calibration.attack_trials import within
 from vlm_safeguard.calibration.budget import Budget, Effort
-from vlm_safeguard.calibration.gate_fitting import GateFit, Kind, auc, fit_gate, useful_gates
+from vlm_safeguard.calibration.gate_fitting import GateFit, Kind, auc, useful_gates
 from vlm_safeguard.calibration.hidden_states import (
-    Recorded,
-    States,
+    Source,
     bound_scores,
     fit_gates,
+    fit_to,
     record_calibration,
     record_signs,
 )
+from vlm_safeguard.calibration.recorded_states import States
 from vlm_safeguard.data.inputs import SETTINGS, Setting, queries
 from vlm_safeguard.data.prompts import CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
@@ -93,8 +94,16 @@ def study(
         for form in progress.track(FORMS, "forms of gate"):
             if form.intent and not recorded.openings:
                 continue  # no token begins this model's refusals and hardly ever its answers
-            for source in ("text",) if form.intent else ("text", "vlm"):
-                gate = _fit(recorded, source, form, budget)
+            sources: tuple[Source, ...] = ("text",) if form.intent else ("text", "vlm")
+            for source in sources:
+                gate = fit_to(
+                    recorded,
+                    source,
+                    budget.false_positives,
+                    kinds=form.kinds,
+                    pooled=form.pooled,
+                    intent=form.intent,
+                )
                 # The text-only pass is the same in every setting: one row of it is enough.
                 for setting in SETTINGS if source == "vlm" else SETTINGS[:1]:
                     rows.append(_judge(form.name, source, setting, gate, held[setting]))
@@ -127,24 +136,6 @@ def _held(
     ordinary = torch.tensor([p.ordinary for p in items])
     ids, fold = tuple(p.id for p in items), torch.zeros(len(items), dtype=torch.long)
     return States(ids, states, harmful, fold, ordinary, signs)
-
-
-def _fit(recorded: Recorded, source: str, form: Form, budget: Budget) -> GateFit:
-    states, parts = recorded.vlm_states(), None
-    if source == "text":
-        states, parts = recorded.text_only_states(), recorded.parts()
-    return fit_gate(
-        *states.split(),
-        *states.folds(),
-        recorded.directions,
-        budget.false_positives,
-        kinds=form.kinds,
-        pooled=form.pooled,
-        counted=states.false_positives(),
-        signs=states.split_signs() if form.intent else None,
-        openings=recorded.openings,
-        parts=parts,
-    )
 
 
 def _judge(form: str, source: str, setting: str, gate: GateFit, states: States) -> Row:

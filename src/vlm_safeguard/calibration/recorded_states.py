@@ -1,0 +1,156 @@
+"""The hidden states that gates are fitted to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard.calibration.gate_fitting import GateFit
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states (k, L, d) of k prompts at L layers, with labels and cross-validation folds."""
+
+    ids: tuple[str, ...]  # k ids of prompts
+    states: Tensor
+    harmful: Tensor  # (k,) bool
+    fold: Tensor  # (k,); a question and its copy in a template share a fold
+    counted: Tensor  # (k,) bool; harmless prompts that count as false positives
+    signs: Tensor | None = None  # (k, 2) refusal signs (``runtime.gate``), of text
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """States of the harmful and of the harmless prompts."""
+        return self.states[self.harmful], self.states[~self.harmful]
+
+    def split_signs(self) -> tuple[Tensor, Tensor] | None:
+        """Refusal signs of the harmful and of the harmless prompts, if they were recorded."""
+        if self.signs is None:
+            return None
+        return self.signs[self.harmful], self.signs[~self.harmful]
+
+    def scores(self, fit: GateFit) -> tuple[Tensor, Tensor]:
+        """A gate's scores of the harmful and of the harmless prompts."""
+        found = fit.scores(self.states, self.signs)
+        return found[self.harmful], found[~self.harmful]
+
+    def folds(self) -> tuple[Tensor, Tensor]:
+        """Folds of the harmful and of the harmless prompts."""
+        return self.fold[self.harmful], self.fold[~self.harmful]
+
+    def false_positives(self) -> Tensor:
+        """Which of the harmless prompts count as false positives."""
+        return self.counted[~self.harmful]
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Single sentences of the harmless prompts, as text, each once.
+
+    Attributes:
+        states: (k, L, d); k may be 0.
+        signs: refusal signs (k, 2); zero if the model's refusals have no known openings.
+        of: places (m, 2) of a harmless prompt among the harmless prompts and of one of its
+            sentences among the sentences.
+    """
+
+    states: Tensor
+    signs: Tensor
+    of: Tensor
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What gates are fitted to.
+
+    Attributes:
+        pairs: states of the N anchor pairs, (2, N, L, d): harmful, then harmless.
+        directions: safety directions by layer.
+        openings: tokens that the model's refusals begin with; may be empty.
+        text: states of the calibration prompts as text.
+        sentences: of these prompts.
+        pictured: states with a blank image and with a picture, by setting.
+        untold: ids of prompts whose label does not show in what the text gate reads.
+    """
+
+    pairs: Tensor
+    directions: dict[int, Tensor]
+    openings: list[int]
+    text: States
+    sentences: Sentences
+    pictured: dict[str, States]
+    untold: frozenset[str]
+
+    def text_only_states(self) -> States:
+        """States that the text gate is fitted to: prompts as text, anchors, and sentences.
+
+        Without sentences of harmless prompts the gate opens on some that are no request by
+        themselves, such as the beginning of a story.
+        """
+        harmful, harmless = self.pairs
+        none = torch.zeros(len(harmful) + len(harmless), 2)
+        others = with_others(self.text, harmful, harmless, none)
+        return with_others(others, harmful[:0], self.sentences.states, self.sentences.signs)
+
+    def parts(self) -> Tensor:
+        """Where the sentences stand in ``text_only_states``, for ``fit_gate``."""
+        first = int((~self.text.harmful).sum()) + self.pairs.shape[1]
+        return self.sentences.of + torch.tensor([0, first])
+
+    def vlm_states(self) -> States:
+        """States that the gate in the VLM is fitted to: all settings with a picture."""
+        every = list(self.pictured.values())
+        return States(
+            tuple(one for s in every for one in s.ids),
+            *(
+                torch.cat([getattr(s, name) for s in every])
+                for name in ("states", "harmful", "fold", "counted")
+            ),
+        )
+
+    def found_together(self, text_gate: GateFit, in_vlm: GateFit) -> Tensor:
+        """Cross-validated scores (m, 2), by the text gate and by the gate in the VLM, of the
+        harmful prompts with a picture, for ``useful_gates``.
+
+        The text gate does not open on a prompt that it cannot tell from a harmless one.
+        """
+        by_text = dict.fromkeys(self.untold, -math.inf) | dict(_unseen([self.text], text_gate))
+        by_vlm = _unseen(self.pictured.values(), in_vlm)
+        both = [(by_text[one], score) for one, score in by_vlm if one in by_text]
+        return torch.tensor(both).reshape(-1, 2)
+
+
+def _unseen(parts: Iterable[States], gate: GateFit) -> list[tuple[str, float]]:
+    """Ids and cross-validated scores of the harmful prompts that a gate was fitted to and judged
+    by, in this order; behind them may be others that it was only fitted to."""
+    ids = [
+        one
+        for part in parts
+        for one, harmful in zip(part.ids, part.harmful, strict=True)
+        if harmful
+    ]
+    judged = [one for one, used in zip(ids, gate.judged, strict=False) if used]
+    return list(zip(judged, gate.unseen[0].tolist(), strict=True))
+
+
+def with_others(text: States, harmful: Tensor, harmless: Tensor, signs: Tensor) -> States:
+    """States of the text prompts together with other states (k, L, d) and their refusal signs.
+
+    The others get a negative fold: gates are fitted to them but not judged by them. The directions
+    come from the anchors and separate them better than other prompts, and a sentence is no request.
+    """
+    labels = torch.arange(len(harmful) + len(harmless)) < len(harmful)
+    folds = torch.full((len(labels),), -1)
+    together = None if text.signs is None else torch.cat([text.signs, signs])
+    return States(
+        text.ids + ("",) * len(labels),
+        torch.cat([text.states, harmful, harmless]),
+        torch.cat([text.harmful, labels]),
+        torch.cat([text.fold, folds]),
+        torch.cat([text.counted, ~labels]),
+        together,
+    )
