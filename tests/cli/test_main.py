@@ -27,6 +27,7 @@ def text_only_model(tmp_path: Path) -> Path:
         (["calibrate", "empty", "-o", "g"], "without config.json"),
         (["calibrate", "notes.txt", "-o", "g"], "is a file: name the model's folder"),
         (["calibrate", "text-model", "-o", "notes.txt"], "notes.txt is a file"),
+        (["calibrate", "text-model", "-o", "g", "--states", "notes.txt"], "cannot write to notes"),
         (["doctor", "text-model", "noguard"], "not a guard folder: guard.json is missing"),
         (["generate", "text-model", "--prompt", "  "], "the prompt is empty"),
         (["generate", "text-model", "--prompt", "x", "--image", "no.png"], "no.png"),

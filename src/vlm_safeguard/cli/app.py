@@ -115,6 +115,8 @@ def calibrate(
         raise SafeguardError(f"{output} is a file: name a folder for the guard")
     for folder in check_folder(output):
         folder.rmdir()  # a calibration that fails leaves nothing
+    if states is not None:
+        check_folder(states)
     progress = make_progress(quiet)
     # Before the model is loaded.
     files = own_files(harmful, harmless, anchors, pictures, only_own, data)
