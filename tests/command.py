@@ -40,6 +40,5 @@ def run(
 
 def run_apart(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """In a process of its own, which starts from nothing."""
-    code = "from vlm_safeguard.cli import main; main()"
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, "-m", "vlm_safeguard", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)

@@ -33,7 +33,7 @@ def test_what_cannot_be_attacked_is_refused(tmp_path: Path) -> None:
         make_attack("typography")(Query("Hi", drawings.blank()))
     with pytest.raises(ImageError, match="plain ASCII"):
         make_attack("typography")(Query("\u4f60\u597d", None))
-    with pytest.raises(DataError, match="unknown attack 'prayer': use template:FILE or typography"):
+    with pytest.raises(DataError, match="unknown attack 'prayer': use one of template:FILE, typo"):
         make_attack("prayer")
     with pytest.raises(DataError, match=r"cannot read the attack's text .*none\.txt"):
         make_attack(f"template:{tmp_path / 'none.txt'}")

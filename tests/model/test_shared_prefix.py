@@ -66,7 +66,7 @@ def test_the_beginning_is_run_once(tiny_loaded: LoadedModel, tmp_path: Path) -> 
     widths: list[int] = []
     embedding = tiny_loaded.model.get_input_embeddings()
     begin = len(SYSTEM + "user: ")  # the tokenizer reads bytes
-    shared = shared_prefix.SharedPrefix(tiny_loaded)
+    shared = shared_prefix.SharedPrefix(tiny_loaded.model, tiny_loaded.processor)
     assert len(shared.tokens) == begin
     with embedding.register_forward_hook(lambda _, __, out: widths.append(out.shape[1])):
         inputs = encode(tiny_loaded, list(TEXTS), [None] * 4)
@@ -80,7 +80,7 @@ def test_the_beginning_is_run_once(tiny_loaded: LoadedModel, tmp_path: Path) -> 
 
 def test_layers_with_a_window_are_run_whole(loaded: LoadedModel) -> None:
     """Keys and values that a window drops cannot be shared."""
-    shared = shared_prefix.SharedPrefix(loaded)
+    shared = shared_prefix.SharedPrefix(loaded.model, loaded.processor)
     config = loaded.model.config.get_text_config(decoder=True)
     if any("full" not in kind for kind in getattr(config, "layer_types", None) or ()):
         assert not shared._layers

@@ -58,7 +58,11 @@ def evaluate(
         list[str] | None, typer.Option(help="NAME=FILE: exact text of a prompt-based defence.")
     ] = None,
     attack: Annotated[
-        str | None, typer.Option(help="Attack on every request: template:FILE or typography.")
+        str | None,
+        typer.Option(
+            help="Attack on every request: template:FILE, typography, or a way of writing such as "
+            "leetspeak."
+        ),
     ] = None,
     data: Annotated[
         Path | None,

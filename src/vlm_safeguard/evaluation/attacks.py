@@ -13,6 +13,7 @@ from vlm_safeguard.data import drawings
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.prompt_template import template
 from vlm_safeguard.errors import DataError
+from vlm_safeguard.evaluation.text_forms import TEXT_FORMS
 
 Attack = Callable[[Query], Query]
 
@@ -29,7 +30,8 @@ def make_attack(name: str) -> Attack:
 
     Args:
         name: ``template:FILE`` puts the request at ``[QUESTION]`` in a file's text; ``typography``
-            draws the request into a picture, and the words ask to do what stands there.
+            draws the request into a picture, and the words ask to do what stands there; a name of
+            ``text_forms.TEXT_FORMS`` writes it otherwise.
 
     Raises:
         DataError: unknown name, or the template's file cannot be used.
@@ -38,7 +40,11 @@ def make_attack(name: str) -> Attack:
         return _typography
     if name.startswith(TEMPLATE):
         return _wrapped(Path(name.removeprefix(TEMPLATE)))
-    raise DataError(f"unknown attack {name!r}: use {TEMPLATE}FILE or {TYPOGRAPHY}")
+    if name in TEXT_FORMS:
+        write = TEXT_FORMS[name]
+        return lambda request: Query(write(request.text), request.image)
+    known = ", ".join([f"{TEMPLATE}FILE", TYPOGRAPHY, *TEXT_FORMS])
+    raise DataError(f"unknown attack {name!r}: use one of {known}")
 
 
 def attack_file(name: str) -> Path | None:

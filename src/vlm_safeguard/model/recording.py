@@ -68,7 +68,8 @@ def record(
     Raises:
         ModelError: the decoder cannot be verified, or a state is NaN or Inf.
     """
-    shared = SharedPrefix(loaded) if decoder is None and run is None else None
+    own_pass = decoder is None and run is None
+    shared = SharedPrefix(loaded.model, loaded.processor) if own_pass else None
     decoder = decoder or verify_residual_stream(loaded.model)
     depth, width = layers or len(decoder.layers), decoder.hidden_size
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".states", delete=False) as handle:
@@ -144,7 +145,7 @@ def record_with_logits(
     Returns:
         States (n, L, d), and what was found, (n, ...).
     """
-    shared, found = SharedPrefix(loaded), dict[int, Tensor]()
+    shared, found = SharedPrefix(loaded.model, loaded.processor), dict[int, Tensor]()
 
     def run(group: list[int]) -> None:
         inputs = encode(loaded, [items[i].text for i in group], [items[i].image for i in group])

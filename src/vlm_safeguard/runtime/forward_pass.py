@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.residual_stream import EnoughSeen, hidden_of
+from vlm_safeguard.model.shared_prefix import SharedPrefix
 from vlm_safeguard.model.text_only import head_in_one_piece, last_logits, text_pass
 from vlm_safeguard.runtime import validation
 from vlm_safeguard.runtime.gate import GateReading, Gates
@@ -179,7 +180,7 @@ class TextPass(ForwardPass):
     """The text-only pass. It ends at the last layer that is needed.
 
     ``layers``: all guarded layers, in order. ``sentence``: whether the text of each row is one
-    sentence of its request.
+    sentence of its request. ``shared``: what texts begin with, run before.
     """
 
     def __init__(
@@ -189,8 +190,10 @@ class TextPass(ForwardPass):
         gates: Gates,
         steerer: Steerer,
         sentence: bool = False,
+        shared: SharedPrefix | None = None,
     ) -> None:
         super().__init__(request, layers, range(0))
+        self._shared = shared
         self._gates, self._steerer = GateReading(gates, "text", sentence), steerer
         self._all = self._gates.layers | steerer.reads_text
 
@@ -203,7 +206,12 @@ class TextPass(ForwardPass):
         """
         output = None
         with suppress(EnoughSeen), head_in_one_piece(model):
-            output = text_pass(model, ids, mask, forward)
+            text = {"input_ids": ids, "attention_mask": mask}
+            rest = self._shared.rest(text) if self._shared else None
+            if rest:
+                output = forward(**rest, logits_to_keep=1)
+            else:
+                output = text_pass(model, ids, mask, forward)
         self.finish(output)
 
     def visit(self, layer: int, output: Any) -> None:

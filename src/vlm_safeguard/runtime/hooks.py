@@ -54,13 +54,10 @@ class Hooks:
                 order (see ``watch_layer``).
 
         Raises:
-            GuardError: a guard is on already, or a part of the model is compiled. Whatever goes
-                wrong, nothing stays on the model.
+            GuardError: see ``check_free``. Whatever goes wrong, nothing stays on the model.
         """
         with _ARMING:
-            if getattr(self.model, _MARK, None) is not None:
-                raise GuardError("a guard is already attached to this model: detach it first")
-            refuse_compiled(self.model)
+            self.check_free()
             setattr(self.model, _MARK, self)
         try:
             for layer, see in layers.items():
@@ -75,6 +72,16 @@ class Hooks:
             self.take_off()
             raise
         self.armed = True
+
+    def check_free(self) -> None:
+        """Check that a guard can be put on.
+
+        Raises:
+            GuardError: one is on already, or a part of the model is compiled.
+        """
+        if getattr(self.model, _MARK, None) is not None:
+            raise GuardError("a guard is already attached to this model: detach it first")
+        refuse_compiled(self.model)
 
     def take_off(self) -> None:
         """Leave the model as it was."""

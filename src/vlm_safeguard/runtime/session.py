@@ -19,6 +19,7 @@ from vlm_safeguard.artifact.config import GuardConfig
 from vlm_safeguard.errors import GuardError, GuardRuntimeError
 from vlm_safeguard.model.picture_inputs import PictureInputs, picture_inputs
 from vlm_safeguard.model.residual_stream import find_decoder
+from vlm_safeguard.model.shared_prefix import SharedPrefix
 from vlm_safeguard.model.text_only import padded, rows_of, with_pictures
 from vlm_safeguard.model.text_reader import TextReader
 from vlm_safeguard.runtime import media, validation
@@ -87,6 +88,8 @@ class Session:
             self._gates.layers("text") | self._gates.layers("vlm") | self._steerer.layers
         )
         self._hooks, self._owner = Hooks(model, decoder), OwnerThread()
+        self._hooks.check_free()
+        self._shared = SharedPrefix(model, processor) if known and self._reads_text else None
         self._picture_inputs = picture_inputs(model, processor) if known else PictureInputs()
         self._other_tokens = media.other_tokens(model)
         self._adapters = validation.adapters(model)
@@ -276,7 +279,9 @@ class Session:
     def _text_pass(
         self, request: Request, ids: Tensor, mask: Tensor, sentence: bool = False
     ) -> None:
-        self._pass = reading = TextPass(request, self._layers, self._gates, self._steerer, sentence)
+        self._pass = reading = TextPass(
+            request, self._layers, self._gates, self._steerer, sentence, self._shared
+        )
         try:
             reading.run(self.model, self._hooks.forward, ids, mask)
         finally:

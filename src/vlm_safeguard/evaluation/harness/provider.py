@@ -58,7 +58,7 @@ class VlmSafeguardAPI(ModelAPI):
         defence: one of ``vlm_safeguard.evaluation.defenses.DEFENCES``.
         guard: folder of the guard, for the defences that need one.
         defence_text: file with the exact wording of a prompt-based defence.
-        attack: ``template:FILE`` or ``typography`` (see ``vlm_safeguard.evaluation.attacks``).
+        attack: its name (see ``vlm_safeguard.evaluation.attacks``).
         batch: rows generated together.
         workers: processes of Ray that answer; 0 answers in this one.
         vllm: whether vLLM answers.
