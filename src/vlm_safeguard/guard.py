@@ -331,7 +331,8 @@ class Guard:
                 around pictures are checked too, and requests with pictures must have every input
                 that it makes for them. Text gates also read the canonical form of a text (no
                 invisible characters), and stay shut where a picture comes without words. A guard
-                with ``reads_sentences`` needs it.
+                with ``reads_sentences`` needs it. The model runs once, over what its template
+                writes before a user's words, so that text gates need not read that again.
             monitor: only watch: gates decide and are reported, and the model answers unguarded.
 
         Returns:

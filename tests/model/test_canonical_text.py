@@ -34,6 +34,12 @@ LLAVA, QWEN = families.llava(), families.qwen2_vl()
         ("b\u202eo\u2066m\u2069b", "bomb"),
         ("b\u034fo\u3164m\ufe0fb\U000e0062", "bomb"),
         ("b\x00o\x1bm\x7fb\r", "bomb"),
+        ("How\u200bdo\u200bI\u200bbake\u200bcrusty\u200bbread?", "How do I bake crusty bread?"),
+        ("How\rdo\x0bI\x0cbake\x85crusty\x1cbread?", "How do I bake crusty bread?"),
+        (
+            "How do I bake c\u200br\u200bu\u200bs\u200bt\u200by bread?",
+            "How do I bake crusty bread?",
+        ),
         ("ｂｏｍｂ", "bomb"),
         ("𝐛𝓸𝕞𝚋", "bomb"),
         ("ﬁre e\u0301tude ①", "fire étude 1"),

@@ -84,3 +84,54 @@ def test_layers_with_a_window_are_run_whole(loaded: LoadedModel) -> None:
     config = loaded.model.config.get_text_config(decoder=True)
     if any("full" not in kind for kind in getattr(config, "layer_types", None) or ()):
         assert not shared._layers
+
+
+def test_a_changed_model_is_run_whole(tmp_path: Path) -> None:
+    loaded = load(checkpoint.save(tmp_path))
+    loaded.processor.chat_template = SYSTEM + loaded.processor.chat_template
+    inputs = encode(loaded, list(TEXTS), [None] * 4)
+    shared = shared_prefix.SharedPrefix(loaded.model, loaded.processor)
+    assert shared.rest(inputs)
+    loaded.model.train()
+    assert shared.rest(inputs) is None
+    assert shared_prefix.SharedPrefix(loaded.model, loaded.processor)._layers == []
+    loaded.model.eval()
+    assert shared.rest(inputs)
+    with torch.no_grad():
+        next(loaded.model.parameters()).mul_(1)
+    assert shared.rest(inputs) is None
+    shared = shared_prefix.SharedPrefix(loaded.model, loaded.processor)
+    assert shared.rest(inputs)
+    loaded.model.to(torch.bfloat16)
+    assert shared.rest(inputs) is None
+
+
+def test_rotary_embeddings_that_depend_on_the_length_are_run_whole(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    loaded = load(checkpoint.save(tmp_path, rope_parameters=rope))
+    loaded.processor.chat_template = SYSTEM + loaded.processor.chat_template
+    shared = shared_prefix.SharedPrefix(loaded.model, loaded.processor)
+    assert len(shared.tokens) >= shared_prefix.SHORTEST
+    assert shared.rest(encode(loaded, ["Hi"], [None])) is None
+
+
+def test_a_row_that_ends_with_the_beginning_is_run_whole(tiny_loaded: LoadedModel) -> None:
+    shared = shared_prefix.SharedPrefix(tiny_loaded.model, tiny_loaded.processor)
+    inputs = encode(tiny_loaded, ["Hi there"], [None])
+    begin, width = len(shared.tokens), inputs["input_ids"].shape[1]
+    bare = torch.zeros_like(inputs["input_ids"])
+    bare[0, width - begin :] = shared.tokens
+    told = (torch.arange(width) >= width - begin).long()[None]
+    both = {
+        "input_ids": torch.cat([inputs["input_ids"], bare]),
+        "attention_mask": torch.cat([inputs["attention_mask"], told]),
+    }
+    assert shared.rest(inputs) and shared.rest(both) is None
+
+
+def test_nothing_of_a_call_is_kept(tiny_loaded: LoadedModel) -> None:
+    shared = shared_prefix.SharedPrefix(tiny_loaded.model, tiny_loaded.processor)
+    rest = shared.rest(encode(tiny_loaded, ["Hi"], [None]))
+    assert rest
+    tiny_loaded.model(**rest)
+    assert rest["past_key_values"].get_seq_length() == len(shared.tokens)

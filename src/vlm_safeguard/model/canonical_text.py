@@ -15,6 +15,9 @@ _IGNORABLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2060-\u206f\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
     "\U000e0000-\U000e0fff]"
 )
+# Invisible, but between words where nothing else is: a word would be longer than ``LONGEST``.
+_BREAKS = re.compile("[\u200b\r\x0b\x0c\x1c-\x1f\x85]+")
+LONGEST = 20
 # An odd spelling is changed where it is found in so many words: one alone may be a name.
 OFTEN = 3
 _SPACED = re.compile(r"(?<!\S)\S(?: {1,3}\S){5,}(?!\S)")  # single characters, words 2 or 3 apart
@@ -26,12 +29,16 @@ _MIXED = re.compile(r"\w*[a-z][A-Z]\w*")
 def canonical_text(text: str) -> str:
     """``text`` without invisible characters, in the normal form NFKC, in its usual spelling.
 
-    Default-ignorable, control and format characters are invisible. Line feeds and tabs stay. Spaces
-    between single letters are taken out, digits within words become the letters that they look
-    like, and words with capital letters behind small ones are written small.
+    Default-ignorable, control and format characters are invisible. Line feeds and tabs stay, and a
+    zero-width space becomes a space where words would run together. Spaces between single letters
+    are taken out, digits within words become the letters that they look like, and words with
+    capital letters behind small ones are written small.
     """
     if not (text.isascii() and text.replace("\n", "").replace("\t", "").isprintable()):
-        text = _visible(unicodedata.normalize("NFKC", _visible(text)))
+        visible = _visible(unicodedata.normalize("NFKC", _visible(text)))
+        if _BREAKS.search(text) and max(map(len, visible.split()), default=0) > LONGEST:
+            visible = _visible(unicodedata.normalize("NFKC", _visible(_BREAKS.sub(" ", text))))
+        text = visible
     text = _SPACED.sub(lambda found: _joined(found[0]), text)
     for odd, usual in (
         (_LEET, lambda found: found[0].translate(_LETTERS)),

@@ -27,6 +27,13 @@ def room(model: Any) -> int | None:
     return found
 
 
+def rescales(model: Any) -> bool:
+    """Whether a long prompt changes the rotary embedding of all its positions."""
+    ropes = _ropes(model.config.get_text_config(decoder=True))
+    kinds = [str(rope.get("rope_type")) for rope in ropes]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
 def taken(model: Any, ids: Tensor | None, mask: Tensor, markup: ImageMarkup) -> int:
     """How many positions the longest row of ids (B, T) with a mask (B, T) takes at least.
 

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import process, render
+from vlm_safeguard.model.positions import rescales
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import head_in_one_piece
+from vlm_safeguard.model.weights import input_device
 
 SHORTEST = 8  # tokens; a shorter beginning is not worth a cache
 PLAIN = {"input_ids", "attention_mask", "pixel_values"}  # inputs that a prefix can be cut from
@@ -24,10 +28,11 @@ class SharedPrefix:
 
     The beginning is what the chat template writes before a user's words, such as a system prompt:
     in short requests it can be most of the tokens. Layers with full attention are needed. A batch
-    that does not begin so, or has other inputs than text and pixels, is run whole.
+    that does not begin so, or has other inputs than text and pixels, is run whole, and so is any
+    batch if the model is in training mode or its weights are no longer the same.
     """
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __init__(self, model: Any, processor: Any) -> None:
         """Runs the beginning once, so the model must be unguarded."""
         self._model = model
@@ -40,20 +45,32 @@ class SharedPrefix:
             return
         same = (inputs["input_ids"][0] == inputs["input_ids"][1]).long().cumprod(0)
         begin = inputs["input_ids"][0, : int(same.sum())]
-        self.tokens = begin.to(model.get_input_embeddings().weight.device)  # (P,)
+        self.tokens = begin.to(input_device(model))  # (P,)
         if (
             len(self.tokens) < SHORTEST
             or not inputs["attention_mask"].all()
             or not set(inputs) <= PLAIN
-            or not NEEDED.issubset(inspect.signature(model.forward).parameters)
+            or model.training
+            or rescales(model)  # keys would depend on the length of the whole
+            or not _takes_positions(model)
         ):
             return
-        cache = model(input_ids=self.tokens[None], use_cache=True).past_key_values
+        ids = self.tokens[None]
+        output = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.arange(len(begin), device=ids.device)[None],
+            use_cache=True,
+            return_dict=True,
+            logits_to_keep=1,
+        )
+        cache = getattr(output, "past_key_values", None)
         # Exactly this kind, and filled: not a window, not a state, not cross-attention to pictures.
         if isinstance(cache, DynamicCache) and all(
             type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers
         ):
             self._layers = [(layer.keys, layer.values) for layer in cache.layers]
+            self._weights = _versions(model)
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """The model's output for inputs padded on the left, of the columns after the beginning
@@ -68,24 +85,22 @@ class SharedPrefix:
         cut = self._cut(inputs)
         if cut is None:
             return None
-        rows = len(cut["input_ids"])
         cache = DynamicCache()
-        for number, (keys, values) in enumerate(self._layers):
-            each = (rows, -1, -1, -1)
-            cache.update(keys.expand(each), values.expand(each), number)
+        cache.layers = [_Begun(*layer, len(cut["input_ids"])) for layer in self._layers]
         return cut | {"past_key_values": cache, "use_cache": True}
 
     def _cut(self, inputs: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """The inputs without the common beginning; None where they cannot be cut."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool().long()
         length = len(self.tokens)
         if not self._layers or not set(inputs) <= PLAIN or ids.shape[1] <= length + 1:
             return None
-        if ids.device != self.tokens.device:  # the model was moved since
+        if self._model.training or _versions(self._model) != self._weights:
             return None
         begin = ids.shape[1] - mask.sum(1, keepdim=True)  # (B, 1): first column of each row
         columns = begin + torch.arange(length, device=ids.device)
-        if (columns >= ids.shape[1]).any() or (ids.gather(1, columns) != self.tokens).any():
+        # A row needs a token behind the beginning.
+        if (begin + length >= ids.shape[1]).any() or (ids.gather(1, columns) != self.tokens).any():
             return None
         # Every row gives up its first ``length`` tokens; padding moves between them and the rest.
         kept = mask[:, length:].clone()
@@ -97,3 +112,39 @@ class SharedPrefix:
             "position_ids": (whole.cumsum(1) - 1)[:, length:],
         }
         return inputs | rest
+
+
+class _Begun(DynamicLayer):
+    """A layer's keys and values (1, heads, P, size) of the beginning, for one forward call of so
+    many rows: what the call adds is not kept."""
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        each = (rows, -1, -1, -1)
+        self.keys, self.values = keys.expand(each), values.expand(each)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        return keys, torch.cat([self.values, value_states], dim=-2)
+
+
+def _takes_positions(model: Any) -> bool:
+    """Whether positions come from ``position_ids``, and no other input tells text from pictures:
+    then padding may stand between the beginning and the rest."""
+    takes = set(inspect.signature(model.forward).parameters)
+    inside = inspect.signature(find_decoder(model).module.forward).parameters
+    return takes >= NEEDED and "token_type_ids" not in takes and "position_ids" in inside
+
+
+def _versions(model: Any) -> list[tuple[int, int]]:
+    """Where each weight lies and how often it was changed in place."""
+    return [
+        (
+            0 if is_traceable_wrapper_subclass(p) else p.data_ptr(),  # quantised: it has no place
+            0 if p.is_inference() else p._version,
+        )
+        for p in model.parameters()
+    ]

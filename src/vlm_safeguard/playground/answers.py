@@ -116,6 +116,8 @@ class Answerer:
         """One answer. With ``states`` the verdict is told too."""
         model, processor = self.loaded.model, self.loaded.processor
         with self.guard.attach(model, processor, monitor=side == "unguarded") as session:
+            if states is not None:
+                states.clear()  # of the chat template's beginning, which attach runs
 
             def begun() -> None:
                 if states is not None:

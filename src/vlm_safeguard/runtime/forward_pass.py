@@ -180,7 +180,7 @@ class TextPass(ForwardPass):
     """The text-only pass. It ends at the last layer that is needed.
 
     ``layers``: all guarded layers, in order. ``sentence``: whether the text of each row is one
-    sentence of its request. ``shared``: what texts begin with, run before.
+    sentence of its request. ``shared``: keys and values of what texts begin with.
     """
 
     def __init__(

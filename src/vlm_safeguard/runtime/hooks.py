@@ -53,12 +53,8 @@ class Hooks:
             layers: what sees the residual stream (B, T, d) after each guarded layer, in ascending
                 order (see ``watch_layer``).
 
-        Raises:
-            GuardError: see ``check_free``. Whatever goes wrong, nothing stays on the model.
+        ``reserve`` comes before. Whatever goes wrong, nothing stays on the model.
         """
-        with _ARMING:
-            self.check_free()
-            setattr(self.model, _MARK, self)
         try:
             for layer, see in layers.items():
                 self._handles.append(watch_layer(self.decoder, layer, untraced(see)))
@@ -73,15 +69,17 @@ class Hooks:
             raise
         self.armed = True
 
-    def check_free(self) -> None:
-        """Check that a guard can be put on.
+    def reserve(self) -> None:
+        """Keep other guards off the model, until ``take_off``.
 
         Raises:
             GuardError: one is on already, or a part of the model is compiled.
         """
-        if getattr(self.model, _MARK, None) is not None:
-            raise GuardError("a guard is already attached to this model: detach it first")
-        refuse_compiled(self.model)
+        with _ARMING:
+            if getattr(self.model, _MARK, None) is not None:
+                raise GuardError("a guard is already attached to this model: detach it first")
+            refuse_compiled(self.model)
+            setattr(self.model, _MARK, self)
 
     def take_off(self) -> None:
         """Leave the model as it was."""

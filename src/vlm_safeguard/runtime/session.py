@@ -88,8 +88,6 @@ class Session:
             self._gates.layers("text") | self._gates.layers("vlm") | self._steerer.layers
         )
         self._hooks, self._owner = Hooks(model, decoder), OwnerThread()
-        self._hooks.check_free()
-        self._shared = SharedPrefix(model, processor) if known and self._reads_text else None
         self._picture_inputs = picture_inputs(model, processor) if known else PictureInputs()
         self._other_tokens = media.other_tokens(model)
         self._adapters = validation.adapters(model)
@@ -98,6 +96,13 @@ class Session:
         self._last: Request | None = None  # the last one reported, of any thread
         self._pass: ForwardPass | None = None  # None: a guarded layer that runs refuses
         self._begin, self._finish = untraced(self._begin_call), untraced(self._end_call)
+        self._hooks.reserve()
+        try:
+            # Before the hooks are on, because it runs the model.
+            self._shared = SharedPrefix(model, processor) if known and self._reads_text else None
+        except BaseException:
+            self._hooks.take_off()
+            raise
         self._hooks.put_on(
             self._generate,
             self._forward,
@@ -131,7 +136,7 @@ class Session:
             )
         self._owner.take()
         try:
-            self._pass = self._request = None
+            self._pass = self._request = self._shared = None
             self._hooks.take_off()
         finally:
             self._owner.give_back()
