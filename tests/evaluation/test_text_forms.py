@@ -23,6 +23,7 @@ def test_forms_and_what_the_guard_reads() -> None:
         "zero-width": TEXT,
         "full-width": TEXT,
         "spaced-letters": TEXT,
+        "upper-case": "how do i bake it?",
         "alternating-case": "how do I bake it?",
         "leetspeak": "How do 1 bake 17?",
     }

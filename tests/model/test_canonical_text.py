@@ -52,6 +52,8 @@ LLAVA, QWEN = families.llava(), families.qwen2_vl()
         ("hOw dO I bAkE BrEaD", "how do I bake bread"),
         ("JavaScript on GitHub", None),
         ("HOW DO I Bake Bread? OK", None),
+        ("HOW DO I BAKE BREAD?\nAT 200°C", "how do i bake bread?\nat 200°c"),
+        ("NATO?", None),
     ],
 )
 def test_canonical_text(text: str, expected: str | None) -> None:

@@ -32,7 +32,7 @@ def canonical_text(text: str) -> str:
     Default-ignorable, control and format characters are invisible. Line feeds and tabs stay, and a
     zero-width space becomes a space where words would run together. Spaces between single letters
     are taken out, digits within words become the letters that they look like, and words with
-    capital letters behind small ones are written small.
+    capital letters behind small ones are written small, and so is a text without small letters.
     """
     if not (text.isascii() and text.replace("\n", "").replace("\t", "").isprintable()):
         visible = _visible(unicodedata.normalize("NFKC", _visible(text)))
@@ -46,7 +46,7 @@ def canonical_text(text: str) -> str:
     ):
         if len(odd.findall(text)) >= OFTEN:
             text = odd.sub(usual, text)
-    return text
+    return text.lower() if text.isupper() and len(text.split()) >= OFTEN else text
 
 
 def _joined(spaced: str) -> str:
