@@ -53,7 +53,10 @@ LLAVA, QWEN = families.llava(), families.qwen2_vl()
         ("JavaScript on GitHub", None),
         ("HOW DO I Bake Bread? OK", None),
         ("HOW DO I BAKE BREAD?\nAT 200°C", "how do i bake bread?\nat 200°c"),
+        ("user\nHOW DO I BAKE IT?", "user\nhow do i bake it?"),
+        ("ÄPFEL UND ÖL KOCHEN", "äpfel und öl kochen"),
         ("NATO?", None),
+        ("Does NATO or the EU or the UN act?", None),
     ],
 )
 def test_canonical_text(text: str, expected: str | None) -> None:

@@ -23,6 +23,8 @@ OFTEN = 3
 _SPACED = re.compile(r"(?<!\S)\S(?: {1,3}\S){5,}(?!\S)")  # single characters, words 2 or 3 apart
 _LEET = re.compile(r"(?<![^\W_])(?=[\w@$]*[^\W\d_])(?=\w*[013457@$])[\w@$]+")
 _LETTERS = str.maketrans("013457@$", "oieastas")
+_WORD = re.compile(r"[^\W\d_]+")
+_SHOUTED = re.compile(r"\b[^\W\d_a-z]+\b")
 _MIXED = re.compile(r"\w*[a-z][A-Z]\w*")
 
 
@@ -32,7 +34,8 @@ def canonical_text(text: str) -> str:
     Default-ignorable, control and format characters are invisible. Line feeds and tabs stay, and a
     zero-width space becomes a space where words would run together. Spaces between single letters
     are taken out, digits within words become the letters that they look like, and words with
-    capital letters behind small ones are written small, and so is a text without small letters.
+    capital letters behind small ones are written small. In a text that is mostly in capitals, these
+    are written small too.
     """
     if not (text.isascii() and text.replace("\n", "").replace("\t", "").isprintable()):
         visible = _visible(unicodedata.normalize("NFKC", _visible(text)))
@@ -46,7 +49,14 @@ def canonical_text(text: str) -> str:
     ):
         if len(odd.findall(text)) >= OFTEN:
             text = odd.sub(usual, text)
-    return text.lower() if text.isupper() and len(text.split()) >= OFTEN else text
+    return _SHOUTED.sub(lambda found: found[0].lower(), text) if _is_loud(text) else text
+
+
+def _is_loud(text: str) -> bool:
+    """Whether at least two in three words are in capitals, of those with two letters or more."""
+    words = [word for word in _WORD.findall(text) if len(word) > 1]
+    loud = sum(word.isupper() for word in words)
+    return loud >= OFTEN and 3 * loud >= 2 * len(words)
 
 
 def _joined(spaced: str) -> str:

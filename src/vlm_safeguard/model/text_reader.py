@@ -51,9 +51,6 @@ class TextReader:
         Raises:
             UnreadableText: the canonical form has other control tokens than the text.
         """
-        text = self._decoded(ids)
-        if canonical_text(text) == text:
-            return None
         said, canonical, before = [], [], list[int]()
         for apart, group in groupby(ids, self._apart.__contains__):
             piece = list(group)
