@@ -25,6 +25,10 @@ class UnreadableText(GuardRuntimeError):
     """The text gate cannot read a request as it is written; the request has to change."""
 
 
+class PromptTooLong(GuardRuntimeError):
+    """A prompt takes more positions than the model has; the request has to change."""
+
+
 class TextTooLong(GuardRuntimeError):
     """What the text gate would read of a request is longer than the model's context.
 

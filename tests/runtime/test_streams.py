@@ -38,6 +38,18 @@ def test_a_refused_request_ends_its_stream(loaded):
         assert text == loaded.processor.tokenizer.decode(output[0, ids.shape[1] :])
 
 
+def test_a_streamer_by_position_is_refused_and_ended(loaded):
+    ids = torch.tensor([tiny.words(0, 6)])
+    streamer = TextIteratorStreamer(loaded.processor.tokenizer, timeout=WAIT)
+    before = [None] * 6  # generate's arguments between the ids and the streamer
+    with (
+        always(loaded.model).attach(loaded.model),
+        pytest.raises(GuardRuntimeError, match="by keyword"),
+    ):
+        loaded.model.generate(ids, *before, streamer)
+    assert "".join(streamer) == ""
+
+
 def test_a_failed_step_ends_its_stream_after_what_came_before(loaded):
     ids = torch.tensor([tiny.words(0, 6)])
     calls = []

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests import tiny
+from vlm_safeguard.errors import PromptTooLong
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model import chat
 from vlm_safeguard.model.loading import LoadedModel
@@ -100,3 +101,17 @@ def test_a_gate_opens_on_either_form_and_restores_what_that_form_holds(loaded: L
         assert set(ours.text_coordinates) == set(theirs.text_coordinates) == {2, 5}
         for layer, expected in theirs.text_coordinates.items():
             torch.testing.assert_close(ours.text_coordinates[layer], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_canonical_form_longer_than_the_positions_is_refused(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = chat.encode(loaded, ["\ufdfa" * 8], [None])  # NFKC makes 18 letters of each
+    config, length = loaded.model.config.get_text_config(), inputs["input_ids"].shape[1]
+    made = tiny.guard(loaded.model, [tiny.gate("text", 2)])
+    with made.attach(loaded.model, loaded.processor) as session:
+        loaded.model.generate(**inputs, max_new_tokens=1)
+        assert passes(session) == 2
+        monkeypatch.setattr(config, "max_position_embeddings", length + 8)
+        with pytest.raises(PromptTooLong, match="text in canonical form takes"):
+            loaded.model.generate(**inputs, max_new_tokens=1)

@@ -271,6 +271,14 @@ def test_one_bad_request_leaves_its_batch_alone(live):
     assert [content_of(answers[0]), None, content_of(answers[2])] == alone
 
 
+@pytest.mark.parametrize("live", [{"max_prompt_tokens": 10_000}], indirect=True)
+def test_a_prompt_longer_than_the_positions_is_a_wrong_request(live):
+    answers = together(live, ["question", "a" * 2100, "another question"])  # there are 2048
+    assert [answer.status_code for answer in answers] == [200, 400, 200]
+    assert "positions, and the model has 2048" in answers[1].json()["error"]["message"]
+    assert is_ready(live)
+
+
 def test_a_template_that_refuses_is_a_wrong_request(live):
     processor = live.engine.loaded.processor
     processor.chat_template = "{{ raise_exception('secret') }}"

@@ -182,7 +182,7 @@ class Session:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """``model.generate`` under guard: the request begins with the whole prompt."""
-        with ended_on_error(kwargs.get("streamer")):
+        with ended_on_error(*args, kwargs.get("streamer")):
             return self._guarded_generate(*args, **kwargs)
 
     def _guarded_generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -278,7 +278,10 @@ class Session:
                 rows = [row for row, _ in some]
                 part = request.part(rows)
                 texts = [ids.new_tensor(reading) for _, reading in some]
-                self._text_pass(part, *padded(texts, self.config.markup.pad_id), sentence)
+                batch = padded(texts, self.config.markup.pad_id)
+                told = "the request's text in canonical form"  # NFKC may make it longer
+                validation.check_length(self.model, *batch, self.config.markup, told)
+                self._text_pass(part, *batch, sentence)
                 request.take_worse(rows, part)
 
     def _text_pass(

@@ -8,8 +8,8 @@ from typing import Any
 
 
 @contextmanager
-def ended_on_error(streamer: Any) -> Iterator[None]:
-    """Around a generation: end its ``streamer``, if it has one, on any exception.
+def ended_on_error(*given: Any) -> Iterator[None]:
+    """Around a generation: end the streamer among what it was ``given``, if any, on any exception.
 
     transformers ends a streamer only after the last token. A ``TextIteratorStreamer`` would let the
     thread that reads it wait for ever.
@@ -17,8 +17,8 @@ def ended_on_error(streamer: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        end = getattr(streamer, "end", None)
-        if end is not None:
-            with suppress(Exception):  # the error of the generation is the one to report
-                end()
+        for streamer in given:
+            if callable(end := getattr(streamer, "end", None)):
+                with suppress(Exception):  # the error of the generation is the one to report
+                    end()
         raise

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlm_safeguard.artifact.config import GuardConfig, ImageMarkup
-from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.errors import GuardRuntimeError, PromptTooLong
 from vlm_safeguard.model import positions
 from vlm_safeguard.model.text_only import text_columns, text_only
 from vlm_safeguard.model.weights import adapter_names, adapters_at_work
@@ -344,11 +344,11 @@ def check_length(
     """Refuse a prompt of ids (B, T) with a mask (B, T) that is longer than the model's positions.
 
     Raises:
-        GuardRuntimeError: it is. ``what`` it is stands in the message.
+        PromptTooLong: it is. ``what`` it is stands in the message.
     """
     limit = positions.room(model)
     if limit is not None and (needed := positions.taken(model, ids, mask, markup)) > limit:
-        raise GuardRuntimeError(
+        raise PromptTooLong(
             f"{what} takes {needed} positions, and the model has {limit}: shorten it, or use fewer "
             "or smaller pictures"
         )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vlm_safeguard.errors import ModelError, SafeguardError, UnreadableText
+from vlm_safeguard.errors import ModelError, PromptTooLong, SafeguardError, UnreadableText
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.loading import LoadedModel
@@ -105,6 +105,8 @@ class Engine(InferenceThread):
             failure = error
         except UnreadableText:
             failure = errors.unreadable()
+        except PromptTooLong as error:
+            failure = errors.no_room(error)
         except Exception as error:
             failure = errors.failed()
             # Without the message: it may quote the request.

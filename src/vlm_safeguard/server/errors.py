@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_safeguard.errors import SafeguardError, TextTooLong
+from vlm_safeguard.errors import PromptTooLong, SafeguardError, TextTooLong
 
 FAILED = "the guard or the model failed, and the answer is withheld"
 
@@ -90,8 +90,8 @@ def too_long(tokens: int, most: int) -> RequestError:
     )
 
 
-def text_too_long(error: TextTooLong) -> RequestError:
-    """The prompt is too long with the words in its pictures, or written out."""
+def no_room(error: PromptTooLong | TextTooLong) -> RequestError:
+    """The prompt does not fit the model, as it stands or as the guard reads it."""
     return RequestError(400, str(error), param="messages")
 
 

@@ -150,7 +150,7 @@ class VllmEngine(InferenceThread):
             if isinstance(error.__cause__, UnreadableText):
                 raise errors.unreadable() from None
             if isinstance(error.__cause__, TextTooLong):
-                raise errors.text_too_long(error.__cause__) from None
+                raise errors.no_room(error.__cause__) from None
             raise errors.unusable() from None
         except (ModelError, ImageError):  # their texts quote the request and the library
             raise errors.unusable() from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from inspect_ai.log import EvalLog
 
 from tests import checkpoint
@@ -54,10 +54,11 @@ def test_a_stopped_run_goes_on_and_two_runs_do_not_mix(folder: Path, tmp_path: P
     assert [name for name in kept if kept[name] == files.get(name)] == sorted(files)[1:]
     with pytest.raises(SafeguardError, match="another plan"):
         run_plan(run.Plan((str(folder),), ("none",), ("own_picture",)), first)
-    with (first / run.LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SafeguardError, match="another run is at work"):
-            run_plan(plan, first)
+    with (
+        FileLock(first / run.LOCK),
+        pytest.raises(SafeguardError, match="another run is at work"),
+    ):
+        run_plan(plan, first)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from filelock import FileLock, Timeout
 from inspect_ai.log import read_eval_log
 
 from tests import tiny
@@ -83,8 +83,8 @@ def test_the_whole_command_writes_results(
     write = report.write
 
     def still_held(*given: Any) -> None:
-        with (tmp_path / "out" / run.LOCK).open("w") as lock, pytest.raises(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "out" / run.LOCK, blocking=False).acquire()
         write(*given)
 
     monkeypatch.setattr(report, "write", still_held)
