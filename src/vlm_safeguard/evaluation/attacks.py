@@ -31,7 +31,7 @@ def make_attack(name: str) -> Attack:
     Args:
         name: ``template:FILE`` puts the request at ``[QUESTION]`` in a file's text; ``typography``
             draws the request into a picture, and the words ask to do what stands there; a name of
-            ``text_forms.TEXT_FORMS`` writes it otherwise.
+            ``text_forms.TEXT_FORMS`` writes it in that way.
 
     Raises:
         DataError: unknown name, or the template's file cannot be used.
