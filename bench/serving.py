@@ -3,7 +3,8 @@
 Three servers share one model in turn: guarded, unguarded, and guarded without batches. Each round
 sends the same requests to each of them, from several clients at once. Requests have the proportions
 of LLaVA-1.5: about 600 tokens of pictures to 50 of text. The guard is the one that ships, without
-the reading of words in pictures, which costs what OCR costs.
+the reading of words in pictures, which costs what OCR costs. No gate opens on these requests, so
+every server gives the same answers.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ SERVERS = ("guarded", "unguarded", "guarded, batch 1")
 
 @dataclass(frozen=True)
 class Load:
-    """One round against one server: requests a second, and the latency of each request."""
+    """One round against one server: requests a second, the latency of each request, and tokens."""
 
     rate: float
     seconds: list[float]
+    tokens: int
 
 
 def main() -> None:
@@ -60,8 +62,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2, help="of each client in a round")
     given = parser.parse_args()
     subject = embedded()
+    shipped = Guard.from_pretrained("embedded")
+    config = shipped.config.model_copy(update={"reads_pictures": False})
+    guard = Guard(config, shipped.tensors)
+    bodies = shut(subject, guard, max(given.clients))
     found = {
-        clients: measure(subject, clients, given.requests, given.rounds)
+        clients: measure(subject, guard, bodies[:clients], given.requests, given.rounds)
         for clients in given.clients
     }
     (given.output / "assets").mkdir(parents=True, exist_ok=True)
@@ -71,19 +77,35 @@ def main() -> None:
     print(given.output / "bench-serving.md")
 
 
-def measure(subject: Subjects, clients: int, requests: int, rounds: int) -> dict[str, list[Load]]:
-    """Every server in every round, in an order that turns."""
-    shipped = Guard.from_pretrained("embedded")
-    config = shipped.config.model_copy(update={"reads_pictures": False})
-    guard = Guard(config, shipped.tensors)
+def shut(subject: Subjects, guard: Guard, count: int) -> list[dict[str, Any]]:
+    """The first requests on which no gate opens: a refusal would be shorter than the answer."""
+    found: list[dict[str, Any]] = []
+    tried = 0
+    with serving(subject, guard, 1, 1) as url, httpx.Client(timeout=None) as client:
+        while len(found) < count:
+            body = _body(tried)
+            answer = client.post(f"{url}/v1/chat/completions", json=body | {"max_tokens": 1})
+            answer.raise_for_status()
+            found += [] if answer.json()["safeguard"]["fired"] else [body]
+            tried += 1
+    print(f"no gate opens on {count} of {tried} requests", file=sys.stderr)
+    return found
+
+
+def measure(
+    subject: Subjects, guard: Guard, bodies: list[dict[str, Any]], requests: int, rounds: int
+) -> dict[str, list[Load]]:
+    """Every server in every round, in an order that turns. One client for each of ``bodies``."""
+    clients = len(bodies)
     found: dict[str, list[Load]] = {name: [] for name in SERVERS}
     for number in range(rounds):
         for name in SERVERS[number % 3 :] + SERVERS[: number % 3]:
             batch = 1 if name.endswith("batch 1") else 8
             with serving(subject, None if name == "unguarded" else guard, batch, clients) as url:
-                load(url, 1, 1)  # warms up
-                loaded = load(url, clients, requests)
-            print(f"{clients} clients, {name}: {loaded.rate:.3f}/s", file=sys.stderr)
+                load(url, bodies[:1], 1)  # warms up
+                loaded = load(url, bodies, requests)
+            told = f"{clients} clients, {name}: {loaded.rate:.3f}/s, {loaded.tokens} tokens"
+            print(told, file=sys.stderr)
             found[name].append(loaded)
     return found
 
@@ -110,24 +132,25 @@ def serving(subject: Subjects, guard: Guard | None, batch: int, clients: int) ->
         thread.join()
 
 
-def load(url: str, clients: int, requests: int) -> Load:
-    """Each client asks one request after the other; every answer is checked to be whole."""
-    bodies = [_body(number) for number in range(clients)]
+def load(url: str, bodies: list[dict[str, Any]], requests: int) -> Load:
+    """Each client asks its request so often, one after the other."""
 
-    def ask(body: dict[str, Any]) -> list[float]:
-        seconds = []
+    def ask(body: dict[str, Any]) -> list[tuple[float, int]]:
+        answers = []
         with httpx.Client(timeout=None) as client:
             for _ in range(requests):
                 start = time.perf_counter()
                 answer = client.post(f"{url}/v1/chat/completions", json=body)
                 answer.raise_for_status()
-                seconds.append(time.perf_counter() - start)
-        return seconds
+                tokens = answer.json()["usage"]["completion_tokens"]
+                answers.append((time.perf_counter() - start, tokens))
+        return answers
 
     start = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        found = [seconds for each in pool.map(ask, bodies) for seconds in each]
-    return Load(len(found) / (time.perf_counter() - start), found)
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        found = [one for each in pool.map(ask, bodies) for one in each]
+    rate = len(found) / (time.perf_counter() - start)
+    return Load(rate, [seconds for seconds, _ in found], sum(tokens for _, tokens in found))
 
 
 def _body(number: int) -> dict[str, Any]:
@@ -148,6 +171,7 @@ def _facts(rounds: dict[str, list[Load]]) -> dict[str, Any]:
     for name, loads in rounds.items():
         seconds = sorted(s for one in loads for s in one.seconds)
         facts[name] = {
+            "tokens": sum(one.tokens for one in loads) / len(seconds),
             "rate": spread([one.rate for one in loads]),
             "ratio": ratios([one.rate for one in loads], [one.rate for one in rounds["unguarded"]]),
             "latency": {p: seconds[int(p / 100 * (len(seconds) - 1))] for p in (50, 90, 99)},
@@ -168,15 +192,18 @@ def page(found: dict[int, dict[str, list[Load]]], rounds: int) -> str:
                     _shown(facts["rate"]),
                     _shown(facts["ratio"]),
                     *(f"{latency[p]:.1f}" for p in (50, 90, 99)),
+                    f"{facts['tokens']:.1f}",
                 ]
             )
     head = ["Clients", "Server", "Requests/s", "Ratio to unguarded", "p50 s", "p90 s", "p99 s"]
+    head += ["Tokens"]
     lines = [
         "# What the guard costs a server",
         "",
         f"`python -m bench.serving --rounds {rounds}` on the embedded model, on a CPU. Requests",
         f"hold {IMAGES} pictures of 16 tokens and about 50 tokens of text, the proportions of",
-        f"LLaVA-1.5, and ask for {TOKENS} tokens. The guard is the one that ships, without OCR.",
+        f"LLaVA-1.5, and ask for {TOKENS} tokens. The guard is the one that ships, without OCR; no",
+        "gate opens, so every server gives the same answers.",
         "Medians and quartiles over the rounds; ratios are taken round by round.",
         "",
         table(head, rows),

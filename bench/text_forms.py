@@ -1,4 +1,4 @@
-"""`python -m bench.text_forms`: the embedded model and its guard on requests in other ways of writing.
+"""`python -m bench.text_forms`: the embedded model and its guard on requests written in other ways.
 
 It prints the table of docs/results.md: gates that open, attacks that succeed and harmless requests
 that are refused, for each way of writing.
