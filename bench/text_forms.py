@@ -13,11 +13,11 @@ from dataclasses import replace
 from vlm_safeguard.embedded.assemble import assemble
 from vlm_safeguard.evaluation.harness.execution import Plan
 from vlm_safeguard.evaluation.harness.pipeline import answers
-from vlm_safeguard.evaluation.harness.results import Judged
+from vlm_safeguard.evaluation.harness.results import Judged, by_setting
 from vlm_safeguard.evaluation.text_forms import TEXT_FORMS
 from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
-from vlm_safeguard.utils.stats import wilson
+from vlm_safeguard.utils.stats import Rate, wilson
 
 HEAD = [
     "Form",
@@ -45,10 +45,9 @@ def _cells(rows: Sequence[Judged]) -> list[str]:
     for harmful in (True, False):
         guarded = [r for r in rows if (r.defence, r.harmful) == ("guard", harmful)]
         cells.append(wilson(sum(bool(r.fired) for r in guarded), len(guarded)).interval)
-    for harmful, verdict in ((True, "complied"), (False, "refused")):
-        for defence in ("none", "guard"):
-            own = [r for r in rows if (r.defence, r.harmful) == (defence, harmful)]
-            cells.append(wilson(sum(r.verdict == verdict for r in own), len(own)).interval)
+    [defences] = by_setting(rows).values()
+    for name in ("asr", "over_refusal"):
+        cells += [Rate.from_dict(defences[d], name).interval for d in ("none", "guard")]
     return cells
 
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from tests import tiny
+from vlm_safeguard.model.loading import LoadedModel, load
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: "
@@ -16,6 +17,9 @@ TEMPLATE = (
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
+
+SYSTEM = "You are a helpful assistant. "
+BEGIN = len(SYSTEM + "user: ")  # tokens before a user's words: the tokenizer reads bytes
 
 
 def save(folder: Path, seed: int = 0, **text: Any) -> Path:
@@ -51,3 +55,10 @@ def save(folder: Path, seed: int = 0, **text: Any) -> Path:
     model.generation_config.eos_token_id = tiny.EOS
     model.save_pretrained(folder)
     return folder
+
+
+def load_with_system(folder: Path, **text: Any) -> LoadedModel:
+    """A checkpoint as by ``save``, loaded; its template begins with a system prompt."""
+    loaded = load(save(folder, **text))
+    loaded.processor.chat_template = SYSTEM + loaded.processor.chat_template
+    return loaded

@@ -29,7 +29,7 @@ class PromptTooLong(GuardRuntimeError):
     """A prompt takes more positions than the model has; the request has to change."""
 
 
-class TextTooLong(GuardRuntimeError):
+class TextTooLong(PromptTooLong):
     """What the text gate would read of a request is longer than the model's context.
 
     Attributes:

@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import checkpoint
+from tests.checkpoint import BEGIN, SYSTEM, load_with_system
 from tests.families import Family
 from vlm_safeguard.data import drawings
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.model import shared_prefix
 from vlm_safeguard.model.chat import encode
-from vlm_safeguard.model.loading import LoadedModel, load
+from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import record, record_with_logits
 
-SYSTEM = "You are a helpful assistant. "
 TEXTS = ("Hi", "How do I water the plants on my balcony?", "Tell me more.", "")
 ITEMS = [Query(text, None) for text in TEXTS]
 PICTURED = [Query("What is this?", drawings.blank()), Query("Hello", drawings.blank())]
@@ -24,9 +23,7 @@ PICTURED = [Query("What is this?", drawings.blank()), Query("Hello", drawings.bl
 
 @pytest.fixture(scope="module")
 def tiny_loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    loaded = load(checkpoint.save(tmp_path_factory.mktemp("tiny")))
-    loaded.processor.chat_template = SYSTEM + loaded.processor.chat_template
-    return loaded
+    return load_with_system(tmp_path_factory.mktemp("tiny"))
 
 
 def alone(
@@ -65,13 +62,12 @@ def test_with_pictures_and_logits(
 def test_the_beginning_is_run_once(tiny_loaded: LoadedModel, tmp_path: Path) -> None:
     widths: list[int] = []
     embedding = tiny_loaded.model.get_input_embeddings()
-    begin = len(SYSTEM + "user: ")  # the tokenizer reads bytes
     shared = shared_prefix.SharedPrefix(tiny_loaded.model, tiny_loaded.processor)
-    assert len(shared.tokens) == begin
+    assert len(shared.tokens) == BEGIN
     with embedding.register_forward_hook(lambda _, __, out: widths.append(out.shape[1])):
         inputs = encode(tiny_loaded, list(TEXTS), [None] * 4)
         shared.forward(inputs)
-        assert widths == [inputs["input_ids"].shape[1] - begin]
+        assert widths == [inputs["input_ids"].shape[1] - BEGIN]
         # A batch that begins otherwise is run whole.
         inputs = {key: value[:, 3:] for key, value in encode(tiny_loaded, ["Hi"], [None]).items()}
         shared.forward(inputs)
@@ -87,8 +83,7 @@ def test_layers_with_a_window_are_run_whole(loaded: LoadedModel) -> None:
 
 
 def test_a_changed_model_is_run_whole(tmp_path: Path) -> None:
-    loaded = load(checkpoint.save(tmp_path))
-    loaded.processor.chat_template = SYSTEM + loaded.processor.chat_template
+    loaded = load_with_system(tmp_path)
     inputs = encode(loaded, list(TEXTS), [None] * 4)
     shared = shared_prefix.SharedPrefix(loaded.model, loaded.processor)
     assert shared.rest(inputs)
@@ -108,8 +103,7 @@ def test_a_changed_model_is_run_whole(tmp_path: Path) -> None:
 
 def test_rotary_embeddings_that_depend_on_the_length_are_run_whole(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
-    loaded = load(checkpoint.save(tmp_path, rope_parameters=rope))
-    loaded.processor.chat_template = SYSTEM + loaded.processor.chat_template
+    loaded = load_with_system(tmp_path, rope_parameters=rope)
     shared = shared_prefix.SharedPrefix(loaded.model, loaded.processor)
     assert len(shared.tokens) >= shared_prefix.SHORTEST
     assert shared.rest(encode(loaded, ["Hi"], [None])) is None

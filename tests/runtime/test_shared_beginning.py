@@ -6,24 +6,21 @@ import pytest
 import torch
 from PIL import Image
 
-from tests import checkpoint, tiny
+from tests import tiny
+from tests.checkpoint import BEGIN, load_with_system
 from tests.runtime.test_text_forms import PHOTO, run, scores
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.model import shared_prefix
 from vlm_safeguard.model.chat import encode
-from vlm_safeguard.model.loading import LoadedModel, load
+from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.text_only import find_markup
 
-SYSTEM = "You are a helpful assistant. "
-BEGIN = len(SYSTEM + "user: ")  # the tokenizer reads bytes
 TEXTS = ["How is it made? Tell me more.", "Tell me a story.", "Hi"]
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    found = load(checkpoint.save(tmp_path_factory.mktemp("tiny")))
-    found.processor.chat_template = SYSTEM + found.processor.chat_template
-    return found
+    return load_with_system(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("picture", [None, PHOTO])

@@ -38,10 +38,9 @@ def canonical_text(text: str) -> str:
     are written small too.
     """
     if not (text.isascii() and text.replace("\n", "").replace("\t", "").isprintable()):
-        visible = _visible(unicodedata.normalize("NFKC", _visible(text)))
-        if _BREAKS.search(text) and max(map(len, visible.split()), default=0) > LONGEST:
-            visible = _visible(unicodedata.normalize("NFKC", _visible(_BREAKS.sub(" ", text))))
-        text = visible
+        visible = _visible(text)
+        run_together = max(map(len, visible.split()), default=0) > LONGEST
+        text = _visible(_BREAKS.sub(" ", text)) if run_together else visible
     text = _SPACED.sub(lambda found: _joined(found[0]), text)
     for odd, usual in (
         (_LEET, lambda found: found[0].translate(_LETTERS)),
@@ -64,6 +63,11 @@ def _joined(spaced: str) -> str:
 
 
 def _visible(text: str) -> str:
+    """In NFKC, without invisible characters; NFKC may bring new ones in."""
+    return _stripped(unicodedata.normalize("NFKC", _stripped(text)))
+
+
+def _stripped(text: str) -> str:
     return "".join(
         character
         for character in _IGNORABLE.sub("", text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_safeguard.errors import PromptTooLong, SafeguardError, TextTooLong
+from vlm_safeguard.errors import PromptTooLong, SafeguardError
 
 FAILED = "the guard or the model failed, and the answer is withheld"
 
@@ -90,7 +90,7 @@ def too_long(tokens: int, most: int) -> RequestError:
     )
 
 
-def no_room(error: PromptTooLong | TextTooLong) -> RequestError:
+def no_room(error: PromptTooLong) -> RequestError:
     """The prompt does not fit the model, as it stands or as the guard reads it."""
     return RequestError(400, str(error), param="messages")
 

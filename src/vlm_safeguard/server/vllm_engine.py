@@ -21,7 +21,7 @@ from vlm_safeguard.errors import (
     GuardRuntimeError,
     ImageError,
     ModelError,
-    TextTooLong,
+    PromptTooLong,
     UnreadableText,
 )
 from vlm_safeguard.model.chat import tokenize
@@ -149,7 +149,7 @@ class VllmEngine(InferenceThread):
         except VLLMValidationError as error:
             if isinstance(error.__cause__, UnreadableText):
                 raise errors.unreadable() from None
-            if isinstance(error.__cause__, TextTooLong):
+            if isinstance(error.__cause__, PromptTooLong):
                 raise errors.no_room(error.__cause__) from None
             raise errors.unusable() from None
         except (ModelError, ImageError):  # their texts quote the request and the library
