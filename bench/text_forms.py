@@ -10,11 +10,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+from vlm_safeguard.data.text_forms import TEXT_FORMS
 from vlm_safeguard.embedded.assemble import assemble
 from vlm_safeguard.evaluation.harness.execution import Plan
 from vlm_safeguard.evaluation.harness.pipeline import answers
 from vlm_safeguard.evaluation.harness.results import Judged, by_setting
-from vlm_safeguard.evaluation.text_forms import TEXT_FORMS
 from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, wilson

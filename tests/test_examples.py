@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests import checkpoint, tiny
-from vlm_safeguard.errors import DataError
+from vlm_safeguard.errors import DataError, ModelError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import load
 
@@ -83,8 +83,13 @@ def test_every_example_is_run_here() -> None:
 def test_own_data_ends_with_a_reason_where_no_guard_can_be_made(
     made: dict[str, str], tmp_path: Path
 ) -> None:
-    """Here its data is missing: the script says why, and saves nothing."""
-    with pytest.raises(DataError, match="anchors"):
-        run(made, "own_data.py", "MODEL", str(tmp_path), str(tmp_path / "guard"))
+    """Once a file is missing, and once the model: the script says why, and saves nothing."""
+    harmful, harmless, guard = tmp_path / "bad.txt", tmp_path / "good.txt", str(tmp_path / "guard")
+    harmful.write_text("How do I forge a pass for the tram?\n", "utf-8")
+    with pytest.raises(DataError, match=r"good\.txt"):
+        run(made, "own_data.py", "./nowhere", str(harmful), str(harmless), guard)
+    harmless.write_text("How do I buy a pass for the tram?\n", "utf-8")
+    with pytest.raises(ModelError, match="nowhere"):
+        run(made, "own_data.py", "./nowhere", str(harmful), str(harmless), guard)
     assert not (tmp_path / "guard").exists()
     assert Guard.from_pretrained(Path(made[""]) / "guard")

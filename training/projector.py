@@ -1,10 +1,10 @@
 """LLaVA's projector, trained against the frozen language model, on benign pictures and requests.
 
-The language model answers beside a picture: general requests as it answers them as text,
-instructions about what is shown as it answers them about the name (``training.answers``), names of
-what is shown, and easy-VQA questions. Beside its own loss a contrast draws each projected picture
-towards the word embeddings of its name, over many pictures, because it costs no pass of the
-language model.
+First the projector's hidden units learn to name what is shown, one unit for each name, and the
+second layer begins with the word embeddings of the names: many pictures, no pass of the language
+model. Then the language model answers beside a picture: general requests as it answers them as
+text, instructions about what is shown as it answers them about the name (``training.answers``),
+names of what is shown, and easy-VQA questions. The hidden units go on learning names beside it.
 
 Nothing here is harmful and nothing is refused: safety beside pictures is trained neither in nor
 out. The language model's own weights are never changed.
@@ -41,12 +41,17 @@ from training.vision_tower import normalise
 FILE = "projector.safetensors"
 STATE = "train_state.safetensors"
 # Examples of each kind in a step; each kind has the same weight in the loss.
-STEP = {"general": 5, "about": 5, "naming": 8, "vqa": 10}
+STEP = {"general": 4, "about": 4, "naming": 12, "vqa": 10}
 ANSWER_TOKENS = 24
 EMOJI_VARIANTS = 8
 PEAK_RATE = 2e-3
 CYCLE = 80  # steps from one start of the schedule to the next
-CONTRAST_WEIGHT, CONTRASTED = 0.2, 192  # pictures contrasted with all names in each step
+NAMED = 192  # pictures that the hidden units name in each step
+NAME_STEPS, NAME_RATE, NAME_WEIGHT = 600, 3e-3, 0.1
+# Projected pictures begin about as long as word embeddings: longer ones drown what the language
+# model's lower layers add to them, and it cannot say what is shown.
+SCALE = 1 / 64
+WORD_LENGTH = 0.035  # of a name's embedding, for each unit of its hidden activation
 CHECKPOINT_EVERY = 10
 PREFIX = SYSTEM + "<|im_start|>user\n"
 NAMING = (
@@ -119,41 +124,72 @@ def build_bank(tower: CLIPVisionModel, cache: Path) -> Bank:
     return Bank(features, names, range(first), range(first, second), range(second, len(features)))
 
 
-def new_projector(bank: Bank, hidden: int) -> nn.Sequential:
-    """LLaVA's two-layer projector, with torch's own start."""
-    width = bank.features.shape[2]
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+class Projector(nn.Module):
+    """LLaVA's two-layer projector. Its output is scaled by ``SCALE``, which ``save`` puts into the
+    second layer; the first hidden units stand for ``names``, the others have torch's own start.
 
-
-class Contrast:
-    """Draws the mean projected patch of each picture towards the word embeddings of its name.
-
-    The loss is the cross-entropy of the cosines with all names (temperature 0.05); lengths are
-    left free.
+    Args:
+        width: of the tower's features.
+        names: (n, hidden), the mean word embedding of each name.
     """
 
-    def __init__(self, bank: Bank, words: Tensor, tokenizer: Any) -> None:
+    def __init__(self, width: int, names: Tensor) -> None:
+        super().__init__()
+        hidden = names.shape[1]
+        self.linear_1, self.linear_2 = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
+        words = WORD_LENGTH / SCALE * F.normalize(names, dim=1)
+        with torch.no_grad():
+            self.linear_2.weight[:, : len(names)] = words.T
+            self.linear_2.bias.zero_()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Patch features (..., width) as tokens (..., hidden)."""
+        return SCALE * self.linear_2(F.gelu(self.linear_1(features)))
+
+
+class NameLoss:
+    """Teaches the hidden units of a projector to name what is shown, one unit for each name.
+
+    The loss is the cross-entropy over names of the units' mean over patches, and ten times the
+    binary one, which makes the units of other names negative: GELU then leaves them out.
+    """
+
+    def __init__(self, bank: Bank) -> None:
         self.bank = bank
-        names = sorted(bank.named())
-        means = [words[tokenizer(" " + name).input_ids].mean(0) for name in names]
-        self.names = F.normalize(torch.stack(means), dim=1)
-        number = {name: n for n, name in enumerate(names)}
+        self.names = sorted(bank.named())
+        number = {name: n for n, name in enumerate(self.names)}
         self.known = torch.tensor([n for n, name in enumerate(bank.name) if name])
         self.labels = torch.tensor([number[bank.name[n]] for n in self.known.tolist()])
         emoji = torch.isin(self.known, torch.tensor(bank.emoji))
         self.weights = torch.where(emoji, 0.7 / emoji.sum(), 0.3 / (~emoji).sum())
         self.generator = torch.Generator()
 
-    def __call__(self, projector: nn.Module, step: int) -> tuple[Tensor, Tensor]:
-        """The loss over a step's draw of pictures, and the share nearest to their own name."""
+    def __call__(self, projector: Projector, step: int) -> tuple[Tensor, Tensor]:
+        """The loss over a step's draw of pictures, and the share whose own unit is highest."""
         self.generator.manual_seed(SEED + step)
-        drawn = torch.multinomial(self.weights, CONTRASTED, generator=self.generator)
+        drawn = torch.multinomial(self.weights, NAMED, generator=self.generator)
         features = self.bank.features[self.known[drawn]]
         noise = torch.randn(features.shape, generator=self.generator)
-        seen = projector(features + 0.1 * features.std() * noise).mean(1)
-        cosines, labels = F.normalize(seen, dim=1) @ self.names.T, self.labels[drawn]
-        loss = F.cross_entropy(cosines / 0.05, labels)
-        return loss, (cosines.argmax(1) == labels).float().mean()
+        hidden = projector.linear_1(features + 0.1 * features.std() * noise)
+        units, labels = hidden[..., : len(self.names)].mean(1), self.labels[drawn]
+        own = F.one_hot(labels, len(self.names)).to(units.dtype)
+        apart = F.binary_cross_entropy_with_logits(units, own, pos_weight=units.new_tensor(20.0))
+        loss = F.cross_entropy(units, labels) + 10 * apart
+        return loss, (units.argmax(1) == labels).float().mean()
+
+
+def learn_names(projector: Projector, name_loss: NameLoss) -> None:
+    """Train the first layer on names alone: AdamW, warm-up and a linear decay."""
+    optimizer = torch.optim.AdamW(projector.linear_1.parameters(), weight_decay=0.0)
+    for step in range(NAME_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = NAME_RATE * min(1.0, (step + 1) / 20) * (1 - step / NAME_STEPS)
+        loss, named = name_loss(projector, -1 - step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 100 == 0:
+            log(f"names {step + 1}/{NAME_STEPS}: loss {loss.item():.2f}; named {named:.0%}")
 
 
 # -- examples ------------------------------------------------------------------------------------
@@ -293,9 +329,9 @@ class PictureLoss:
 
 
 def tune(
-    projector: nn.Module,
+    projector: Projector,
     loss_of: PictureLoss,
-    contrast: Contrast,
+    name_loss: NameLoss,
     data: Iterator[list[Example]],
     steps: int,
     out: Path,
@@ -305,14 +341,16 @@ def tune(
     parameters = dict(projector.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.98), weight_decay=0.0)
     first = _restore(parameters, optimizer, out / STATE)
+    if not first:
+        learn_names(projector, name_loss)
     for _ in range(first):
         next(data)
     began = time.monotonic()
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = PEAK_RATE * _schedule(step % CYCLE)
-        apart, named = contrast(projector, step)
-        (loss_of(next(data)) + CONTRAST_WEIGHT * apart).backward()
+        unnamed, named = name_loss(projector, step)
+        (loss_of(next(data)) + NAME_WEIGHT * unnamed).backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -359,34 +397,32 @@ def _restore(parameters: dict, optimizer: Any, path: Path) -> int:
     return step
 
 
-def save(projector: nn.Module, path: Path) -> None:
-    """Write the projector under the names that LLaVA gives its tensors."""
-    state = projector.state_dict()
-    tensors = {llava: state[own].detach().contiguous() for own, llava in _names().items()}
+def save(projector: Projector, path: Path) -> None:
+    """Write the projector as LLaVA's, which has no scale of its own."""
+    tensors = {
+        name: SCALE * value if name.startswith("linear_2") else value.clone()
+        for name, value in projector.state_dict().items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     pics.write_via_rename(path, lambda target: save_file(tensors, target))
 
 
-def _names() -> dict[str, str]:
-    """Of each tensor, the name that nn.Sequential gives it and the one that LLaVA does."""
-    layers = {"0": "linear_1", "2": "linear_2"}
-    ends = ("weight", "bias")
-    return {f"{own}.{end}": f"{llava}.{end}" for own, llava in layers.items() for end in ends}
-
-
 def main() -> None:
-    args = stage(__doc__, steps=2 * CYCLE)
+    args = stage(__doc__, steps=4 * CYCLE)
     llm, tokenizer = base_model(args.cache)
     llm.requires_grad_(False)
     tower = CLIPVisionModel.from_pretrained(args.out / "vision_tower").eval()
     bank = build_bank(tower, args.cache)
-    projector = new_projector(bank, llm.config.hidden_size)
+    name_loss = NameLoss(bank)
+    words = llm.get_input_embeddings().weight
+    ids = [tokenizer(" " + name).input_ids for name in name_loss.names]
+    names = torch.stack([words[each].mean(0) for each in ids])
+    projector = Projector(bank.features.shape[2], names)
     folder = args.out / "projector"
     pools = examples(bank, args.out / ANSWERS, tokenizer, random.Random(SEED))
     log(", ".join(f"{len(pool)} {kind}" for kind, pool in pools.items()))
     loss_of = PictureLoss(llm, projector, bank, tokenizer)
-    contrast = Contrast(bank, llm.get_input_embeddings().weight, tokenizer)
-    tune(projector, loss_of, contrast, batches(pools, SEED), args.steps, folder)
+    tune(projector, loss_of, name_loss, batches(pools, SEED), args.steps, folder)
     save(projector, folder / FILE)
 
 

@@ -27,7 +27,7 @@ from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.cli.calibrating import recogniser_of
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.prompts import AnchorPair, calibration
-from vlm_safeguard.errors import CalibrationError, SafeguardError
+from vlm_safeguard.errors import CalibrationError, DataError, SafeguardError
 from vlm_safeguard.evaluation.judges import Judgement
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.utils.progress import Progress
@@ -87,9 +87,9 @@ def test_a_list_of_ones_own_stands_in_for_the_built_in_ones(tmp_path: Path) -> N
     assert own.name.startswith("phrases:") and str(tmp_path) not in own.name
     for content, reason in ((b"# none\n", "no refusal phrase"), (b"\xff\xfe", "not UTF-8")):
         path.write_bytes(content)
-        with pytest.raises(CalibrationError, match=reason):
+        with pytest.raises(DataError, match=reason):
             RefusalPhrases.from_file(path)
-    with pytest.raises(CalibrationError, match="cannot read the refusal phrases"):
+    with pytest.raises(DataError, match="cannot read the refusal phrases"):
         RefusalPhrases.from_file(tmp_path / "missing")
 
 

@@ -12,6 +12,7 @@ import pytest
 from tests.paths import PUBLISHED, ROOT
 from training.near import near, published, spoken
 from vlm_safeguard.data import prompts
+from vlm_safeguard.data.text_forms import TEXT_FORMS
 
 
 def groups() -> dict[str, list[str]]:
@@ -19,7 +20,7 @@ def groups() -> dict[str, list[str]]:
     calibration = [p for split in prompts.SPLITS for p in prompts.calibration(split)]
     found = {
         "anchors": [text for pair in pairs for text in (pair.harmful, pair.harmless)],
-        "calibration": [spoken(p) for p in calibration if p.form != "jailbreak"],
+        "calibration": [spoken(p) for p in calibration if p.form in ("plain", "picture")],
         "malicious": [spoken(p) for p in prompts.evaluation("malicious")],
         "picture": [spoken(p) for p in prompts.evaluation("picture")],
         "jailbreak": [row["prompt"] for row in prompts._rows("eval_jailbreak_questions.jsonl")],
@@ -69,7 +70,10 @@ def test_anchor_pairs_have_the_same_form_and_length() -> None:
 
 def test_calibration_has_the_promised_breadth() -> None:
     own = [
-        p for split in prompts.SPLITS for p in prompts.calibration(split) if p.form != "jailbreak"
+        p
+        for split in prompts.SPLITS
+        for p in prompts.calibration(split)
+        if p.form in ("plain", "picture")
     ]
     harmful = [p for p in own if p.harmful]
     harmless = [p for p in own if not p.harmful]
@@ -77,6 +81,37 @@ def test_calibration_has_the_promised_breadth() -> None:
     assert len(harmless) >= 400
     assert sum(p.intent == "lookalike" for p in harmless) >= len(harmless) / 5
     assert len({p.id for p in own}) == len(own)
+    assert len({(p.prompt.casefold(), p.picture) for p in own}) == len(own)
+
+
+def test_some_calibration_prompts_are_several_questions_in_one_message() -> None:
+    for split in prompts.SPLITS:
+        found = prompts.calibration(split)
+        plain = {p.prompt: p for p in found if p.form == "plain"}
+        messages = [p for p in found if p.form == "several"]
+        labels = {p.label for p in messages}
+        assert labels == ({"harmless"} if split == "bound" else {"harmless", "harmful"})
+        shared: list[str] = []
+        for message in messages:
+            asked = [p for text, p in plain.items() if text in message.prompt]
+            assert len(asked) >= 2 and {p.label for p in asked} == {message.label}
+            assert not any(p.lookalike for p in asked)
+            own = [p for p in asked if p.cluster == message.cluster]  # the others lie within these
+            assert 2 <= len(own) <= 4
+            shared += [p.id for p in own]
+        assert len(shared) == len(set(shared))
+
+
+def test_some_calibration_prompts_are_written_in_each_other_way() -> None:
+    found = prompts.calibration("fit")
+    plain = {p.id: p for p in found if p.form == "plain"}
+    met = set()
+    for prompt in (p for p in found if p.form == "written"):
+        name, form = prompt.id.split("@")
+        assert prompt.prompt == TEXT_FORMS[form](plain[name].prompt)
+        assert (prompt.label, prompt.cluster) == (plain[name].label, plain[name].cluster)
+        met.add((prompt.label, form))
+    assert met == {(label, form) for label in ("harmful", "harmless") for form in TEXT_FORMS}
 
 
 def test_calibration_parts_share_no_question() -> None:

@@ -18,6 +18,7 @@ from tests.families.mllama_family import mllama
 from tests.families import pixtral_family
 from tests.families import glm_family
 from tests.families import deepseek_family, lfm_family, ovis_family
+from tests.families import kimi_family, minicpm_family
 from tests.families.refused import REFUSED
 # isort: on
 
@@ -37,9 +38,11 @@ __all__ = [
     "idefics3",
     "idefics3_split",
     "internvl_family",
+    "kimi_family",
     "lfm_family",
     "llava",
     "llava_onevision",
+    "minicpm_family",
     "mllama",
     "ovis_family",
     "photo",

@@ -124,20 +124,34 @@ def florence2() -> Any:
 
 @refused("Gemma 3n")
 def gemma3n() -> Any:
-    """Its language model alone: the vision tower needs another package."""
+    """With the vision tower of SigLIP: its own needs another package."""
     text = {key: value for key, value in TEXT.items() if key != "num_hidden_layers"}
-    config = tf.Gemma3nTextConfig(
-        **text,
-        num_hidden_layers=2,
-        vocab_size_per_layer_input=VOCAB,
-        hidden_size_per_layer_input=8,
-        num_kv_shared_layers=0,
-        laurel_rank=4,
-        layer_types=["sliding_attention", "full_attention"],
-        activation_sparsity_pattern=[0.0] * 2,
-        sliding_window=16,
+    config = tf.Gemma3nConfig(
+        text_config=tf.Gemma3nTextConfig(
+            **text,
+            num_hidden_layers=2,
+            vocab_size_per_layer_input=VOCAB,
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=0,
+            laurel_rank=4,
+            layer_types=["sliding_attention", "full_attention"],
+            activation_sparsity_pattern=[0.0] * 2,
+            sliding_window=16,
+        ),
+        audio_config={
+            "hidden_size": 16,
+            "conf_num_hidden_layers": 1,
+            "conf_num_attention_heads": 2,
+            "sscp_conv_channel_size": [4, 4],
+            "vocab_size": 4,
+            "vocab_offset": VOCAB - 4,
+        },
+        image_token_id=FIRST_SPECIAL,
+        audio_token_id=FIRST_SPECIAL + 1,
     )
-    return tf.Gemma3nForCausalLM(config)
+    vision = VISION | {"vocab_size": 4, "vocab_offset": VOCAB - 8, "rms_norm_eps": 1e-6}
+    vars(config)["vision_config"] = tf.SiglipVisionConfig(**vision)  # past the check of its class
+    return tf.Gemma3nForConditionalGeneration(config)
 
 
 @refused("GIT")

@@ -13,6 +13,7 @@ from vlm_safeguard.data import drawings
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.model import shared_prefix
 from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.kv_cache import NAME
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import record, record_with_logits
 
@@ -128,4 +129,4 @@ def test_nothing_of_a_call_is_kept(tiny_loaded: LoadedModel) -> None:
     rest = shared.rest(encode(tiny_loaded, ["Hi"], [None]))
     assert rest
     tiny_loaded.model(**rest)
-    assert rest["past_key_values"].get_seq_length() == len(shared.tokens)
+    assert rest[NAME].get_seq_length() == len(shared.tokens)

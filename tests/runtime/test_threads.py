@@ -92,22 +92,32 @@ def test_decisions_are_those_of_the_thread_that_reads_them(model, mixed):
     both = threading.Barrier(2)
 
     def work(session, row):
-        before = session.decisions  # of any thread, or nobody's
         generate(model, tiny.batch([tiny.PROMPTS[row]]), max_new_tokens=1)
         both.wait(10)  # and the other thread has called in between
-        return before, session.decisions, session.attestation
+        return session.decisions, session.attestation
 
     with made.attach(model) as session:
         threads = [in_thread(work, session, row) for row in rows]
         for thread, _ in threads:
             thread.join()
-        for row, (_, [(_, decisions, told)]) in zip(rows, threads, strict=True):
+        for row, (_, [(decisions, told)]) in zip(rows, threads, strict=True):
             assert [d.fired for d in decisions] == [fired[row]]
             assert [r.decision for r in told.rows] == decisions
-        assert len(session.decisions) == 1  # this one has made no call: the last one's
+        with pytest.raises(GuardRuntimeError, match="several others did"):
+            _ = session.decisions  # this one has made no call
+        with pytest.raises(GuardRuntimeError, match="several others did"):
+            _ = session.attestation
         generate(model, tiny.batch(tiny.PROMPTS[:3]), max_new_tokens=1)
         in_thread(generate, model, tiny.batch(tiny.PROMPTS[:1]), max_new_tokens=1)[0].join()
         assert [d.fired for d in session.decisions] == fired[:3]
+
+
+def test_decisions_of_the_only_thread_that_calls_may_be_read_in_another(model, mixed):
+    made, references = mixed
+    with made.attach(model) as session:
+        in_thread(generate, model, tiny.batch(tiny.PROMPTS), max_new_tokens=1)[0].join()
+        assert [d.fired for d in session.decisions] == [r.fired for r in references]
+        assert len(session.attestation.rows) == len(references)
 
 
 def test_a_call_that_waits_while_the_guard_goes_is_not_let_through(model, mixed):

@@ -1,14 +1,18 @@
 """Refuses any call that could make a row's result depend on the rest of its batch."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     GenerationConfig,
 )
 
 from tests import families, tiny
 from tests.tiny import TEXTS, always
 from vlm_safeguard.errors import GuardError, GuardRuntimeError
+from vlm_safeguard.model.kv_cache import NAME
 
 # -- refused -----------------------------------------------------------------------------------
 
@@ -73,6 +77,38 @@ def test_several_requests_in_one_row_are_refused(model):
                 model(input_ids=ids, **packed)
             with pytest.raises(GuardRuntimeError, match="packed"):
                 model.generate(ids, max_new_tokens=2, **packed)
+
+
+def test_caches_of_other_kinds_or_under_two_names_are_refused(model):
+    ids = torch.tensor([tiny.words(0, 10)])
+    filled = DynamicCache()
+    model(input_ids=ids, past_key_values=filled)
+    # A cache under the name of another version than the one that runs is a packed call's.
+    foreign = "packed" if NAME != "cache" else "two names"
+    with always(model).attach(model):
+        for cache in (None, DynamicCache()):
+            for other in (None, filled):
+                named = {"cache": other, "past_key_values": cache}
+                if NAME == "cache" or other is not None:
+                    with pytest.raises(GuardRuntimeError, match=foreign):
+                        model(input_ids=ids, **named)
+        for name in ("cache", "past_key_values"):
+            with pytest.raises(GuardRuntimeError, match=r"packed|kind object"):
+                model(input_ids=ids, **{name: object()})
+
+
+@pytest.mark.parametrize("generating", [False, True])
+def test_pictures_that_come_encoded_are_refused(model, generating):
+    inputs = tiny.batch(tiny.PROMPTS)
+    pixels = inputs.pop("pixel_values")
+    encoded = model.model.get_image_features(pixel_values=pixels, return_dict=True)
+    with always(model).attach(model):
+        call = partial(model.generate, max_new_tokens=2) if generating else model
+        for given in ({}, {"image": encoded}, {"video": encoded}):
+            with pytest.raises(GuardRuntimeError, match="mm_encoder_outputs"):
+                call(**inputs, mm_encoder_outputs=given)
+            with pytest.raises(GuardRuntimeError, match="mm_encoder_outputs"):
+                call(**inputs, pixel_values=pixels, mm_encoder_outputs=given)
 
 
 @pytest.mark.parametrize("source", ["text", "vlm"])

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_safeguard.errors import CalibrationError
+from vlm_safeguard.errors import DataError
 from vlm_safeguard.utils.files import read_limited
 
 MAX_BYTES = 1_000_000  # of a list of one's own
@@ -174,19 +174,19 @@ class RefusalPhrases:
         Upper and lower case are the same. Lines that begin with # are left out.
 
         Raises:
-            CalibrationError: the file cannot be read, is not UTF-8, or has no phrase.
+            DataError: the file cannot be read, is not UTF-8, or has no phrase.
         """
         try:
             data = read_limited(path, MAX_BYTES)
             lines = data.decode("utf-8-sig").splitlines()
         except OSError as error:
             reason = error.strerror or error
-            raise CalibrationError(f"cannot read the refusal phrases {path}: {reason}") from error
+            raise DataError(f"cannot read the refusal phrases {path}: {reason}") from error
         except UnicodeDecodeError as error:
-            raise CalibrationError(f"the refusal phrases {path} are not UTF-8: {error}") from error
+            raise DataError(f"the refusal phrases {path} are not UTF-8: {error}") from error
         said = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not said:
-            raise CalibrationError(f"{path} has no refusal phrase: write one on each line")
+            raise DataError(f"{path} has no refusal phrase: write one on each line")
         digest = hashlib.sha256(data).hexdigest()
         return cls(f"phrases:{digest}", re.compile(_one_of(said), re.IGNORECASE), BUILT_IN.help)
 

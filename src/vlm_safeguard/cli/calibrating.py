@@ -55,6 +55,6 @@ def recogniser_of(spec: str) -> Recogniser | Literal["tokens"]:
     with extra_needed():
         from vlm_safeguard.evaluation.judges.factory import SPECS, make_judge
     if kind not in SPECS:
-        ways = ["phrases:FILE", "tokens", *SPECS.values()]
+        ways = ["tokens", *SPECS.values()]
         raise SafeguardError(f"--refusals {spec}: use one of {', '.join(sorted(ways))}")
     return ByJudge(make_judge(spec))

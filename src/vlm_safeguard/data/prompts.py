@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from vlm_safeguard.data.text_forms import TEXT_FORMS
 from vlm_safeguard.errors import DataError
 
 Label = Literal["harmful", "harmless"]
@@ -38,7 +40,7 @@ class Prompt:
     id: str
     prompt: str
     label: Label
-    form: Literal["plain", "jailbreak", "picture"]
+    form: Literal["plain", "several", "written", "jailbreak", "picture"]
     intent: str
     cluster: str
     split: str = ""
@@ -147,10 +149,13 @@ def anchors() -> list[AnchorPair]:
 
 
 def calibration(split: Split) -> list[Prompt]:
-    """Calibration prompts of one part: plain, inside jailbreak wrappers, and about a picture.
+    """Calibration prompts of one part: plain, several in one message, written in other ways, inside
+    jailbreak wrappers, and about a picture.
 
-    Wrappers go round every fourth plain question of both labels, so that a wrapper by itself says
-    nothing about harm. ``fit`` chooses, ``bound`` (harmless ones alone) is for thresholds with
+    Messages of two to four questions teach a gate that many questions are no sign of harm. Every
+    sixteenth question in another way of writing teaches it that odd letters are none. Wrappers go
+    round every fourth plain question of both labels, so that a wrapper by itself says nothing about
+    harm. ``fit`` chooses, ``bound`` (harmless ones alone) is for thresholds with
     a guarantee, and ``held`` proves.
     """
     return _calibration(_rows(CALIBRATION), _rows(TEMPLATES), split, "the package")
@@ -165,12 +170,50 @@ def _calibration(
         prompt = _checked(_prompt, row, where)
         if prompt.split == split:
             (pictured if prompt.picture else plain).append(prompt)
+    plain, several = _several(plain, 4 if split == "fit" else 10)
+    written = [
+        replace(p, id=f"{p.id}@{form}", prompt=write(p.prompt), form="written")
+        for label in ("harmful", "harmless")
+        for p, (form, write) in zip(
+            [p for p in plain if p.label == label][7::16], cycle(TEXT_FORMS.items()), strict=False
+        )
+    ]
     wrapped = []
     for label in ("harmful", "harmless"):
         asked = [p for p in plain if p.label == label][::4] if templates else []
         for n, prompt in enumerate(asked):
             wrapped.append(_wrap(prompt, templates[n % len(templates)]))
-    return plain + wrapped + pictured
+    return plain + several + written + wrapped + pictured
+
+
+def _several(plain: Sequence[Prompt], every: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Messages of two to four questions of one label, one message for ``every`` so many questions.
+
+    No question stands in two messages, and harmless ones are ordinary.
+
+    Returns:
+        The questions, where those of one message share a cluster, and the messages.
+    """
+    cluster: dict[str, str] = {}
+    messages: list[Prompt] = []
+    for label in ("harmful", "harmless"):
+        chosen = [p for p in plain if p.label == label and not p.lookalike]
+        firsts = chosen[1::every]
+        others = [p for n, p in enumerate(chosen) if n % every != 1]
+        for n, first in enumerate(firsts):
+            beside = others[n :: len(firsts)][: 1 + n % 3]  # from all over the file
+            asked = [p.prompt for p in (first, *beside)]
+            cluster |= {p.id: first.cluster for p in beside}
+            name = f"{first.id}+{len(beside)}"
+            messages.append(replace(first, id=name, prompt=_together(asked, n), form="several"))
+    return [replace(p, cluster=cluster.get(p.id, p.cluster)) for p in plain], messages
+
+
+def _together(asked: Sequence[str], number: int) -> str:
+    """Questions as one message: in a row, in lines, or numbered, in turn."""
+    if number // 3 % 3 == 2:
+        asked = [f"{n}. {one}" for n, one in enumerate(asked, 1)]
+    return (" " if number // 3 % 3 == 0 else "\n").join(asked)
 
 
 def evaluation(kind: Literal["malicious", "jailbreak", "picture"]) -> list[Prompt]:

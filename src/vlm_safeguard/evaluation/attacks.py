@@ -12,8 +12,8 @@ from pathlib import Path
 from vlm_safeguard.data import drawings
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.prompt_template import template
+from vlm_safeguard.data.text_forms import TEXT_FORMS
 from vlm_safeguard.errors import DataError
-from vlm_safeguard.evaluation.text_forms import TEXT_FORMS
 
 Attack = Callable[[Query], Query]
 

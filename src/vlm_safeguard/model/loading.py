@@ -81,10 +81,10 @@ def load(
             another shape, the device cannot be used, a package is missing, or two options exclude
             each other.
     """
-    kind = _dtype(dtype)
+    kind = torch_dtype(dtype)
     if device_map is not None and str(device) != AUTO:
         raise ModelError("device and device_map exclude each other: leave one of them out")
-    place = None if device_map is not None else _device(str(device))
+    place = None if device_map is not None else torch_device(str(device))
     local = _local_folder(str(name))
     name = Path(name).expanduser() if local else name
     if local and options.get("revision") is not None:
@@ -154,7 +154,7 @@ def _commit(repository: str, files: dict[str, Any]) -> str:
     return Path(found).parents[len(place.parts) - 1].name if isinstance(found, str) else ""
 
 
-def _dtype(given: str | torch.dtype) -> str | torch.dtype:
+def torch_dtype(given: str | torch.dtype) -> str | torch.dtype:
     """A dtype of torch, or "auto"."""
     if given == AUTO or given in DTYPES.values():
         return given
@@ -163,7 +163,7 @@ def _dtype(given: str | torch.dtype) -> str | torch.dtype:
     return DTYPES[str(given)]
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
     """The device called ``name``, checked with a small tensor before the model is loaded."""
     if name == AUTO:
         name = _best_device()

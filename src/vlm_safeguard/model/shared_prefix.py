@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import process, render
+from vlm_safeguard.model.kv_cache import NAME, cache_of
 from vlm_safeguard.model.positions import rescales
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import head_in_one_piece
@@ -20,7 +21,7 @@ from vlm_safeguard.model.weights import input_device
 
 SHORTEST = 8  # tokens; a shorter beginning is not worth a cache
 PLAIN = {"input_ids", "attention_mask", "pixel_values"}  # inputs that a prefix can be cut from
-NEEDED = {"position_ids", "past_key_values", "logits_to_keep"}  # of the model's forward
+NEEDED = {"position_ids", NAME, "logits_to_keep"}  # of the model's forward
 
 
 class SharedPrefix:
@@ -64,7 +65,7 @@ class SharedPrefix:
             return_dict=True,
             logits_to_keep=1,
         )
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         # Exactly this kind, and filled: not a window, not a state, not cross-attention to pictures.
         if isinstance(cache, DynamicCache) and all(
             type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers
@@ -87,7 +88,7 @@ class SharedPrefix:
             return None
         cache = DynamicCache()
         cache.layers = [_Begun(*layer, len(cut["input_ids"])) for layer in self._layers]
-        return cut | {"past_key_values": cache, "use_cache": True}
+        return cut | {NAME: cache, "use_cache": True}
 
     def _cut(self, inputs: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """The inputs without the common beginning; None where they cannot be cut."""

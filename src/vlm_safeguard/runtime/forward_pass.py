@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.model.kv_cache import cache_of
 from vlm_safeguard.model.residual_stream import EnoughSeen, hidden_of
 from vlm_safeguard.model.shared_prefix import SharedPrefix
 from vlm_safeguard.model.text_only import head_in_one_piece, last_logits, text_pass
@@ -63,7 +64,7 @@ class ForwardPass:
         request = self.request
         request.calls.count(len(self.seen), len(self.layers))
         if request.cache is None:
-            request.cache = validation.cache_of(output)
+            request.cache = cache_of(output)
         request.leave(self.spans, self.columns.stop)
 
 

@@ -54,6 +54,20 @@ def check_only_pictures(
         )
 
 
+def check_not_encoded(options: Mapping[str, Any]) -> None:
+    """Refuse pictures, videos or sound that come already encoded, as ``generate`` passes them on to
+    the model: nothing tells what was encoded, and the checks of pixels do not see it.
+
+    Raises:
+        GuardRuntimeError: there are such inputs.
+    """
+    if options.get("mm_encoder_outputs") is not None:
+        raise GuardRuntimeError(
+            "pictures that are already encoded (mm_encoder_outputs) are not guarded: pass their "
+            "pixels"
+        )
+
+
 def check_no_unread_picture(
     markup: ImageMarkup, ids: Tensor | None, options: Mapping[str, Any]
 ) -> None:

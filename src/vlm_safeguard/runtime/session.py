@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlm_safeguard.artifact.config import GuardConfig
 from vlm_safeguard.errors import GuardError, GuardRuntimeError
+from vlm_safeguard.model.kv_cache import cache_given
 from vlm_safeguard.model.picture_inputs import PictureInputs, picture_inputs
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.shared_prefix import SharedPrefix
@@ -48,7 +49,8 @@ class Session:
     """A guard on a model, from ``Guard.attach`` until ``detach`` or the end of its ``with`` block.
 
     Threads take turns: a call waits until the model is free. ``decisions`` and ``attestation``
-    describe the last request of the thread that reads them, or of any, if it made none.
+    describe the last request of the thread that reads them. A thread that made none may read those
+    of another, as long as all requests come from that one.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Session:
         self._in_generate = False
         self._mine = _OfThread()
         self._last: Request | None = None  # the last one reported, of any thread
+        self._threads = 0  # that made a request
         self._pass: ForwardPass | None = None  # None: a guarded layer that runs refuses
         self._begin, self._finish = untraced(self._begin_call), untraced(self._end_call)
         self._hooks.reserve()
@@ -170,11 +173,23 @@ class Session:
 
     @property
     def _reported(self) -> Request | None:
-        """The last request whose prompt was read."""
-        return self._mine.reported if self._mine.called else self._last
+        """The last request whose prompt was read.
+
+        Raises:
+            GuardRuntimeError: it is not clear whose: this thread made none, and several others did.
+        """
+        if self._mine.called:
+            return self._mine.reported
+        if self._threads > 1:
+            raise GuardRuntimeError(
+                "this thread made no request, and several others did: read decisions and "
+                "attestation in the thread that called the model"
+            )
+        return self._last
 
     @_reported.setter
     def _reported(self, request: Request | None) -> None:
+        self._threads += not self._mine.called
         self._mine.called = True
         self._mine.reported = self._last = request
 
@@ -201,6 +216,7 @@ class Session:
                 raise GuardRuntimeError("under guard, pass everything after the ids by keyword")
             text = validation.take_text(kwargs)
             validation.check_settings(self.model, kwargs)
+            media.check_not_encoded(kwargs)
             given = args[0] if args else kwargs.get("inputs")
             ids = given if given is not None else kwargs.get("input_ids")
             validation.check_padding_is_told(self.model, self.config, ids, kwargs, generating=True)
@@ -327,7 +343,7 @@ class Session:
     def _begin_call(self, args: tuple, kwargs: dict) -> None:
         """Begin the pass of a forward call, and a request if the call holds a whole prompt. Takes
         out of ``kwargs`` what is for the guard alone."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_given(kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         begins = not self._in_generate and past == 0
         if begins:
@@ -344,6 +360,8 @@ class Session:
             )
         text = validation.take_text(kwargs)
         validation.check_not_packed(kwargs)
+        if not self._in_generate:  # there they are its own: it encodes the pixels itself
+            media.check_not_encoded(kwargs)
         if begins:
             validation.check_padding_is_told(self.model, self.config, ids, kwargs, generating=False)
             self._begin_request(ids, kwargs, text)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlm_safeguard.artifact.config import GuardConfig, ImageMarkup
 from vlm_safeguard.errors import GuardRuntimeError, PromptTooLong
-from vlm_safeguard.model import positions
+from vlm_safeguard.model import kv_cache, positions
 from vlm_safeguard.model.text_only import text_columns, text_only
 from vlm_safeguard.model.weights import adapter_names, adapters_at_work
 from vlm_safeguard.runtime.request import Request
@@ -38,7 +38,8 @@ _UNGUARDED = (
     "token_healing",
     "compile_config",
 )
-# The keywords of calls that hold several requests in one row (packing, continuous batching).
+# The keywords of calls that hold several requests in one row (packing, continuous batching), where
+# they are not what the model takes its cache by.
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "block_table", "cache")
 
 
@@ -220,7 +221,7 @@ def check_not_packed(options: Mapping[str, Any], mask: Tensor | None = None) -> 
 
     ``mask`` (B, T) is the prompt's, with the first call.
     """
-    packed = any(options.get(name) is not None for name in _PACKED)
+    packed = any(options.get(name) is not None for name in set(_PACKED) - set(kv_cache.NAMES))
     places = options.get("position_ids")
     if isinstance(places, Tensor) and places.ndim == 3 and len(places) == 4:
         places = places[0]  # M-RoPE: places in the text, then the three that pictures count in
@@ -388,13 +389,6 @@ def adapters(model: Any) -> list[str]:
         if "adapter_names" in getattr(hook, "keywords", ())  # for the time of one call
     ]
     return [*names, *adapters_at_work(model), *by_row]
-
-
-def cache_of(output: Any) -> Any:
-    """The cache in what a forward call returned, a ``ModelOutput`` or a tuple; None without."""
-    if isinstance(output, tuple):
-        return next((part for part in output if hasattr(part, "get_seq_length")), None)
-    return getattr(output, "past_key_values", None)
 
 
 def mark_steered(cache: Any) -> None:

@@ -125,6 +125,7 @@ def test_a_folder_is_refused_when_model_or_texts_changed(
         ("phrases", None),
         ("endpoint:http://localhost/v1#model", None),
         ("recorded:said.jsonl", "said.jsonl"),
+        ("phrases:no.txt", "no.txt"),
         ("prompt-file:name#ask.txt?batch=2", "ask.txt"),
     ],
 )

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.evaluation.judges.chat_server import Server, answer, send
 from tests.evaluation.judges.responses import PAIRS, WILD
 from tests.evaluation.recorded import write_recorded
+from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.evaluation.judges import (
     JudgeError,
     make_judge,
@@ -77,8 +79,33 @@ def test_options_that_do_not_fit_are_refused(spec: str, message: str) -> None:
 
 
 def test_a_device_that_is_not_there_is_refused(guard_folder: Path) -> None:
-    with pytest.raises(JudgeError, match=r"cannot move .* to 'nowhere'"):
+    with pytest.raises(JudgeError, match=r"guard model .*the device 'nowhere'"):
         make_judge(f"llama-guard:{guard_folder}?device=nowhere")
+
+
+def test_a_guard_model_keeps_the_dtype_of_its_checkpoint(
+    guard_folder: Path, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(guard_folder, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(guard_folder).save_pretrained(half)
+    for folder, dtype in ((guard_folder, torch.float32), (half, torch.bfloat16)):
+        judge = make_judge(f"qwen3guard:{folder}?device=cpu")
+        assert judge._parts.model.dtype == dtype  # type: ignore[attr-defined]
+
+
+def test_refusal_phrases_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "phrases.txt"
+    file.write_text("# Klingon\nluSpet yIDoq\n", "utf-8")
+    pairs = [("q", "LuSpet yIdoq, human."), ("q", "I'm sorry, but I can't help with that.")]
+    judge = make_judge(f"phrases:{file}")
+    assert [found.verdict for found in judge.judge(pairs)] == ["refused", "complied"]
+    verdicts = [found.verdict for found in make_judge("phrases").judge(pairs)]
+    assert verdicts == ["complied", "refused"]
+    assert judge.name.startswith("phrases:") and str(tmp_path) not in judge.name
+    for spec, why in ((f"phrases:{tmp_path}/none", "cannot read"), ("phrases:", "of the form")):
+        with pytest.raises(SafeguardError, match=why):
+            make_judge(spec)
 
 
 def test_a_recording_may_have_a_question_mark_in_its_name(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from vlm_safeguard.evaluation.judges.phrases import PhraseJudge
 from vlm_safeguard.evaluation.judges.recorded import RecordedJudge
 
 SPECS = {
-    "phrases": "phrases",
+    "phrases": "phrases[:FILE]",
     "recorded": "recorded:FILE",
     "endpoint": "endpoint:URL#MODEL",
     "llama-guard": "llama-guard:NAME",
@@ -42,7 +42,7 @@ def make_judge(spec: str) -> Judge:
     arguments: list[Any] = []
     make: Callable[..., Judge]
     if kind == "phrases":
-        make, complete = PhraseJudge, spec == "phrases"
+        make, arguments, complete = PhraseJudge, [Path(rest)] * bool(rest), spec != "phrases:"
     elif kind == "recorded":
         make, arguments, complete = RecordedJudge, [Path(rest)], bool(rest)
     elif kind in ("llama-guard", "qwen3guard"):
@@ -59,8 +59,8 @@ def make_judge(spec: str) -> Judge:
 
 
 def judge_file(spec: str) -> Path | None:
-    """The file that a judge's spec names, its recording or its prompt; None where it names none."""
+    """The file that a judge's spec names: its recording, phrases or prompt; None for none."""
     kind, _, rest = split(spec)[0].partition(":")
-    if kind == "recorded":
-        return Path(rest)
+    if kind in ("recorded", "phrases"):
+        return Path(rest) if rest else None
     return Path(rest.partition("#")[2]) if kind == "prompt-file" else None

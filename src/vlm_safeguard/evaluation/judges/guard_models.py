@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from vlm_safeguard.errors import DataError
+from vlm_safeguard.errors import DataError, ModelError
 from vlm_safeguard.evaluation.judges import parse
 from vlm_safeguard.evaluation.judges.injection import disarm, marks_of
 from vlm_safeguard.evaluation.judges.judgement import (
@@ -121,19 +121,25 @@ class GuardParts:
     name: str
 
 
-def load_guard(name: str, dtype: str = "float32", device: str = "cpu") -> GuardParts:
+def load_guard(name: str, dtype: str = "auto", device: str = "auto") -> GuardParts:
     """Load a guard model from a folder or a hub name (network only if not a folder).
+
+    Args:
+        dtype: one of ``loading.DTYPES``, or "auto": the checkpoint's.
+        device: for example "cuda". "auto": CUDA, else MPS, else the CPU.
 
     Raises:
         JudgeError: it cannot be loaded, weights are missing (they would be random), or there is no
-            such device.
+            such dtype or device.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vlm_safeguard.model.loading import DTYPES
+    from vlm_safeguard.model.loading import torch_device, torch_dtype
 
-    if dtype not in DTYPES:
-        raise JudgeError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    try:
+        wanted, place = torch_dtype(dtype), torch_device(device)
+    except ModelError as error:
+        raise JudgeError(f"the guard model {name}: {error}") from error
     folder = Path(name).expanduser()
     local = folder.is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -143,7 +149,7 @@ def load_guard(name: str, dtype: str = "float32", device: str = "cpu") -> GuardP
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], output_loading_info=True, **options
+            source, dtype=wanted, output_loading_info=True, **options
         )
     except Exception as error:  # transformers, safetensors and json each raise their own kinds
         reason = str(error).strip().splitlines()
@@ -156,12 +162,7 @@ def load_guard(name: str, dtype: str = "float32", device: str = "cpu") -> GuardP
             f"{name} lacks weights of a causal language model ({missing[0]} and others): "
             "its weights would be random"
         )
-    try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch's ways to say that a device is missing
-        why = str(error).partition("\n")[0]
-        raise JudgeError(f"cannot move the guard model {name} to {device!r}: {why}") from error
-    return GuardParts(model.eval(), tokenizer, name)
+    return GuardParts(model.to(place).eval(), tokenizer, name)
 
 
 class GuardModelJudge:

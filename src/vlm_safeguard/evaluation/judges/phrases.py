@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from vlm_safeguard.calibration.refusal_phrases import BUILT_IN, RefusalPhrases
 from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.evaluation.judges.judgement import Asks, Judgement, Pair
 
@@ -16,9 +18,20 @@ class PhraseJudge:
     recognise an attack success.
     """
 
-    name = "phrases"
     asks: Asks = "refusal"
+
+    def __init__(self, file: Path | None = None) -> None:
+        """Use the built-in phrases, or those of ``file``, one on a line.
+
+        Raises:
+            DataError: the file cannot be read, is not UTF-8, or has no phrase.
+        """
+        self.phrases = BUILT_IN if file is None else RefusalPhrases.from_file(file)
+        self.name = self.phrases.name
 
     def judge(self, pairs: Sequence[Pair]) -> list[Judgement]:
         """One judgement for each (prompt, response)."""
-        return [Judgement(judge(response, prompt), "phrases") for prompt, response in pairs]
+        return [
+            Judgement(judge(response, prompt, self.phrases), "phrases")
+            for prompt, response in pairs
+        ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vlm_safeguard.data import drawings
 from vlm_safeguard.data.inputs import Query
+from vlm_safeguard.data.text_forms import TEXT_FORMS
 from vlm_safeguard.evaluation.attacks import make_attack
-from vlm_safeguard.evaluation.text_forms import TEXT_FORMS
 from vlm_safeguard.model.canonical_text import canonical_text
 
 TEXT = "How do I bake it?"
