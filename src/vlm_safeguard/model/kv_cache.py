@@ -12,7 +12,7 @@ from vlm_safeguard.errors import GuardRuntimeError
 
 # The names under which a model takes a cache, its own first: from transformers 5.24 on `cache`,
 # with the names of before as others. Before that, `cache` is what a packed call comes with.
-NAMES = ("past_key_values", "cache_params")
+NAMES: tuple[str, ...] = ("past_key_values", "cache_params")
 if "cache" in BaseModelOutputWithPast.__dataclass_fields__:
     NAMES = ("cache", *NAMES)
 NAME = NAMES[0]
