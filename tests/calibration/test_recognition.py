@@ -169,7 +169,7 @@ def test_the_option_of_the_command(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="tells harm"):
         recogniser_of("endpoint:http://localhost:1/v1#m?family=llama-guard")
     with pytest.raises(
-        SafeguardError, match=r"--refusals words: use one of .*phrases:FILE, .*tokens"
+        SafeguardError, match=r"--refusals words: use one of .*phrases.:FILE., .*tokens"
     ):
         recogniser_of("words")
 

@@ -52,8 +52,7 @@ class Family:
     text alone as it does beside a picture, white space included. ``mixed``: whether the family
     itself gives the rows of a batch with and without pictures what it gives each alone.
     ``both_ways``: whether tokens of a prompt attend to those after them. ``text_alone``: whether
-    its processor takes requests without a picture. ``numbered``: the token at whose place its
-    processor writes a number, from 0 on. A guard takes only the first number for a picture's.
+    its processor takes requests without a picture.
     """
 
     name: str
@@ -65,7 +64,6 @@ class Family:
     mixed: bool = True
     both_ways: bool = False
     text_alone: bool = True
-    numbered: str = ""
 
 
 FAMILIES: dict[str, Family] = {}

@@ -1,4 +1,5 @@
-"""MiniCPM-V: slices, each in its own wrapper, and a number before each picture."""
+"""MiniCPM-V: slices, each in its own wrapper. Without the numbers that its processor writes before
+pictures by default."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ NAMED = {
 }
 IDS = {"image_token_id": FIRST_SPECIAL, "video_token_id": FIRST_SPECIAL + 1}
 SLICES = ("image_start", "image_end", "slice_start", "slice_end")
-MARKUP = tuple(token for name, token in NAMED.items() if name != "video_token")
+UNWRITTEN = ("video_token", "image_id_start_token", "image_id_end_token")
+MARKUP = tuple(token for name, token in NAMED.items() if name not in UNWRITTEN)
 VIDEO = SimpleNamespace(slice_mode=False, downsample_mode="16x", model_input_names=[])
 
 
@@ -44,14 +46,16 @@ def _minicpm(config: type, model: type, processor: type, name: str, **more: Any)
         **IDS,
         **more,
     )
-    pictures = tf.MiniCPMV4_6ImageProcessorPil(patch_size=6, scale_resolution=24, max_slice_nums=4)
+    pictures = tf.MiniCPMV4_6ImageProcessorPil(
+        patch_size=6, scale_resolution=24, max_slice_nums=4, use_image_id=False
+    )
     made = without_video(processor)(
         pictures, VIDEO, tokenizer(list(NAMED.values()), **NAMED), template("<|image_pad|>")
     )
     return ready(model(settings), made, name)
 
 
-@family("MiniCPM-V 4.6", markup=(MARKUP, "", ""), inner="0\n", numbered="<|image_pad|>")
+@family("MiniCPM-V 4.6", markup=(MARKUP, "", ""), inner="\n")
 def minicpmv4_6() -> LoadedModel:
     return _minicpm(
         tf.MiniCPMV4_6Config,
@@ -61,7 +65,7 @@ def minicpmv4_6() -> LoadedModel:
     )
 
 
-@family("MiniCPM-V 4.7", markup=(MARKUP, "", ""), inner="0\n", numbered="<|image_pad|>")
+@family("MiniCPM-V 4.7", markup=(MARKUP, "", ""), inner="\n")
 def minicpmv4_7() -> LoadedModel:
     places = list(NAMED).index
     marks = {f"{mark}_id": FIRST_SPECIAL + places(f"{mark}_token") for mark in SLICES}

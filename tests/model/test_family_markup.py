@@ -88,13 +88,9 @@ CONVERSATIONS: dict[str, list[tuple[str, list[Part]]]] = {
 
 
 def reading_of_conversation(
-    loaded: LoadedModel,
-    markup: ImageMarkup,
-    turns: list[tuple[str, list[Part]]],
-    numbered: str = "",
+    loaded: LoadedModel, markup: ImageMarkup, turns: list[tuple[str, list[Part]]]
 ) -> tuple[str, str]:
-    """The text-only prompt of a conversation, and what the template makes of its text alone. Of a
-    ``numbered`` family the numbers of all pictures but the first stay in it."""
+    """The text-only prompt of a conversation, and what the template makes of its text alone."""
 
     def rendered(pictured: bool) -> str:
         messages = [
@@ -123,23 +119,20 @@ def reading_of_conversation(
     )
     (reading,) = readings_of(inputs, markup)
     assert not set(reading) & {*markup.token_ids, image_token(loaded)}
-    expected = rendered(False)
-    if numbered:
-        first, *rest = rendered(True).split(numbered)
-        expected = first + "".join(f"{n or ''}{text}" for n, text in enumerate(rest))
-    return loaded.processor.tokenizer.decode(reading), expected
+    return loaded.processor.tokenizer.decode(reading), rendered(False)
 
 
 @pytest.mark.parametrize("name", [n for n, one in FAMILIES.items() if one.text_alone])
 def test_the_reading_of_several_pictures_and_turns_is_the_text_alone(name: str) -> None:
     """To the letter, but where the template writes white space before text and none before a
-    picture. Every template takes several pictures; of PaliGemma there is no reading at all."""
-    one = FAMILIES[name]
-    loaded = loaded_of(one)
+    picture, or where pictures have newlines of their own: those of a user between them are lost.
+    Every template takes several pictures; of PaliGemma there is no reading at all."""
+    family = FAMILIES[name]
+    loaded = loaded_of(family)
     markup = find_markup(loaded)
-    exact = loaded.processor.chat_template != families.IDEFICS_TEMPLATE
+    exact = loaded.processor.chat_template != families.IDEFICS_TEMPLATE and family.inner != "\n"
     for what, turns in CONVERSATIONS.items():
-        said, expected = reading_of_conversation(loaded, markup, turns, one.numbered)
+        said, expected = reading_of_conversation(loaded, markup, turns)
         if exact:
             assert said == expected, what
         assert letters(said) == letters(expected), what

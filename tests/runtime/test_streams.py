@@ -27,13 +27,15 @@ def read(loaded, ids, **options):
     return text, box[0]
 
 
-def test_a_refused_request_ends_its_stream(loaded):
+@pytest.mark.parametrize(
+    "refused", [{"penalty_alpha": 0.6}, {"text_input_ids": torch.ones(2, 3).long()}]
+)
+def test_a_refused_request_ends_its_stream(loaded, refused):
     ids = torch.tensor([tiny.words(0, 6)])
     with always(loaded.model).attach(loaded.model) as session:
-        for refused in ({"penalty_alpha": 0.6}, {"text_input_ids": torch.ones(2, 3).long()}):
-            text, error = read(loaded, ids, **refused)
-            assert text == "" and isinstance(error, GuardRuntimeError)
-            assert session.decisions == []
+        text, error = read(loaded, ids, **refused)
+        assert text == "" and isinstance(error, GuardRuntimeError)
+        assert session.decisions == []
         text, output = read(loaded, ids)
         assert text == loaded.processor.tokenizer.decode(output[0, ids.shape[1] :])
 

@@ -130,7 +130,7 @@ def test_how_a_judge_is_asked_does_not_make_it_another() -> None:
     ("spec", "message"),
     [
         ("gpt", "unknown judge 'gpt'"),
-        ("phrases:x", "form phrases"),
+        ("phrases:", "form phrases"),
         ("recorded", "recorded:FILE"),
         ("endpoint:http://host/v1", "endpoint:URL#MODEL"),
         ("prompt-file:name", "prompt-file:NAME#FILE"),
