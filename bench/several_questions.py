@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from vlm_safeguard.calibration.recognition import BY_PHRASES, ask
+from vlm_safeguard.calibration.attack_trials import without
 from vlm_safeguard.data import drawings, prompts
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.embedded.assemble import assemble
@@ -41,8 +41,8 @@ def opened(loaded: LoadedModel, guard: Guard, said: list[str], pictured: bool) -
     """How many messages open a gate, as text or beside a blank image."""
     image = drawings.blank() if pictured else None
     asked = [Query(text, image) for text in said]
-    answers = ask(loaded, guard, asked, 1, BY_PHRASES, monitor=True)
-    return str(wilson(sum(bool(answer.fired) for answer in answers), len(asked)))
+    fired = without(loaded, guard, asked, 1).fired
+    return str(wilson(sum(fired), len(fired)))
 
 
 def main() -> None:

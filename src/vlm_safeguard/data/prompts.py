@@ -171,18 +171,14 @@ def _calibration(
         if prompt.split == split:
             (pictured if prompt.picture else plain).append(prompt)
     plain, several = _several(plain, 4 if split == "fit" else 10)
-    written = [
-        replace(p, id=f"{p.id}@{form}", prompt=write(p.prompt), form="written")
-        for label in ("harmful", "harmless")
-        for p, (form, write) in zip(
-            [p for p in plain if p.label == label][7::16], cycle(TEXT_FORMS.items()), strict=False
-        )
-    ]
-    wrapped = []
+    written, wrapped = list[Prompt](), list[Prompt]()
     for label in ("harmful", "harmless"):
-        asked = [p for p in plain if p.label == label][::4] if templates else []
-        for n, prompt in enumerate(asked):
-            wrapped.append(_wrap(prompt, templates[n % len(templates)]))
+        own = [p for p in plain if p.label == label]
+        for p, (form, write) in zip(own[7::16], cycle(TEXT_FORMS.items()), strict=False):
+            text = write(p.prompt)
+            written.append(replace(p, id=f"{p.id}@{form}", prompt=text, form="written"))
+        if templates:
+            wrapped += [_wrap(p, one) for p, one in zip(own[::4], cycle(templates), strict=False)]
     return plain + several + written + wrapped + pictured
 
 

@@ -139,9 +139,7 @@ def load(
         raise ModelError(f"{name} has no chat template: save its processor with one")
     processor.tokenizer.padding_side = "left"
     if device_map is None:
-        if kind == AUTO and model.dtype == torch.float16 and place == torch.device("cpu"):
-            model = model.float()
-        model = model.to(place)
+        model = on_device(model, kind, place)
     return LoadedModel(model.eval(), processor, str(name), revision)
 
 
@@ -152,6 +150,14 @@ def _commit(repository: str, files: dict[str, Any]) -> str:
     found = try_to_load_from_cache(repository, str(place), **options)
     # In snapshots/COMMIT of the cache.
     return Path(found).parents[len(place.parts) - 1].name if isinstance(found, str) else ""
+
+
+def on_device(model: Any, kind: str | torch.dtype, place: torch.device | None) -> Any:
+    """A loaded model on its device. If its dtype was left to the checkpoint (``kind`` is "auto"),
+    float16 becomes float32 on a CPU, where it is slow and overflows."""
+    if kind == AUTO and model.dtype == torch.float16 and place == torch.device("cpu"):
+        model = model.float()
+    return model.to(place)
 
 
 def torch_dtype(given: str | torch.dtype) -> str | torch.dtype:

@@ -40,7 +40,8 @@ _UNGUARDED = (
 )
 # The keywords of calls that hold several requests in one row (packing, continuous batching), where
 # they are not what the model takes its cache by.
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "block_table", "cache")
+_PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "block_table", "cache"}
+_PACKED -= set(kv_cache.NAMES)
 
 
 def check_settings(model: Any, options: Mapping[str, Any]) -> None:
@@ -221,7 +222,7 @@ def check_not_packed(options: Mapping[str, Any], mask: Tensor | None = None) -> 
 
     ``mask`` (B, T) is the prompt's, with the first call.
     """
-    packed = any(options.get(name) is not None for name in set(_PACKED) - set(kv_cache.NAMES))
+    packed = any(options.get(name) is not None for name in _PACKED)
     places = options.get("position_ids")
     if isinstance(places, Tensor) and places.ndim == 3 and len(places) == 4:
         places = places[0]  # M-RoPE: places in the text, then the three that pictures count in

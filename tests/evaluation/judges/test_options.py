@@ -86,10 +86,12 @@ def test_a_device_that_is_not_there_is_refused(guard_folder: Path) -> None:
 def test_a_guard_model_keeps_the_dtype_of_its_checkpoint(
     guard_folder: Path, tmp_path: Path
 ) -> None:
-    half = tmp_path / "half"
-    AutoModelForCausalLM.from_pretrained(guard_folder, dtype=torch.bfloat16).save_pretrained(half)
-    AutoTokenizer.from_pretrained(guard_folder).save_pretrained(half)
-    for folder, dtype in ((guard_folder, torch.float32), (half, torch.bfloat16)):
+    """But for float16, which is computed in float32 on a CPU."""
+    taken = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}
+    for saved, dtype in (taken | {torch.float16: torch.float32}).items():
+        folder = tmp_path / str(saved)
+        AutoModelForCausalLM.from_pretrained(guard_folder, dtype=saved).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(guard_folder).save_pretrained(folder)
         judge = make_judge(f"qwen3guard:{folder}?device=cpu")
         assert judge._parts.model.dtype == dtype  # type: ignore[attr-defined]
 

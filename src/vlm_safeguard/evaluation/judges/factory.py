@@ -42,7 +42,8 @@ def make_judge(spec: str) -> Judge:
     arguments: list[Any] = []
     make: Callable[..., Judge]
     if kind == "phrases":
-        make, arguments, complete = PhraseJudge, [Path(rest)] * bool(rest), spec != "phrases:"
+        make, complete = PhraseJudge, spec != "phrases:"
+        arguments = [Path(rest)] if rest else []
     elif kind == "recorded":
         make, arguments, complete = RecordedJudge, [Path(rest)], bool(rest)
     elif kind in ("llama-guard", "qwen3guard"):

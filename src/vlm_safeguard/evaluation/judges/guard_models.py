@@ -125,7 +125,8 @@ def load_guard(name: str, dtype: str = "auto", device: str = "auto") -> GuardPar
     """Load a guard model from a folder or a hub name (network only if not a folder).
 
     Args:
-        dtype: one of ``loading.DTYPES``, or "auto": the checkpoint's.
+        dtype: one of ``loading.DTYPES``, or "auto": the checkpoint's, but
+            float32 for float16 on a CPU.
         device: for example "cuda". "auto": CUDA, else MPS, else the CPU.
 
     Raises:
@@ -134,7 +135,7 @@ def load_guard(name: str, dtype: str = "auto", device: str = "auto") -> GuardPar
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vlm_safeguard.model.loading import torch_device, torch_dtype
+    from vlm_safeguard.model.loading import on_device, torch_device, torch_dtype
 
     try:
         wanted, place = torch_dtype(dtype), torch_device(device)
@@ -162,7 +163,12 @@ def load_guard(name: str, dtype: str = "auto", device: str = "auto") -> GuardPar
             f"{name} lacks weights of a causal language model ({missing[0]} and others): "
             "its weights would be random"
         )
-    return GuardParts(model.to(place).eval(), tokenizer, name)
+    try:
+        model = on_device(model, wanted, place)
+    except RuntimeError as error:  # the device lacks memory, for example
+        why = str(error).partition("\n")[0]
+        raise JudgeError(f"cannot move the guard model {name} to {device!r}: {why}") from error
+    return GuardParts(model.eval(), tokenizer, name)
 
 
 class GuardModelJudge:
