@@ -157,8 +157,12 @@ def test_harmless_prompts_that_do_not_count_leave_the_threshold_where_it_is() ->
     fold = torch.arange(200) % 5
     harmless, folds = torch.cat([harmless, lookalikes]), torch.cat([fold, fold[:40]])
     ordinary = torch.arange(240) < 200
-    every = fit_gate(harmful, harmless, fold, folds, directions, 0.02)
-    some = fit_gate(harmful, harmless, fold, folds, directions, 0.02, counted=ordinary)
+    every, some = (
+        fit_gate(
+            harmful, harmless, fold, folds, directions, 0.02, kinds=["discriminant"], counted=one
+        )
+        for one in (None, (torch.ones(200, dtype=torch.bool), ordinary))
+    )
     assert len(some.unseen[1]) == 200 and some.unseen_rates[1] <= 0.02
     assert some.unseen_rates[0] > 0.7 > 0.4 > every.unseen_rates[0]
 
@@ -170,11 +174,14 @@ def test_what_counts_as_a_false_positive(monkeypatch: pytest.MonkeyPatch, tmp_pa
     items += [next(p for p in calibration("fit") if p.lookalike)]
     states, signs = torch.zeros(4, 2, 3), torch.zeros(4, 2)
     signs[[0, 2], 1] = 1
-    for found, counted in ((signs, [0, 1, 0, 0]), (None, [0, 1, 1, 0])):
+    for found, counted in ((signs, [1, 1, 0, 0]), (None, [1, 1, 1, 0])):
         monkeypatch.setattr(hidden_states, "record_signs", lambda *_, i=found: (states, i))
         made = hidden_states.record_states(None, items, [], "text", tmp_path, None)  # type: ignore[arg-type]
         assert made.counted.tolist() == [bool(n) for n in counted]
-        assert made.false_positives().tolist() == [bool(n) for n in counted[1:]]
+        assert [part.tolist() for part in made.split_counted()] == [
+            [True],
+            [bool(n) for n in counted[1:]],
+        ]
 
 
 def test_gates_are_fitted_to_sentences_of_harmless_prompts_and_not_judged_by_them(

@@ -52,7 +52,7 @@ def test_the_verdict_opens_the_gate_where_it_separates() -> None:
     harmful, harmless = (torch.randn(count, 3, 8, generator=generator) for _ in range(2))
     refused = torch.arange(count) % 2 == 0
     harmful[~refused, 1, 0] += 8
-    harmful[refused, 1, 0] -= 8
+    harmful[refused, 1, 0] -= 3
     signs = torch.zeros(2, count, 2)
     signs[..., 0] = torch.randn(2, count, generator=generator) - 6
     signs[0, refused, 1] = 1

@@ -27,7 +27,7 @@ class Budget:
 class Effort:
     """Number of prompts for each step. The defaults fit a small machine without a GPU."""
 
-    worded: int = 1000  # prompts of each label recorded as text, for the text gate
+    worded: int = 2500  # prompts of each label recorded as text, which gates are fitted to
     pictured: int = 240  # of each label, with a blank image and with a picture, for the VLM gate
     bound: int = 1200  # harmless prompts that set the thresholds
     scan: int = 160  # attacks tried without a guard, to find those that succeed

@@ -1,9 +1,11 @@
-"""Fits gates in closed form and measures how well their scores separate harmful from harmless."""
+"""Chooses a gate among candidates by how well its scores separate unseen prompts, and sets its
+threshold."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 import torch
@@ -11,19 +13,18 @@ from torch import Tensor
 
 from vlm_safeguard.artifact.config import MAX_OPENINGS
 from vlm_safeguard.calibration.conformal import conformal_threshold
+from vlm_safeguard.calibration.gate_candidates import Kind, Labelled, candidates
 from vlm_safeguard.runtime.gate import IntentGate, LinearGate
 
-Kind = Literal["first", "discriminant", "components"]
-KINDS: tuple[Kind, ...] = ("first", "discriminant", "components")
-COMPONENTS = 320  # leading principal components that a gate may use
+KINDS: tuple[Kind, ...] = ("margin",)
 OFTEN, CONTRAST = 0.03, 4.0
 # False-positive rate up to which candidates are compared. At the budget itself, two or three
 # harmless prompts would decide between them.
-COMPARED = 0.1
-# What the LLM's verdict adds to a score, in units of the spread over harmless prompts: more than
-# linear scores differ.
-VERDICT = 20.0
-SHRINKAGE = 0.05  # of the within-class covariance towards a multiple of the identity
+COMPARED = 0.05
+# What refusal signs may add to a score, in units of the spread over harmless prompts. The largest
+# weight opens the gate for whatever the LLM refuses as text.
+INTENTS = (0.0, 0.25, 0.5, 1.0)
+VERDICTS = (0.0, 0.5, 1.0, 2.0, 20.0)
 
 
 def auc(harmful: Tensor, harmless: Tensor, max_fpr: float | None = None) -> float:
@@ -119,26 +120,19 @@ def fit_gate(
     *,
     kinds: Sequence[Kind] = KINDS,
     pooled: bool = True,
-    counted: Tensor | None = None,
+    counted: tuple[Tensor, Tensor] | None = None,
     signs: tuple[Tensor, Tensor] | None = None,
     openings: Sequence[int] = (),
     parts: Tensor | None = None,
 ) -> GateFit:
     """Fit the gate that best separates harmful prompts at low false-positive rates.
 
-    The candidates for a layer's vector are
+    Candidates (``gate_candidates``) are compared, and the threshold is set, by cross-validation: on
+    the prompts that vectors are fitted to, harmful and harmless scores are further apart than on
+    others.
 
-    - "first": its first safety direction,
-    - "discriminant": the linear discriminant (shrunk, closed form) in its safety subspace,
-    - "components": the linear discriminant in the leading principal components of the states.
-
-    Each is tried at single layers and summed over runs of neighbouring layers. Candidates are
-    compared, and the threshold is set, by cross-validation: on the prompts that vectors are fitted
-    to, harmful and harmless scores are further apart than on others.
-
-    With ``signs`` the score is the sum of the linear score and of the refusal intent, both in units
-    of their spread over harmless prompts. Where it separates better, the verdict adds ``VERDICT``
-    such units, which opens the gate for what the LLM refuses as text.
+    With ``signs`` the score is the sum of the linear score, of the refusal intent and of the
+    verdict, with the weights that separate best.
 
     Args:
         harmful, harmless: states (k, L, d) of calibration prompts.
@@ -148,8 +142,8 @@ def fit_gate(
         budget: allowed false-positive rate.
         kinds: the candidates to try.
         pooled: whether to try runs of layers too.
-        counted: which harmless prompts count as false positives, (k,) bool; by default all. The
-            others are used for fitting only.
+        counted: which harmful prompts count as found and which harmless ones as false positives,
+            (k,) bool each; by default all. The others are used for fitting only.
         signs: refusal signs of the harmful and the harmless prompts, (k, 2) each.
         openings: the tokens that the signs are about.
         parts: places (m, 2) among the harmless prompts of a prompt and of one of its sentences. The
@@ -158,60 +152,62 @@ def fit_gate(
     Raises:
         ValueError: the scores are not finite.
     """
-    shared = set(harmful_fold.tolist()) & set(harmless_fold.tolist())
-    folds = sorted(fold for fold in shared if fold >= 0)
-    known_harmful = torch.isin(harmful_fold, torch.tensor(folds))
-    judged = torch.isin(harmless_fold, torch.tensor(folds))
+    data = Labelled(harmful, harmless, harmful_fold, harmless_fold, directions)
+    folds = torch.tensor(data.folds)
+    known_harmful = torch.isin(harmful_fold, folds)
+    judged = torch.isin(harmless_fold, folds)
     if counted is not None:
-        judged &= counted
+        known_harmful, judged = known_harmful & counted[0], judged & counted[1]
     said = _Said.of(signs, judged)
-    depth = sorted(directions)
-    choices: list[tuple[int, ...]] = [(layer,) for layer in depth]
-    for width in (4, 8, 16) if pooled else ():
-        choices += [tuple(depth[i : i + width]) for i in range(0, len(depth) - width + 1, 2)]
+    weighed = [(0.0, 0.0)] if signs is None else list(product(INTENTS, VERDICTS))
     best: GateFit | None = None
-    best_value, weight_of_verdict = -1.0, 0.0
-    for kind in kinds:
-        bases = {n: _basis(kind, harmful[:, n], harmless[:, n], directions[n]) for n in depth}
-        inner = {
-            n: (harmful[:, n].float() @ b.T, harmless[:, n].float() @ b.T) for n, b in bases.items()
-        }
-        tried = [_project(inner, harmful_fold != fold, harmless_fold != fold) for fold in folds]
-        for layers in choices:
-            unseen = torch.zeros(len(harmful)), torch.zeros(len(harmless))
-            for fold, scores in zip(folds, tried, strict=True):
-                h, s = (torch.stack([scores[n][i] for n in layers]).sum(0) for i in (0, 1))
-                known = s[(harmless_fold != fold) & judged]
-                centre, spread = known.mean(), known.std().clamp(min=1e-12)
-                h = (h - centre) / spread + said.intent[0]
-                s = _highest((s - centre) / spread + said.intent[1], parts)
-                unseen[0][harmful_fold == fold] = h[harmful_fold == fold]
-                unseen[1][harmless_fold == fold] = s[harmless_fold == fold]
-            unit = float(unseen[1][judged].std().clamp(min=1e-12))
-            for verdict in (0.0,) if signs is None else (0.0, VERDICT):
-                h = (unseen[0] + verdict * said.verdict[0])[known_harmful]
-                s = (unseen[1] + verdict * said.verdict[1])[judged]
-                value = auc(h, s, max(COMPARED, budget))
-                if value > best_value:
-                    cut = threshold(h, s, budget)
-                    vectors = torch.stack([_discriminant(*inner[n]) @ bases[n] for n in layers])
-                    best_value, weight_of_verdict = value, verdict
-                    margins = (h - cut) / unit, (s - cut) / unit
-                    best = GateFit(layers, vectors, cut, spread=unit, unseen=margins)
+    best_value, best_weights, best_unit = -1.0, (0.0, 0.0), 1.0
+    for candidate in (one for kind in kinds for one in candidates(kind, data, pooled)):
+        tried = []
+        for fold, (h, s) in zip(data.folds, candidate.tried, strict=True):
+            known = s[(harmless_fold != fold) & judged]
+            centre, spread = known.mean(), known.std().clamp(min=1e-12)
+            tried.append(((h - centre) / spread, (s - centre) / spread))
+        unit = float(_unseen(tried, data)[1][judged].std().clamp(min=1e-12))
+        for weights in weighed:
+            h, s = _unseen([said.added(*one, unit, weights, parts) for one in tried], data)
+            h, s = h[known_harmful], s[judged]
+            value = auc(h, s, max(COMPARED, budget))
+            if value > best_value:
+                cut, spread = threshold(h, s, budget), s.std().clamp(min=1e-12)
+                best_value, best_weights, best_unit = value, weights, unit
+                margins = (h - cut) / spread, (s - cut) / spread
+                best = GateFit(
+                    candidate.layers, torch.empty(0), cut, spread=float(spread), unseen=margins
+                )
+                vectors = candidate.vectors
     if best is None:
         raise ValueError("no gate can be judged: scores of the states are not finite")
     # Threshold and spread are in units of the spread of the harmless scores in each fold: convert
     # them to that of the final vectors.
+    best = replace(best, vectors=vectors())
     seen = replace(best, threshold=0.0).scores(harmless[judged])
-    scale = float(seen.std())
-    cut = float(seen.mean()) + best.threshold * scale
+    scale = float(seen.std()) * best_unit
     used = tuple(known_harmful.tolist())
-    best = replace(best, threshold=cut, spread=best.spread * scale, judged=used)
-    if signs is None:
-        return best
-    weights = scale / said.unit, weight_of_verdict * scale
+    best = replace(best, spread=best.spread * scale, judged=used)
+    cut = float(seen.mean()) + best.threshold * scale
+    if not any(best_weights):
+        return replace(best, threshold=cut)
+    weights = best_weights[0] * scale / said.unit, best_weights[1] * scale
     cut += weights[0] * said.centre
     return replace(best, threshold=cut, openings=tuple(openings), weights=weights)
+
+
+def _unseen(tried: Sequence[tuple[Tensor, Tensor]], data: Labelled) -> tuple[Tensor, Tensor]:
+    """Scores (n,) and (k,) of each prompt by the gate that was fitted without its fold; zero for
+    prompts of no fold."""
+    found = torch.zeros(len(data.harmful)), torch.zeros(len(data.harmless))
+    for fold, scores in zip(data.folds, tried, strict=True):
+        for all_scores, some, place in zip(
+            found, scores, (data.harmful_fold, data.harmless_fold), strict=True
+        ):
+            all_scores[place == fold] = some[place == fold]
+    return found
 
 
 @dataclass(frozen=True)
@@ -234,6 +230,22 @@ class _Said:
         centre, unit = float(low.mean()), float(low.std().clamp(min=1e-12))
         high, low = ((part[:, 0] - centre) / unit for part in signs)
         return cls((high, low), (signs[0][:, 1], signs[1][:, 1]), centre, unit)
+
+    def added(
+        self,
+        harmful: Tensor,
+        harmless: Tensor,
+        unit: float,
+        weights: tuple[float, float],
+        parts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Linear scores in units of ``unit`` with the weighted signs added; a harmless prompt has
+        the highest score of its ``parts``, see ``fit_gate``."""
+        h, s = (
+            scores / unit + weights[0] * self.intent[n] + weights[1] * self.verdict[n]
+            for n, scores in enumerate((harmful, harmless))
+        )
+        return h, _highest(s, parts)
 
 
 def _highest(scores: Tensor, parts: Tensor | None) -> Tensor:
@@ -286,35 +298,3 @@ def useful_gates(
     if (harmful.max(1).values > both).sum() <= (harmful[:, 0] > alone).sum():
         return {"text": text_gate.moved(alone)}
     return {"text": text_gate.moved(both), "vlm": in_vlm.moved(both)}
-
-
-def _project(
-    inner: dict[int, tuple[Tensor, Tensor]], harmful: Tensor, harmless: Tensor
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """Scores of all prompts at each layer, by the discriminant fitted to the masked ones."""
-    found = {}
-    for layer, (x, y) in inner.items():
-        vector = _discriminant(x[harmful], y[harmless])
-        found[layer] = (x @ vector, y @ vector)
-    return found
-
-
-def _basis(kind: Kind, harmful: Tensor, harmless: Tensor, directions: Tensor) -> Tensor:
-    """Basis (r, d) of the subspace that contains a layer's gate vector."""
-    if kind == "first":
-        return directions[:1]
-    if kind == "discriminant":
-        return directions
-    states = torch.cat([harmful, harmless]).float()
-    _, _, rows = torch.linalg.svd(states - states.mean(0), full_matrices=False)
-    return rows[:COMPONENTS]
-
-
-def _discriminant(x: Tensor, y: Tensor) -> Tensor:
-    """Shrunk linear discriminant (r,) of harmful x and harmless y, (k, r), scaled so that the
-    scores of ``y`` have unit spread."""
-    width = x.shape[1]
-    spread = (torch.cov(x.T) + torch.cov(y.T)).reshape(width, width) / 2
-    shrunk = (1 - SHRINKAGE) * spread + SHRINKAGE * spread.diagonal().mean() * torch.eye(width)
-    vector = torch.linalg.solve(shrunk, x.mean(0) - y.mean(0))
-    return vector / (y @ vector).std().clamp(min=1e-12)

@@ -13,10 +13,10 @@ from torch import Tensor
 from vlm_safeguard import method
 from vlm_safeguard.calibration.attack_trials import answered, within
 from vlm_safeguard.calibration.budget import Budget, Effort
+from vlm_safeguard.calibration.gate_candidates import Kind
 from vlm_safeguard.calibration.gate_fitting import (
     KINDS,
     GateFit,
-    Kind,
     fit_gate,
     refusal_openings,
 )
@@ -45,6 +45,7 @@ from vlm_safeguard.utils.progress import Progress
 
 MAX_RANK = 64
 IN_VLM_SHARE = 0.1  # of the false-positive budget
+IN_VLM_DEPTH = 2 / 3  # of the decoder, that the gate in the VLM may read
 # The model is asked the highest threshold-setting prompts: this many times those that a gate may
 # open for.
 ASKED = 3
@@ -146,8 +147,9 @@ def record_states(
     """States of ``items`` when the model is given the requests ``asked``, one for each item; with
     ``openings`` also their refusal signs.
 
-    Ordinary harmless prompts count as false positives, unless the verdict says that the model
-    refuses them by itself. Of a prompt that means nothing without its picture it says nothing.
+    All harmful prompts count as found. Ordinary harmless prompts count as false positives, unless
+    the verdict says that the model refuses them by itself. Of a prompt that means nothing without
+    its picture it says nothing.
     """
     what = f"calibration prompts, {setting}"
     states, signs = record_signs(loaded, asked, openings, folder, what, progress)
@@ -157,7 +159,7 @@ def record_states(
         counted &= (signs[:, 1] == 0) | torch.tensor([p.form == "picture" for p in items])
     harmful = torch.tensor([p.harmful for p in items])
     ids = tuple(p.id for p in items)
-    return States(ids, states, harmful, torch.tensor(fold), counted, signs)
+    return States(ids, states, harmful, torch.tensor(fold), counted | harmful, signs)
 
 
 def record_signs(
@@ -203,18 +205,22 @@ def fit_to(
 ) -> GateFit:
     """``fit_gate`` to what was recorded, as text or with pictures; ``intent``: whether it may read
     refusal signs."""
+    directions, parts = recorded.directions, None
     if source == "text":
         states, parts = recorded.text_only_states(), recorded.parts()
     else:
-        states, parts = recorded.vlm_states(), None
+        states = recorded.vlm_states()
+        # The last prompt token is steered above the last layer of this gate only.
+        last = max(1, int(IN_VLM_DEPTH * len(directions)))
+        directions = {n: found for n, found in directions.items() if n < last}
     return fit_gate(
         *states.split(),
         *states.folds(),
-        recorded.directions,
+        directions,
         budget,
         kinds=kinds,
         pooled=pooled,
-        counted=states.false_positives(),
+        counted=states.split_counted(),
         signs=states.split_signs() if intent else None,
         openings=recorded.openings,
         parts=parts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ class States:
     states: Tensor
     harmful: Tensor  # (k,) bool
     fold: Tensor  # (k,); a question and its copy in a template share a fold
-    counted: Tensor  # (k,) bool; harmless prompts that count as false positives
+    # (k,) bool: harmful prompts that count as found, and harmless ones as false positives. To the
+    # others gates are fitted only.
+    counted: Tensor
     signs: Tensor | None = None  # (k, 2) refusal signs (``runtime.gate``), of text
 
     def split(self) -> tuple[Tensor, Tensor]:
@@ -42,9 +44,10 @@ class States:
         """Folds of the harmful and of the harmless prompts."""
         return self.fold[self.harmful], self.fold[~self.harmful]
 
-    def false_positives(self) -> Tensor:
-        """Which of the harmless prompts count as false positives."""
-        return self.counted[~self.harmful]
+    def split_counted(self) -> tuple[Tensor, Tensor]:
+        """Which of the harmful prompts count as found, and which of the harmless ones as false
+        positives."""
+        return self.counted[self.harmful], self.counted[~self.harmful]
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,11 @@ class Recorded:
         return self.sentences.of + torch.tensor([0, first])
 
     def vlm_states(self) -> States:
-        """States that the gate in the VLM is fitted to: all settings with a picture."""
-        every = list(self.pictured.values())
+        """States that the gate in the VLM is fitted to: prompts in all settings with a picture, and
+        as text. The gate is not judged by the text, but harm lies in the same directions there, and
+        many more prompts are recorded so."""
+        text = replace(self.text, counted=torch.zeros_like(self.text.counted))
+        every = [*self.pictured.values(), text]
         return States(
             tuple(one for s in every for one in s.ids),
             *(
@@ -151,6 +157,6 @@ def with_others(text: States, harmful: Tensor, harmless: Tensor, signs: Tensor) 
         torch.cat([text.states, harmful, harmless]),
         torch.cat([text.harmful, labels]),
         torch.cat([text.fold, folds]),
-        torch.cat([text.counted, ~labels]),
+        torch.cat([text.counted, torch.ones_like(labels)]),
         together,
     )

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vlm_safeguard.calibration.attack_trials import within
 from vlm_safeguard.calibration.budget import Budget, Effort
-from vlm_safeguard.calibration.gate_fitting import GateFit, Kind, auc, useful_gates
+from vlm_safeguard.calibration.gate_candidates import Kind
+from vlm_safeguard.calibration.gate_fitting import GateFit, auc, useful_gates
 from vlm_safeguard.calibration.hidden_states import (
     Source,
     bound_scores,
@@ -45,7 +46,7 @@ class Form:
     name: str
     kinds: tuple[Kind, ...]
     pooled: bool
-    intent: bool = False  # with the refusal intent: of the text-only pass alone
+    intent: bool = False  # with the LLM's refusal signs: of the text-only pass alone
 
 
 FORMS = (
@@ -55,7 +56,9 @@ FORMS = (
     Form("discriminant in the safety subspace, pooled", ("discriminant",), True),
     Form("discriminant in principal components, one layer", ("components",), False),
     Form("discriminant in principal components, pooled", ("components",), True),
-    Form("the same, and the refusal intent", ("components",), True, intent=True),
+    Form("the same, and the refusal signs", ("components",), True, intent=True),
+    Form("largest margin, several layers together", ("margin",), True),
+    Form("the same, and the refusal signs", ("margin",), True, intent=True),
 )
 
 
@@ -133,9 +136,9 @@ def _held(
     asked = queries(items, setting)
     states, signs = record_signs(loaded, asked, openings, folder, what, progress)
     harmful = torch.tensor([p.harmful for p in items])
-    ordinary = torch.tensor([p.ordinary for p in items])
+    counted = torch.tensor([p.harmful or p.ordinary for p in items])
     ids, fold = tuple(p.id for p in items), torch.zeros(len(items), dtype=torch.long)
-    return States(ids, states, harmful, fold, ordinary, signs)
+    return States(ids, states, harmful, fold, counted, signs)
 
 
 def _judge(form: str, source: str, setting: str, gate: GateFit, states: States) -> Row:
@@ -192,7 +195,7 @@ def page(
     lines = [
         "# Forms of gate",
         "",
-        f"`vlm-safeguard gates {model}`: linear gates in closed form, fitted on calibration",
+        f"`vlm-safeguard gates {model}`: linear gates, fitted on calibration",
         "prompts and tested on held-back ones. *Found* is the share of harmful requests on which",
         f"the gate opens at {FALSE_POSITIVES:.0%} false positives, with 95% Wilson intervals. AUC",
         "is the area under the ROC curve. `text` reads the text-only pass, `vlm` the VLM's pass.",

@@ -1,0 +1,79 @@
+"""Gates fitted to several layers together, against a support vector machine on plain features."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.svm import SVC
+
+from vlm_safeguard.calibration.gate_candidates import COSTS, SPACED, Labelled, candidates
+from vlm_safeguard.calibration.gate_fitting import fit_gate
+
+
+def labelled(layers: int = 6, seed: int = 0) -> Labelled:
+    """60 harmful and 90 harmless states in 8 dimensions, one of them a thousand times as large."""
+    generator = torch.Generator().manual_seed(seed)
+    harmful = torch.randn(60, layers, 8, generator=generator)
+    harmless = torch.randn(90, layers, 8, generator=generator)
+    harmful[:, 2:, 1] += 1.5
+    for states in (harmful, harmless):
+        states[..., 5] = states[..., 5] * 1000 + 5000
+    directions = {n: torch.eye(8)[:2] for n in range(layers)}
+    return Labelled(harmful, harmless, torch.arange(60) % 3, torch.arange(90) % 3, directions)
+
+
+def test_a_margin_is_that_of_a_linear_machine_on_all_layers() -> None:
+    """Same scores as the textbook machine on standardised states side by side, float64."""
+    data = labelled()
+    found = list(candidates("margin", data))
+    assert [one.layers for one in found[: len(COSTS)]] == [(1, 2, 3, 4, 5)] * len(COSTS)
+    states = torch.cat([data.harmful, data.harmless])[:, [1, 2, 3, 4, 5]].double().numpy()
+    plain = (states - states.mean(0)) / states.std(0, ddof=1)
+    plain = plain.reshape(len(plain), -1) / np.sqrt(plain[0].size)
+    labels = np.arange(len(plain)) < 60
+    fold = np.concatenate([data.harmful_fold, data.harmless_fold])
+    for cost, one in zip(COSTS, found, strict=False):
+        machine = SVC(C=cost, kernel="linear", class_weight="balanced", tol=1e-6)
+        expected = machine.fit(plain, labels).decision_function(plain)
+        ours = torch.einsum("nld,ld->n", torch.from_numpy(states), one.vectors().double()).numpy()
+        ours += expected[0] - ours[0]  # the threshold is set apart
+        assert ours == pytest.approx(expected, abs=2e-2)
+        for out, (h, s) in enumerate(one.tried):
+            machine.fit(plain[fold != out], labels[fold != out])
+            unseen = machine.decision_function(plain)
+            assert torch.cat([h, s]).numpy() == pytest.approx(unseen, abs=2e-2)
+
+
+def test_layers_are_spaced_evenly_and_few() -> None:
+    layers = {one.layers for one in candidates("margin", labelled(layers=40))}
+    assert layers == {tuple(range(6, 40, 4)), tuple(range(6, 27, 3))}
+    assert max(len(one) for one in layers) <= SPACED
+    assert {one.layers for one in candidates("margin", labelled(layers=1))} == {(0,)}
+
+
+def test_layers_are_weighed_against_each_other() -> None:
+    """Every layer holds the same disturbance, which one layer shows alone: a sum of vectors that
+    were fitted to single layers can't take it out, a joint fit can."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(600) < 300
+    harm, disturbance = label * 1.0, torch.randn(600, generator=generator)
+    states = torch.randn(600, 4, 6, generator=generator) * 0.1
+    states[:, 1:3, 0] += (harm + 2 * disturbance)[:, None]
+    states[:, 3, 0] += disturbance
+    directions = {n: torch.eye(6)[:1] for n in range(4)}
+    fold = torch.arange(300) % 5
+    found = [
+        fit_gate(states[label], states[~label], fold, fold, directions, 0.02, kinds=[kind])
+        for kind in ("components", "margin")
+    ]
+    apart, joint = (fit.unseen_rates[0] for fit in found)
+    assert joint > 0.95 > 0.5 > apart
+    assert all(fit.unseen_rates[1] <= 0.02 for fit in found)
+
+
+def test_states_that_are_not_finite_are_refused() -> None:
+    data = labelled()
+    data.harmful[3, 2, 1] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        next(candidates("margin", data))
