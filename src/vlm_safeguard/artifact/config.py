@@ -76,10 +76,8 @@ class Gate(_Strict):
             raise ValueError("a gate of kind intent, and no other, has openings, each once")
         if self.openings and (self.source != "text" or self.per_layer):
             raise ValueError("a gate of kind intent reads the text-only pass, all layers together")
-        if bool(self.intent_weight) != bool(self.openings):
+        if any((self.intent_weight, self.verdict_weight)) != bool(self.openings):
             raise ValueError("openings have a weight above 0, and only they")
-        if self.verdict_weight and not self.openings:
-            raise ValueError("a verdict needs openings")
         return self
 
 
