@@ -210,8 +210,8 @@ def guards(draw):
         intent = {}
         if source == "text" and not alone and draw(st.booleans()):
             openings = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, unique=True))
-            weight = draw(st.floats(1e-9, 1e20))
-            verdict = draw(st.floats(0, 1e20))
+            weight, verdict = draw(st.floats(0, 1e20)), draw(st.floats(0, 1e20))
+            assume(weight or verdict)
             intent = {"kind": "intent", "openings": openings[:64], "intent_weight": weight}
             intent |= {"verdict_weight": verdict}
         gates.append(Gate(source=source, layers=layers, thresholds=cuts, per_layer=alone, **intent))

@@ -15,21 +15,22 @@ from vlm_safeguard.runtime.gate import refusal_signs
 OPENINGS, WEIGHT, VERDICT = [17, 40, 201], 0.7, 3.0
 
 
-def intent_gate(threshold=0.0, layers=(1, 3)):
+def intent_gate(threshold=0.0, layers=(1, 3), weight=WEIGHT):
     return Gate(
         kind="intent",
         source="text",
         layers=list(layers),
         thresholds=[threshold] + [0.0] * (len(layers) - 1),
         openings=OPENINGS,
-        intent_weight=WEIGHT,
+        intent_weight=weight,
         verdict_weight=VERDICT,
     )
 
 
 def expected(model, guard, prompt):
     """The score by its formula, from a pass over the text alone without a guard."""
-    openings = guard.config.gates[0].openings
+    [gate] = guard.config.gates
+    openings, weight = gate.openings, gate.intent_weight
     ids = torch.tensor([tiny.without_pictures(prompt)])
     states = {}
     handles = [
@@ -40,21 +41,22 @@ def expected(model, guard, prompt):
                 layer, (out if torch.is_tensor(out) else out[0])[0, -1].double()
             )
         )
-        for layer in guard.config.gates[0].layers
+        for layer in gate.layers
     ]
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, -1].double()
     for handle in handles:
         handle.remove()
     vectors = guard.tensors["gate.0"].double()
-    linear = sum(states[n] @ v for n, v in zip(guard.config.gates[0].layers, vectors, strict=True))
+    linear = sum(states[n] @ v for n, v in zip(gate.layers, vectors, strict=True))
     refuses = int(logits.argmax()) in openings
-    return float(linear + WEIGHT * logits.softmax(0)[openings].sum().log() + VERDICT * refuses)
+    return float(linear + weight * logits.softmax(0)[openings].sum().log() + VERDICT * refuses)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_score_is_that_of_the_formula_in_every_row(model, side, tmp_path):
-    tiny.guard(model, [intent_gate()]).save_pretrained(tmp_path)
+@pytest.mark.parametrize("weight", [WEIGHT, 0.0])
+def test_the_score_is_that_of_the_formula_in_every_row(model, side, weight, tmp_path):
+    tiny.guard(model, [intent_gate(weight=weight)]).save_pretrained(tmp_path)
     made = Guard.from_pretrained(tmp_path)
     with made.attach(model) as session, torch.no_grad():
         model(**tiny.batch(tiny.PROMPTS, side), use_cache=False)
@@ -123,10 +125,11 @@ def test_openings_beyond_the_vocabulary_are_refused(model):
     [
         {"openings": []},
         {"openings": [3, 3]},
-        {"intent_weight": 0.0},
+        {"intent_weight": 0.0, "verdict_weight": 0.0},
         {"kind": "linear"},
         {"verdict_weight": -1.0},
         {"kind": "linear", "openings": [], "intent_weight": 0.0},
+        {"openings": [], "intent_weight": 0.0, "verdict_weight": 1.0},
         {"source": "vlm"},
         {"per_layer": True},
     ],

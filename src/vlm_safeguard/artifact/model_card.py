@@ -137,7 +137,7 @@ def _score(gate: Gate) -> str:
     if gate.per_layer:
         return "layer by layer"
     score = "sum over the layers"
-    if gate.openings:
+    if gate.intent_weight:
         score += f", and {gate.intent_weight:.3g} times the refusal intent"
     if gate.verdict_weight:
         score += f", and {gate.verdict_weight:.3g} if the model would refuse the text by itself"
