@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -329,10 +330,12 @@ class Guard:
         Args:
             processor: the model's processor. If given, its chat template and the tokens it writes
                 around pictures are checked too, and requests with pictures must have every input
-                that it makes for them. Text gates also read the canonical form of a text (no
-                invisible characters), and stay shut where a picture comes without words. A guard
-                with ``reads_sentences`` needs it. The model runs once, over what its template
-                writes before a user's words, so that text gates need not read that again.
+                that it makes for them (without it, those of the usual ones that the model takes).
+                Text gates also read the canonical form of a text (no invisible characters), and
+                stay shut where a picture comes without words; a guard with text gates warns
+                (``UserWarning``) where it has no processor for that, and one with
+                ``reads_sentences`` needs it. The model runs once, over what its template writes
+                before a user's words, so that text gates need not read that again.
             monitor: only watch: gates decide and are reported, and the model answers unguarded.
 
         Returns:
@@ -344,6 +347,14 @@ class Guard:
             GuardError: the guard belongs to another model, or a guard is attached already.
         """
         self.check_model(model, processor)
+        if processor is None and any(gate.source == "text" for gate in self.config.gates):
+            warnings.warn(
+                "this guard is attached without the model's processor, so its text gates read a "
+                "request only as it stands: words in invisible or odd letters stay hidden, a "
+                "picture without words is judged by its chat template, and the template itself "
+                "is not compared. Use guard.attach(model, processor)",
+                stacklevel=2,
+            )
         return Session(self.config, self.tensors, model, processor, monitor)
 
 

@@ -6,7 +6,8 @@ import torch
 from tests import families, tiny
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.chat import encode
-from vlm_safeguard.model.picture_inputs import PictureInputs, picture_inputs
+from vlm_safeguard.model.picture_inputs import PictureInputs, picture_inputs, usual_inputs
+from vlm_safeguard.runtime import media
 
 # What each processor makes beside ids and mask, and the forward takes: of tokens, of pictures.
 NEEDED = {
@@ -36,18 +37,32 @@ def test_what_a_picture_needs(build):
     assert picture_inputs(loaded.model, loaded.processor) == PictureInputs(of_tokens, of_pictures)
 
 
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_without_a_processor_no_input_is_asked_for_that_it_would_not_make(name):
+    loaded = families.FAMILIES[name].build()
+    told = picture_inputs(loaded.model, loaded.processor)
+    usual = usual_inputs(loaded.model)
+    assert usual.of_tokens == told.of_tokens
+    assert usual.of_pictures <= told.of_pictures
+    masks = {one for one in told.of_pictures if "mask" in one}
+    assert masks - usual.of_pictures <= {"aspect_ratio_mask"}  # without which Mllama fails
+
+
 @pytest.mark.parametrize("build", WITH_TYPES)
-def test_a_missing_input_moves_the_scores_and_is_refused(build):
+@pytest.mark.parametrize("known", [True, False], ids=["processor", "no processor"])
+def test_a_missing_input_moves_the_scores_and_is_refused(build, known, monkeypatch):
     loaded = build()
     model, guard, [[name], _] = loaded.model, guard_of(loaded), NEEDED[build]
     whole = encode(loaded, ["What is this?"], [families.photo(1)])
     part = {key: value for key, value in whole.items() if key != name}
-    assert scores(loaded, guard, part) != pytest.approx(
-        scores(loaded, guard, whole), rel=0, abs=1e-4
-    )
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(media, "check_picture_inputs", lambda *_: None)
+        moved = scores(loaded, guard, part)
+    assert moved != pytest.approx(scores(loaded, guard, whole), rel=0, abs=1e-4)
     plain = encode(loaded, ["What is this?"], [None])
     plain.pop(name, None)
-    with guard.attach(model, loaded.processor) as session, torch.no_grad():
+    processor = loaded.processor if known else None
+    with guard.attach(model, processor) as session, torch.no_grad():
         for call in (model, model.generate):
             with pytest.raises(GuardRuntimeError, match=f"with pictures comes without {name}"):
                 call(**part)

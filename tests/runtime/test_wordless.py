@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,8 +76,31 @@ def test_any_words_are_read(loaded: LoadedModel, words: list[dict[str, Any]]) ->
     assert decided(loaded, tiny.guard(loaded.model, [ALWAYS]), words).by_text
 
 
-def test_without_a_processor_a_picture_without_words_is_read(loaded: LoadedModel) -> None:
-    assert decided(loaded, tiny.guard(loaded.model, [ALWAYS]), talk(""), reads=False).by_text
+def test_without_a_processor_a_picture_without_words_is_read_and_that_is_told(
+    loaded: LoadedModel,
+) -> None:
+    with pytest.warns(UserWarning, match="without the model's processor") as told:
+        found = decided(loaded, tiny.guard(loaded.model, [ALWAYS]), talk(""), reads=False)
+    assert found.by_text
+    assert [Path(one.filename).name for one in told] == ["test_wordless.py"]  # where it attaches
+
+
+def test_where_warnings_are_errors_nothing_is_attached(loaded: LoadedModel) -> None:
+    made = tiny.guard(loaded.model, [ALWAYS])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="without the model's processor"):
+            made.attach(loaded.model)
+    made.attach(loaded.model, loaded.processor).detach()
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_nothing_is_told_where_nothing_is_left_out(loaded: LoadedModel, reads: bool) -> None:
+    gate = ALWAYS if reads else tiny.gate("vlm", 3)
+    made = tiny.guard(loaded.model, [gate], reference="anchor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.attach(loaded.model, loaded.processor if reads else None).detach()
 
 
 def test_words_in_a_picture_are_words(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

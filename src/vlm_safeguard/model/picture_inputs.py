@@ -11,8 +11,11 @@ from torch import Tensor
 
 from vlm_safeguard.model.chat import process, render
 
-# What every request has, and what has checks of its own.
-_TEXT = {"input_ids", "attention_mask"}
+# What every request has, and what only training reads (PaliGemma's processor makes it).
+_TEXT = {"input_ids", "attention_mask", "labels"}
+# What models take for pictures and run without all the same, computing something else.
+_OF_TOKENS = {"token_type_ids", "mm_token_type_ids"}
+_OF_PICTURES = {"pixel_mask", "pixel_attention_mask", "cross_attention_mask"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,13 @@ def picture_inputs(model: Any, processor: Any) -> PictureInputs:
     shape = batch["input_ids"].shape
     of_tokens = frozenset(name for name, value in found.items() if value.shape == shape)
     return PictureInputs(of_tokens, frozenset(found) - of_tokens)
+
+
+def usual_inputs(model: Any) -> PictureInputs:
+    """What ``model.forward`` takes for pictures, where there is no processor to tell: the inputs
+    that a model does not miss by itself."""
+    taken = _parameters(model)
+    return PictureInputs(frozenset(_OF_TOKENS & taken), frozenset(_OF_PICTURES & taken))
 
 
 def _parameters(model: Any) -> set[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vlm_safeguard.artifact.config import GuardConfig
 from vlm_safeguard.errors import GuardError, GuardRuntimeError
 from vlm_safeguard.model.kv_cache import cache_given
-from vlm_safeguard.model.picture_inputs import PictureInputs, picture_inputs
+from vlm_safeguard.model.picture_inputs import picture_inputs, usual_inputs
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.shared_prefix import SharedPrefix
 from vlm_safeguard.model.text_only import padded, rows_of, with_pictures
@@ -65,7 +65,7 @@ class Session:
 
         Args:
             processor: the model's. Without it, text gates read a request only as it stands, and
-                which inputs pictures need is unknown.
+                which inputs pictures need is known by the names of the usual ones.
             monitor: gates decide, and nothing is steered.
 
         Raises:
@@ -90,7 +90,8 @@ class Session:
             self._gates.layers("text") | self._gates.layers("vlm") | self._steerer.layers
         )
         self._hooks, self._owner = Hooks(model, decoder), OwnerThread()
-        self._picture_inputs = picture_inputs(model, processor) if known else PictureInputs()
+        needed = picture_inputs(model, processor) if known else usual_inputs(model)
+        self._picture_inputs = needed
         self._other_tokens = media.other_tokens(model)
         self._adapters = validation.adapters(model)
         self._in_generate = False
