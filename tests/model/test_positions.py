@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests import families, tiny
 from tests.model.family_helpers import guard_for
-from vlm_safeguard.errors import GuardRuntimeError
+from vlm_safeguard.errors import GuardRuntimeError, PromptTooLong
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.positions import room
 
@@ -77,3 +79,47 @@ def test_a_prompt_longer_than_the_positions_is_refused_before_work(
         ids = torch.tensor([tiny.words(0, length + 1)])
         with pytest.raises(GuardRuntimeError, match="the request as text takes"):
             model.generate(**text, text_input_ids=ids)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda length, new: {"max_new_tokens": new},
+        lambda length, new: {"generation_config": GenerationConfig(max_new_tokens=new)},
+        lambda length, new: {"max_length": length + new},
+        lambda length, new: {"generation_config": GenerationConfig(max_length=length + new)},
+        lambda length, new: {"max_new_tokens": new, "max_length": 10_000},
+    ],
+)
+def test_an_answer_that_would_pass_the_positions_is_refused_before_work(
+    asked: Callable[[int, int], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last token of an answer is never put in, so it takes no position."""
+    model = tiny.llava()
+    inputs = tiny.batch(tiny.TEXTS[:2])
+    length = inputs["input_ids"].shape[1]
+    ran: list[int] = []
+    model.get_decoder().layers[0].register_forward_hook(lambda *_: ran.append(1))
+    monkeypatch.setattr(model.config.get_text_config(), "max_position_embeddings", length + 4)
+    with tiny.always(model).attach(model):
+        output = model.generate(**inputs, **asked(length, 5))
+        assert output.shape[1] == length + 5 and ran
+        ran.clear()
+        reason = f"takes {length} positions of the model's {length + 4}, and 6 new tokens do not"
+        with pytest.raises(PromptTooLong, match=f"{reason} fit behind it: ask for at most 5"):
+            model.generate(**inputs, **asked(length, 6))
+        assert not ran
+
+
+def test_a_caller_who_asks_for_no_length_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.llava()
+    inputs = tiny.batch(tiny.TEXTS[:1])
+    length = inputs["input_ids"].shape[1]
+    monkeypatch.setattr(model.config.get_text_config(), "max_position_embeddings", length + 4)
+    with tiny.always(model).attach(model):
+        assert model.generate(**inputs).shape[1] == length + 20  # as transformers does by itself
+        model.generation_config.max_length = 10_000
+        assert model.generate(**inputs, max_new_tokens=2).shape[1] == length + 2
+        model.generation_config.max_new_tokens = 6
+        with pytest.raises(PromptTooLong, match="6 new tokens"):
+            model.generate(**inputs)

@@ -221,7 +221,7 @@ class Session:
             given = args[0] if args else kwargs.get("inputs")
             ids = given if given is not None else kwargs.get("input_ids")
             validation.check_padding_is_told(self.model, self.config, ids, kwargs, generating=True)
-            request = self._begin_request(ids, kwargs, text)
+            request = self._begin_request(ids, kwargs, text, generating=True)
             validation.check_left_padded(request)
             self._in_generate = True
             output = self._hooks.generate(*args, **uncompiled(kwargs))
@@ -235,11 +235,17 @@ class Session:
             self._owner.give_back()
 
     def _begin_request(
-        self, ids: Tensor | None, options: dict[str, Any], text: tuple[Tensor, Tensor] | None
+        self,
+        ids: Tensor | None,
+        options: dict[str, Any],
+        text: tuple[Tensor, Tensor] | None,
+        *,
+        generating: bool = False,
     ) -> Request:
         """Start a request with its whole prompt, and run the text-only pass.
 
-        ``text``: ids and mask of the request as text, if the caller passed them.
+        ``text``: ids and mask of the request as text, if the caller passed them. ``generating``:
+        whether ``options`` are those of ``generate``.
         """
         validation.check_adapters(self.model, self._adapters)
         media.check_only_pictures(self._other_tokens, ids, options)
@@ -254,7 +260,8 @@ class Session:
             self._reads_text and text is None,
         )
         validation.check_not_packed(options, mask)
-        validation.check_length(self.model, ids, mask, self.config.markup)
+        new = validation.new_tokens(self.model, options, mask.shape[1]) if generating else 0
+        validation.check_length(self.model, ids, mask, self.config.markup, new=new)
         if self._reads_text:
             if text is None:
                 text = validation.derive_text(

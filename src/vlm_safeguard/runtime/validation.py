@@ -341,19 +341,47 @@ def check_prompt_in_parts(config: GuardConfig, request: Request, columns: range)
 
 
 def check_length(
-    model: Any, ids: Tensor | None, mask: Tensor, markup: ImageMarkup, what: str = "the prompt"
+    model: Any,
+    ids: Tensor | None,
+    mask: Tensor,
+    markup: ImageMarkup,
+    what: str = "the prompt",
+    new: int = 0,
 ) -> None:
-    """Refuse a prompt of ids (B, T) with a mask (B, T) that is longer than the model's positions.
+    """Refuse a prompt of ids (B, T) with a mask (B, T) that is longer than the model's positions,
+    by itself or with ``new`` tokens after it.
 
     Raises:
         PromptTooLong: it is. ``what`` it is stands in the message.
     """
     limit = positions.room(model)
-    if limit is not None and (needed := positions.taken(model, ids, mask, markup)) > limit:
+    if limit is None:
+        return
+    needed = positions.taken(model, ids, mask, markup)
+    if needed > limit:
         raise PromptTooLong(
             f"{what} takes {needed} positions, and the model has {limit}: shorten it, or use fewer "
             "or smaller pictures"
         )
+    most = limit - needed + 1  # the last token is never put in
+    if new > most:
+        raise PromptTooLong(
+            f"{what} takes {needed} positions of the model's {limit}, and {new} new tokens do not "
+            f"fit behind it: ask for at most {most} (max_new_tokens), or shorten it"
+        )
+
+
+def new_tokens(model: Any, options: Mapping[str, Any], width: int) -> int:
+    """How many tokens ``generate`` was told to write at most behind a prompt of ``width`` columns.
+
+    0 where nobody told: not the caller, nor ``max_new_tokens`` of the model's own configuration. A
+    ``max_length`` there is what every caller has who says nothing.
+    """
+    new = _setting(model, options, "max_new_tokens")
+    if new is not None:
+        return int(new)
+    longest = _setting(None, options, "max_length")
+    return 0 if longest is None else max(0, int(longest) - width)
 
 
 def check_rows(request: Request, text: tuple[Tensor, Tensor]) -> None:
