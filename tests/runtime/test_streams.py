@@ -52,6 +52,31 @@ def test_a_streamer_by_position_is_refused_and_ended(loaded):
     assert "".join(streamer) == ""
 
 
+def test_a_generate_that_goes_round_the_guard_is_refused_and_ended(loaded):
+    model, ids = loaded.model, torch.tensor([tiny.words(0, 6)])
+    kept, by_position = model.generate, [None] * 6
+    streamer = TextIteratorStreamer(loaded.processor.tokenizer, skip_prompt=True, timeout=WAIT)
+
+    def within(_, scores):
+        with pytest.raises(GuardRuntimeError, match="inside generate"):
+            type(model).generate(model, ids, streamer=streamer, **OPTIONS)
+        assert "".join(streamer) == ""
+        return scores
+
+    with always(model).attach(model):
+        for call in (
+            lambda: type(model).generate(model, ids, streamer=streamer, **OPTIONS),
+            lambda: type(model).generate(model, ids, *by_position, streamer),
+            lambda: kept(ids, streamer=streamer, **OPTIONS),
+        ):
+            with pytest.raises(GuardRuntimeError, match="bypasses the guard"):
+                call()
+            assert "".join(streamer) == ""
+        # One within another: its own stream ends, and that of the other goes on.
+        whole, _ = read(loaded, ids)
+        assert read(loaded, ids, logits_processor=[within])[0] == whole
+
+
 def test_a_failed_step_ends_its_stream_after_what_came_before(loaded):
     ids = torch.tensor([tiny.words(0, 6)])
     calls = []

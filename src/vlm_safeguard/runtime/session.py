@@ -32,7 +32,7 @@ from vlm_safeguard.runtime.hooks import Hooks
 from vlm_safeguard.runtime.owner_thread import OwnerThread
 from vlm_safeguard.runtime.request import Request
 from vlm_safeguard.runtime.steering import NoSteering, Steerer
-from vlm_safeguard.runtime.streams import ended_on_error
+from vlm_safeguard.runtime.streams import end_of_caller, ended_on_error
 
 READINGS = 32  # rows in a pass over further readings of texts
 
@@ -397,11 +397,13 @@ class Session:
     def _check_prepared(self, options: Mapping[str, Any]) -> None:
         """Refuse a ``generate`` that went round ours: nobody looked at its settings and prompt."""
         if not self._in_generate or not self._owner.mine:
+            end_of_caller()
             raise GuardRuntimeError(
                 "this generate bypasses the guard (it is the class's own, or was stored before the "
                 "guard was attached): call model.generate"
             )
         if options.get("is_first_iteration") and self._request and self._request.decided:
+            end_of_caller()
             raise GuardRuntimeError(
                 "generate inside generate is not guarded: call it when the other has returned"
             )
