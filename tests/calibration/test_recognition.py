@@ -116,8 +116,20 @@ def test_the_first_tokens_of_refusals_are_learned_and_weighed() -> None:
     assert found.openings == (refusal,)
     asked = [Query(f"Why{mark}", None), Query("Why", None)]
     assert refused(loaded, None, asked, 2, recogniser=found) == [True, False]
-    with pytest.raises(CalibrationError, match="do not begin with tokens of their own"):
-        ByTokens.learned(loaded, [AnchorPair("0", "a question", "a question")] * 6, QUIET)
+
+
+def test_tokens_that_cannot_be_learned_are_told_with_five_answers() -> None:
+    loaded = families.llava()
+    same = [AnchorPair(str(n), f"question {n}", f"question {n}") for n in range(7)]
+    with pytest.raises(CalibrationError) as caught:
+        ByTokens.learned(loaded, same, QUIET)
+    first, *shown, last = str(caught.value).split("\n")
+    assert "do not begin with tokens of their own" in first and first.endswith("begin:")
+    said = respond(loaded, [Query(pair.harmful, None) for pair in same], max_new_tokens=24)
+    starts = {one.text.split()[0] for one in said}
+    assert len(shown) == 5 and all(line[:4] == "  - " for line in shown)
+    assert {line[4:].split()[0] for line in shown} <= starts
+    assert "--refusals phrases:FILE" in last and "or a judge" in last
 
 
 def test_the_probability_is_that_of_the_models_own_first_token() -> None:
