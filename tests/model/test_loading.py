@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
+import tomllib
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from tests import checkpoint
+from tests.paths import ROOT
 from vlm_safeguard import load
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model import quantization
@@ -174,18 +177,28 @@ def test_an_unknown_quantisation_is_refused(tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("4bit", "bitsandbytes"), ("8bit", "bitsandbytes"), ("int8", "torchao")]
+    ("name", "package", "extra"),
+    [
+        ("4bit", "bitsandbytes", "quantization"),
+        ("8bit", "bitsandbytes", "quantization"),
+        ("int8", "torchao", "int8"),
+    ],
 )
-def test_a_missing_package_is_named(
-    name: str, package: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_package_is_named_with_the_extra_that_has_it(
+    name: str, package: str, extra: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def all_but_it(wanted: str) -> ModuleSpec | None:
         return None if wanted == package else find_spec(wanted)
 
     monkeypatch.setattr(quantization, "find_spec", all_but_it)
-    with pytest.raises(ModelError, match=f"{name} needs {package}: pip install {package}"):
+    install = rf"pip install 'vlm-safeguard\[{extra}\]'"
+    with pytest.raises(ModelError, match=f"{name} needs {package}: {install}"):
         load(tiny_folder, quantization=name)
     assert package not in sys.modules
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert {re.split("[><=]", one)[0] for one in extras[extra]} == {package, "accelerate"}
 
 
 @pytest.mark.parametrize("name", ["4bit", "8bit"])

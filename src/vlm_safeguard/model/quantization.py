@@ -32,11 +32,12 @@ def _int8(_: torch.dtype) -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-# By name: the package that does it, and its configuration for a dtype to compute in.
-_QUANTIZATIONS: dict[str, tuple[str, Callable[[torch.dtype], Any]]] = {
-    "4bit": ("bitsandbytes", _four_bits),
-    "8bit": ("bitsandbytes", _eight_bits),
-    "int8": ("torchao", _int8),
+# By name: the package that does it, our extra that has it, and its configuration for a dtype to
+# compute in.
+_QUANTIZATIONS: dict[str, tuple[str, str, Callable[[torch.dtype], Any]]] = {
+    "4bit": ("bitsandbytes", "quantization", _four_bits),
+    "8bit": ("bitsandbytes", "quantization", _eight_bits),
+    "int8": ("torchao", "int8", _int8),
 }
 
 
@@ -52,8 +53,10 @@ def quantization_config(name: str, dtype: str | torch.dtype) -> Any:
     """
     if name not in _QUANTIZATIONS:
         raise ModelError(f"unknown quantization {name!r}: use one of {', '.join(_QUANTIZATIONS)}")
-    package, make = _QUANTIZATIONS[name]
+    package, extra, make = _QUANTIZATIONS[name]
     for needed in (package, "accelerate"):
         if find_spec(needed) is None:
-            raise ModelError(f"quantization {name} needs {needed}: pip install {needed}")
+            raise ModelError(
+                f"quantization {name} needs {needed}: pip install 'vlm-safeguard[{extra}]'"
+            )
     return make(dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
