@@ -24,7 +24,11 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("name", ["calibrate", "doctor", "generate", "evaluate", "gap", "gates"])
+COMMANDS = ["calibrate", "doctor", "generate", "evaluate", "gap", "gates"]
+COMMANDS += ["serve", "batch", "playground"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_that_loads_a_model_has_all_options(name: str) -> None:
     command: Any = typer.main.get_command(app)
     flags = {flag for option in command.commands[name].params for flag in option.opts}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests import checkpoint
 from tests.command import run
 from vlm_safeguard import load
+from vlm_safeguard.cli.app import app
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.checkpoint import read_model
 from vlm_safeguard.model.loading import LoadedModel
@@ -72,11 +77,43 @@ def test_of_many_the_first_are_named_and_all_are_counted(folder: Path) -> None:
     assert f"tensors 3 missing ({names}), 5 unexpected (extra.0, extra.1, extra.2, ...)." in said
 
 
-def test_commands_refuse_it_too(folder: Path, tmp_path: Path) -> None:
+COMMANDS = {
+    "doctor": ["MODEL"],
+    "calibrate": ["MODEL", "-o", "out"],
+    "generate": ["MODEL", "--prompt", "Hi", "--guard", "embedded"],
+    "evaluate": ["MODEL", "-o", "out", "--benchmark", "own_malicious", "--defence", "none"],
+    "gap": ["MODEL", "-o", "out"],
+    "gates": ["MODEL"],
+    "serve": ["MODEL", "--guard", "embedded", "--port", "0"],
+    "batch": ["requests.jsonl", "MODEL", "-o", "answers.jsonl", "--guard", "embedded"],
+    "playground": ["MODEL", "--guard", "embedded", "--port", "0"],
+}
+
+
+def test_all_commands_that_load_a_model_are_known() -> None:
+    group: Any = typer.main.get_command(app)
+    loading = {
+        name
+        for name, command in group.commands.items()
+        if any("--trust-remote-code" in one.opts for one in command.params)
+    }
+    assert loading == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_refuse_it_too(
+    command: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])  # serve makes its own
     change(folder, lambda weights: weights.pop(UP))
-    done = run("doctor", str(folder), cwd=tmp_path)
+    body = {"model": str(folder), "messages": [{"role": "user", "content": "Hi"}]}
+    task = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (tmp_path / "requests.jsonl").write_text(json.dumps(task) + "\n")
+    given = [str(folder) if one == "MODEL" else one for one in COMMANDS[command]]
+    done = run(command, *given, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert UP_IN_MODEL in "".join(done.stderr.split("\n"))
+    assert not (tmp_path / "answers.jsonl").exists() and not list(tmp_path.glob("out/*.json"))
 
 
 def test_a_tied_tensor_may_be_absent_but_not_the_one_it_is_tied_to(tmp_path: Path) -> None:
