@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from vlm_safeguard import method
 from vlm_safeguard.artifact.config import Steering
-from vlm_safeguard.calibration import attack_trials, hidden_states, steering_search
+from vlm_safeguard.calibration import (
+    attack_trials,
+    gate_choice,
+    hidden_states,
+    steering_search,
+)
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.calibrate import calibrate
 from vlm_safeguard.calibration.gate_fitting import GateFit, auc, fit_gate, threshold
@@ -306,7 +311,7 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
         lambda _, asked, *__, **___: states.pop(0) if asked else torch.zeros(0, 2, 1),
     )
     monkeypatch.setattr(
-        hidden_states, "answered", lambda _, asked, *__: [p != items[9] for p in asked]
+        gate_choice, "answered", lambda _, asked, *__: [p != items[9] for p in asked]
     )
     text_gate = GateFit((0,), torch.ones(1, 1), 0.0, spread=2.0)
     in_vlm = GateFit((1,), torch.ones(1, 1), 0.0, spread=1.0)
@@ -314,10 +319,9 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     def scored(reads_sentences: bool, *recorded: torch.Tensor) -> torch.Tensor:
         states.extend(recorded)
-        return hidden_states.bound_scores(
+        return gate_choice.bound_scores(
             loaded,
-            text_gate,
-            in_vlm,
+            {"text": text_gate, "vlm": in_vlm},
             items,
             False,
             reads_sentences,
@@ -347,8 +351,8 @@ def test_the_model_is_asked_until_it_answers_what_scores_highest(
         asked.extend(some)
         return [items.index(p) < 60 for p in some]
 
-    monkeypatch.setattr(hidden_states, "answered", answered)
+    monkeypatch.setattr(gate_choice, "answered", answered)
     scores = torch.arange(100.0).repeat(2, 1).T.contiguous()
-    hidden_states._lower_refused(None, items, scores, 0.06, BY_PHRASES)  # type: ignore[arg-type]
+    gate_choice._lower_refused(None, items, scores, 0.06, BY_PHRASES)  # type: ignore[arg-type]
     assert scores[:, 0].tolist() == [*range(60), *[0] * 40]
     assert len(asked) == len({p.id for p in asked}) <= 40 + 7 + 7

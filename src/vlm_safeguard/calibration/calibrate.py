@@ -26,13 +26,10 @@ from vlm_safeguard import method
 from vlm_safeguard.artifact.config import Gate, GuardConfig, ImageMarkup, ModelIdentity, Steering
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.conformal import CONFIDENCE, check_enough
-from vlm_safeguard.calibration.gate_fitting import GateFit, auc, useful_gates
+from vlm_safeguard.calibration.gate_choice import bound_scores, fit_gates, useful_gates
+from vlm_safeguard.calibration.gate_fitting import GateFit, GateName, auc
 from vlm_safeguard.calibration.held_out import prove
-from vlm_safeguard.calibration.hidden_states import (
-    bound_scores,
-    fit_gates,
-    record_calibration,
-)
+from vlm_safeguard.calibration.hidden_states import record_calibration
 from vlm_safeguard.calibration.kept_states import states_folder
 from vlm_safeguard.calibration.recognition import (
     BY_PHRASES,
@@ -106,7 +103,7 @@ def calibrate(
         epsilon = budget.false_positives
         scores = bound_scores(
             loaded,
-            *fits,
+            fits,
             bound,
             reads_pictures,
             reads_sentences,
@@ -115,11 +112,11 @@ def calibrate(
             progress,
             refusals,
         )
-        fitted = useful_gates(*fits, scores, epsilon, recorded.found_together(*fits))
+        fitted = useful_gates(fits, scores, epsilon, recorded.found_together(fits))
         table = _separability(text, pictured, directions)
         gates = [
-            _gate_rates(source, gate, {"text": text} if source == "text" else pictured)
-            for source, gate in fitted.items()
+            _gate_rates(name, gate, pictured if name == "vlm" else {"text": text})
+            for name, gate in fitted.items()
         ]
         base = _Foundation(
             loaded,
@@ -149,7 +146,7 @@ def calibrate(
     return guard
 
 
-def _gate_rates(source: str, fit: GateFit, settings: dict[str, States]) -> dict[str, Any]:
+def _gate_rates(name: str, fit: GateFit, settings: dict[str, States]) -> dict[str, Any]:
     """True- and false-positive rates of a gate: per setting on the prompts it was fitted on, and
     cross-validated over all settings (``unseen``)."""
     rates: dict[str, dict[str, float]] = {"tpr": {}, "fpr": {}}
@@ -158,7 +155,7 @@ def _gate_rates(source: str, fit: GateFit, settings: dict[str, States]) -> dict[
             opened = (scores > 0).double().mean().item()
             rates[kind][name] = round(opened, 4)
     unseen = dict(zip(rates, (round(rate, 4) for rate in fit.unseen_rates), strict=True))
-    return {"source": source, "layers": list(fit.layers), **rates, "unseen": unseen}
+    return {"source": name, "layers": list(fit.layers), **rates, "unseen": unseen}
 
 
 def _separability(
@@ -186,7 +183,7 @@ class _Foundation:
     directions: dict[int, Tensor]
     pairs: Tensor
     markup: ImageMarkup
-    gates: Mapping[Literal["text", "vlm"], GateFit]
+    gates: Mapping[GateName, GateFit]
     reads_pictures: bool
     reads_sentences: bool
     data_sha256: Mapping[str, str]
@@ -201,12 +198,12 @@ class _Foundation:
             tensors[f"directions.{layer}"] = basis
             tensors[f"anchor.{layer}"] = method.coordinates(self.pairs[0, :, layer], basis).mean(0)
         gates: list[Gate] = []
-        for source, fit in self.gates.items():
+        for name, fit in self.gates.items():
             # A pooled score has one threshold; it stands with the gate's first layer.
             cuts = [fit.threshold] + [0.0] * (len(fit.layers) - 1)
             gate: dict[str, Any] = {
                 "kind": "intent" if fit.openings else "linear",
-                "source": source,
+                "source": "vlm" if name == "vlm" else "text",
                 "layers": list(fit.layers),
                 "thresholds": cuts,
                 "openings": list(fit.openings),

@@ -5,26 +5,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vlm_safeguard.artifact.config import MAX_OPENINGS
-from vlm_safeguard.calibration.conformal import conformal_threshold
 from vlm_safeguard.calibration.gate_candidates import Kind, Labelled, candidates
 from vlm_safeguard.runtime.gate import IntentGate, LinearGate
 
+GateName = Literal["text", "refused", "vlm"]  # see ``gate_choice``
 KINDS: tuple[Kind, ...] = ("margin",)
 OFTEN, CONTRAST = 0.03, 4.0
 # False-positive rate up to which candidates are compared. At the budget itself, two or three
 # harmless prompts would decide between them.
 COMPARED = 0.05
-# What refusal signs may add to a score, in units of the spread over harmless prompts. The largest
-# weight opens the gate for whatever the LLM refuses as text.
-INTENTS = (0.0, 0.25, 0.5, 1.0)
-VERDICTS = (0.0, 0.5, 1.0, 2.0, 20.0)
+# What the refusal intent and the verdict may add to a score, in units of the spread over harmless
+# prompts. The largest weight of the verdict opens the gate for whatever the LLM refuses as text.
+Weights = Sequence[tuple[float, float]]
+INTENT: Weights = [(intent, 0.0) for intent in (0.0, 0.25, 0.5, 1.0)]
+INTENT_AND_VERDICT: Weights = [
+    (intent, verdict) for intent, _ in INTENT for verdict in (0.0, 0.5, 1.0, 2.0, 20.0)
+]
+VERDICT_ALONE: Weights = [(0.0, 20.0)]
 
 
 def auc(harmful: Tensor, harmless: Tensor, max_fpr: float | None = None) -> float:
@@ -122,6 +125,7 @@ def fit_gate(
     pooled: bool = True,
     counted: tuple[Tensor, Tensor] | None = None,
     signs: tuple[Tensor, Tensor] | None = None,
+    weights: Weights = INTENT_AND_VERDICT,
     openings: Sequence[int] = (),
     parts: Tensor | None = None,
 ) -> GateFit:
@@ -145,6 +149,7 @@ def fit_gate(
         counted: which harmful prompts count as found and which harmless ones as false positives,
             (k,) bool each; by default all. The others are used for fitting only.
         signs: refusal signs of the harmful and the harmless prompts, (k, 2) each.
+        weights: pairs of weights of the two signs to try.
         openings: the tokens that the signs are about.
         parts: places (m, 2) among the harmless prompts of a prompt and of one of its sentences. The
             gate reads sentences too, so a prompt is judged by the highest of their scores.
@@ -159,7 +164,7 @@ def fit_gate(
     if counted is not None:
         known_harmful, judged = known_harmful & counted[0], judged & counted[1]
     said = _Said.of(signs, judged)
-    weighed = [(0.0, 0.0)] if signs is None else list(product(INTENTS, VERDICTS))
+    weighed: Weights = [(0.0, 0.0)] if signs is None else weights
     best: GateFit | None = None
     best_value, best_weights, best_unit = -1.0, (0.0, 0.0), 1.0
     for candidate in (one for kind in kinds for one in candidates(kind, data, pooled)):
@@ -169,13 +174,13 @@ def fit_gate(
             centre, spread = known.mean(), known.std().clamp(min=1e-12)
             tried.append(((h - centre) / spread, (s - centre) / spread))
         unit = float(_unseen(tried, data)[1][judged].std().clamp(min=1e-12))
-        for weights in weighed:
-            h, s = _unseen([said.added(*one, unit, weights, parts) for one in tried], data)
+        for pair in weighed:
+            h, s = _unseen([said.added(*one, unit, pair, parts) for one in tried], data)
             h, s = h[known_harmful], s[judged]
             value = auc(h, s, max(COMPARED, budget))
             if value > best_value:
                 cut, spread = threshold(h, s, budget), s.std().clamp(min=1e-12)
-                best_value, best_weights, best_unit = value, weights, unit
+                best_value, best_weights, best_unit = value, pair, unit
                 margins = (h - cut) / spread, (s - cut) / spread
                 best = GateFit(
                     candidate.layers, torch.empty(0), cut, spread=float(spread), unseen=margins
@@ -193,9 +198,9 @@ def fit_gate(
     cut = float(seen.mean()) + best.threshold * scale
     if not any(best_weights):
         return replace(best, threshold=cut)
-    weights = best_weights[0] * scale / said.unit, best_weights[1] * scale
-    cut += weights[0] * said.centre
-    return replace(best, threshold=cut, openings=tuple(openings), weights=weights)
+    final = best_weights[0] * scale / said.unit, best_weights[1] * scale
+    cut += final[0] * said.centre
+    return replace(best, threshold=cut, openings=tuple(openings), weights=final)
 
 
 def _unseen(tried: Sequence[tuple[Tensor, Tensor]], data: Labelled) -> tuple[Tensor, Tensor]:
@@ -268,33 +273,3 @@ def refusal_openings(harmful: Tensor, harmless: Tensor) -> list[int]:
         if often >= OFTEN and often >= CONTRAST * seldom:
             found.append(int(token))
     return found[:MAX_OPENINGS]
-
-
-def useful_gates(
-    text_gate: GateFit, in_vlm: GateFit, scores: Tensor, epsilon: float, harmful: Tensor
-) -> dict[Literal["text", "vlm"], GateFit]:
-    """The gates of a guard with their final thresholds: both, or the text gate alone.
-
-    Thresholds move until the false-positive rate of all gates is within a bound: each by the same
-    number of ``spread`` units of its gate. ``spread`` is cross-validated, because an overfitted
-    gate scores unseen prompts far more widely than those it was fitted to, and would otherwise
-    raise the threshold of the other gate too.
-
-    Two gates share one false-positive budget, so a second one raises the threshold of the first. It
-    is left out unless one of the two opens on more harmful requests with a picture than the text
-    gate does alone.
-
-    Args:
-        text_gate, in_vlm: the fitted gates.
-        scores: the highest score of each gate for each harmless question, (n, 2), in units of the
-            gate's spread. No gate was fitted to these questions.
-        epsilon: highest rate of harmless requests on which any gate opens, with the confidence of
-            ``conformal.CONFIDENCE``.
-        harmful: cross-validated scores (m, 2) of the same harmful requests by each gate, as in
-            ``GateFit.unseen``.
-    """
-    alone = conformal_threshold(scores[:, 0], epsilon)
-    both = conformal_threshold(scores.max(1).values, epsilon)
-    if (harmful.max(1).values > both).sum() <= (harmful[:, 0] > alone).sum():
-        return {"text": text_gate.moved(alone)}
-    return {"text": text_gate.moved(both), "vlm": in_vlm.moved(both)}

@@ -1,35 +1,25 @@
-"""Records the hidden states of the calibration prompts and fits gates to them."""
+"""Records the hidden states of the calibration prompts."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vlm_safeguard import method
-from vlm_safeguard.calibration.attack_trials import answered, within
-from vlm_safeguard.calibration.budget import Budget, Effort
-from vlm_safeguard.calibration.gate_candidates import Kind
-from vlm_safeguard.calibration.gate_fitting import (
-    KINDS,
-    GateFit,
-    fit_gate,
-    refusal_openings,
-)
+from vlm_safeguard.calibration.attack_trials import within
+from vlm_safeguard.calibration.budget import Effort
+from vlm_safeguard.calibration.gate_fitting import refusal_openings
 from vlm_safeguard.calibration.kept_states import once
-from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.calibration.recorded_states import Recorded, Sentences, States
 from vlm_safeguard.data.inputs import (
     PICTURED,
     Query,
     Setting,
     queries,
-    query,
-    settings_of,
     spoken,
     told,
 )
@@ -44,13 +34,6 @@ from vlm_safeguard.runtime.gate import refusal_signs
 from vlm_safeguard.utils.progress import Progress
 
 MAX_RANK = 64
-IN_VLM_SHARE = 0.1  # of the false-positive budget
-IN_VLM_DEPTH = 2 / 3  # of the decoder, that the gate in the VLM may read
-# The model is asked the highest threshold-setting prompts: this many times those that a gate may
-# open for.
-ASKED = 3
-Source = Literal["text", "vlm"]  # what a gate reads: the text-only pass, or the request's own
-
 FOLDS = 5  # of the cross-validation that chooses a gate
 
 
@@ -111,7 +94,8 @@ def record_calibration(
         seen = queries(chosen, setting)
         pictured[setting] = record_states(loaded, chosen, seen, setting, folder, progress)
     untold = frozenset(p.id for p in fit if not told(p, reads_pictures))
-    return Recorded(pairs, directions, openings, text, single, pictured, untold)
+    about = frozenset(p.id for p in fit if p.form == "picture")
+    return Recorded(pairs, directions, openings, text, single, pictured, untold, about)
 
 
 def record_sentences(
@@ -192,120 +176,3 @@ def record_signs(
         )
 
     return once(folder, asked, (tuple(openings), sentence, layers), run)
-
-
-def fit_to(
-    recorded: Recorded,
-    source: Source,
-    budget: float,
-    *,
-    kinds: Sequence[Kind] = KINDS,
-    pooled: bool = True,
-    intent: bool = True,
-) -> GateFit:
-    """``fit_gate`` to what was recorded, as text or with pictures; ``intent``: whether it may read
-    refusal signs."""
-    directions, parts = recorded.directions, None
-    if source == "text":
-        states, parts = recorded.text_only_states(), recorded.parts()
-    else:
-        states = recorded.vlm_states()
-        # The last prompt token is steered above the last layer of this gate only.
-        last = max(1, int(IN_VLM_DEPTH * len(directions)))
-        directions = {n: found for n, found in directions.items() if n < last}
-    return fit_gate(
-        *states.split(),
-        *states.folds(),
-        directions,
-        budget,
-        kinds=kinds,
-        pooled=pooled,
-        counted=states.split_counted(),
-        signs=states.split_signs() if intent else None,
-        openings=recorded.openings,
-        parts=parts,
-    )
-
-
-def fit_gates(recorded: Recorded, budget: Budget) -> tuple[GateFit, GateFit]:
-    """Fit the text gate and the gate in the VLM.
-
-    They share the false-positive budget. The text gate gets 90% of it, because it finds nearly all
-    harmful requests.
-    """
-    epsilon = budget.false_positives
-    text_gate = fit_to(recorded, "text", epsilon * (1 - IN_VLM_SHARE))
-    in_vlm = fit_to(recorded, "vlm", epsilon * IN_VLM_SHARE)
-    return text_gate, in_vlm
-
-
-def bound_scores(
-    loaded: LoadedModel,
-    text_gate: GateFit,
-    in_vlm: GateFit,
-    items: Sequence[Prompt],
-    reads_pictures: bool,
-    reads_sentences: bool,
-    epsilon: float,
-    folder: Path,
-    progress: Progress,
-    recogniser: Recogniser = BY_PHRASES,
-) -> Tensor:
-    """Scores of harmless questions, which set the thresholds: the highest of each gate.
-
-    Each prompt is scored as text and with its picture, or with a blank and a drawn one in turn. A
-    question and its copies in templates count as one, so that scores are independent. If the model
-    refuses a prompt by itself, no gate stops it, so it gets the lowest score.
-
-    Args:
-        text_gate: the text gate.
-        in_vlm: the gate in the VLM.
-        items: harmless prompts that no gate was fitted to.
-        reads_pictures: whether the text gate also reads the words in pictures.
-        reads_sentences: whether the text gate also reads each sentence by itself.
-        epsilon: the false-positive rate that thresholds are set for.
-
-    Returns:
-        Scores (n, 2) of n questions by the text gate and by the gate in the VLM, each in units of
-        its ``spread``.
-    """
-    said = [spoken(p, reads_pictures) for p in items]
-    settings = [tuple(s for s in PICTURED if s in settings_of(p)) for p in items]
-    mixed = [query(p, s[n % len(s)]) for n, (p, s) in enumerate(zip(items, settings, strict=True))]
-    layers = 1 + max(in_vlm.layers)  # no gate that sees pictures reads a layer above
-    text, signs = record_signs(loaded, said, text_gate.openings, folder, "bound, text", progress)
-    what = "bound, pictures"
-    seen, _ = record_signs(loaded, mixed, (), folder, what, progress, layers=layers)
-    by_text = text_gate.scores(text, signs) / text_gate.spread
-    texts = [one.text for one in said] if reads_sentences else []
-    single = record_sentences(loaded, texts, text_gate.openings, folder, progress)
-    of_parts = text_gate.scores(single.states, single.signs) / text_gate.spread
-    owner, part = single.of.T
-    by_text = by_text.scatter_reduce(0, owner, of_parts[part], "amax")
-    by_vlm = torch.maximum(in_vlm.scores(text), in_vlm.scores(seen)) / in_vlm.spread
-    scores = torch.stack([by_text, by_vlm], 1)
-    _lower_refused(loaded, items, scores, ASKED * epsilon, recogniser)
-    highest: dict[str, Tensor] = {}
-    for prompt, score in zip(items, scores, strict=True):
-        highest[prompt.cluster] = torch.maximum(score, highest.get(prompt.cluster, score))
-    return torch.stack(list(highest.values()))
-
-
-def _lower_refused(
-    loaded: LoadedModel,
-    items: Sequence[Prompt],
-    scores: Tensor,
-    share: float,
-    recogniser: Recogniser,
-) -> None:
-    """Give the lowest score to what the model refuses by itself, from the highest score down until
-    it answers the highest ``share`` by each gate. Only these decide where a threshold lies."""
-    count, lowest, known = int(share * len(items)) + 1, scores.min(0).values, set[int]()
-    while True:
-        top = {n for column in scores.T for n in column.argsort(descending=True)[:count].tolist()}
-        new = sorted(top - known)
-        if not new:
-            return
-        known |= top
-        said = answered(loaded, [items[n] for n in new], recogniser)
-        scores[[n for n, is_answered in zip(new, said, strict=True) if not is_answered]] = lowest

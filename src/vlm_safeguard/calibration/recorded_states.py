@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vlm_safeguard.calibration.gate_fitting import GateFit
+from vlm_safeguard.calibration.gate_fitting import GateFit, GateName
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Recorded:
         sentences: of these prompts.
         pictured: states with a blank image and with a picture, by setting.
         untold: ids of prompts whose label does not show in what the text gate reads.
+        about_picture: ids of prompts about their picture.
     """
 
     pairs: Tensor
@@ -87,6 +88,7 @@ class Recorded:
     sentences: Sentences
     pictured: dict[str, States]
     untold: frozenset[str]
+    about_picture: frozenset[str]
 
     def text_only_states(self) -> States:
         """States that the text gate is fitted to: prompts as text, anchors, and sentences.
@@ -104,6 +106,26 @@ class Recorded:
         first = int((~self.text.harmful).sum()) + self.pairs.shape[1]
         return self.sentences.of + torch.tensor([0, first])
 
+    def refused_states(self) -> States | None:
+        """States that the gate on refused texts is fitted to: harmful prompts, and harmless ones
+        about a picture, as text. It is judged by those that the model would refuse, by the verdict.
+
+        Returns:
+            None if no tokens are known to begin the model's refusals.
+        """
+        text = self.text
+        if text.signs is None:
+            return None
+        used = text.harmful | torch.tensor([one in self.about_picture for one in text.ids])
+        return States(
+            tuple(one for one, chosen in zip(text.ids, used.tolist(), strict=True) if chosen),
+            text.states[used],
+            text.harmful[used],
+            text.fold[used],
+            (text.counted & (text.signs[:, 1] > 0))[used],
+            text.signs[used],
+        )
+
     def vlm_states(self) -> States:
         """States that the gate in the VLM is fitted to: prompts in all settings with a picture, and
         as text. The gate is not judged by the text, but harm lies in the same directions there, and
@@ -118,16 +140,24 @@ class Recorded:
             ),
         )
 
-    def found_together(self, text_gate: GateFit, in_vlm: GateFit) -> Tensor:
-        """Cross-validated scores (m, 2), by the text gate and by the gate in the VLM, of the
-        harmful prompts with a picture, for ``useful_gates``.
+    def found_together(self, fits: Mapping[GateName, GateFit]) -> Tensor:
+        """Cross-validated scores (m, n) of the harmful prompts with a picture by n gates, "text"
+        and "vlm" among them, for ``useful_gates``.
 
-        The text gate does not open on a prompt that it cannot tell from a harmless one.
+        The text gate does not open on a prompt that it cannot tell from a harmless one, and the
+        gate on refused texts only on those.
         """
-        by_text = dict.fromkeys(self.untold, -math.inf) | dict(_unseen([self.text], text_gate))
-        by_vlm = _unseen(self.pictured.values(), in_vlm)
-        both = [(by_text[one], score) for one, score in by_vlm if one in by_text]
-        return torch.tensor(both).reshape(-1, 2)
+        by: dict[GateName, dict[str, float]] = {}
+        if (refused := self.refused_states()) is not None and "refused" in fits:
+            by["refused"] = dict(_unseen([refused], fits["refused"]))
+        by["text"] = dict.fromkeys(self.untold, -math.inf)
+        by["text"] |= dict(_unseen([self.text], fits["text"]))
+        rows = [
+            [score if name == "vlm" else by[name].get(one, -math.inf) for name in fits]
+            for one, score in _unseen(self.pictured.values(), fits["vlm"])
+            if one in by["text"]
+        ]
+        return torch.tensor(rows).reshape(-1, len(fits))
 
 
 def _unseen(parts: Iterable[States], gate: GateFit) -> list[tuple[str, float]]:

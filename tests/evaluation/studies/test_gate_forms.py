@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_safeguard.calibration import hidden_states
+from vlm_safeguard.calibration import gate_choice, hidden_states
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.conformal import allowed_exceedances, conformal_threshold
-from vlm_safeguard.calibration.gate_fitting import GateFit, useful_gates
+from vlm_safeguard.calibration.gate_choice import useful_gates
+from vlm_safeguard.calibration.gate_fitting import GateFit
 from vlm_safeguard.data.inputs import Query, settings_of
 from vlm_safeguard.data.prompts import calibration
 from vlm_safeguard.evaluation.studies import gate_forms
@@ -72,7 +73,7 @@ def test_a_gate_in_the_vlm_stays_if_it_finds_more_than_it_costs(
     text, in_vlm = (GateFit((layer,), torch.ones(1, 1), 0.0) for layer in (0, 1))
     harmful = torch.stack([torch.linspace(0, 2, 100), torch.full((100,), -9.0)], 1)
     harmful[found_in_vlm, 1] = 9.0
-    gates = useful_gates(text, in_vlm, harmless, 0.02, harmful)
+    gates = useful_gates({"text": text, "vlm": in_vlm}, harmless, 0.02, harmful)
     assert list(gates) == kept
     allowed = allowed_exceedances(1000, 0.02)
     highest = harmless[:, : len(kept)].max(1).values.sort(descending=True).values
@@ -98,12 +99,12 @@ def test_the_study_finds_harm_where_it_is_planted(monkeypatch: pytest.MonkeyPatc
         found = torch.randn(len(asked), 4, 8, generator=generator)
         for row, one in enumerate(asked):
             blank = one.image is not None and len(one.image.getcolors(2) or "12") == 1
-            found[row, 2, 0] += 8 * (one.text in harmful and not blank)
+            found[row, 1, 0] += 8 * (one.text in harmful and not blank)
         return found
 
     def anchors(*_: object) -> tuple[torch.Tensor, list[int]]:
         found = torch.randn(2, 60, 4, 8, generator=generator)
-        found[0, :, 2, 0] += 8
+        found[0, :, 1, 0] += 8
         return found, [5]
 
     def recorded(
@@ -114,11 +115,11 @@ def test_the_study_finds_harm_where_it_is_planted(monkeypatch: pytest.MonkeyPatc
         return states(loaded, asked), signs if openings else None
 
     monkeypatch.setattr(hidden_states, "record", states)
-    for module in (hidden_states, gate_forms):
+    for module in (hidden_states, gate_choice, gate_forms):
         monkeypatch.setattr(module, "record_signs", recorded)
     monkeypatch.setattr(hidden_states, "record_anchors", anchors)
     monkeypatch.setattr(hidden_states, "MAX_RANK", 4)
-    monkeypatch.setattr(hidden_states, "answered", lambda _, asked, *__: [True] * len(asked))
+    monkeypatch.setattr(gate_choice, "answered", lambda _, asked, *__: [True] * len(asked))
     effort = Effort(worded=200, pictured=200, bound=200)
     rows, together = gate_forms.study(None, Budget(), effort, Progress(quiet=True))  # type: ignore[arg-type]
     held = [p for p in calibration("held") if "text" in settings_of(p)]

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,15 +18,9 @@ from torch import Tensor
 from vlm_safeguard.calibration.attack_trials import within
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.gate_candidates import Kind
-from vlm_safeguard.calibration.gate_fitting import GateFit, auc, useful_gates
-from vlm_safeguard.calibration.hidden_states import (
-    Source,
-    bound_scores,
-    fit_gates,
-    fit_to,
-    record_calibration,
-    record_signs,
-)
+from vlm_safeguard.calibration.gate_choice import bound_scores, fit_gates, fit_to, useful_gates
+from vlm_safeguard.calibration.gate_fitting import GateFit, auc
+from vlm_safeguard.calibration.hidden_states import record_calibration, record_signs
 from vlm_safeguard.calibration.recorded_states import States
 from vlm_safeguard.data.inputs import SETTINGS, Setting, queries
 from vlm_safeguard.data.prompts import CalibrationData, Prompt
@@ -56,9 +50,9 @@ FORMS = (
     Form("discriminant in the safety subspace, pooled", ("discriminant",), True),
     Form("discriminant in principal components, one layer", ("components",), False),
     Form("discriminant in principal components, pooled", ("components",), True),
-    Form("the same, and the refusal signs", ("components",), True, intent=True),
+    Form("principal components, and the refusal signs", ("components",), True, intent=True),
     Form("largest margin, several layers together", ("margin",), True),
-    Form("the same, and the refusal signs", ("margin",), True, intent=True),
+    Form("largest margin, and the refusal signs", ("margin",), True, intent=True),
 )
 
 
@@ -97,7 +91,9 @@ def study(
         for form in progress.track(FORMS, "forms of gate"):
             if form.intent and not recorded.openings:
                 continue  # no token begins this model's refusals and hardly ever its answers
-            sources: tuple[Source, ...] = ("text",) if form.intent else ("text", "vlm")
+            sources: tuple[Literal["text", "vlm"], ...] = (
+                ("text",) if form.intent else ("text", "vlm")
+            )
             for source in sources:
                 gate = fit_to(
                     recorded,
@@ -110,14 +106,11 @@ def study(
                 # The text-only pass is the same in every setting: one row of it is enough.
                 for setting in SETTINGS if source == "vlm" else SETTINGS[:1]:
                     rows.append(_judge(form.name, source, setting, gate, held[setting]))
-        text_gate, in_vlm = fit_gates(recorded, budget)
+        fits = fit_gates(recorded, budget)
         bound = evenly([p for p in data.bound if p.ordinary], effort.bound)
         epsilon = budget.false_positives
-        scores = bound_scores(
-            loaded, text_gate, in_vlm, bound, False, False, epsilon, folder, progress
-        )
-        together = recorded.found_together(text_gate, in_vlm)
-        gates = useful_gates(text_gate, in_vlm, scores, epsilon, together)
+        scores = bound_scores(loaded, fits, bound, False, False, epsilon, folder, progress)
+        gates = useful_gates(fits, scores, epsilon, recorded.found_together(fits))
         rates = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
     return rows, rates
 
@@ -157,9 +150,12 @@ def at_false_positives(harmful: Tensor, harmless: Tensor, share: float) -> Rate:
 
 def _together(gates: Mapping[Any, GateFit], text: States, states: States) -> dict[str, Rate]:
     """Found and wrongly stopped requests, by any gate that calibration keeps."""
-    opened = gates["text"].scores(text.states, text.signs) > 0
-    if "vlm" in gates:
-        opened |= gates["vlm"].scores(states.states) > 0
+    opened = torch.zeros_like(text.harmful)
+    for name, gate in gates.items():
+        scores = (
+            gate.scores(states.states) if name == "vlm" else gate.scores(text.states, text.signs)
+        )
+        opened |= scores > 0
     return {
         name: wilson(int(opened[chosen].sum()), int(chosen.sum()))
         for name, chosen in (("found", states.harmful), ("stopped", ~states.harmful))
