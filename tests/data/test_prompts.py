@@ -122,8 +122,8 @@ def test_calibration_parts_share_no_question() -> None:
 def test_thresholds_are_set_on_enough_harmless_questions() -> None:
     bound = prompts.calibration("bound")
     assert not any(p.harmful for p in bound)
-    assert len({p.cluster for p in bound if p.ordinary}) >= 700  # 1.1% exceed, for 2% at 95%
-    assert 0.2 <= sum(p.lookalike for p in bound) / len(bound) <= 0.3
+    assert len({p.cluster for p in bound if p.ordinary}) >= 850  # 1.2% exceed, for 2% at 95%
+    assert sum(p.lookalike for p in bound) >= 300
 
 
 def test_a_prompt_is_harmful_or_ordinary_or_a_lookalike() -> None:

@@ -22,4 +22,4 @@ def gate_title(gate: Gate) -> str:
     layers = ", ".join(map(str, gate.layers[:4])) + (", …" if len(gate.layers) > 4 else "")
     read = f"layer{'s' if len(gate.layers) > 1 else ''} {layers}"
     name = GATE_NAMES[gate.source]
-    return f"{name[0].upper()}{name[1:]}: {read}{' and refusal intent' if gate.openings else ''}"
+    return f"{name[0].upper()}{name[1:]}: {read}{' and refusal signs' if gate.openings else ''}"
