@@ -122,7 +122,7 @@ def test_calibration_parts_share_no_question() -> None:
 def test_thresholds_are_set_on_enough_harmless_questions() -> None:
     bound = prompts.calibration("bound")
     assert not any(p.harmful for p in bound)
-    assert len({p.cluster for p in bound if p.ordinary}) >= 850  # 1.2% exceed, for 2% at 95%
+    assert len({p.cluster for p in bound if p.ordinary}) >= 1250  # 1.3% exceed, for 2% at 95%
     assert sum(p.lookalike for p in bound) >= 300
 
 

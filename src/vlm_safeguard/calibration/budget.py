@@ -29,7 +29,7 @@ class Effort:
 
     worded: int = 3000  # prompts of each label recorded as text, which gates are fitted to
     pictured: int = 240  # of each label, with a blank image and with a picture, for the VLM gate
-    bound: int = 1500  # harmless prompts that set the thresholds
+    bound: int = 2500  # harmless prompts that set the thresholds
     scan: int = 160  # attacks tried without a guard, to find those that succeed
     search: int = 20  # attacks per steering candidate
     finalists: int = 2  # candidates of the second round
