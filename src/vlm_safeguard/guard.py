@@ -26,7 +26,7 @@ from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.model.weights import quantised, weights_digest
 from vlm_safeguard.runtime.gate import gate_class
 from vlm_safeguard.runtime.session import Session
-from vlm_safeguard.runtime.steering import mode_class
+from vlm_safeguard.runtime.steering import Steerer, mode_class
 from vlm_safeguard.utils.files import read_limited, write_whole
 
 _MAX_CARD = 1 << 20  # bytes of a README that is looked through for our mark
@@ -361,6 +361,13 @@ class Guard:
 def reads_pictures(guard: Guard | None) -> bool:
     """Whether ``guard`` needs the words in pictures; False without a guard."""
     return guard is not None and guard.config.reads_pictures
+
+
+def reads_text(guard: Guard) -> bool:
+    """Whether ``guard`` makes a text-only pass: for a gate, or for the coordinates it steers by."""
+    from_text = any(gate.source == "text" for gate in guard.config.gates)
+    steerer = Steerer(guard.config.steering, guard.tensors, from_text)
+    return from_text or bool(steerer.reads_text)
 
 
 class _Folder:

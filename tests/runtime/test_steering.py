@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from vlm_safeguard.artifact.config import Gate, Steering
-from vlm_safeguard.guard import Guard
+from vlm_safeguard.errors import GuardError
+from vlm_safeguard.guard import Guard, reads_text
 from vlm_safeguard.runtime.gate import GATES, LinearGate
 from vlm_safeguard.runtime.steering import MODES, Steerer, SteeringMode
 
@@ -82,10 +83,23 @@ class Norm(LinearGate):
         return states.norm(dim=-1) - self.thresholds[places]
 
 
+class Sure(LinearGate):
+    """Scores how large the largest logit of the first answer token is."""
+
+    reads_logits = True
+
+    def scores(self, states, places=slice(None)):
+        return -self.thresholds[places].expand(len(states), -1)
+
+    def refusal(self, logits, sentence):
+        return logits.max(-1).values
+
+
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setitem(MODES, "mirror", Mirror)
     monkeypatch.setitem(GATES, "norm", Norm)
+    monkeypatch.setitem(GATES, "sure", Sure)
 
 
 def outputs_of_layer(model, layer, guard):
@@ -122,3 +136,42 @@ def test_a_mode_and_a_gate_of_ones_own(model, registered, tmp_path):
     long = max(d.scores["text.0"][0] for d in decisions)
     _, decisions = outputs_of_layer(model, 3, tiny.with_thresholds(made, [[long]]))
     assert [d.fired for d in decisions].count(True) < len(tiny.PROMPTS)
+
+
+def test_a_gate_of_ones_own_reads_logits(model, registered, tmp_path):
+    """Those of the text alone; the gate is decided like any other."""
+    made = tiny.guard(model, [Gate(kind="sure", source="text", layers=[2], thresholds=[0.0])])
+    made.save_pretrained(tmp_path)
+    _, decisions = outputs_of_layer(model, 3, Guard.from_pretrained(tmp_path))
+    scores = [d.scores["text.0"][0] for d in decisions]
+    with torch.no_grad():
+        texts = [torch.tensor([tiny.without_pictures(prompt)]) for prompt in tiny.PROMPTS]
+        expected = [float(model(input_ids=ids).logits[0, -1].max()) for ids in texts]
+    assert scores == pytest.approx(expected, rel=1e-4)
+    assert [d.fired for d in decisions] == [score > 0 for score in scores]
+    _, decisions = outputs_of_layer(model, 3, tiny.with_thresholds(made, [[max(scores)]]))
+    assert not any(d.fired for d in decisions)
+
+
+@pytest.mark.parametrize(("source", "per_layer"), [("vlm", False), ("text", True)])
+def test_a_gate_that_would_get_no_logits_is_refused(model, registered, source, per_layer):
+    """It would never be decided."""
+    gate = Gate(kind="sure", source=source, layers=[2], thresholds=[0.0], per_layer=per_layer)
+    with pytest.raises(GuardError, match="sure reads logits"):
+        tiny.guard(model, [gate]).attach(model)
+
+
+def test_a_mode_says_whether_it_needs_the_text(model, monkeypatch):
+    """Engines make a text-only pass for a mode that they do not know by name."""
+
+    class Text(SteeringMode):
+        needs_text = True
+
+    monkeypatch.setitem(MODES, "mirror", Mirror)
+    monkeypatch.setitem(MODES, "text", Text)
+    by_mode = {
+        mode: reads_text(tiny.guard(model, [tiny.gate("vlm", 2)], mode=mode))
+        for mode in ("mirror", "text", "restore", "erase")
+    }
+    assert by_mode == {"mirror": False, "text": True, "restore": True, "erase": False}
+    assert reads_text(tiny.guard(model, [tiny.gate("text", 2)], mode="mirror"))

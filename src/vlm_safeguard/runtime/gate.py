@@ -106,8 +106,18 @@ def gate_class(kind: str) -> type[LinearGate]:
 
 
 def make_gate(gate: Gate, vectors: Tensor) -> LinearGate:
-    """The scorer of a guard's gate; ``vectors`` (n, d), one per layer."""
-    return gate_class(gate.kind).make(gate, vectors)
+    """The scorer of a guard's gate; ``vectors`` (n, d), one per layer.
+
+    Raises:
+        GuardError: no such kind is registered, or it reads logits where this gate gets none.
+    """
+    scorer = gate_class(gate.kind).make(gate, vectors)
+    if scorer.reads_logits and (gate.source != "text" or gate.per_layer):
+        raise GuardError(
+            f"a gate of kind {gate.kind} reads logits, which only the text-only pass has: give it "
+            "source `text`, without per_layer"
+        )
+    return scorer
 
 
 class Gates:

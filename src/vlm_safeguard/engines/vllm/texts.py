@@ -12,7 +12,7 @@ from typing import Any
 from vlm_safeguard.data.ocr import with_words
 from vlm_safeguard.engines.vllm.messages import Order, guard_digest
 from vlm_safeguard.errors import GuardRuntimeError
-from vlm_safeguard.guard import Guard
+from vlm_safeguard.guard import Guard, reads_text
 from vlm_safeguard.model.chat import render
 from vlm_safeguard.model.control_tokens import ControlTokens
 from vlm_safeguard.model.text_only import PROBE
@@ -28,11 +28,7 @@ class TextForms:
         self._control = ControlTokens.of(processor)
         self._digest = guard_digest(guard)
         has_text_gates = any(gate.source == "text" for gate in config.gates)
-        steering = config.steering
-        needs_text = (steering.mode == "restore" and steering.reference == "text") or (
-            steering.mode == "add" and steering.query == "text"
-        )
-        self._reads_text = has_text_gates or needs_text
+        self._reads_text = reads_text(guard)
         self._by_sentence = config.reads_sentences
         self._reader = TextReader(processor) if has_text_gates else None
         self._turn_end = render(processor, PROBE).rpartition(PROBE)[2]

@@ -29,10 +29,9 @@ from vlm_safeguard.evaluation.harness.throughput import throughput
 from vlm_safeguard.evaluation.judges import JudgeErrors, judge_errors
 from vlm_safeguard.evaluation.metrics.likelihood import perplexity
 from vlm_safeguard.evaluation.metrics.timing import request_ratio, time_ratios
-from vlm_safeguard.guard import Guard
+from vlm_safeguard.guard import Guard, reads_text
 from vlm_safeguard.model.fingerprint import dtype_name
 from vlm_safeguard.model.loading import LoadedModel
-from vlm_safeguard.runtime.steering import Steerer
 from vlm_safeguard.utils.progress import Progress
 
 PERPLEXITY_PROMPTS = 60  # harmless ones per defence
@@ -167,11 +166,7 @@ def _costs(
 def extra_passes(guard: Guard | None) -> int:
     """Forward passes per request beside the request's own. All that want the text share one pass
     over it: the gates that read it, and a steering that takes its coordinates from it."""
-    if guard is None:
-        return 0
-    text_gates = any(gate.source == "text" for gate in guard.config.gates)
-    steerer = Steerer(guard.config.steering, guard.tensors, text_gates)
-    return int(text_gates or bool(steerer.reads_text))
+    return int(guard is not None and reads_text(guard))
 
 
 def timed_requests(plan: Plan) -> list[Query]:
