@@ -173,6 +173,13 @@ class Cost:
         settings, so it counts as one mistake."""
         return clustered_wilson(self.stopped, self.clusters)
 
+    @property
+    def least_kl(self) -> float:
+        """``kl``, if the false-positive rate were at the lower end of its interval. One mistake in
+        a few requests says little, so a budget is exceeded only if this is above it."""
+        share = sum(self.stopped) / max(len(self.stopped), 1)
+        return self.kl / share * self.rate().low if share else 0.0
+
 
 @torch.inference_mode()
 def harmless_cost(

@@ -80,9 +80,10 @@ def prove(
             f"{budget.false_positives:.1%}. Add harmless prompts like these (--harmless), or allow "
             "more with --max-false-positives"
         )
-    if ordinary.kl > budget.kl:
+    if ordinary.least_kl > budget.kl:
         raise CalibrationError(
-            f"no guard: the mean KL divergence on harmless prompts is {ordinary.kl:.3f} nats, the "
-            f"budget is {budget.kl}. Allow more with --max-kl"
+            f"no guard: the mean KL divergence on harmless prompts is {ordinary.kl:.3f} nats (at "
+            f"least {ordinary.least_kl:.3f} with 95% confidence), the budget is {budget.kl}. Allow "
+            "more with --max-kl"
         )
     return proof

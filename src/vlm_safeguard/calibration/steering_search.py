@@ -83,13 +83,13 @@ def search(
         guard = build(steering)
         won = plain.guarded(loaded, guard, effort.tokens, recogniser)
         rate = sum(won) / len(won)
-        divergence = harmless_cost(loaded, guard, harmless, recogniser).kl
+        cost = harmless_cost(loaded, guard, harmless, recogniser)
         tried[place] |= {
             "final_n": len(won),
             "final_asr": round(rate, 4),
-            "final_kl": round(divergence, 5),
+            "final_kl": round(cost.kl, 5),
         }
-        if divergence <= budget.kl and (best is None or rate < best[0]):
+        if cost.least_kl <= budget.kl and (best is None or rate < best[0]):
             best = (rate, place, steering)
     if best is None:
         raise CalibrationError(
