@@ -15,6 +15,7 @@ from vlm_safeguard.errors import CalibrationError
 from vlm_safeguard.model.loading import load
 from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.utils.progress import Progress
+from vlm_safeguard.utils.stats import wilson
 
 QUIET = Progress(quiet=True)
 GUARD = SimpleNamespace(config=SimpleNamespace(reads_pictures=False))
@@ -85,8 +86,16 @@ def test_lookalikes_are_reported_and_not_budgeted(monkeypatch: pytest.MonkeyPatc
     assert proof["lookalikes"] == {"n": 20, "stopped": 8, "kl": 9.0}
 
 
+def test_a_few_mistakes_do_not_exceed_the_kl_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of 40: their rate may be 1.4%, so the mean divergence may be 0.14 nats and not 0.5."""
+    cost = Cost(0.5, [n < 2 for n in range(40)], [str(n) for n in range(40)])
+    assert cost.least_kl == pytest.approx(0.5 / 0.05 * wilson(2, 40).low) and cost.least_kl < 0.2
+    assert Cost(0.0, [False] * 40, [str(n) for n in range(40)]).least_kl == 0
+    assert proof_of(monkeypatch, {False: 1, True: 0}, 0.5)["harmless"]["kl"] == 0.5
+
+
 @pytest.mark.parametrize(
-    ("stopped", "kl", "reason"), [(8, 0.01, "it stops 40"), (0, 0.3, "KL divergence")]
+    ("stopped", "kl", "reason"), [(8, 0.01, "it stops 40"), (1, 1.0, "KL divergence")]
 )
 def test_ordinary_requests_are_budgeted(
     monkeypatch: pytest.MonkeyPatch, stopped: int, kl: float, reason: str
