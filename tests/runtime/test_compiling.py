@@ -153,7 +153,8 @@ def test_compiled_after_attaching():
     torch._dynamo.reset()
 
 
-def test_compiled_after_attaching_and_decoding_step_by_step():
+@pytest.mark.parametrize("tokens", [2, None])
+def test_compiled_after_attaching_and_decoding_step_by_step(tokens):
     """Steps in which the layers steer, and in which they have nothing to do, in turns."""
     model = tiny.llava(num_hidden_layers=2)
     made = tiny.guard(model, [tiny.gate("vlm", 0)], layers=[0, 1], reference="anchor")
@@ -180,7 +181,7 @@ def test_compiled_after_attaching_and_decoding_step_by_step():
         [tiny.gate("vlm", 0, threshold=middle)],
         layers=[0, 1],
         reference="anchor",
-        tokens=2,
+        tokens=tokens,
     )
     torch._dynamo.reset()
     with torch.no_grad():
