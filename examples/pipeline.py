@@ -1,6 +1,9 @@
 """Guard a transformers pipeline: attach the guard to its model, and detach it at the end.
 
 python examples/pipeline.py MODEL GUARD PICTURE
+
+A pipeline makes the model's inputs by itself. A guard made with --read-pictures refuses them where
+there is a picture, because nobody has read the words in it: for such a guard see generate.py.
 """
 
 import sys

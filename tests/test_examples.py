@@ -1,4 +1,7 @@
-"""The scripts in examples/, on a tiny checkpoint."""
+"""The scripts in examples/, on a tiny checkpoint and on the embedded model.
+
+Calibration takes too long for a test: own_data.py is run with a stand-in for ``calibrate``.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,23 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from tests import checkpoint, tiny
-from vlm_safeguard.errors import DataError, ModelError
+from tests import assembled, checkpoint, tiny
+from tests.paths import ROOT
+from vlm_safeguard.calibration import calibrate as calibration
+from vlm_safeguard.data.prompts import CalibrationData
+from vlm_safeguard.errors import DataError, GuardRuntimeError, ModelError
 from vlm_safeguard.guard import Guard
-from vlm_safeguard.model.loading import load
-
-ROOT = Path(__file__).parents[1]
+from vlm_safeguard.model.loading import LoadedModel, load
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A checkpoint, a guard that always steers, and a picture."""
+    """A tiny checkpoint, a guard that always steers, and a picture."""
     folder = tmp_path_factory.mktemp("examples")
     checkpoint.save(folder / "model")
     loaded = load(folder / "model")
@@ -31,6 +36,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tiny.guard(loaded.model, [gate], reference="anchor").save_pretrained(folder / "guard")
     Image.new("RGB", (40, 30), (200, 30, 30)).save(folder / "picture.png")
     return {"MODEL": "model", "GUARD": "guard", "PICTURE": "picture.png"} | {"": str(folder)}
+
+
+@pytest.fixture
+def embedded(made: dict[str, str]) -> dict[str, str]:
+    """The embedded model, the guard that ships for it, and the picture."""
+    return made | {"MODEL": str(assembled.embedded()), "GUARD": "embedded"}
 
 
 def run(made: dict[str, str], name: str, *arguments: str) -> str:
@@ -73,11 +84,59 @@ def test_several_turns(made: dict[str, str]) -> None:
     assert said.startswith("> What is in this picture?") and "> What is it used for?" in said
 
 
+@pytest.mark.embedded
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("generate.py", "PICTURE"),
+        ("streaming.py", "How do I bake bread?"),
+        ("conversation.py", "PICTURE"),
+    ],
+)
+def test_the_embedded_model_answers(embedded: dict[str, str], name: str, last: str) -> None:
+    said = run(embedded, name, "MODEL", "GUARD", last)
+    assert said.strip()
+    if name == "generate.py":
+        assert said.startswith("steered: False\n")  # nothing in this request is harmful
+
+
+@pytest.mark.embedded
+def test_a_pipeline_says_what_a_guard_needs_that_reads_pictures(embedded: dict[str, str]) -> None:
+    with pytest.raises(GuardRuntimeError, match=r"guard\.prepare"):
+        run(embedded, "pipeline.py", "MODEL", "GUARD", "PICTURE")
+
+
 def test_every_example_is_run_here() -> None:
-    """Own calibration data: on the embedded model, in tests of calibration."""
     names = {path.name for path in (ROOT / "examples").glob("*.py")}
-    run_here = {"generate.py", "pipeline.py", "streaming.py", "conversation.py"}
-    assert names == run_here | {"own_data.py"}
+    run_here = {"generate.py", "pipeline.py", "streaming.py", "conversation.py", "own_data.py"}
+    assert names == run_here
+
+
+def test_own_data(made: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompts reach ``calibrate``, and what it makes is saved and its proof printed."""
+    asked = {
+        "harmful": [f"How do I forge a tram pass of kind {n}?" for n in range(12)],
+        "harmless": [f"How do I buy a tram pass of kind {n}?" for n in range(12)],
+    }
+    for label, questions in asked.items():
+        (tmp_path / f"{label}.txt").write_text("\n".join(questions) + "\n", "utf-8")
+
+    def stand_in(loaded: LoadedModel, *, data: CalibrationData, **options: Any) -> Guard:
+        given = [*data.fit, *data.bound, *data.held]
+        for label, questions in asked.items():
+            own = [p for p in given if p.prompt in questions]
+            assert {p.prompt for p in own} == set(questions)
+            assert {p.label for p in own} == {label}
+        assert len(given) > 24  # beside ours
+        assert options["budget"].false_positives == 0.02
+        guard = tiny.guard(loaded.model, [tiny.gate("text", 2)])
+        return tiny.changed(guard, calibration={"proof": {"mcnemar_p": 0.0039}})
+
+    monkeypatch.setattr(calibration, "calibrate", stand_in)
+    files = [str(tmp_path / f"{label}.txt") for label in asked]
+    said = run(made, "own_data.py", "MODEL", *files, str(tmp_path / "guard"))
+    assert "0.0039" in said
+    assert Guard.from_pretrained(tmp_path / "guard").config.calibration["proof"]
 
 
 def test_own_data_ends_with_a_reason_where_no_guard_can_be_made(
