@@ -19,7 +19,14 @@ from vlm_safeguard.runtime.request import Request
 
 
 class LinearGate:
-    """``s_l = h_l(q) . v_l - b_l``: one vector and one threshold per layer."""
+    """``s_l = h_l(q) . v_l - b_l``: one vector and one threshold per layer.
+
+    Attributes:
+        reads_logits: whether the logits of the first answer token add to the score (``refusal``).
+            Only a gate that reads the text-only pass, all layers together, can have them.
+    """
+
+    reads_logits = False
 
     def __init__(self, vectors: Tensor, thresholds: Tensor) -> None:
         """``vectors``: (n, d). ``thresholds``: (n,)."""
@@ -46,9 +53,21 @@ class LinearGate:
         """
         return self.scores(states).sum(1)
 
+    def refusal(self, logits: Tensor, sentence: bool) -> Tensor:
+        """What the logits (B, vocabulary) of the first answer token add to the score, (B,).
+
+        Called only if the gate ``reads_logits``.
+
+        Args:
+            sentence: as in ``refusal_signs``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads logits and does not say how")
+
 
 class IntentGate(LinearGate):
     """A linear score plus signs that the LLM itself would refuse, weighted: ``refusal_signs``."""
+
+    reads_logits = True
 
     def __init__(
         self, vectors: Tensor, thresholds: Tensor, openings: Tensor, weights: Tensor
@@ -69,10 +88,6 @@ class IntentGate(LinearGate):
         return super().total(states) + signs @ self.weights
 
     def refusal(self, logits: Tensor, sentence: bool) -> Tensor:
-        """What the logits (B, vocabulary) of the first answer token add to the score, (B,).
-
-        ``sentence``: as in ``refusal_signs``.
-        """
         signs = refusal_signs(logits, self.openings.to(logits.device), sentence)
         return signs @ self.weights.to(logits.device)
 
@@ -151,7 +166,7 @@ class GateReading:
         self._held: dict[int, dict[int, Tensor]] = {}
         # Whether a gate needs the logits of the pass.
         self.reads_logits = any(
-            isinstance(gates.scorers[index], IntentGate)
+            gates.scorers[index].reads_logits
             for index, gate in enumerate(gates.settings)
             if gate.source == source
         )
@@ -178,7 +193,7 @@ class GateReading:
                 stacked = torch.stack([held[n].to(states.device) for n in range(len(held))], 1)
                 del self._held[index]
                 scores = scorer.scores(stacked)
-                if isinstance(scorer, IntentGate):
+                if scorer.reads_logits:
                     self._scored[index] = scores
                 else:
                     request.latch(index, None, _finite(scores))
@@ -190,9 +205,8 @@ class GateReading:
             GuardRuntimeError: a score is NaN or Inf; the request is blocked.
         """
         for index, scores in self._scored.items():
-            scorer = self._gates.scorers[index]
-            if isinstance(scorer, IntentGate):
-                scores[:, -1] += scorer.refusal(logits, self._sentence).to(scores.device)
+            added = self._gates.scorers[index].refusal(logits, self._sentence)
+            scores[:, -1] += added.to(scores.device)
             request.latch(index, None, _finite(scores))
         self._scored.clear()
 
