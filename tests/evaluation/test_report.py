@@ -235,7 +235,7 @@ def test_all_numbers_are_on_the_page(page: str) -> None:
         for values in models.values():
             for rate in ("asr", "over_refusal"):
                 low, high = values[f"{rate}_low"], values[f"{rate}_high"]
-                assert f"{values[rate]:.1%} ({100 * low:.1f}–{100 * high:.1f})" in text
+                assert f"{values[rate]:.1%} [{low:.1%}, {high:.1%}]" in text
     calibration = make_calibration()
     for candidate in calibration["candidates"]:
         assert f"{candidate['asr']:.1%} of 24" in text

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCardData
 
 from vlm_safeguard.artifact.config import Gate, GuardConfig, Steering
 from vlm_safeguard.utils.markdown import table
-from vlm_safeguard.utils.stats import wilson_bounds, with_interval
+from vlm_safeguard.utils.stats import Rate
 
 CARD_FILE = "README.md"
 # A card without this line was edited by somebody, and is kept.
@@ -25,6 +25,7 @@ TAGS = ("vlm-safeguard", "vision-language-model", "safety", "guardrail", "activa
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _NONE = "not recorded"
+_MOST_TRIALS = 1e9  # more are not counted by anybody
 _SETTINGS = {"text": "text alone", "blank": "blank image", "picture": "picture"}
 
 
@@ -327,6 +328,8 @@ def _percent(value: float | None) -> str:
 
 def _rate(value: float | None, n: float | None) -> str:
     """A rate with its 95% Wilson interval, or without one if it is not a rate of ``n`` trials."""
-    if value is None or n is None or n < 1 or not 0 <= value <= 1:
+    if value is None or n is None or not 1 <= n <= _MOST_TRIALS or not 0 <= value <= 1:
         return _percent(value)
-    return with_interval(value, *wilson_bounds(value, n))
+    rate = Rate.of_share(value, int(n))
+    # A record may hold anything, and may round its rates.
+    return rate.interval if abs(rate.value - value) < 1e-3 else _percent(value)

@@ -44,6 +44,15 @@ class Rate:
         return found | {f"{mark}count": self.count, f"{mark}n": self.n}
 
     @classmethod
+    def of_share(cls, share: float, n: int) -> Rate:
+        """The rate of ``n`` trials that comes nearest to ``share``, for records without counts.
+
+        Raises:
+            ValueError: ``share`` is not within 0..1.
+        """
+        return wilson(round(share * n), n)
+
+    @classmethod
     def from_dict(cls, found: Mapping[str, Any], name: str = "value") -> Rate:
         """What ``as_dict`` wrote, also without the count.
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_safeguard.utils.stats import with_interval
+
 SETTING_NAMES = {"text": "text only", "blank": "blank image", "picture": "picture"}
 SETTING_PHRASES = {
     "text": "as text only",
@@ -48,11 +50,11 @@ def show(value: object, form: str) -> str:
 
 def rate_and_interval(measured: Mapping[str, Any], name: str) -> str:
     """A rate with its interval."""
+    value = finite(measured.get(name))
     low, high = finite(measured.get(f"{name}_low")), finite(measured.get(f"{name}_high"))
-    rate = percent(measured.get(name))
-    if rate == MISSING or low is None or high is None:
-        return rate
-    return f"{rate} ({100 * low:.1f}–{100 * high:.1f})"
+    if value is None or low is None or high is None:
+        return percent(value)
+    return with_interval(value, low, high)
 
 
 def known_settings(found: Mapping[str, Any] | None) -> list[str]:

@@ -22,7 +22,7 @@ from vlm_safeguard.evaluation.report.labels import (
     rank_candidates,
 )
 from vlm_safeguard.utils.files import write_whole
-from vlm_safeguard.utils.stats import wilson
+from vlm_safeguard.utils.stats import Rate
 
 Look = dict[str, Any]  # a line's color, linestyle and marker
 
@@ -271,8 +271,8 @@ def _dots(
             continue
         blue = _MODEL_COLOURS["guarded"]
         if size > 0:
-            interval = wilson(round(value * size), size)
-            axis.hlines(place - shift, interval.low, interval.high, color=blue, linewidth=1.1)
+            found = Rate.of_share(value, size)
+            axis.hlines(place - shift, found.low, found.high, color=blue, linewidth=1.1)
         axis.plot(
             value, place - shift, "o", markersize=6.5, mec=blue, mfc=face, label=label, zorder=3
         )
