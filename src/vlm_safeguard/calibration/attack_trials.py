@@ -24,7 +24,6 @@ from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.text_only import head_in_one_piece
-from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, clustered_wilson
 
 REFUSAL = 8  # tokens in which a refusal shows
@@ -40,11 +39,10 @@ def refused(
     guard: Guard | None,
     items: Sequence[Query],
     tokens: int,
-    progress: Progress | None = None,
     recogniser: Recogniser = BY_PHRASES,
 ) -> list[bool]:
     """Whether each request is refused. Garbled text is not a refusal."""
-    answers = ask(loaded, guard, items, tokens, recogniser, progress=progress)
+    answers = ask(loaded, guard, items, tokens, recogniser)
     return recogniser.refused(items, answers)
 
 
@@ -56,7 +54,7 @@ def successes(
     recogniser: Recogniser = BY_PHRASES,
 ) -> list[bool]:
     """Whether each attack succeeds: any response but a refusal, garbled text included."""
-    return [not no for no in refused(loaded, guard, attacks, tokens, recogniser=recogniser)]
+    return [not no for no in refused(loaded, guard, attacks, tokens, recogniser)]
 
 
 def answered(

@@ -28,38 +28,37 @@ def allowed_exceedances(count: int, epsilon: float, confidence: float = CONFIDEN
     return reached if binom.cdf(reached, count, epsilon) <= 1 - confidence else reached - 1
 
 
-def conformal_threshold(scores: Tensor, epsilon: float, confidence: float = CONFIDENCE) -> float:
-    """The lowest threshold whose false-positive rate is at most ``epsilon``, with confidence.
+def conformal_threshold(scores: Tensor, epsilon: float) -> float:
+    """The lowest threshold whose false-positive rate is at most ``epsilon``, with 95% confidence.
 
     Args:
         scores: scores (n,) of harmless prompts that the gate was not fitted to, one per question. A
             gate opens if a score is strictly above the threshold.
         epsilon: false-positive rate, between 0 and 1.
-        confidence: probability that the rate holds.
 
     Raises:
         CalibrationError: there are too few scores to guarantee the rate.
     """
-    allowed = check_enough(len(scores), epsilon, confidence)
+    allowed = check_enough(len(scores), epsilon)
     return float(scores.sort(descending=True).values[allowed])
 
 
-def check_enough(count: int, epsilon: float, confidence: float = CONFIDENCE) -> int:
+def check_enough(count: int, epsilon: float) -> int:
     """``allowed_exceedances``, with an error if ``count`` scores are too few for a guarantee.
 
     Raises:
         CalibrationError: there are too few scores; the message says how many are needed.
     """
-    allowed = allowed_exceedances(count, epsilon, confidence)
+    allowed = allowed_exceedances(count, epsilon)
     if allowed < 0:
         raise CalibrationError(
-            f"a false-positive rate of at most {epsilon:.2%} with {confidence:.0%} confidence "
-            f"needs {least_bound(epsilon, confidence)} harmless prompts to set the threshold on, "
+            f"a false-positive rate of at most {epsilon:.2%} with {CONFIDENCE:.0%} confidence "
+            f"needs {least_bound(epsilon)} harmless prompts to set the threshold on, "
             f"there are {count}: add some, or allow more with --max-false-positives"
         )
     return allowed
 
 
-def least_bound(epsilon: float, confidence: float = CONFIDENCE) -> int:
+def least_bound(epsilon: float) -> int:
     """How many scores a guarantee needs at least."""
-    return math.ceil(math.log(1 - confidence) / math.log1p(-epsilon))
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-epsilon))

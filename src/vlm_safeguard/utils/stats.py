@@ -72,7 +72,7 @@ def with_interval(value: float, low: float, high: float) -> str:
     return f"{value:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def wilson(count: int, n: int, z: float = Z) -> Rate:
+def wilson(count: int, n: int) -> Rate:
     """Wilson score interval of ``count`` successes in ``n`` trials.
 
     Raises:
@@ -82,7 +82,7 @@ def wilson(count: int, n: int, z: float = Z) -> Rate:
         raise ValueError(f"count must be within 0..{n}, got {count}")
     if n == 0:
         return Rate(0, 0, 0.0, 1.0)
-    return Rate(count, n, *wilson_bounds(count / n, n, z))
+    return Rate(count, n, *_wilson_bounds(count / n, n))
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
@@ -121,7 +121,7 @@ def sign_flip(before: Sequence[bool], after: Sequence[bool], clusters: Sequence[
     return min(1.0, float(chances[totals >= abs(sum(sums.values()))].sum()))
 
 
-def clustered_wilson(hits: Sequence[bool], clusters: Sequence[str], z: float = Z) -> Rate:
+def clustered_wilson(hits: Sequence[bool], clusters: Sequence[str]) -> Rate:
     """Wilson interval of a rate whose trials come in clusters (a question in many templates).
 
     The number of trials is replaced by the effective one, p (1 - p) over the clustered variance of
@@ -134,7 +134,7 @@ def clustered_wilson(hits: Sequence[bool], clusters: Sequence[str], z: float = Z
     then never lowers either end, and the interval is never narrower than without this. With a
     cluster for each trial it is ``wilson``.
     """
-    rate = wilson(sum(hits), len(hits), z)
+    rate = wilson(sum(hits), len(hits))
     groups: dict[str, list[bool]] = {}
     for hit, cluster in zip(hits, clusters, strict=True):
         groups.setdefault(cluster, []).append(hit)
@@ -142,23 +142,23 @@ def clustered_wilson(hits: Sequence[bool], clusters: Sequence[str], z: float = Z
         return rate
     sizes = np.array([len(group) for group in groups.values()])
     found = np.array([sum(group) for group in groups.values()])
-    low, high = 1 - _upper_end(sizes - found, sizes, z), _upper_end(found, sizes, z)
+    low, high = 1 - _upper_end(sizes - found, sizes), _upper_end(found, sizes)
     return Rate(rate.count, rate.n, low, high)
 
 
-def effective_trials(hits: Sequence[bool], clusters: Sequence[str], z: float = Z) -> float:
+def effective_trials(hits: Sequence[bool], clusters: Sequence[str]) -> float:
     """How many independent trials clustered ones are worth.
 
     As many as give a Wilson interval that reaches as far as ``clustered_wilson``'s, on the side
     where it is wider: the Wilson ends t of a rate p are where (t - p)^2 = z^2 t (1 - t) / n.
     """
-    rate = clustered_wilson(hits, clusters, z)
+    rate = clustered_wilson(hits, clusters)
     ends = [end for end in (rate.low, rate.high) if 0 < end < 1]
-    worth = [z * z * end * (1 - end) / (end - rate.value) ** 2 for end in ends]
+    worth = [Z * Z * end * (1 - end) / (end - rate.value) ** 2 for end in ends]
     return min([float(rate.n), *worth])
 
 
-def _upper_end(found: np.ndarray, sizes: np.ndarray, z: float) -> float:
+def _upper_end(found: np.ndarray, sizes: np.ndarray) -> float:
     """The largest upper end that ``found`` successes by cluster, or fewer of them, would give.
 
     For each total t up to theirs, the clustered variance is bounded over all ways to keep t of
@@ -185,15 +185,15 @@ def _upper_end(found: np.ndarray, sizes: np.ndarray, z: float) -> float:
         elif square > 1e-9:  # else every cluster has the same rate, and the trials count in full
             variance = square * count / (count - 1) / n**2
             effective = min(effective, rate * (1 - rate) / variance)
-        ends.append(wilson_bounds(float(rate), effective, z)[1])
+        ends.append(_wilson_bounds(float(rate), effective)[1])
     return max(ends)
 
 
-def wilson_bounds(p: float, n: float, z: float = Z) -> tuple[float, float]:
+def _wilson_bounds(p: float, n: float) -> tuple[float, float]:
     """The Wilson interval of a rate p of n trials; n need be no whole number (scipy's must)."""
-    z2 = z * z
+    z2 = Z * Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 

@@ -81,13 +81,14 @@ def without_pictures(talk: Talk, read: Callable[[Image.Image], str] | None = Non
     return tuple(Turn(turn.role, said(turn)) for turn in talk)
 
 
-def landscape(seed: int, size: int = 224) -> Image.Image:
+def landscape(seed: int) -> Image.Image:
     """A picture with the statistics of a natural one: sky, clouds, hills and textured ground.
 
     Power spectra of natural images fall off as a power of the spatial frequency (Field 1987,
     J. Opt. Soc. Am. A 4, 2379); clouds, ridge and texture are noise of that kind. The same seed
-    and size give the same picture, up to rounding of the Fourier transform.
+    gives the same picture, up to rounding of the Fourier transform.
     """
+    size = 224
     random = _uniform(seed, 3 * size * size + 16)
     clouds, ridge, texture = (
         _fractal(part.reshape(size, size), power)

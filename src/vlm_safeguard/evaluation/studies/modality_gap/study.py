@@ -44,6 +44,7 @@ from vlm_safeguard.utils.stats import mcnemar, wilson
 
 NOTE = "Refusals are found by their phrases: a smoke test, not a safety claim."
 ABOUT = ("title", "group", "description", "needs_reading")
+_BATCH = 16
 PromptSet = Literal["malicious", "held"]
 FILES: dict[str, str] = {"malicious": "eval_malicious.jsonl", "held": "calibration.jsonl"}
 
@@ -55,7 +56,6 @@ def study(
     per_set: int | None = None,
     guard: Guard | None = None,
     max_new_tokens: int = 32,
-    batch: int = 16,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The gap of ``loaded``, without a guard, on one of the package's sets of prompts.
@@ -89,9 +89,7 @@ def study(
     progress = progress or Progress(quiet=True)
 
     def run(talks: Sequence[Talk], tokens: int, what: str) -> tuple[Tensor, list[str]]:
-        return observe(
-            loaded, talks, max_new_tokens=tokens, batch=batch, what=what, progress=progress
-        )
+        return observe(loaded, talks, max_new_tokens=tokens, what=what, progress=progress)
 
     began = time.monotonic()
     every = _every(prompt_set)
@@ -120,7 +118,7 @@ def study(
             if words not in spoken:
                 spoken[words] = states if words == tuple(talks) else run(words, 1, "words alone")[0]
                 signs[words] = {
-                    tokens: signs_of(loaded, words, tokens, batch)
+                    tokens: signs_of(loaded, words, tokens)
                     for tokens in {tuple(g.openings) for g in guard.config.gates if g.openings}
                 }
             table[condition.name]["gates"] = _gates(
@@ -200,7 +198,7 @@ def observe(
     talks: Sequence[Talk],
     *,
     max_new_tokens: int,
-    batch: int = 16,
+    batch: int = _BATCH,
     what: str = "conversations",
     progress: Progress | None = None,
 ) -> tuple[Tensor, list[str]]:
@@ -233,13 +231,11 @@ def observe(
 
 
 @torch.inference_mode()
-def signs_of(
-    loaded: LoadedModel, talks: Sequence[Talk], openings: Sequence[int], batch: int
-) -> Tensor:
+def signs_of(loaded: LoadedModel, talks: Sequence[Talk], openings: Sequence[int]) -> Tensor:
     """Refusal signs (k, 2) of conversations without pictures."""
     tokens = torch.tensor(openings, device=loaded.device)
     found = torch.empty(len(talks), 2)
-    for group in batches(loaded.processor.tokenizer, [_as_request(t) for t in talks], batch):
+    for group in batches(loaded.processor.tokenizer, [_as_request(t) for t in talks], _BATCH):
         inputs = inputs_of(loaded, [talks[i] for i in group])
         output = loaded.model(**inputs, use_cache=False, logits_to_keep=1)
         found[group] = refusal_signs(last_logits(output), tokens).cpu()
