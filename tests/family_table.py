@@ -20,8 +20,8 @@ from vlm_safeguard.calibration.doctor import describe
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.residual_stream import verify_residual_stream
+from vlm_safeguard.utils import markdown
 from vlm_safeguard.utils.files import write_whole
-from vlm_safeguard.utils.markdown import with_block
 
 MODELS = Path(transformers.__file__).parent / "models"
 ROOT = Path(__file__).parents[1]
@@ -42,34 +42,26 @@ def summary() -> str:
 def table() -> str:
     """The tables of the docs: families that can be guarded, and refused ones with the reason."""
     built = [(one, one.build()) for one in FAMILIES.values()]
-    lines = [
+    head = ["Family", "Class in transformers", "Decoder layers", "Image tokens"]
+    parts = [
         f"transformers {version('transformers')} registers {len(REGISTERED)} types for images and "
         "text; the [last table](#all-registered-types) has them all.",
-        "",
-        "| Family | Class in transformers | Decoder layers | Image tokens | Text-only version |",
-        "|---|---|---|---|---|",
-        *(_row(one, loaded) for one, loaded in built),
-        "",
+        markdown.table([*head, "Text-only version"], [_row(*one) for one in built]),
         "These families are refused:",
-        "",
-        "| Family | Reason |",
-        "|---|---|",
-        *(f"| {name} | {_reason(name)} |" for name in REFUSED),
-        "",
+        markdown.table(["Family", "Reason"], [(name, _reason(name)) for name in REFUSED]),
         "### All registered types",
-        "",
-        *_registered({type(loaded.model).__name__: one for one, loaded in built}),
+        _registered({type(loaded.model).__name__: one for one, loaded in built}),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
-def _registered(tried: dict[str, Family]) -> list[str]:
+def _registered(tried: dict[str, Family]) -> str:
     """A table of every type that transformers registers for images and text, with what is known.
 
     ``tried``: the families of the matrix by the name of their class.
     """
     refused = {type(build()).__name__ for build in REFUSED.values()}
-    lines = ["| Type | Class | Guard |", "|---|---|---|"]
+    rows = []
     for kind, name in sorted(REGISTERED.items()):
         if name in tried:
             state = "tested" if tried[name].text_alone else "tested, cannot be calibrated"
@@ -77,8 +69,8 @@ def _registered(tried: dict[str, Family]) -> list[str]:
             state = "refused, see above"
         else:
             state = _by_source(kind, name)
-        lines.append(f"| `{kind}` | `{name}` | {state} |")
-    return lines
+        rows.append((f"`{kind}`", f"`{name}`", state))
+    return markdown.table(["Type", "Class", "Guard"], rows)
 
 
 def _by_source(kind: str, name: str) -> str:
@@ -97,7 +89,7 @@ def _by_source(kind: str, name: str) -> str:
     return "not tried"
 
 
-def _row(one: Family, loaded: LoadedModel) -> str:
+def _row(one: Family, loaded: LoadedModel) -> tuple[str, ...]:
     decoder = verify_residual_stream(loaded.model)
     skipped = f", {len(decoder.skipped)} of 4 cross-attention" if decoder.skipped else ""
     try:
@@ -109,7 +101,7 @@ def _row(one: Family, loaded: LoadedModel) -> str:
         tokens = " ".join(filter(None, (_code(found.before), _code(*shown), _code(found.after))))
         reading = "exact" if one.exact else "exact up to white space"
     where = f"`{decoder.path}.layers`{skipped}"
-    return f"| {one.name} | `{type(loaded.model).__name__}` | {where} | {tokens} | {reading} |"
+    return one.name, f"`{type(loaded.model).__name__}`", where, tokens, reading
 
 
 def _code(*tokens: str) -> str:
@@ -133,7 +125,8 @@ def documents() -> dict[Path, str]:
     """The text of each file with its table up to date."""
     tables = {ROOT / "docs" / "families.md": table(), ROOT / "README.md": summary()}
     return {
-        path: with_block(path.read_text("utf-8"), START, made, END) for path, made in tables.items()
+        path: markdown.with_block(path.read_text("utf-8"), START, made, END)
+        for path, made in tables.items()
     }
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
@@ -61,6 +62,12 @@ def llava(seed: int = 0, **text: Any) -> LlavaForConditionalGeneration:
         initializer_range=0.3,
     )
     return ready(LlavaForConditionalGeneration(config))
+
+
+def llama(**settings: Any) -> LlamaForCausalLM:
+    """A language model by itself."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(TEXT | settings))).eval()
 
 
 def onevision(seed: int = 0) -> LlavaOnevisionForConditionalGeneration:

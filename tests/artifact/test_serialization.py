@@ -132,6 +132,25 @@ def test_another_schema_names_both_versions(folder, version):
         Guard.from_pretrained(folder)
 
 
+SCHEMA_1 = Path(__file__).parent / "schema_1"  # written by a version that had it
+
+
+def test_a_stored_guard_of_schema_1_loads():
+    folder = SCHEMA_1 / "restore"
+    assert json.loads((folder / CONFIG_FILE).read_text())["schema_version"] == 1
+    guard, stored = Guard.from_pretrained(folder), load_file(folder / TENSOR_FILE)
+    assert (guard.config.steering.mode, guard.config.steering.layers) == ("restore", [2, 3])
+    assert [gate.kind for gate in guard.config.gates] == ["linear", "linear"]
+    assert guard.tensors.keys() == stored.keys()
+    assert all(torch.equal(guard.tensors[name], stored[name]) for name in stored)
+
+
+@pytest.mark.parametrize(("name", "what"), [("soft", "soft gates"), ("defer", "the mode `defer`")])
+def test_a_stored_guard_of_schema_1_that_uses_what_is_gone_is_refused(name, what):
+    with pytest.raises(GuardError, match=f"{what}.*calibrate again with `vlm-safeguard calibrate"):
+        Guard.from_pretrained(SCHEMA_1 / name)
+
+
 def as_schema_1(guard, **steering):
     """``guard.json`` and ``guard.safetensors`` as schema 1 had them."""
     _, settings, blob = serialization.render(guard.config, guard.tensors)

@@ -57,7 +57,7 @@ def test_three_kinds_of_files_are_read_alike(tmp_path: Path) -> None:
     ("name", "content", "reason"),
     [
         ("a.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "a.jsonl, line 2: there is no 'prompt'"),
-        ("a.jsonl", b'{"prompt": "a"}\n{"prompt"', "it is no .jsonl file"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt"', r"a\.jsonl is not a \.jsonl file, after line 1"),
         ("a.jsonl", b"[1]\n", "line 1: there is no 'prompt'"),
         ("a.jsonl", b'{"prompt": 5}\n', "line 1: 'prompt' is not a text"),
         ("a.csv", b"question\nq1\n", "line 2: there is no 'prompt'"),

@@ -110,19 +110,10 @@ def test_a_model_of_another_size_is_refused(
 def test_a_model_without_images_is_refused(
     engine: Any, reference: Reference, tmp_path: Path
 ) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
     from vllm.engine.arg_utils import EngineArgs
 
-    small = LlamaConfig(
-        vocab_size=300,
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(small).save_pretrained(tmp_path)
+    small = tiny.llama(vocab_size=300, hidden_size=128, max_position_embeddings=512)
+    small.save_pretrained(tmp_path)
     reference.loaded.processor.tokenizer.save_pretrained(tmp_path)
     given = EngineArgs(model=str(tmp_path), max_model_len=256, limit_mm_per_prompt={"image": 1})
     with pytest.raises(GuardError, match="takes no images"):

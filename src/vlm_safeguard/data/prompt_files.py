@@ -93,9 +93,7 @@ def _table(path: Path, data: bytes, needed: Sequence[str]) -> list[tuple[str, di
             for number, line in lines:
                 rows.append((number, json.loads(line) if as_json else {"prompt": line.strip()}))
     except (csv.Error, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}, behind line {len(rows)}: it is no {kind} file: {error}"
-        ) from error
+        raise DataError(f"{path} is not a {kind} file, after line {len(rows)}: {error}") from error
     for number, row in rows:
         missing = [key for key in needed if not isinstance(row, dict) or not row.get(key)]
         if missing:

@@ -45,7 +45,7 @@ class OneAnswer:
             job.send(Done("content_filter", 0))
 
     def add(self, token: int, is_end: bool) -> None:
-        """Take one more token; ``is_end``: it is no text, and the model ends here."""
+        """Take one more token; ``is_end``: it ends the answer and has no text."""
         job, stream = self.job, self._stream
         if job.unwanted:
             job.send(Failed(errors.too_late()))

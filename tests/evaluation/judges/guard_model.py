@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests import tiny
 from vlm_safeguard.evaluation.judges import (
     parse,
 )
@@ -51,8 +51,7 @@ def tokenizer(template: str | None = AS_TEXT) -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(size: int, context: int = 2048) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return tiny.llama(
         vocab_size=size,
         hidden_size=16,
         intermediate_size=24,
@@ -65,7 +64,6 @@ def tiny_llama(size: int, context: int = 2048) -> LlamaForCausalLM:
         eos_token_id=None,
         pad_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
 
 
 def guard_judge(

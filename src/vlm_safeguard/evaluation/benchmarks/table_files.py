@@ -95,7 +95,7 @@ def fields(row: Any, columns: Sequence[str], where: str) -> dict[str, str]:
     """The ``columns`` of a JSON object as text.
 
     Raises:
-        DataError: it is no object, or one of them is missing, empty, or neither text nor a number.
+        DataError: it is not an object, or a column is missing, empty, or neither text nor a number.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: an object with {', '.join(columns)} is expected")

@@ -67,7 +67,7 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:
     """SHA-256 over everything a benchmark's prompts say. A picture that is a file counts by its
-    bytes, wherever it lies; one that cannot be read (see ``requests.request``) by that."""
+    bytes, wherever it lies; one that cannot be read (see ``data.inputs.query``) by that."""
     digest = hashlib.sha256()
     for prompt in prompts:
         picture = dict(prompt.picture or ())

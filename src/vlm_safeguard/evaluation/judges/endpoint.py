@@ -269,7 +269,7 @@ def _checked(base_url: str) -> str:
     """The address of chat completions under ``base_url``.
 
     Raises:
-        JudgeError: it is no http(s) address, or holds a user name or password.
+        JudgeError: it is not an http(s) address, or holds a user name or password.
     """
     try:
         parts = urllib.parse.urlsplit(base_url)

@@ -226,7 +226,10 @@ def cohen_kappa(
 
 
 def _kappa(tables: np.ndarray) -> np.ndarray:
-    """Kappa of tables of shares, shape (k, 2, 2) -> (k,); NaN where chance agreement is 1."""
+    """Kappa of tables of shares, shape (k, 2, 2) -> (k,); NaN where chance agreement is 1.
+
+    scikit-learn's ``cohen_kappa_score`` takes one table at a time, which is too slow to resample.
+    """
     observed = tables[:, 0, 0] + tables[:, 1, 1]
     chance = (tables.sum(2) * tables.sum(1)).sum(1)
     room = 1 - chance
