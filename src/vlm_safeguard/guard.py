@@ -14,7 +14,8 @@ from transformers import BatchFeature
 
 from vlm_safeguard.artifact import hub, serialization
 from vlm_safeguard.artifact.config import GuardConfig
-from vlm_safeguard.artifact.model_card import CARD_FILE, MARK, card
+from vlm_safeguard.artifact.guard_folder import Folder, expanded, write_folder
+from vlm_safeguard.artifact.model_card import CARD_FILE, card
 from vlm_safeguard.artifact.serialization import CONFIG_FILE, TENSOR_FILE
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.model.chat import prepare
@@ -27,9 +28,7 @@ from vlm_safeguard.model.weights import quantised, weights_digest
 from vlm_safeguard.runtime.gate import gate_class
 from vlm_safeguard.runtime.session import Session
 from vlm_safeguard.runtime.steering import Steerer, mode_class
-from vlm_safeguard.utils.files import read_limited, write_whole
 
-_MAX_CARD = 1 << 20  # bytes of a README that is looked through for our mark
 _EXACT = (torch.float32, torch.bfloat16)  # in which the digest of the weights is the same
 
 
@@ -104,7 +103,7 @@ class Guard:
                 hub does not give it.
         """
         name = os.fspath(pretrained_name_or_path)
-        folder = _expanded(name)
+        folder = expanded(name)
         if not os.path.lexists(folder):
             from vlm_safeguard.embedded.assemble import guard_folder
 
@@ -121,7 +120,7 @@ class Guard:
                     f"{name} is a path, and only a repository on the hub has revisions: leave "
                     "revision out"
                 )
-            fetch = _Folder(folder).read
+            fetch = Folder(folder).read
         try:
             return cls(*serialization.read(fetch))
         except GuardError as error:
@@ -158,15 +157,7 @@ class Guard:
         target = Path(save_directory)
         if not push_to_hub and (repo_id is not None or push_to_hub_kwargs):
             raise GuardError("repo_id and other arguments of push_to_hub need push_to_hub=True")
-        files = self._render(base_model, repo_id)
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            if not _may_write_card(target / CARD_FILE):
-                del files[CARD_FILE]
-            write_whole({target / name: data for name, data in files.items()})
-        except OSError as error:
-            reason = error.strerror or error
-            raise GuardError(f"cannot write the guard to {target}: {reason}") from error
+        write_folder(target, self._render(base_model, repo_id))
         if not push_to_hub:
             return None
         return self.push_to_hub(
@@ -368,41 +359,6 @@ def reads_text(guard: Guard) -> bool:
     from_text = any(gate.source == "text" for gate in guard.config.gates)
     steerer = Steerer(guard.config.steering, guard.tensors, from_text)
     return from_text or bool(steerer.reads_text)
-
-
-class _Folder:
-    """Reads a guard's files from a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def read(self, name: str, limit: int) -> bytes:
-        try:
-            return read_limited(self.folder / name, limit)
-        except FileNotFoundError as error:
-            raise GuardError(
-                f"not a guard folder: {name} is missing. Make one with `vlm-safeguard calibrate "
-                "MODEL -o GUARD`; one on the hub is loaded by Guard.from_pretrained('owner/name')"
-            ) from error
-        except OSError as error:
-            raise GuardError(f"{name} cannot be read: {error.strerror}") from error
-
-
-def _expanded(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # ~ of somebody unknown
-        return Path(name)
-
-
-def _may_write_card(path: Path) -> bool:
-    """Whether ``path`` does not exist or is a generated card that nobody has edited."""
-    if not os.path.lexists(path):
-        return True
-    try:
-        return MARK.encode() in read_limited(path, _MAX_CARD)
-    except OSError:
-        return False
 
 
 def _revision(recorded: str) -> str:

@@ -23,7 +23,7 @@ from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.shared_prefix import SharedPrefix
 from vlm_safeguard.model.text_only import padded, rows_of, with_pictures
 from vlm_safeguard.model.text_reader import TextReader
-from vlm_safeguard.runtime import media, validation
+from vlm_safeguard.runtime import media, prompt_inputs, validation
 from vlm_safeguard.runtime.attestation import Attestation, Decision, attest, decisions_of
 from vlm_safeguard.runtime.compiling import uncompiled, untraced
 from vlm_safeguard.runtime.forward_pass import ForwardPass, TextPass, begin_pass
@@ -215,7 +215,7 @@ class Session:
                 )
             if len(args) > 1:
                 raise GuardRuntimeError("under guard, pass everything after the ids by keyword")
-            text = validation.take_text(kwargs)
+            text = prompt_inputs.take_text(kwargs)
             validation.check_settings(self.model, kwargs)
             media.check_not_encoded(kwargs)
             given = args[0] if args else kwargs.get("inputs")
@@ -252,7 +252,7 @@ class Session:
         media.check_picture_inputs(self._picture_inputs, self.config.markup, ids, options)
         if self.config.reads_pictures and text is None:
             media.check_no_unread_picture(self.config.markup, ids, options)
-        request, mask = validation.begin(
+        request, mask = prompt_inputs.begin(
             self.config,
             ids,
             options.get("attention_mask"),
@@ -264,7 +264,7 @@ class Session:
         validation.check_length(self.model, ids, mask, self.config.markup, new=new)
         if self._reads_text:
             if text is None:
-                text = validation.derive_text(
+                text = prompt_inputs.derive_text(
                     self.model, self.config.markup, ids, mask, options.get("inputs_embeds")
                 )
             validation.check_rows(request, text)
@@ -366,7 +366,7 @@ class Session:
                 "a forward call without input_ids cannot be guarded: pass them, or inputs_embeds "
                 "with the request as text in text_input_ids"
             )
-        text = validation.take_text(kwargs)
+        text = prompt_inputs.take_text(kwargs)
         validation.check_not_packed(kwargs)
         if not self._in_generate:  # there they are its own: it encodes the pixels itself
             media.check_not_encoded(kwargs)
