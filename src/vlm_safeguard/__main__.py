@@ -1,4 +1,4 @@
-"""`python -m vlm_safeguard`: the command line, where its script is not on the path."""
+"""Runs the command line: ``python -m vlm_safeguard``."""
 
 from vlm_safeguard.cli import main
 

@@ -1,4 +1,4 @@
-"""The hidden states that gates are fitted to."""
+"""Recorded hidden states with their labels and folds, to which gates are fitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the options of ``calibrate`` stand for."""
+"""Turns the options of ``calibrate`` into data, budget and refusal recogniser."""
 
 from __future__ import annotations
 

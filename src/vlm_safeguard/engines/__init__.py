@@ -1,1 +1,1 @@
-"""Other engines than transformers that run guarded: vLLM."""
+"""Inference engines besides transformers: vLLM, and pools of Ray workers."""

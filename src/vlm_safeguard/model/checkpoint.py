@@ -1,4 +1,4 @@
-"""Reads a model from a checkpoint whose tensors fit it, all of them."""
+"""Loads a checkpoint and refuses missing, unexpected or wrongly shaped tensors."""
 
 from __future__ import annotations
 

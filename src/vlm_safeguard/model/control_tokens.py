@@ -1,4 +1,4 @@
-"""Control tokens, which structure a chat, and texts in which nobody can write one.
+"""Finds a tokenizer's control tokens and breaks them up in users' text.
 
 Control tokens are those of transformers' ``apply_chat_template(sanitize_control_tokens=True)``, and
 what a processor writes for a picture. Other added tokens, such as a tokenizer's own for "<table>"

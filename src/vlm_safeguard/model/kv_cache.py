@@ -1,4 +1,4 @@
-"""Says what the cache of a call is, whichever name this version of transformers gives it."""
+"""Finds the KV cache among a call's arguments, under any name that transformers uses."""
 
 from __future__ import annotations
 

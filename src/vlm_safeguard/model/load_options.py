@@ -1,4 +1,4 @@
-"""The options that every command which loads a model offers."""
+"""Model loading options that all commands share."""
 
 from __future__ import annotations
 

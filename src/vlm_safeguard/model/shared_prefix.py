@@ -1,4 +1,4 @@
-"""Runs what all requests of a chat template begin with once, and not again in every batch."""
+"""Caches keys and values of the prefix that all requests of a chat template share."""
 
 from __future__ import annotations
 

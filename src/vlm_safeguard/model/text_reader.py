@@ -1,4 +1,4 @@
-"""Reads the text of a request out of its token ids, with the processor of the model."""
+"""Recovers a request's text from its token ids."""
 
 from __future__ import annotations
 

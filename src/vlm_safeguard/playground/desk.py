@@ -1,4 +1,4 @@
-"""What all pages share: one model, which answers one request at a time."""
+"""The model that all pages share; it answers one request at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks the JSON of a request before anything is made of it.
+"""Checks the JSON of a request body before it is validated.
 
 Small bytes can become large objects: millions of empty lists, or an object whose million unknown
 fields each get an error message. So a body is counted before it is parsed.

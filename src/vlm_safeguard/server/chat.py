@@ -1,4 +1,4 @@
-"""Chat completions beside HTTP: from the body of a request to its sampling, and to its answer."""
+"""Converts chat request bodies to sampling settings and answers to completions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thread that answers requests, as the application sees it: a queue, self-checks, an end.
+"""Base class of inference threads: queue, self-checks, shutdown.
 
 ``engine`` runs a model of transformers in it, ``vllm_engine`` vLLM.
 """

@@ -1,4 +1,4 @@
-"""How the server listens: bounds that uvicorn does not set by itself."""
+"""Limits on connections that uvicorn does not set itself."""
 
 from __future__ import annotations
 

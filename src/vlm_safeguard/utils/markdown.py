@@ -1,4 +1,4 @@
-"""Tables in Markdown, and pages of which a part is made by a command."""
+"""Writes Markdown tables and replaces generated blocks in pages."""
 
 from __future__ import annotations
 

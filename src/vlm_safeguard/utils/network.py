@@ -1,4 +1,4 @@
-"""Listening sockets, and what tells a request of this machine from one that was led here."""
+"""Opens listening sockets and recognises requests that a web page redirected to this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard in vLLM's front end: it orders how requests are guarded, and lets answers out."""
+"""The guard in vLLM's front end: plans what gates read and releases answers once decided."""
 
 from __future__ import annotations
 

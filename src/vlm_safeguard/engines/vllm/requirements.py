@@ -1,4 +1,4 @@
-"""What of vLLM can be guarded: its version, and the settings of an engine."""
+"""Refuses versions and settings of vLLM that cannot be guarded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard of one of vLLM's V1 model runners: hooks on its decoder, requests told apart."""
+"""Guards one vLLM V1 model runner: hooks its decoder and maps batch rows to requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's scheduler under guard: a request's texts run before it, no token leaves undecided.
+"""Schedules a request's text-only passes first and holds back its tokens until gates decide.
 
 The text-only pass of a request is a request of its own, of one token, in the same batch as others
 and with the same prefix cache. The request itself waits outside of the scheduler until the workers
