@@ -32,10 +32,10 @@ from bench.timing import Spread, as_json, ratios, spread
 from vlm_safeguard.data import drawings, prompts
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.server.app import create_app
-from vlm_safeguard.server.engine import Engine
 from vlm_safeguard.server.listen import uvicorn_config
 from vlm_safeguard.server.settings import Settings
 from vlm_safeguard.server.telemetry import Telemetry
+from vlm_safeguard.server.transformers_engine import TransformersEngine
 from vlm_safeguard.utils.files import write_whole
 from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.network import address, listen
@@ -117,7 +117,7 @@ def serving(subject: Subjects, guard: Guard | None, batch: int, clients: int) ->
         model="bench", batch=batch, waiting=2 * clients + 8, max_images=IMAGES, deadline=3600.0,
         check_every=1e9,
     )  # fmt: skip
-    engine = Engine(subject.loaded, guard, settings, Telemetry())
+    engine = TransformersEngine(subject.loaded, guard, settings, Telemetry())
     engine.start()
     server = uvicorn.Server(uvicorn_config(create_app(engine), settings))
     listener = listen("127.0.0.1", 0)

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from tests.paths import DOCS
-from vlm_safeguard.cli.app import app
+from vlm_safeguard.cli.commands import app
 from vlm_safeguard.utils.files import write_whole
 
 PAGE = DOCS / "cli.md"

@@ -14,7 +14,7 @@ from transformers import BatchFeature
 
 from vlm_safeguard.artifact import hub, serialization
 from vlm_safeguard.artifact.config import GuardConfig
-from vlm_safeguard.artifact.guard_folder import Folder, expanded, write_folder
+from vlm_safeguard.artifact.guard_folder import GuardFolder, expanded, write_folder
 from vlm_safeguard.artifact.model_card import CARD_FILE, card
 from vlm_safeguard.artifact.serialization import CONFIG_FILE, TENSOR_FILE
 from vlm_safeguard.errors import GuardError
@@ -120,7 +120,7 @@ class Guard:
                     f"{name} is a path, and only a repository on the hub has revisions: leave "
                     "revision out"
                 )
-            fetch = Folder(folder).read
+            fetch = GuardFolder(folder).read
         try:
             return cls(*serialization.read(fetch))
         except GuardError as error:

@@ -14,7 +14,7 @@ from tests.artifact import hub_server
 from tests.command import run
 from vlm_safeguard.artifact import hub as hub_module
 from vlm_safeguard.artifact.model_card import CARD_FILE
-from vlm_safeguard.cli.app import app
+from vlm_safeguard.cli.commands import app
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import CONFIG_FILE, TENSOR_FILE, Guard
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from sklearn.svm import SVC
 
-from vlm_safeguard.calibration.gate_candidates import COSTS, SPACED, Labelled, candidates
+from vlm_safeguard.calibration.gate_candidates import COSTS, SPACED, LabelledStates, candidates
 from vlm_safeguard.calibration.gate_fitting import fit_gate
 
 
-def labelled(layers: int = 6, seed: int = 0) -> Labelled:
+def labelled(layers: int = 6, seed: int = 0) -> LabelledStates:
     """60 harmful and 90 harmless states in 8 dimensions, one of them a thousand times as large."""
     generator = torch.Generator().manual_seed(seed)
     harmful = torch.randn(60, layers, 8, generator=generator)
@@ -20,7 +20,7 @@ def labelled(layers: int = 6, seed: int = 0) -> Labelled:
     for states in (harmful, harmless):
         states[..., 5] = states[..., 5] * 1000 + 5000
     directions = {n: torch.eye(8)[:2] for n in range(layers)}
-    return Labelled(harmful, harmless, torch.arange(60) % 3, torch.arange(90) % 3, directions)
+    return LabelledStates(harmful, harmless, torch.arange(60) % 3, torch.arange(90) % 3, directions)
 
 
 def test_a_margin_is_that_of_a_linear_machine_on_all_layers() -> None:

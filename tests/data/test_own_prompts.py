@@ -15,7 +15,7 @@ from vlm_safeguard.cli.calibrating import own_files
 from vlm_safeguard.data.inputs import query
 from vlm_safeguard.data.near_copies import clusters
 from vlm_safeguard.data.own_prompts import OwnFiles, own_data
-from vlm_safeguard.data.prompt_files import Row, read_pairs, read_prompts
+from vlm_safeguard.data.prompt_files import PromptRow, read_pairs, read_prompts
 from vlm_safeguard.data.prompts import SPLITS, CalibrationData, anchors, calibration
 from vlm_safeguard.errors import DataError, SafeguardError
 
@@ -41,13 +41,13 @@ def files(folder: Path, harmful: int, harmless: int, **more: object) -> OwnFiles
 
 
 def test_three_kinds_of_files_are_read_alike(tmp_path: Path) -> None:
-    rows = [Row("one, two"), Row("three", "a.png", "q1")]
+    rows = [PromptRow("one, two"), PromptRow("three", "a.png", "q1")]
     table = [{"prompt": "one, two"}, {"prompt": "three", "picture": "a.png", "question": "q1"}]
     jsonl = write(tmp_path / "a.jsonl", [json.dumps(row) for row in table])
     csv = write(tmp_path / "a.csv", ["question,prompt,picture", ',"one, two",', "q1,three,a.png"])
     text = write(tmp_path / "a.txt", ["\ufeffone, two", "", "  three "])
     assert read_prompts(jsonl).rows == read_prompts(csv).rows == rows
-    assert read_prompts(text).rows == [Row("one, two"), Row("three")]
+    assert read_prompts(text).rows == [PromptRow("one, two"), PromptRow("three")]
     assert read_prompts(csv).sha256 == hashlib.sha256(csv.read_bytes()).hexdigest()
     pairs = write(tmp_path / "p.csv", ["harmful,harmless", "rob a bank,open a bank account"])
     assert read_pairs(pairs)[0] == [("rob a bank", "open a bank account")]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests import tiny
 from vlm_safeguard.engines.vllm.messages import Role
-from vlm_safeguard.engines.vllm.step import Row, Step
+from vlm_safeguard.engines.vllm.step import BatchRow, Step
 from vlm_safeguard.engines.vllm.watched import Texts, Watched
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.guard import Guard
@@ -25,16 +25,17 @@ def watched(guard: Guard, width: int, name: str = "a") -> Watched:
     return Watched(name, Role("", "", 0, 0, False, False, False), request, width)
 
 
-def rows_of(requests: list[Watched], columns: list[range]) -> list[Row]:
+def rows_of(requests: list[Watched], columns: list[range]) -> list[BatchRow]:
     starts = [0]
     for part in columns:
         starts.append(starts[-1] + len(part))
     return [
-        Row(one, number, starts[number], columns[number]) for number, one in enumerate(requests)
+        BatchRow(one, number, starts[number], columns[number])
+        for number, one in enumerate(requests)
     ]
 
 
-def step_of(guard: Guard, rows: list[Row]) -> Step:
+def step_of(guard: Guard, rows: list[BatchRow]) -> Step:
     steerer = Steerer(guard.config.steering, guard.tensors, False)
     return Step(rows, list(LAYERS), Gates(guard.config.gates, guard.tensors), steerer)
 

@@ -49,7 +49,7 @@ def test_only_the_request_whose_score_is_no_number_is_blocked(
 ) -> None:
     from vlm_safeguard.engines.vllm import step
 
-    own, calls = step._Stream.at, []
+    own, calls = step._ResidualStream.at, []
 
     def at(self: Any, places: list[int]) -> Any:
         states = own(self, places)
@@ -58,7 +58,7 @@ def test_only_the_request_whose_score_is_no_number_is_blocked(
             states[0] = torch.nan
         return states
 
-    monkeypatch.setattr(step._Stream, "at", at)
+    monkeypatch.setattr(step._ResidualStream, "at", at)
     outputs = chat(engine, reference.requests[:6])
     failed = [output.outputs[0].finish_reason == "error" for output in outputs]
     assert sum(failed) == 1

@@ -15,7 +15,7 @@ from tests.engines.conftest import NEW, Reference
 from tests.server.live import wait_until
 from vlm_safeguard.errors import SafeguardError, UnreadableText
 from vlm_safeguard.model.text_reader import TextReader
-from vlm_safeguard.server import errors
+from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.batch import answer_all
 from vlm_safeguard.server.batch_file import URL, read_tasks
 from vlm_safeguard.server.inference_thread import InferenceThread
@@ -156,7 +156,7 @@ def test_a_prompt_that_is_too_long_with_its_pictures_is_told_its_length(
         (long, plain), _ = asked(made, tmp_path, rows, max_tokens=1)
     assert long["response"]["status_code"] == 400
     told = long["response"]["body"]["error"]["message"]
-    assert told == str(errors.too_long(most + 2 * 3, most))  # four tokens each
+    assert told == str(http_errors.too_long(most + 2 * 3, most))  # four tokens each
     assert plain["response"]["status_code"] == 200
 
 

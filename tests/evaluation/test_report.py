@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vlm_safeguard.evaluation.report import (
-    Example,
+    AnswerPair,
     PcaCloud,
     ReportData,
     cut_words,
@@ -161,9 +161,13 @@ def make_data() -> ReportData:
         calibration=make_calibration(),
         pca=make_pca(),
         examples=[
-            Example("blank", "harmful", "How do I pick the lock?", long, "I can't help with that."),
-            Example("picture", "harmful", "Do <b>this</b> & that", "<script>alert(1)</script>", ""),
-            Example("text", "harmless", "What is a lock made of?", "Steel and brass.", "Brass."),
+            AnswerPair(
+                "blank", "harmful", "How do I pick the lock?", long, "I can't help with that."
+            ),
+            AnswerPair(
+                "picture", "harmful", "Do <b>this</b> & that", "<script>alert(1)</script>", ""
+            ),
+            AnswerPair("text", "harmless", "What is a lock made of?", "Steel and brass.", "Brass."),
         ],
         facts={"model": "smol-vlm <embedded>", "commit": "0123abc", "date": "2026-01-02"},
     )
@@ -354,7 +358,7 @@ def test_nothing_but_a_summary_is_enough(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("undrawn")
 def test_half_a_surrogate_pair_is_written(tmp_path: Path) -> None:
-    example = Example("text", "harmless", "x", "broken \ud83d text", "fine")
+    example = AnswerPair("text", "harmless", "x", "broken \ud83d text", "fine")
     data = ReportData(summary=make_summary(), examples=[example])
     assert "broken ? text" in render(data, tmp_path)
 

@@ -30,7 +30,7 @@ from vlm_safeguard.data.image_io import open_image
 from vlm_safeguard.errors import ImageError
 from vlm_safeguard.server.body import check_json
 from vlm_safeguard.server.conversation import read_messages
-from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.schema import ChatRequest, Message
 from vlm_safeguard.server.settings import Settings
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests import checkpoint
 from tests.command import run
 from vlm_safeguard import load
-from vlm_safeguard.cli.app import app
+from vlm_safeguard.cli.commands import app
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.checkpoint import read_model
 from vlm_safeguard.model.loading import LoadedModel

@@ -18,17 +18,17 @@ from typer.testing import CliRunner
 
 from tests import tiny
 from tests.playground.conftest import Subject
-from vlm_safeguard.cli.app import app
+from vlm_safeguard.cli.commands import app
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.prompts import anchors, evaluation
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.playground.anchors import AnchorMap, anchor_map
-from vlm_safeguard.playground.answers import SIDES, Answerer, Done, Event, Text, Verdict
+from vlm_safeguard.playground.answers import SIDES, Answerer, Decided, Event, SideDone, SideText
 from vlm_safeguard.playground.desk import Desk
 from vlm_safeguard.playground.examples import examples
 from vlm_safeguard.playground.loopback import LoopbackOnly
-from vlm_safeguard.playground.plots import bars, plot_map, plot_scores
+from vlm_safeguard.playground.svg import bars, plot_map, plot_scores
 from vlm_safeguard.playground.wording import verdict
 from vlm_safeguard.runtime.attestation import Decision
 from vlm_safeguard.utils.network import LOOPBACK, listen
@@ -48,7 +48,9 @@ def events_of(
 
 
 def text_of(events: list[Event], side: str) -> str:
-    return "".join(event.text for event in events if isinstance(event, Text) and event.side == side)
+    return "".join(
+        event.text for event in events if isinstance(event, SideText) and event.side == side
+    )
 
 
 def own_answer(subject: Subject, query: Query, tokens: int, guarded: bool) -> str:
@@ -80,17 +82,17 @@ def test_both_answers_are_those_of_the_model(subject: Subject, image: Image.Imag
 
 def test_the_verdict_comes_first_and_both_answers_end(subject: Subject) -> None:
     events = events_of(subject, Query("What is this?", PICTURE))
-    assert isinstance(events[0], Verdict)
+    assert isinstance(events[0], Decided)
     assert events[0].decision.by_text and not events[0].decision.by_vlm
-    assert [event for event in events if isinstance(event, Done)] == [
-        Done(side, cut=True) for side in SIDES
+    assert [event for event in events if isinstance(event, SideDone)] == [
+        SideDone(side, cut=True) for side in SIDES
     ]
 
 
 def test_states_are_those_of_both_passes(subject: Subject) -> None:
     model, query = subject.loaded.model, Query("What is this?", PICTURE)
     first = events_of(subject, query)[0]
-    assert isinstance(first, Verdict) and first.as_text is not None
+    assert isinstance(first, Decided) and first.as_text is not None
     for state, image in ((first.as_asked, PICTURE), (first.as_text, None)):
         inputs = encode(subject.loaded, [query.text], [image])
         with torch.inference_mode():
@@ -104,11 +106,11 @@ def test_stopping_ends_the_answers(subject: Subject) -> None:
 
     def tell(event: Event) -> None:
         found.append(event)
-        if isinstance(event, Verdict):
+        if isinstance(event, Decided):
             flag.set()
 
     Answerer(subject.loaded, subject.artifact, 50).answer(Query("x", None), tell, flag)
-    assert [event.side for event in found if isinstance(event, Done)] == ["unguarded"]
+    assert [event.side for event in found if isinstance(event, SideDone)] == ["unguarded"]
     assert len(text_of(found, "unguarded")) < 10
 
 
@@ -188,7 +190,7 @@ def test_bars_are_scores_and_what_each_layer_adds() -> None:
 
 def test_plots_are_svg_in_the_colours_of_the_page(subject: Subject) -> None:
     first = events_of(subject, Query("What is this?", PICTURE))[0]
-    assert isinstance(first, Verdict)
+    assert isinstance(first, Decided)
     made = AnchorMap.of(torch.randn(2, 9, tiny.WIDTH), 3)
     for text in (
         plot_scores(subject.artifact.config.gates, first.decision),

@@ -20,10 +20,10 @@ from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import load
 from vlm_safeguard.server.app import create_app
 from vlm_safeguard.server.audit import AuditLog
-from vlm_safeguard.server.engine import Engine
 from vlm_safeguard.server.listen import uvicorn_config
 from vlm_safeguard.server.settings import Settings
 from vlm_safeguard.server.telemetry import Telemetry
+from vlm_safeguard.server.transformers_engine import TransformersEngine
 from vlm_safeguard.utils.network import listen
 
 MODEL = "tiny"
@@ -41,7 +41,7 @@ def open_guard(model: Any, threshold: float = -1e9) -> Guard:
 class Live:
     """A server that runs. ``client`` speaks to it; ``port`` is for raw sockets."""
 
-    engine: Engine
+    engine: TransformersEngine
     witness: Witness
     server: uvicorn.Server
     client: httpx.Client
@@ -85,7 +85,7 @@ def serving(
         "model": MODEL, "deadline": 20.0, "max_tokens": 1500, "default_tokens": 4,
         "check_every": 3600.0, "max_prompt_tokens": 1000,
     }  # fmt: skip
-    engine = Engine(loaded, guard, Settings(**chosen | settings), Telemetry())
+    engine = TransformersEngine(loaded, guard, Settings(**chosen | settings), Telemetry())
     engine.start()
     witness.reset()  # the self-check asked with a guard that only watches
     app = create_app(engine, AuditLog(audit, audit_content) if audit else None)

@@ -14,9 +14,9 @@ from sse_starlette.sse import AppStatus
 
 from tests.server.live import serving, wait_until
 from tests.server.raw import connect, head, read_all, status_of
-from vlm_safeguard.server.app import _Stream
+from vlm_safeguard.server.app import _AnswerEvents
 from vlm_safeguard.server.conversation import Conversation
-from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.job import Failed, Job, Sampling
 
 
@@ -210,7 +210,7 @@ def test_a_client_that_left_before_the_first_frame():
         await asyncio.sleep(1)
 
     async def run():
-        stream = _Stream(Gone(), Unused(), False)
+        stream = _AnswerEvents(Gone(), Unused(), False)
         await asyncio.wait_for(stream({"type": "http", "method": "POST"}, receive, send), 5)
 
     asyncio.run(run())

@@ -14,7 +14,7 @@ from tests.server.raw import chat_bytes
 from vlm_safeguard.errors import GuardRuntimeError, UnreadableText
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_reader import TextReader
-from vlm_safeguard.server import chat
+from vlm_safeguard.server import completions
 from vlm_safeguard.server.audit import AuditLog, entries
 from vlm_safeguard.server.self_check import SelfCheck
 
@@ -346,8 +346,8 @@ def test_a_fault_in_the_middle_of_a_stream_is_an_error_frame(live, monkeypatch, 
     def fail(*_):
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(chat.Answer, "chunk", fail)
-    monkeypatch.setattr(chat.Answer, "first", lambda self: {"choices": []})
+    monkeypatch.setattr(completions.Answer, "chunk", fail)
+    monkeypatch.setattr(completions.Answer, "first", lambda self: {"choices": []})
     told = frames(live)
     assert told[-1]["error"]["type"] == "guard_failed" and "[DONE]" not in told
     assert "secret" not in json.dumps(told) + caplog.text

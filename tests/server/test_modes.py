@@ -14,9 +14,9 @@ from tests.server.test_clients import data_uri
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.loading import load
-from vlm_safeguard.server.engine import Engine
 from vlm_safeguard.server.settings import Settings
 from vlm_safeguard.server.telemetry import Telemetry
+from vlm_safeguard.server.transformers_engine import TransformersEngine
 
 NEW = 6
 PICTURE = Image.new("RGB", (24, 24), (200, 30, 30))
@@ -113,7 +113,7 @@ def test_the_gates_judge_texts_and_pictures(folder: Path) -> None:
 )
 def test_a_guard_that_does_nothing_is_not_served(folder: Path, guard: Any, reason: str) -> None:
     loaded = load(folder)
-    engine = Engine(loaded, guard(loaded.model), Settings(model="tiny"), Telemetry())
+    engine = TransformersEngine(loaded, guard(loaded.model), Settings(model="tiny"), Telemetry())
     with pytest.raises(GuardRuntimeError, match=reason):
         engine.start()
     assert not engine.alive or not engine.ready.is_set()

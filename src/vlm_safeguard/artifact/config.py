@@ -35,11 +35,11 @@ _TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 _Threshold = Annotated[FiniteFloat, Field(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
 
 
-class _Strict(BaseModel):
+class _StrictSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Gate(_Strict):
+class Gate(_StrictSettings):
     """One gate. It scores hidden states at ``layers`` and opens if a score is above 0.
 
     Attributes:
@@ -81,7 +81,7 @@ class Gate(_Strict):
         return self
 
 
-class Steering(_Strict):
+class Steering(_StrictSettings):
     """What happens if a gate is open.
 
     Attributes:
@@ -113,7 +113,7 @@ class Steering(_Strict):
         return self
 
 
-class ModelIdentity(_Strict):
+class ModelIdentity(_StrictSettings):
     """The model a guard belongs to. ``template_sha256`` or ``dtype`` is "" if not recorded.
 
     ``revision``: the model's commit on the hub, for people; "" if it was a folder.
@@ -129,7 +129,7 @@ class ModelIdentity(_Strict):
     layers: int = Field(ge=1, le=MAX_MODEL_LAYERS)
 
 
-class ImageMarkup(_Strict):
+class ImageMarkup(_StrictSettings):
     """How a picture is written in the token ids: ``before``, image tokens, ``after``.
 
     Attributes:
@@ -183,7 +183,7 @@ class ImageMarkup(_Strict):
         return end
 
 
-class GuardConfig(_Strict):
+class GuardConfig(_StrictSettings):
     """Everything in ``guard.json``."""
 
     schema_version: Literal[2] = 2

@@ -13,7 +13,7 @@ from vlm_safeguard.utils.files import read_limited, write_whole
 _MAX_CARD = 1 << 20  # bytes of a README that is looked through for our mark
 
 
-class Folder:
+class GuardFolder:
     """Reads a guard's files from a folder."""
 
     def __init__(self, folder: Path) -> None:

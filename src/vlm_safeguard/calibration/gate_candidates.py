@@ -27,7 +27,7 @@ COSTS = (3.0, 10.0, 30.0)  # of a prompt within the margin, relative to the marg
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledStates:
     """Hidden states of harmful and harmless prompts, and their cross-validation folds.
 
     Attributes:
@@ -65,7 +65,7 @@ class Candidate:
     vectors: Callable[[], Tensor]
 
 
-def candidates(kind: Kind, data: Labelled, pooled: bool = True) -> Iterator[Candidate]:
+def candidates(kind: Kind, data: LabelledStates, pooled: bool = True) -> Iterator[Candidate]:
     """All gates of a kind: at single layers and, with ``pooled``, at several.
 
     - "first": the first safety direction of each layer,
@@ -79,7 +79,7 @@ def candidates(kind: Kind, data: Labelled, pooled: bool = True) -> Iterator[Cand
     return margins(data) if kind == "margin" else by_layer(kind, data, pooled)
 
 
-def by_layer(kind: Kind, data: Labelled, pooled: bool) -> Iterator[Candidate]:
+def by_layer(kind: Kind, data: LabelledStates, pooled: bool) -> Iterator[Candidate]:
     """One vector fitted to each layer, alone and summed over runs of neighbouring layers."""
     depth = sorted(data.directions)
     bases, inner = {}, {}
@@ -106,7 +106,7 @@ def by_layer(kind: Kind, data: Labelled, pooled: bool) -> Iterator[Candidate]:
         yield Candidate(layers, summed(layers), partial(vectors, layers))
 
 
-def margins(data: Labelled) -> Iterator[Candidate]:
+def margins(data: LabelledStates) -> Iterator[Candidate]:
     """Linear support vector machines over several layers together (Cortes & Vapnik, 1995).
 
     A sum of vectors that were each fitted to one layer counts what all layers know as often as
@@ -152,7 +152,7 @@ def _spaced(depth: Sequence[int], first: float, last: float) -> tuple[int, ...]:
     return tuple(part[:: math.ceil(len(part) / SPACED)])
 
 
-def _standard(data: Labelled, layer: int) -> tuple[Tensor, Tensor]:
+def _standard(data: LabelledStates, layer: int) -> tuple[Tensor, Tensor]:
     """States (n + k, d) of a layer, every dimension with mean 0 and spread 1, and the spreads (d,).
     Without this a few dimensions with huge values, which LLMs have, would decide."""
     states = torch.cat([data.harmful[:, layer], data.harmless[:, layer]]).float()
@@ -160,7 +160,7 @@ def _standard(data: Labelled, layer: int) -> tuple[Tensor, Tensor]:
     return (states - states.mean(0)) / spread, spread
 
 
-def _kernel(data: Labelled, layers: tuple[int, ...]) -> Tensor:
+def _kernel(data: LabelledStates, layers: tuple[int, ...]) -> Tensor:
     """Inner products (n + k, n + k) of the standardised states at all layers, about 1 on the
     diagonal."""
     count = len(data.harmful) + len(data.harmless)

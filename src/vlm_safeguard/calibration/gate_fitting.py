@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm_safeguard.artifact.config import MAX_OPENINGS
-from vlm_safeguard.calibration.gate_candidates import Kind, Labelled, candidates
+from vlm_safeguard.calibration.gate_candidates import Kind, LabelledStates, candidates
 from vlm_safeguard.runtime.gate import IntentGate, LinearGate
 
 GateName = Literal["text", "refused", "vlm"]  # see ``gate_choice``
@@ -157,7 +157,7 @@ def fit_gate(
     Raises:
         ValueError: the scores are not finite.
     """
-    data = Labelled(harmful, harmless, harmful_fold, harmless_fold, directions)
+    data = LabelledStates(harmful, harmless, harmful_fold, harmless_fold, directions)
     folds = torch.tensor(data.folds)
     known_harmful = torch.isin(harmful_fold, folds)
     judged = torch.isin(harmless_fold, folds)
@@ -203,7 +203,7 @@ def fit_gate(
     return replace(best, threshold=cut, openings=tuple(openings), weights=final)
 
 
-def _unseen(tried: Sequence[tuple[Tensor, Tensor]], data: Labelled) -> tuple[Tensor, Tensor]:
+def _unseen(tried: Sequence[tuple[Tensor, Tensor]], data: LabelledStates) -> tuple[Tensor, Tensor]:
     """Scores (n,) and (k,) of each prompt by the gate that was fitted without its fold; zero for
     prompts of no fold."""
     found = torch.zeros(len(data.harmful)), torch.zeros(len(data.harmless))

@@ -122,7 +122,7 @@ class ByTokens:
         return [said.opening > LIKELY for said in answers]
 
 
-class Judge(Protocol):
+class RefusalJudge(Protocol):
     """What is used of a judge of ``evaluation.judges``."""
 
     @property
@@ -141,7 +141,7 @@ class ByJudge:
         CalibrationError: it tells harm.
     """
 
-    judge: Judge
+    judge: RefusalJudge
     tokens: int = 48
     openings: tuple[int, ...] = ()
 

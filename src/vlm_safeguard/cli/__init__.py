@@ -1,5 +1,5 @@
 """The command line."""
 
-from vlm_safeguard.cli.app import main
+from vlm_safeguard.cli.commands import main
 
 __all__ = ["main"]

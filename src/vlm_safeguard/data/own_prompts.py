@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm_safeguard.data.near_copies import clusters
-from vlm_safeguard.data.prompt_files import MAX_BYTES, PromptFile, Row, read_pairs, read_prompts
+from vlm_safeguard.data.prompt_files import (
+    MAX_BYTES,
+    PromptFile,
+    PromptRow,
+    read_pairs,
+    read_prompts,
+)
 from vlm_safeguard.data.prompts import ANCHORS, AnchorPair, CalibrationData, Label, Prompt
 from vlm_safeguard.errors import DataError
 from vlm_safeguard.utils.files import read_limited
@@ -102,7 +108,7 @@ class _Pictures:
         if not self._names:
             raise DataError(f"{folder} holds no picture: put {', '.join(PICTURES)} files there")
 
-    def of(self, row: Row, path: Path) -> tuple[tuple[str, str], ...] | None:
+    def of(self, row: PromptRow, path: Path) -> tuple[tuple[str, str], ...] | None:
         """The description of a prompt's picture: that which it names, or the next one."""
         if not row.picture and self._folder is None:
             return None

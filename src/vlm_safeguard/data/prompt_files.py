@@ -18,7 +18,7 @@ MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """A prompt of a file. ``question`` names what it asks, where the file does."""
 
     prompt: str
@@ -30,7 +30,7 @@ class Row:
 class PromptFile:
     """The prompts of a file, and the SHA-256 of its bytes."""
 
-    rows: list[Row]
+    rows: list[PromptRow]
     sha256: str
 
 
@@ -43,7 +43,7 @@ def read_prompts(path: Path) -> PromptFile:
     """
     data = _bytes(path)
     rows = [
-        Row(*(_text(row, key, where) for key in ("prompt", "picture", "question")))
+        PromptRow(*(_text(row, key, where) for key in ("prompt", "picture", "question")))
         for where, row in _table(path, data, ("prompt",))
     ]
     return PromptFile(rows, hashlib.sha256(data).hexdigest())

@@ -259,7 +259,7 @@ def _clouds(
     }
 
 
-def _examples(rows: Sequence[Judged]) -> list[report.Example]:
+def _examples(rows: Sequence[Judged]) -> list[report.AnswerPair]:
     """Two harmful and two harmless requests per setting, both systems side by side."""
     plain = {(r.benchmark, r.setting, r.id): r for r in rows if r.defence == "none"}
     found = []
@@ -274,7 +274,9 @@ def _examples(rows: Sequence[Judged]) -> list[report.Example]:
             ]
             for row in matching[:: max(1, len(matching) // 2)][:2]:
                 before = plain[row.benchmark, setting, row.id].response
-                found.append(report.Example(setting, row.label, row.prompt, before, row.response))
+                found.append(
+                    report.AnswerPair(setting, row.label, row.prompt, before, row.response)
+                )
     return found
 
 

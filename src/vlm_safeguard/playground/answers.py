@@ -25,7 +25,7 @@ SIDES: tuple[Side, ...] = ("unguarded", "guarded")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decided:
     """The gates are decided. Comes before any text.
 
     Attributes:
@@ -41,7 +41,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Text:
+class SideText:
     """A piece of an answer."""
 
     side: Side
@@ -49,14 +49,14 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Done:
+class SideDone:
     """An answer is complete, or was cut at the limit of tokens."""
 
     side: Side
     cut: bool
 
 
-Event = Verdict | Text | Done
+Event = Decided | SideText | SideDone
 
 
 def state_layer(config: GuardConfig) -> int:
@@ -122,17 +122,17 @@ class Answerer:
             def begun() -> None:
                 if states is not None:
                     as_text = states[0] if query.image is not None and len(states) > 1 else None
-                    tell(Verdict(session.decisions[0], as_text, states[-1]))
+                    tell(Decided(session.decisions[0], as_text, states[-1]))
 
             output = model.generate(
                 **inputs,
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
-                streamer=_Pieces(processor.tokenizer, begun, lambda t: tell(Text(side, t))),
+                streamer=_Pieces(processor.tokenizer, begun, lambda t: tell(SideText(side, t))),
                 stopping_criteria=[lambda ids, *_, **__: _all(ids, stopped.is_set())],
             )
         new = output.shape[1] - inputs["input_ids"].shape[1]
-        tell(Done(side, cut=new >= self.max_new_tokens))
+        tell(SideDone(side, cut=new >= self.max_new_tokens))
 
     @contextmanager
     def _watched(self) -> Iterator[list[Tensor]]:

@@ -14,10 +14,10 @@ from vlm_safeguard.data.drawings import blank
 from vlm_safeguard.data.image_io import LIMITS, decode_image
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.errors import ImageError, SafeguardError
-from vlm_safeguard.playground.answers import SIDES, Done, Event, Side, Text, Verdict
+from vlm_safeguard.playground.answers import SIDES, Decided, Event, Side, SideDone, SideText
 from vlm_safeguard.playground.desk import Desk
 from vlm_safeguard.playground.examples import Example, examples
-from vlm_safeguard.playground.plots import plot_map, plot_scores
+from vlm_safeguard.playground.svg import plot_map, plot_scores
 from vlm_safeguard.playground.wording import verdict
 
 logger = logging.getLogger(__name__)
@@ -212,18 +212,18 @@ class Page:
         self._status.classes(add="failed", remove="open shut").set_text(f"No answer: {message}")
 
     def _show(self, event: Event) -> None:
-        if isinstance(event, Text):
+        if isinstance(event, SideText):
             label = self._answers[event.side]
             label.set_text((label.text + event.text).lstrip())
-        elif isinstance(event, Done):
+        elif isinstance(event, SideDone):
             self._ends[event.side].set_text(self._end(event))
-        elif isinstance(event, Verdict):
+        elif isinstance(event, Decided):
             kind = "open" if event.decision.fired else "shut"
             self._status.classes(add=kind).set_text(verdict(event.decision))
             self._scores.set_content(plot_scores(self._desk.gates, event.decision))
             self._map.set_content(plot_map(self._desk.anchors, event))
 
-    def _end(self, event: Done) -> str:
+    def _end(self, event: SideDone) -> str:
         if self._stopped.is_set():
             return "Stopped."
         return f"Cut at {self._desk.answerer.max_new_tokens} tokens." if event.cut else "Complete."

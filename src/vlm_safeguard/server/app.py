@@ -19,13 +19,13 @@ from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from vlm_safeguard.server import errors
+from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.audit import AuditLog, digest
-from vlm_safeguard.server.chat import CHAT, Answer, check_model, sampling_of, status_headers
+from vlm_safeguard.server.completions import CHAT, Answer, check_model, sampling_of, status_headers
 from vlm_safeguard.server.conversation import Conversation, read_messages
-from vlm_safeguard.server.errors import RequestError
 from vlm_safeguard.server.exchange import Exchange, new_id
 from vlm_safeguard.server.gatekeeper import Gatekeeper
+from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.inference_thread import InferenceThread
 from vlm_safeguard.server.job import Begun, Sampling
 from vlm_safeguard.server.schema import ChatRequest, ErrorBody, Message, ModerationRequest
@@ -110,7 +110,7 @@ def create_app(engine: InferenceThread, audit: AuditLog | None = None) -> FastAP
         answer = Answer(settings, begun, request.state.trusted)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return _Stream(exchange, answer, usage)
+            return _AnswerEvents(exchange, answer, usage)
         text = await _while_connected(request, exchange, _whole(exchange))
         return JSONResponse(answer.completion(text, exchange), headers=answer.headers)
 
@@ -186,7 +186,7 @@ async def _whole(exchange: Exchange) -> str:
 # -- responses -----------------------------------------------------------------------------------
 
 
-class _Stream(EventSourceResponse):
+class _AnswerEvents(EventSourceResponse):
     """The answer as server-sent events. Its end is the end of the request, also where the client
     left before the first frame."""
 
@@ -210,7 +210,7 @@ async def _chunks(exchange: Exchange, answer: Answer, usage: bool) -> AsyncItera
         async for piece in exchange.texts():
             yield _frame(answer.chunk({"content": piece}))
         if exchange.done is None:
-            raise errors.failed()
+            raise http_errors.failed()
         yield _frame(answer.chunk({}, exchange.done.finish_reason))
         if usage:
             yield _frame(answer.last(exchange))
@@ -219,7 +219,7 @@ async def _chunks(exchange: Exchange, answer: Answer, usage: bool) -> AsyncItera
         yield _frame(error.body)
     except Exception as error:
         logger.error("unexpected error", extra={"error": type(error).__name__})
-        yield _frame(errors.failed().body)
+        yield _frame(http_errors.failed().body)
 
 
 def _frame(value: dict[str, Any]) -> dict[str, str]:
@@ -230,7 +230,7 @@ def _moderation(begun: Begun) -> dict[str, Any]:
     """One result in OpenAI's form. A score is that of the gate's layer that says most."""
     verdict = begun.verdict
     if verdict is None:
-        raise errors.not_ready()
+        raise http_errors.not_ready()
     scores = {
         name: max((s for s in row if s is not None), default=None)
         for name, row in verdict.scores.items()
@@ -264,7 +264,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _error(errors.invalid(error.errors()[0]))
+        return _error(http_errors.invalid(error.errors()[0]))
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> JSONResponse:

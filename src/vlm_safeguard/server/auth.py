@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from starlette.datastructures import Headers
 
-from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.settings import Settings
 from vlm_safeguard.utils.network import asked_from_here
 

@@ -10,14 +10,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from vlm_safeguard.errors import SafeguardError
-from vlm_safeguard.server import errors
+from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.audit import digest
 from vlm_safeguard.server.batch_file import Task
 from vlm_safeguard.server.body import check_json
-from vlm_safeguard.server.chat import CHAT, Answer, check_model, sampling_of
+from vlm_safeguard.server.completions import CHAT, Answer, check_model, sampling_of
 from vlm_safeguard.server.conversation import Conversation
-from vlm_safeguard.server.errors import RequestError
 from vlm_safeguard.server.exchange import Exchange
+from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.inference_thread import InferenceThread
 from vlm_safeguard.server.job import Sampling
 from vlm_safeguard.server.picture_memory import PictureMemory
@@ -90,7 +90,7 @@ async def _completion(
     try:
         body = ChatRequest.model_validate(task.body)
     except ValidationError as error:
-        raise errors.invalid(error.errors()[0]) from None
+        raise http_errors.invalid(error.errors()[0]) from None
     if body.stream:
         raise RequestError(400, "a batch does not stream: leave stream out", param="stream")
     check_model(body.model, settings)

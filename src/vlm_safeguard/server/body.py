@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any, NoReturn
 
-from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server.http_errors import RequestError
 
 MAX_VALUES = 150_000  # more than the commas in the longest text that is accepted
 MAX_FIELDS = 64  # of one object

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm_safeguard.data.image_io import LIMITS, decode_image
 from vlm_safeguard.errors import ImageError
-from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.schema import ImagePart, Message
 from vlm_safeguard.server.settings import Settings
 

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
-from vlm_safeguard.server import errors
+from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.audit import AuditLog, digest
 from vlm_safeguard.server.conversation import Conversation
-from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.inference_thread import InferenceThread
 from vlm_safeguard.server.job import Begun, Done, Event, Failed, Job, Sampling, Text
 
@@ -78,7 +78,7 @@ class Exchange:
             raise
         event = await self._next()
         if not isinstance(event, Begun):
-            raise self._fail(errors.failed())
+            raise self._fail(http_errors.failed())
         self.begun = event
         return event
 
@@ -90,7 +90,7 @@ class Exchange:
         """
         while not isinstance(event := await self._next(), Done):
             if not isinstance(event, Text):
-                raise self._fail(errors.failed())
+                raise self._fail(http_errors.failed())
             if not self._said:
                 self._engine.telemetry.first_text.observe(time.monotonic() - self._start)
             self._said.append(event.text)
@@ -104,7 +104,7 @@ class Exchange:
             left = self._deadline - time.monotonic()
             event = await asyncio.wait_for(self._events.get(), max(0.0, left))
         except TimeoutError:
-            raise self._fail(errors.too_late()) from None
+            raise self._fail(http_errors.too_late()) from None
         if isinstance(event, Failed):
             raise self._fail(event.error)
         return event

@@ -12,11 +12,11 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 
-from vlm_safeguard.server import errors
+from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.auth import is_trusted
 from vlm_safeguard.server.body import check_json
-from vlm_safeguard.server.errors import RequestError
 from vlm_safeguard.server.exchange import new_id
+from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Gatekeeper:
             else:
                 state["trusted"] = is_trusted(headers, self._settings)
                 if self._inside > self._settings.inside:
-                    raise errors.too_busy(5)
+                    raise http_errors.too_busy(5)
             body = await self._body(headers, receive)
             if body:
                 await run_in_threadpool(check_json, body)
@@ -73,7 +73,7 @@ class Gatekeeper:
             # It ends here, because uvicorn would log its text, which may quote the request.
             logger.error("unexpected error", extra={"error": type(error).__name__})
             if not status:
-                await _refuse(reply, errors.failed())
+                await _refuse(reply, http_errors.failed())
         finally:
             self._inside -= 1
             told = {

@@ -1,6 +1,6 @@
 """Base class of inference threads: queue, self-checks, shutdown.
 
-``engine`` runs a model of transformers in it, ``vllm_engine`` vLLM.
+``transformers_engine`` runs a model of transformers in it, ``vllm_engine`` vLLM.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 
-from vlm_safeguard.server import errors
+from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.job import Failed, Job
 from vlm_safeguard.server.settings import Settings
 from vlm_safeguard.server.telemetry import Telemetry
@@ -78,11 +78,11 @@ class InferenceThread(ABC):
         """
         with self._changed:
             if self._closing or not self.alive or not self.ready.is_set():
-                raise errors.not_ready()
+                raise http_errors.not_ready()
             pixels = sum(one.conversation.pixels for one in (*self._waiting, job))
             full = len(self._waiting) >= self.settings.waiting
             if full or (self._waiting and pixels > self.settings.max_waiting_pixels):
-                raise errors.too_busy(5)
+                raise http_errors.too_busy(5)
             self._waiting.append(job)
             self.telemetry.queue.set(len(self._waiting))
             self._changed.notify_all()
@@ -109,7 +109,7 @@ class InferenceThread(ABC):
                 self.ready.clear()
                 lost, self._waiting = list(self._waiting), deque()
             for job in (*self._taken, *lost):
-                job.send(Failed(errors.not_ready()))
+                job.send(Failed(http_errors.not_ready()))
             self._taken = []
             self._settled.set()
 
@@ -141,7 +141,7 @@ class InferenceThread(ABC):
             with self._changed:
                 lost, self._waiting = list(self._waiting), deque()
             for job in lost:
-                job.send(Failed(errors.not_ready()))
+                job.send(Failed(http_errors.not_ready()))
             logger.error("self-check failed", extra={"error": type(error).__name__})
             self.telemetry.self_check_failures.inc()
         else:

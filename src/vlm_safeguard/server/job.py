@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlm_safeguard.server.conversation import Conversation
-from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server.http_errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateVerdict:
     """What the guard decided about one request.
 
     Attributes:
@@ -52,7 +52,7 @@ class Verdict:
 class Begun:
     """The prompt was read and the gates are decided. Comes before any text."""
 
-    verdict: Verdict | None
+    verdict: GateVerdict | None
     pictures: Pictures
     prompt_tokens: int
     refused: bool = False

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from vlm_safeguard.runtime.attestation import Decision
-from vlm_safeguard.server import errors
-from vlm_safeguard.server.job import Begun, Done, Failed, Job, Pictures, Text, Verdict
+from vlm_safeguard.server import http_errors
+from vlm_safeguard.server.job import Begun, Done, Failed, GateVerdict, Job, Pictures, Text
 from vlm_safeguard.server.settings import Settings
 from vlm_safeguard.server.text_stream import TextStream
 
@@ -48,7 +48,7 @@ class OneAnswer:
         """Take one more token; ``is_end``: it ends the answer and has no text."""
         job, stream = self.job, self._stream
         if job.unwanted:
-            job.send(Failed(errors.too_late()))
+            job.send(Failed(http_errors.too_late()))
             return
         self._tokens += 1
         if not is_end:
@@ -63,9 +63,9 @@ class OneAnswer:
             self.job.send(Text(text))
 
 
-def _verdict(decision: Decision) -> Verdict:
+def _verdict(decision: Decision) -> GateVerdict:
     scores = {
         name: [None if math.isnan(score) else score for score in row]
         for name, row in decision.scores.items()
     }
-    return Verdict(decision.fired, decision.sources, scores)
+    return GateVerdict(decision.fired, decision.sources, scores)

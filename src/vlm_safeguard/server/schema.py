@@ -10,25 +10,25 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class _Strict(BaseModel):
+class _StrictBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class TextPart(_Strict):
+class TextPart(_StrictBody):
     """A piece of text."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageURL(_Strict):
+class ImageURL(_StrictBody):
     """A picture as a data URI. ``detail`` is accepted and has no effect."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(_Strict):
+class ImagePart(_StrictBody):
     """A picture."""
 
     type: Literal["image_url"]
@@ -41,7 +41,7 @@ Parts = Annotated[list[Part], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
-class Message(_Strict):
+class Message(_StrictBody):
     """One turn. Pictures belong to the user."""
 
     role: Literal["system", "user", "assistant"]
@@ -50,14 +50,14 @@ class Message(_Strict):
     refusal: None = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(_StrictBody):
     """``include_usage``: the last chunk has the number of tokens."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class ChatRequest(_Strict):
+class ChatRequest(_StrictBody):
     """Body of ``POST /v1/chat/completions``."""
 
     model: str
@@ -92,7 +92,7 @@ class ErrorBody(BaseModel):
     error: Error
 
 
-class ModerationRequest(_Strict):
+class ModerationRequest(_StrictBody):
     """Body of ``POST /v1/moderations``: texts, or one request of texts and pictures."""
 
     input: str | Texts | Parts

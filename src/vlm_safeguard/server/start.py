@@ -45,7 +45,7 @@ def start_engine(
     say(f"loading {model}")
     made: InferenceThread
     if kind == "vllm":
-        from vlm_safeguard.engines.vllm.loading import load_in_vllm
+        from vlm_safeguard.engines.vllm.llm import load_in_vllm
         from vlm_safeguard.server.vllm_engine import VllmEngine
 
         llm = load_in_vllm(
@@ -60,10 +60,10 @@ def start_engine(
         made = VllmEngine(llm, artifact.config.reads_pictures, settings, Telemetry())
     else:
         from vlm_safeguard.model.loading import load
-        from vlm_safeguard.server.engine import Engine
+        from vlm_safeguard.server.transformers_engine import TransformersEngine
 
         loaded = load(folder, **options.given())
-        made = Engine(loaded, artifact, settings, Telemetry())
+        made = TransformersEngine(loaded, artifact, settings, Telemetry())
     say("putting the guard to work")
     made.start()
     return made

@@ -25,13 +25,13 @@ from vlm_safeguard.errors import (
     UnreadableText,
 )
 from vlm_safeguard.model.chat import tokenize
-from vlm_safeguard.server import errors
+from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.conversation import Conversation
-from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.inference_thread import InferenceThread
 from vlm_safeguard.server.job import Begun, Event, Failed, Job, Pictures, Sampling
 from vlm_safeguard.server.one_answer import OneAnswer
-from vlm_safeguard.server.pictures import count, marker_of
+from vlm_safeguard.server.picture_count import count, marker_of
 from vlm_safeguard.server.settings import Settings
 from vlm_safeguard.server.telemetry import Telemetry
 
@@ -109,7 +109,7 @@ class VllmEngine(InferenceThread):
 
     def _add(self, job: Job) -> None:
         if job.unwanted:
-            self._end(job, errors.too_late())
+            self._end(job, http_errors.too_late())
             return
         try:
             self._hand_in(job)
@@ -118,7 +118,7 @@ class VllmEngine(InferenceThread):
         except Exception as error:
             # Without the message: it may quote the request.
             logger.error("a request failed", extra={"error": type(error).__name__})
-            self._end(job, errors.failed())
+            self._end(job, http_errors.failed())
 
     def _hand_in(self, job: Job) -> None:
         from vllm import SamplingParams
@@ -140,7 +140,7 @@ class VllmEngine(InferenceThread):
             self._check_length(len(ids))
             pictures = count(self._processor, self._marker, job, self._reads)
             if pictures.sent != pictures.reached:
-                raise errors.image_lost()
+                raise http_errors.image_lost()
             media = {"multi_modal_data": {"image": images}} if images else {}
             [prompt] = self._vllm.renderer.render_cmpl([{"prompt_token_ids": ids, **media}])
             # With its pictures it may be longer than vLLM's context, which it refuses as any fault.
@@ -148,18 +148,18 @@ class VllmEngine(InferenceThread):
             self._vllm.add_request(name, prompt, params)
         except VLLMValidationError as error:
             if isinstance(error.__cause__, UnreadableText):
-                raise errors.unreadable() from None
+                raise http_errors.unreadable() from None
             if isinstance(error.__cause__, PromptTooLong):
-                raise errors.no_room(error.__cause__) from None
-            raise errors.unusable() from None
+                raise http_errors.no_room(error.__cause__) from None
+            raise http_errors.unusable() from None
         except (ModelError, ImageError):  # their texts quote the request and the library
-            raise errors.unusable() from None
+            raise http_errors.unusable() from None
         answer = OneAnswer(job, self.settings, self._processor.tokenizer)
         self._running[name] = _Running(answer, pictures)
 
     def _check_length(self, tokens: int) -> None:
         if tokens > self.settings.max_prompt_tokens:
-            raise errors.too_long(tokens, self.settings.max_prompt_tokens)
+            raise http_errors.too_long(tokens, self.settings.max_prompt_tokens)
 
     def _step(self) -> None:
         """One step of vLLM; then end what nobody waits for."""
@@ -170,7 +170,7 @@ class VllmEngine(InferenceThread):
         for name, running in list(self._running.items()):
             job = running.answer.job
             if job.unwanted:
-                job.send(Failed(errors.too_late()))
+                job.send(Failed(http_errors.too_late()))
             if job.ended:
                 self._vllm.abort_request([name])
                 del self._running[name]
@@ -188,18 +188,18 @@ class VllmEngine(InferenceThread):
         except GuardRuntimeError:
             self.telemetry.failures.inc()
             self._due = 0.0  # a self-check follows
-            job.send(Failed(errors.failed()))
+            job.send(Failed(http_errors.failed()))
         for place, token in enumerate(tokens, 1):
             is_last = output.finished and place == len(tokens)
             if not job.ended:
                 answer.add(token, is_last and said.finish_reason == "stop")
         if output.finished and not job.ended:
-            job.send(Failed(errors.failed()))
+            job.send(Failed(http_errors.failed()))
 
     def _withhold(self) -> None:
         """Answer nothing more: the self-check failed."""
         for running in self._running.values():
-            running.answer.job.send(Failed(errors.not_ready()))
+            running.answer.job.send(Failed(http_errors.not_ready()))
 
     def _end(self, job: Job, error: RequestError) -> None:
         job.send(Failed(error))

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tests import checkpoint
 from tests.evaluation.harness.running import run_plan
 from vlm_safeguard.calibration.generation import Response
-from vlm_safeguard.cli.app import app
+from vlm_safeguard.cli.commands import app
 from vlm_safeguard.data import prompts
 from vlm_safeguard.errors import DataError, SafeguardError
 from vlm_safeguard.evaluation.harness import execution as run

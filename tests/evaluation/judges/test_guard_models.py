@@ -32,7 +32,7 @@ from vlm_safeguard.evaluation.judges.guard_models import (
     ChatTemplate,
     GuardModelJudge,
     GuardParts,
-    PromptFile,
+    PromptFrame,
     load_guard,
 )
 from vlm_safeguard.evaluation.judges.injection import BREAK
@@ -156,7 +156,7 @@ def test_a_conversation_longer_than_the_context_is_unscored() -> None:
 def test_a_prompt_file_is_filled_in_one_pass(tmp_path: Path) -> None:
     path = tmp_path / "prompt.txt"
     path.write_text("<s>Behavior:\n{prompt}\n{other} {0}\nGeneration:\n{response}\nAnswer:")
-    frame = PromptFile(path)
+    frame = PromptFrame(path)
     assert frame("{response}", "{prompt} \\1") == (
         "<s>Behavior:\n{response}\n{other} {0}\nGeneration:\n{prompt} \\1\nAnswer:"
     )
@@ -168,9 +168,9 @@ def test_a_prompt_file_is_filled_in_one_pass(tmp_path: Path) -> None:
     assert judge.judge([(QUESTION, HELP)])[0].verdict is None
     path.write_text("{prompt} only")
     with pytest.raises(DataError, match=r"no placeholder \{response\}"):
-        PromptFile(path)
+        PromptFrame(path)
     with pytest.raises(DataError, match="cannot read"):
-        PromptFile(tmp_path / "none.txt")
+        PromptFrame(tmp_path / "none.txt")
 
 
 def test_guard_models_load_from_a_folder(guard_folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from vlm_safeguard.calibration.gate_fitting import GateFit
 from vlm_safeguard.data.inputs import Query, settings_of
 from vlm_safeguard.data.prompts import calibration
 from vlm_safeguard.evaluation.studies import gate_forms
-from vlm_safeguard.evaluation.studies.gate_forms import Row, at_false_positives, facts, page
+from vlm_safeguard.evaluation.studies.gate_forms import FormResult, at_false_positives, facts, page
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import wilson
 
@@ -81,8 +81,8 @@ def test_a_gate_in_the_vlm_stays_if_it_finds_more_than_it_costs(
 
 
 def test_the_page_shows_every_row_with_its_counts() -> None:
-    rows = [Row("one", "text", "text", "3-9", 0.91, wilson(7, 10))]
-    rows.append(Row("one", "vlm", "blank", "4", 0.5, wilson(2, 10)))
+    rows = [FormResult("one", "text", "text", "3-9", 0.91, wilson(7, 10))]
+    rows.append(FormResult("one", "vlm", "blank", "4", 0.5, wilson(2, 10)))
     together = {"blank": {"found": wilson(8, 10), "stopped": wilson(0, 50)}}
     text = page("embedded", rows, together, Budget())
     assert "| one | text | any | 3-9 | 0.910 | 70.0%" in text and "(2/10)" in text

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tests import checkpoint, tiny
 from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.calibration.refusals import judge
-from vlm_safeguard.cli.app import app
+from vlm_safeguard.cli.commands import app
 from vlm_safeguard.data import drawings, prompts
 from vlm_safeguard.data.inputs import Query, queries
 from vlm_safeguard.data.prompts import evaluation

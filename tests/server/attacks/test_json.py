@@ -6,7 +6,7 @@ import pytest
 
 from tests.server.raw import assert_clear, chat_bytes, post
 from vlm_safeguard.server.body import check_json
-from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server.http_errors import RequestError
 
 
 def with_field(text: str) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlm_safeguard.engines.vllm.messages import Report, Role, guard_digest, role_of
-from vlm_safeguard.engines.vllm.step import Row, Step
+from vlm_safeguard.engines.vllm.step import BatchRow, Step
 from vlm_safeguard.engines.vllm.watched import Texts, Watched
 from vlm_safeguard.errors import GuardError, GuardRuntimeError
 from vlm_safeguard.guard import Guard
@@ -121,7 +121,7 @@ class RunnerGuard:
         if not self._serving:  # a warm-up: nobody's tokens
             return
         rows = [
-            Row(
+            BatchRow(
                 self.watched[name],
                 number,
                 int(starts[number]),

@@ -22,7 +22,7 @@ from vlm_safeguard.runtime.steering import Steerer
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchRow:
     """A request's part of the batch.
 
     Attributes:
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _Reading:
-    row: Row
+    row: BatchRow
     gates: GateReading
 
 
@@ -74,7 +74,7 @@ class Step:
     """
 
     def __init__(
-        self, rows: Sequence[Row], layers: Sequence[int], gates: Gates, steerer: Steerer
+        self, rows: Sequence[BatchRow], layers: Sequence[int], gates: Gates, steerer: Steerer
     ) -> None:
         self.rows, self._layers, self._steerer = rows, layers, steerer
         self._seen: list[int] = []
@@ -113,7 +113,7 @@ class Step:
         self._seen.append(layer)
         if self.idle:
             return
-        stream = _Stream(output)
+        stream = _ResidualStream(output)
         if layer in self._text_layers:
             self._read(self._texts, layer, stream)
         if layer in self._prompt_layers:
@@ -163,7 +163,7 @@ class Step:
                 watched.decided = True
         return ended
 
-    def _steerable(self, row: Row) -> list[_Place]:
+    def _steerable(self, row: BatchRow) -> list[_Place]:
         found = []
         for span in self._steerer.spans(row.watched.request, row.columns):
             if isinstance(span.columns, slice):  # one row has no other
@@ -171,7 +171,7 @@ class Step:
                 found.append(_Place(row.watched, row.start + first, stop - first, span.at_prompt))
         return found
 
-    def _read(self, readings: list[_Reading], layer: int, stream: _Stream) -> None:
+    def _read(self, readings: list[_Reading], layer: int, stream: _ResidualStream) -> None:
         if not readings:
             return
         states = stream.at([reading.row.last for reading in readings]).float()
@@ -186,7 +186,7 @@ class Step:
                 else:
                     self._steerer.read_pass(watched.request, layer, state)
 
-    def _steer(self, layer: int, stream: _Stream) -> None:
+    def _steer(self, layer: int, stream: _ResidualStream) -> None:
         places: list[int] = []
         doses: list[Dose] = []
         for place in self._places:
@@ -226,7 +226,7 @@ class Step:
                 watched.fail("a gate was not read")
 
 
-class _Stream:
+class _ResidualStream:
     """The residual stream (T, d) in a layer's output: a tensor, or two whose sum it is."""
 
     def __init__(self, output: Any) -> None:

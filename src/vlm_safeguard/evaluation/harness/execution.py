@@ -29,8 +29,8 @@ from vlm_safeguard.evaluation.benchmarks import (
 )
 from vlm_safeguard.evaluation.benchmarks.published import folder_of
 from vlm_safeguard.evaluation.defenses import BY_GUARD, DEFENCES, Defence, make_defence
+from vlm_safeguard.evaluation.harness.inspect_registry import easy_vqa
 from vlm_safeguard.evaluation.harness.provider import VlmSafeguardAPI
-from vlm_safeguard.evaluation.harness.registry import easy_vqa
 from vlm_safeguard.evaluation.harness.run_identity import claim, file_digest, prompts_digest
 from vlm_safeguard.evaluation.harness.scorers import shared_judge
 from vlm_safeguard.evaluation.harness.tasks import make_task

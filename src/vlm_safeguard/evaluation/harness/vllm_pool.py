@@ -22,7 +22,7 @@ from typing import Any
 from vlm_safeguard.calibration.generation import Response, gate_of
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.engines.vllm.identity import load_processor
-from vlm_safeguard.engines.vllm.loading import load_in_vllm
+from vlm_safeguard.engines.vllm.llm import load_in_vllm
 from vlm_safeguard.engines.vllm.messages import guard_digest
 from vlm_safeguard.errors import ModelError, SafeguardError
 from vlm_safeguard.evaluation.harness.workers import Batch

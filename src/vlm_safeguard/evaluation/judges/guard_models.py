@@ -90,7 +90,7 @@ class ChatTemplate:
         return shown
 
 
-class PromptFile:
+class PromptFrame:
     """A judge prompt from a file with the placeholders ``{prompt}`` and ``{response}``.
 
     Raises:
@@ -354,7 +354,7 @@ def prompt_file(
     """
     if answer == "yes-no" and asks == "refusal":
         raise JudgeError("a model that says yes or no judges harm, not refusal")
-    frame = PromptFile(file)
+    frame = PromptFrame(file)
     parts = load_guard(name, **place)
     read = parse.yes_no if answer == "yes-no" else partial(parse.wildguard, asks=asks)
     new = 4 if answer == "yes-no" else 32

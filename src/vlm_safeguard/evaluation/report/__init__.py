@@ -1,6 +1,6 @@
 """The evaluation report: plots, tables and one HTML page."""
 
-from vlm_safeguard.evaluation.report.html import Example, ReportData, write_report
+from vlm_safeguard.evaluation.report.html import AnswerPair, ReportData, write_report
 from vlm_safeguard.evaluation.report.labels import cut_words
 from vlm_safeguard.evaluation.report.plots import (
     PcaCloud,
@@ -10,7 +10,7 @@ from vlm_safeguard.evaluation.report.plots import (
 )
 
 __all__ = [
-    "Example",
+    "AnswerPair",
     "PcaCloud",
     "ReportData",
     "cut_words",

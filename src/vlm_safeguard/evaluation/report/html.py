@@ -34,7 +34,7 @@ from vlm_safeguard.utils.files import write_whole
 
 
 @dataclass(frozen=True)
-class Example:
+class AnswerPair:
     """One request and what the model said without and with the guard."""
 
     setting: str
@@ -51,7 +51,7 @@ class ReportData:
     summary: dict[str, Any]
     calibration: dict[str, Any] = field(default_factory=dict)
     pca: dict[str, PcaCloud] = field(default_factory=dict)
-    examples: list[Example] = field(default_factory=list)
+    examples: list[AnswerPair] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
 
 
@@ -138,7 +138,7 @@ def _svg(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
-def _example(example: Example) -> dict[str, str]:
+def _example(example: AnswerPair) -> dict[str, str]:
     cut = {
         side: cut_words(text, RESPONSE_WORDS) or "(no text)"
         for side, text in (("unguarded", example.unguarded), ("guarded", example.guarded))

@@ -57,7 +57,7 @@ FORMS = (
 
 
 @dataclass(frozen=True)
-class Row:
+class FormResult:
     """A form of gate, read from one source, in one setting, on held-back prompts."""
 
     form: str
@@ -70,7 +70,7 @@ class Row:
 
 def study(
     loaded: LoadedModel, budget: Budget, effort: Effort, progress: Progress
-) -> tuple[list[Row], dict[Setting, dict[str, Rate]]]:
+) -> tuple[list[FormResult], dict[Setting, dict[str, Rate]]]:
     """Every form of gate in every setting; and the default gates together, as calibrated.
 
     Returns:
@@ -87,7 +87,7 @@ def study(
             )
             for s in SETTINGS
         }
-        rows: list[Row] = []
+        rows: list[FormResult] = []
         for form in progress.track(FORMS, "forms of gate"):
             if form.intent and not recorded.openings:
                 continue  # no token begins this model's refusals and hardly ever its answers
@@ -134,11 +134,11 @@ def _held(
     return States(ids, states, harmful, fold, counted, signs)
 
 
-def _judge(form: str, source: str, setting: str, gate: GateFit, states: States) -> Row:
+def _judge(form: str, source: str, setting: str, gate: GateFit, states: States) -> FormResult:
     harmful, harmless = states.scores(gate)
     layers = f"{gate.layers[0]}-{gate.layers[-1]}" if len(gate.layers) > 1 else str(gate.layers[0])
     found = at_false_positives(harmful, harmless, FALSE_POSITIVES)
-    return Row(form, source, setting, layers, auc(harmful, harmless), found)
+    return FormResult(form, source, setting, layers, auc(harmful, harmless), found)
 
 
 def at_false_positives(harmful: Tensor, harmless: Tensor, share: float) -> Rate:
@@ -162,7 +162,7 @@ def _together(gates: Mapping[Any, GateFit], text: States, states: States) -> dic
     }
 
 
-def facts(rows: list[Row], together: Mapping[Any, dict[str, Rate]]) -> dict[str, Any]:
+def facts(rows: list[FormResult], together: Mapping[Any, dict[str, Rate]]) -> dict[str, Any]:
     """The study as plain data."""
     return {
         "forms": [asdict(row) | {"found": row.found.as_dict()} for row in rows],
@@ -173,7 +173,7 @@ def facts(rows: list[Row], together: Mapping[Any, dict[str, Rate]]) -> dict[str,
 
 
 def page(
-    model: str, rows: list[Row], together: Mapping[Any, dict[str, Rate]], budget: Budget
+    model: str, rows: list[FormResult], together: Mapping[Any, dict[str, Rate]], budget: Budget
 ) -> str:
     """The study as Markdown."""
     gates = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from vlm_safeguard.server import errors
-from vlm_safeguard.server.errors import RequestError
+from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.exchange import Exchange, new_id
+from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.job import Begun, Sampling
 from vlm_safeguard.server.schema import ChatRequest
 from vlm_safeguard.server.settings import Settings
@@ -69,7 +69,7 @@ class Answer:
     def completion(self, text: str, exchange: Exchange) -> dict[str, Any]:
         """The whole answer."""
         if exchange.done is None:
-            raise errors.failed()
+            raise http_errors.failed()
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text, "refusal": None},

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import render, render_conversation
-from vlm_safeguard.server import errors
+from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.job import Job, Pictures
 
 
@@ -47,7 +47,7 @@ def count_pictures(
         pictures.sent for pictures in found
     )
     if not whole or any(pictures.sent != pictures.reached for pictures in found):
-        raise errors.image_lost()
+        raise http_errors.image_lost()
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vlm_safeguard.server.job import Sampling
-from vlm_safeguard.server.sampling import RowSampling
+from vlm_safeguard.server.token_sampling import RowSampling
 
 
 def test_tokens_come_as_often_as_their_probability_says() -> None:

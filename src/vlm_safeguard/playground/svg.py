@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vlm_safeguard.artifact.config import Gate
 from vlm_safeguard.playground.anchors import AnchorMap
-from vlm_safeguard.playground.answers import Verdict
+from vlm_safeguard.playground.answers import Decided
 from vlm_safeguard.playground.wording import gate_title
 from vlm_safeguard.runtime.attestation import Decision
 
@@ -107,7 +107,7 @@ def plot_scores(gates: Sequence[Gate], decision: Decision) -> str:
 
 
 @matplotlib.rc_context(_STYLE)
-def plot_map(anchors: AnchorMap, verdict: Verdict | None) -> str:
+def plot_map(anchors: AnchorMap, verdict: Decided | None) -> str:
     """The anchors on two principal axes, and where a request falls: with its picture and, if the
     guard read it so, as text."""
     figure = Figure(figsize=(_WIDTH, 3.9), layout="constrained")
@@ -126,7 +126,7 @@ def plot_map(anchors: AnchorMap, verdict: Verdict | None) -> str:
     return _svg(figure)
 
 
-def _mark(axis: Any, anchors: AnchorMap, verdict: Verdict) -> None:
+def _mark(axis: Any, anchors: AnchorMap, verdict: Decided) -> None:
     end = anchors.place(verdict.as_asked)
     name = "this request"
     if verdict.as_text is not None:

@@ -12,13 +12,13 @@ from transformers import StoppingCriteria
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.runtime.attestation import Decision
-from vlm_safeguard.server import errors
+from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.job import Failed, Job, Pictures
 from vlm_safeguard.server.one_answer import OneAnswer
 from vlm_safeguard.server.settings import Settings
 
 
-class Answers(StoppingCriteria):
+class BatchProgress(StoppingCriteria):
     """``generate`` calls it after every token. It says which rows have ended.
 
     Args:
@@ -52,7 +52,7 @@ class Answers(StoppingCriteria):
         """Whether each row (B,) has ended."""
         self._check_passes()
         for row in self._broken:
-            self._jobs[row].send(Failed(errors.failed()))
+            self._jobs[row].send(Failed(http_errors.failed()))
         if self._tokens == 0:
             self._begin()
         self._tokens += 1

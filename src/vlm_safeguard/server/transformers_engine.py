@@ -21,20 +21,20 @@ from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.runtime.session import Session
-from vlm_safeguard.server import errors
-from vlm_safeguard.server.answers import Answers
+from vlm_safeguard.server import http_errors
+from vlm_safeguard.server.batch_progress import BatchProgress
 from vlm_safeguard.server.inference_thread import InferenceThread
 from vlm_safeguard.server.job import Failed, Job
-from vlm_safeguard.server.pictures import count_pictures, marker_of
-from vlm_safeguard.server.sampling import RowSampling
+from vlm_safeguard.server.picture_count import count_pictures, marker_of
 from vlm_safeguard.server.self_check import SelfCheck
 from vlm_safeguard.server.settings import Settings
 from vlm_safeguard.server.telemetry import Telemetry
+from vlm_safeguard.server.token_sampling import RowSampling
 
 logger = logging.getLogger(__name__)
 
 
-class Engine(InferenceThread):
+class TransformersEngine(InferenceThread):
     """Answers ``Job``s in a thread of its own.
 
     Args:
@@ -87,7 +87,7 @@ class Engine(InferenceThread):
             left: deque[Job] = deque()
             for job in self._waiting:
                 if job.unwanted:
-                    job.send(Failed(errors.too_late()))
+                    job.send(Failed(http_errors.too_late()))
                 elif len(taken) < self.settings.batch and (job.pictured, job.gates_only) == kind:
                     taken.append(job)
                 else:
@@ -101,14 +101,14 @@ class Engine(InferenceThread):
         try:
             self._generate(jobs)
             return
-        except errors.RequestError as error:
+        except http_errors.RequestError as error:
             failure = error
         except UnreadableText:
-            failure = errors.unreadable()
+            failure = http_errors.unreadable()
         except PromptTooLong as error:
-            failure = errors.no_room(error)
+            failure = http_errors.no_room(error)
         except Exception as error:
-            failure = errors.failed()
+            failure = http_errors.failed()
             # Without the message: it may quote the request.
             logger.error("a batch failed", extra={"error": type(error).__name__})
             if isinstance(error, SafeguardError):
@@ -131,19 +131,21 @@ class Engine(InferenceThread):
         lengths = inputs["attention_mask"].sum(1).tolist()
         longest = max(lengths)
         if longest > settings.max_prompt_tokens:
-            raise errors.too_long(longest, settings.max_prompt_tokens)
+            raise http_errors.too_long(longest, settings.max_prompt_tokens)
         pictures = count_pictures(loaded.processor, self._marker, jobs, inputs, reads)
         sampling = RowSampling([job.sampling for job in jobs])
-        answers = Answers(jobs, self._session, settings, loaded, pictures, lengths, sampling.broken)
+        progress = BatchProgress(
+            jobs, self._session, settings, loaded, pictures, lengths, sampling.broken
+        )
         longest_answer = max(1 if job.gates_only else job.sampling.max_tokens for job in jobs)
         loaded.model.generate(
             **{key: value.to(loaded.device) for key, value in inputs.items()},
             max_new_tokens=longest_answer,
             do_sample=False,
             logits_processor=[sampling],
-            stopping_criteria=[answers],
+            stopping_criteria=[progress],
         )
-        answers.finish()
+        progress.finish()
         if sampling.broken:
             logger.error("logits were not finite", extra={"rows": len(sampling.broken)})
             self.telemetry.failures.inc()
@@ -153,4 +155,4 @@ class Engine(InferenceThread):
         try:
             return prepare(self.loaded.processor, conversations, reads, "left")
         except ModelError:  # their texts quote the request and the library
-            raise errors.unusable() from None
+            raise http_errors.unusable() from None
