@@ -150,10 +150,10 @@ def _gate_rates(name: str, fit: GateFit, settings: dict[str, States]) -> dict[st
     """True- and false-positive rates of a gate: per setting on the prompts it was fitted on, and
     cross-validated over all settings (``unseen``)."""
     rates: dict[str, dict[str, float]] = {"tpr": {}, "fpr": {}}
-    for name, states in settings.items():
+    for setting, states in settings.items():
         for kind, scores in zip(("tpr", "fpr"), states.scores(fit), strict=True):
             opened = (scores > 0).double().mean().item()
-            rates[kind][name] = round(opened, 4)
+            rates[kind][setting] = round(opened, 4)
     unseen = dict(zip(rates, (round(rate, 4) for rate in fit.unseen_rates), strict=True))
     return {"source": name, "layers": list(fit.layers), **rates, "unseen": unseen}
 
