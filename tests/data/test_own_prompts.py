@@ -58,6 +58,8 @@ def test_three_kinds_of_files_are_read_alike(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "a.jsonl, line 2: there is no 'prompt'"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt"', r"a\.jsonl is not a \.jsonl file, after line 1"),
+        ("a.jsonl", b'\n\n{"prompt": "a"}\n{', r"a\.jsonl is not a \.jsonl file, after line 3"),
+        ("a.csv", b'prompt\none\n"two" x\n', r"a\.csv is not a \.csv file, after line 2"),
         ("a.jsonl", b"[1]\n", "line 1: there is no 'prompt'"),
         ("a.jsonl", b'{"prompt": 5}\n', "line 1: 'prompt' is not a text"),
         ("a.csv", b"question\nq1\n", "line 2: there is no 'prompt'"),

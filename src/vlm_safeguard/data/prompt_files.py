@@ -85,7 +85,8 @@ def _table(path: Path, data: bytes, needed: Sequence[str]) -> list[tuple[str, di
     try:
         if kind == ".csv":
             reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            rows = [(reader.line_num, row) for row in reader]
+            for row in reader:
+                rows.append((reader.line_num, row))
         else:
             # Not splitlines(): a line separator of Unicode inside a prompt ends no line.
             lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -93,7 +94,8 @@ def _table(path: Path, data: bytes, needed: Sequence[str]) -> list[tuple[str, di
             for number, line in lines:
                 rows.append((number, json.loads(line) if as_json else {"prompt": line.strip()}))
     except (csv.Error, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not a {kind} file, after line {len(rows)}: {error}") from error
+        read = rows[-1][0] if rows else 0
+        raise DataError(f"{path} is not a {kind} file, after line {read}: {error}") from error
     for number, row in rows:
         missing = [key for key in needed if not isinstance(row, dict) or not row.get(key)]
         if missing:
