@@ -19,7 +19,7 @@ def verdict(decision: Decision) -> str:
 
 def gate_title(gate: Gate) -> str:
     """Which gate it is and what it reads."""
-    layers = ", ".join(map(str, gate.layers[:4])) + (", …" if len(gate.layers) > 4 else "")
-    read = f"layer{'s' if len(gate.layers) > 1 else ''} {layers}"
+    first, last = gate.layers[0], gate.layers[-1]
+    read = f"layer {first}" if len(gate.layers) == 1 else f"layers {first} to {last}"
     name = GATE_NAMES[gate.source]
-    return f"{name[0].upper()}{name[1:]}: {read}{' and refusal signs' if gate.openings else ''}"
+    return f"{name[0].upper()}{name[1:]}: {read}{', refusal signs' if gate.openings else ''}"
