@@ -3,10 +3,10 @@
 0. Check that the model's refusals of harmful text are recognised, because all that follows is
    measured by them.
 1. Record the hidden states of the anchors, as text: the safety directions of each layer.
-2. Record the calibration prompts as text, with a blank image and with pictures, and fit the text
-   gate and the gate in the VLM. Set the thresholds on other, ordinary harmless prompts, so that
-   the false-positive budget is kept with 95% confidence (``conformal``). Keep the gate in the VLM
-   only if the two find more than the text gate alone.
+2. Record the calibration prompts as text, with a blank image and with pictures, and fit the
+   gates (``gate_choice``). Set the thresholds on other, ordinary harmless prompts, so that the
+   false-positive budget is kept with 95% confidence (``conformal``). Keep those gates beside the
+   text gate with which most is found.
 3. Try steering candidates on harmful calibration prompts with images, and keep the one under which
    fewest attacks succeed.
 4. Test the guard on held-back prompts. If it does not help, raise an error.

@@ -145,7 +145,7 @@ def fit_gate(
         directions: V_l by layer.
         budget: allowed false-positive rate.
         kinds: the candidates to try.
-        pooled: whether to try runs of layers too.
+        pooled: whether to try runs of layers too; "margin" reads several in any case.
         counted: which harmful prompts count as found and which harmless ones as false positives,
             (k,) bool each; by default all. The others are used for fitting only.
         signs: refusal signs of the harmful and the harmless prompts, (k, 2) each.

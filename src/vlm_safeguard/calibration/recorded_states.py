@@ -147,11 +147,9 @@ class Recorded:
         The text gate does not open on a prompt that it cannot tell from a harmless one, and the
         gate on refused texts only on those.
         """
-        by: dict[GateName, dict[str, float]] = {}
-        if (refused := self.refused_states()) is not None and "refused" in fits:
-            by["refused"] = dict(_unseen([refused], fits["refused"]))
-        by["text"] = dict.fromkeys(self.untold, -math.inf)
-        by["text"] |= dict(_unseen([self.text], fits["text"]))
+        # All were fitted to the harmful prompts of ``text`` first, in this order.
+        by = {name: dict(_unseen([self.text], fit)) for name, fit in fits.items() if name != "vlm"}
+        by["text"] = dict.fromkeys(self.untold, -math.inf) | by["text"]
         rows = [
             [score if name == "vlm" else by[name].get(one, -math.inf) for name in fits]
             for one, score in _unseen(self.pictured.values(), fits["vlm"])
