@@ -280,9 +280,11 @@ def test_a_budget_that_no_threshold_can_keep_is_refused_before_any_work() -> Non
 
 def test_candidates_are_valid_and_name_real_layers() -> None:
     for depth in (6, 30, 48):
-        for steering in candidates(depth):
+        for steering in candidates(depth, verdict=True):
             Steering.model_validate(steering.model_dump())
             assert steering.layers and max(steering.layers) < depth and min(steering.layers) >= 0
+        without = candidates(depth, verdict=False)
+        assert without and not any(steering.reference == "verdict" for steering in without)
 
 
 def test_thin_takes_half_of_each_label_once() -> None:

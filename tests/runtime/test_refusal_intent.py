@@ -10,7 +10,7 @@ from vlm_safeguard.artifact.config import Gate
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.text_only import last_logits
-from vlm_safeguard.runtime.gate import refusal_signs
+from vlm_safeguard.runtime.gate import make_gate, refusal_signs
 
 OPENINGS, WEIGHT, VERDICT = [17, 40, 201], 0.7, 3.0
 
@@ -97,6 +97,44 @@ def test_an_open_gate_steers_as_a_linear_one_does(model):
     with tiny.guard(model, [intent_gate(1e6)]).attach(model):
         shut = tiny.generate(model, inputs)[1]
     assert torch.equal(shut, tiny.generate(model, inputs)[1])
+
+
+def test_each_rows_own_text_is_restored_where_its_verdict_is_a_refusal(model):
+    """In the same batch as rows that get the anchors' mean, and for each returned sequence."""
+    inputs = tiny.batch(tiny.PROMPTS)
+    firsts = []
+    for prompt in tiny.PROMPTS:
+        ids = torch.tensor([tiny.without_pictures(prompt)])
+        with torch.no_grad():
+            firsts.append(int(model(input_ids=ids).logits[0, -1].argmax()))
+    openings = sorted(set(firsts))[::2]
+    refused = [first in openings for first in firsts]
+    assert 0 < sum(refused) < len(refused)
+    gate = intent_gate(-1e6).model_copy(update={"openings": openings})
+    found = {}
+    for reference in ("text", "anchor", "verdict"):
+        with tiny.guard(model, [gate], reference=reference, rank=2).attach(model):
+            found[reference] = tiny.generate(model, inputs, num_return_sequences=2, num_beams=2)[1]
+    for row, is_refused in enumerate(refused):
+        own, other = ("text", "anchor") if is_refused else ("anchor", "text")
+        for copy in (2 * row, 2 * row + 1):
+            assert torch.equal(found["verdict"][copy], found[own][copy])
+            assert not torch.equal(found["verdict"][copy], found[other][copy])
+
+
+def test_verdicts_need_a_gate_that_gives_them(model):
+    with pytest.raises(ValidationError, match="needs a gate of kind intent"):
+        tiny.guard(model, [tiny.gate("text", 2)], reference="verdict")
+
+
+def test_a_sentence_has_no_verdict(model):
+    logits = torch.zeros(1, 300)
+    logits[0, OPENINGS[0]] = 5.0
+    gate = make_gate(intent_gate(), torch.zeros(2, tiny.WIDTH))
+    assert gate.refuses(logits, sentence=False) == [True]
+    assert gate.refuses(logits, sentence=True) == [False]
+    linear = make_gate(tiny.gate("text", 2), torch.zeros(1, tiny.WIDTH))
+    assert linear.refuses(logits, sentence=False) == [False]
 
 
 def test_without_finite_logits_the_request_is_blocked(model):

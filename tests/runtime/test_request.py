@@ -15,6 +15,24 @@ def test_a_score_of_zero_leaves_the_gate_shut(per_layer):
     assert request.open_at(2) == [False, False, True]
 
 
+def test_the_verdict_is_that_of_the_reading_that_opens_the_row():
+    """Of several, the first; a row that is open by its own text keeps its own."""
+
+    def read(scores, refused):
+        one = Request([tiny.gate("text", 2)], 4, [3] * len(scores), [0] * len(scores))
+        one.latch(0, None, [[score] for score in scores])
+        one.refused = list(refused)
+        return one
+
+    request = read([1.0, -1.0, -1.0, -1.0], [False, True, False, True])
+    others = read([2.0, -1.0, 1.0, 3.0, 2.0], [True, True, True, False, True])
+    request.take_worse([0, 1, 2, 3, 3], others)
+    assert request.refused == [False, True, True, False]
+    assert request.fired("text") == [True, False, True, True]
+    request.repeat(2)
+    assert request.refused == [False, False, True, True, True, True, False, False]
+
+
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_nothing_is_open_if_every_score_is_zero(per_layer):
     request = Request([tiny.gate("text", 2, 3, per_layer=per_layer)], 4, [3], [0])

@@ -86,8 +86,9 @@ class Steering(_StrictSettings):
 
     Attributes:
         mode: name of a class in ``runtime.steering.MODES``.
-        reference: what ``restore`` restores: the coordinates of the text-only pass ("text"), or the
-            mean of the harmful anchors ("anchor").
+        reference: what ``restore`` restores: the coordinates of the text-only pass ("text"), the
+            mean of the harmful anchors ("anchor"), or the former where the verdict says that the
+            LLM would refuse the text, and the latter elsewhere ("verdict").
         query: the pass whose coordinates ``add`` adds: the request's own, or the text-only pass.
         positions: "generated" steers the last prompt token and what follows, "all" also the rest of
             the prompt.
@@ -98,7 +99,7 @@ class Steering(_StrictSettings):
     """
 
     mode: _Registered
-    reference: Literal["text", "anchor"] = "text"
+    reference: Literal["text", "anchor", "verdict"] = "text"
     query: Literal["pass", "text"] = "text"
     positions: Literal["generated", "all"] = "generated"
     layers: list[_Layer] = Field(min_length=1, max_length=MAX_MODEL_LAYERS)
@@ -201,6 +202,8 @@ class GuardConfig(_StrictSettings):
     def _gates_reach_layers(self) -> GuardConfig:
         """Refuse a gate that could open without steering anything (see ``Request.open_at``)."""
         steering = self.steering
+        if steering.reference == "verdict" and not any(gate.openings for gate in self.gates):
+            raise ValueError("reference `verdict` needs a gate of kind intent, which gives verdicts")
         for index, gate in enumerate(self.gates):
             if gate.per_layer and not set(gate.layers) & set(steering.layers):
                 raise ValueError(

@@ -158,6 +158,12 @@ _MODES = {
     "erase": "the safety component is removed (an ablation that weakens the model)",
 }
 
+_REFERENCES = {
+    "text": "the request's own text",
+    "anchor": "harmful anchors' mean",
+    "verdict": "the request's own text where the LLM would refuse it, else harmful anchors' mean",
+}
+
 
 def _steering(steering: Steering) -> list[tuple[str, str]]:
     does = _MODES.get(steering.mode, "a mode of its own")
@@ -168,8 +174,7 @@ def _steering(steering: Steering) -> list[tuple[str, str]]:
         ("Dose α", f"{steering.alpha:g}"),
     ]
     if steering.mode == "restore":
-        own = "the request's own text" if steering.reference == "text" else "harmful anchors' mean"
-        rows.append(("Put back", own))
+        rows.append(("Put back", _REFERENCES[steering.reference]))
     if steering.mode == "add":
         own = "the request itself" if steering.query == "pass" else "its text-only pass"
         rows.append(("Component of", own))

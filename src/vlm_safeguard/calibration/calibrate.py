@@ -128,8 +128,9 @@ def calibrate(
             reads_sentences,
             data.sha256,
         )
+        verdict = any(gate.openings for gate in fitted.values())
         guard, tried = search(
-            loaded, base.build, list(data.fit), budget, effort, progress, refusals
+            loaded, base.build, verdict, list(data.fit), budget, effort, progress, refusals
         )
     proof = prove(loaded, guard, data.held, budget, effort, progress, refusals)
     results = {

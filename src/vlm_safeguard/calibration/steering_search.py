@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from vlm_safeguard.artifact.config import Steering
 from vlm_safeguard.calibration.attack_trials import harmless_cost, successes, within, without
@@ -19,16 +19,20 @@ from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.utils.progress import Progress
 
 
-def candidates(depth: int) -> list[Steering]:
-    """Steering settings to try, from the strongest to the one closest to the paper.
+def candidates(depth: int, verdict: bool) -> list[Steering]:
+    """Steering settings to try, from the strongest to the one closest to the paper. ``verdict``:
+    whether a gate tells which texts the LLM would refuse.
 
     Most `restore` candidates guard the last prompt token only, because their coordinates come from
     there. At generated tokens, the same coordinates make the model repeat its first word.
     """
+    references: list[Literal["verdict", "text", "anchor"]] = ["text", "anchor"]
+    if verdict:
+        references = ["verdict", *references]
     whole, later = list(range(depth)), list(range(depth // 3, depth))
     found = [
         Steering(mode="restore", reference=reference, layers=layers, rank=rank, tokens=1)
-        for reference in ("text", "anchor")
+        for reference in references
         for layers, rank in ((whole, 64), (later, 64), (whole, 16))
     ]
     found.append(Steering(mode="restore", reference="anchor", layers=later, rank=4, tokens=8))
@@ -39,6 +43,7 @@ def candidates(depth: int) -> list[Steering]:
 def search(
     loaded: LoadedModel,
     build: Callable[[Steering], Guard],
+    verdict: bool,
     fit: Sequence[Prompt],
     budget: Budget,
     effort: Effort,
@@ -53,6 +58,7 @@ def search(
 
     Args:
         build: makes a guard with the given steering.
+        verdict: whether its gates tell which texts the LLM would refuse.
         fit: calibration prompts that may be used for choices.
 
     Returns:
@@ -61,7 +67,7 @@ def search(
     Raises:
         CalibrationError: every candidate of the second round exceeds the KL budget.
     """
-    settings = candidates(len(find_decoder(loaded.model).layers))
+    settings = candidates(len(find_decoder(loaded.model).layers), verdict)
     attacks = [p for p in fit if p.harmful]
     few = _telling(loaded, build(settings[0]), attacks, effort, progress, recogniser)
     tried: list[dict[str, Any]] = []

@@ -63,6 +63,14 @@ class LinearGate:
         """
         raise NotImplementedError(f"{type(self).__name__} reads logits and does not say how")
 
+    def refuses(self, logits: Tensor, sentence: bool) -> list[bool]:
+        """Whether the LLM would refuse each text, for steering with reference "verdict". A gate
+        that has no verdict says no.
+
+        Args: as in ``refusal``.
+        """
+        return [False] * len(logits)
+
 
 class IntentGate(LinearGate):
     """A linear score plus signs that the LLM itself would refuse, weighted: ``refusal_signs``."""
@@ -90,6 +98,11 @@ class IntentGate(LinearGate):
     def refusal(self, logits: Tensor, sentence: bool) -> Tensor:
         signs = refusal_signs(logits, self.openings.to(logits.device), sentence)
         return signs @ self.weights.to(logits.device)
+
+    def refuses(self, logits: Tensor, sentence: bool) -> list[bool]:
+        signs = refusal_signs(logits, self.openings.to(logits.device), sentence)
+        said: list[bool] = (signs[:, 1] > 0).tolist()
+        return said
 
 
 def refusal_signs(logits: Tensor, openings: Tensor, sentence: bool = False) -> Tensor:
@@ -205,6 +218,8 @@ class GateReading:
             GuardRuntimeError: a score is NaN or Inf; the request is blocked.
         """
         for index, scores in self._scored.items():
+            said = self._gates.scorers[index].refuses(logits, self._sentence)
+            request.refused = [a or b for a, b in zip(request.refused, said, strict=True)]
             added = self._gates.scorers[index].refusal(logits, self._sentence)
             scores[:, -1] += added.to(scores.device)
             request.latch(index, None, _finite(scores))

@@ -85,6 +85,8 @@ class Request:
     # unless the gate is pooled.
     scores: dict[int, list[list[float]]] = field(default_factory=dict)
     opened: dict[int, list[list[bool]]] = field(default_factory=dict)
+    # Rows whose text the LLM would refuse, by the verdict of a gate that has one.
+    refused: list[bool] = field(default_factory=list)
     text_coordinates: dict[int, Tensor] = field(default_factory=dict)  # by layer, (B, m)
     pass_coordinates: dict[int, Tensor] = field(default_factory=dict)
     # By layer, None where no row is open: at the prompt's own columns, and behind them.
@@ -104,6 +106,7 @@ class Request:
     def __post_init__(self) -> None:
         for index, gate in enumerate(self.gates):
             self.scores[index] = [[math.nan] * len(gate.layers) for _ in self.last_prompt]
+        self.refused = self.refused or [False] * self.rows
 
     @property
     def rows(self) -> int:
@@ -137,6 +140,7 @@ class Request:
         """One row per beam or returned sequence, in the order generate expands them."""
         self.copies *= times
         self.last_prompt, self.padding = _each(self.last_prompt, times), _each(self.padding, times)
+        self.refused = _each(self.refused, times)
         for index, scores in self.scores.items():  # rows of their own: each is latched by itself
             self.scores[index] = [list(values) for values in _each(scores, times)]
         for index, opened in self.opened.items():
@@ -175,10 +179,15 @@ class Request:
 
     def take_worse(self, rows: Sequence[int], other: Request) -> None:
         """Take what text gates read in other readings of the text of ``rows``, where they score it
-        higher, and the coordinates of the first that opens them, where the text does not.
+        higher, and the coordinates and verdict of the first that opens them, where the text does
+        not.
 
         A row may have several readings.
         """
+        known, theirs = self.fired("text"), other.fired("text")
+        for n, row in reversed(list(enumerate(rows))):  # the first reading last: it stays
+            if theirs[n] and not known[row]:
+                self.refused[row] = other.refused[n]
         for layer, found in other.text_coordinates.items():
             known, theirs = self.open_at(layer, "text"), other.open_at(layer, "text")
             newly = {row: n for n, row in reversed(list(enumerate(rows))) if theirs[n]}

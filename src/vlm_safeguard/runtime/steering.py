@@ -49,7 +49,7 @@ class Restore(SteeringMode):
 
     def __init__(self, settings: Steering, anchor: Mapping[int, Tensor], text_gates: bool) -> None:
         super().__init__(settings, anchor, text_gates)
-        self.needs_text = settings.reference == "text"
+        self.needs_text = settings.reference != "anchor"
         self.text_if_open = text_gates
 
     def target(self, request: Request, layer: int, directions: Tensor) -> Tensor:
@@ -58,7 +58,8 @@ class Restore(SteeringMode):
 
     def _reference(self, request: Request, layer: int) -> Tensor:
         """The coordinates to restore. With a text gate, rows that it did not open get the anchors'
-        mean, because their text is harmless and holds no harm to restore."""
+        mean, because their text is harmless and holds no harm to restore. With reference "verdict"
+        so do rows whose text the LLM would answer, because its own coordinates make no refusal."""
         anchor = self.anchor[layer].expand(request.rows, -1)
         if not self.needs_text:
             return anchor
@@ -67,6 +68,8 @@ class Restore(SteeringMode):
         if layer not in request.text_coordinates:  # no row was opened by its text
             return anchor
         text, by_text = request.text_coordinates[layer], request.open_at(layer, "text")
+        if self.settings.reference == "verdict":
+            by_text = [a and b for a, b in zip(by_text, request.refused, strict=True)]
         if all(by_text):
             return text
         rows = torch.tensor(by_text, device=text.device)[:, None]
