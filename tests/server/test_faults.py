@@ -279,6 +279,17 @@ def test_a_prompt_longer_than_the_positions_is_a_wrong_request(live):
     assert is_ready(live)
 
 
+@pytest.mark.parametrize("live", [{"max_prompt_tokens": 10_000}], indirect=True)
+def test_an_answer_of_default_length_ends_with_the_positions(live):
+    """One of a length that was asked for is refused."""
+    around = live.chat("a", max_tokens=1).json()["usage"]["prompt_tokens"] - 1
+    content = "a" * (2048 - around - 3)
+    answer = live.chat(content, max_tokens=None).json()
+    assert answer["usage"]["completion_tokens"] == 4  # the last takes no position
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert live.chat(content, max_tokens=5).status_code == 400
+
+
 def test_a_template_that_refuses_is_a_wrong_request(live):
     processor = live.engine.loaded.processor
     processor.chat_template = "{{ raise_exception('secret') }}"

@@ -173,9 +173,9 @@ def fit_gate(
             known = s[(harmless_fold != fold) & judged]
             centre, spread = known.mean(), known.std().clamp(min=1e-12)
             tried.append(((h - centre) / spread, (s - centre) / spread))
-        unit = float(_unseen(tried, data)[1][judged].std().clamp(min=1e-12))
+        unit = float(_out_of_fold(tried, data)[1][judged].std().clamp(min=1e-12))
         for pair in weighed:
-            h, s = _unseen([said.added(*one, unit, pair, parts) for one in tried], data)
+            h, s = _out_of_fold([said.added(*one, unit, pair, parts) for one in tried], data)
             h, s = h[known_harmful], s[judged]
             value = auc(h, s, max(COMPARED, budget))
             if value > best_value:
@@ -203,7 +203,7 @@ def fit_gate(
     return replace(best, threshold=cut, openings=tuple(openings), weights=final)
 
 
-def _unseen(tried: Sequence[tuple[Tensor, Tensor]], data: LabelledStates) -> tuple[Tensor, Tensor]:
+def _out_of_fold(tried: Sequence[tuple[Tensor, Tensor]], data: LabelledStates) -> tuple[Tensor, Tensor]:
     """Scores (n,) and (k,) of each prompt by the gate that was fitted without its fold; zero for
     prompts of no fold."""
     found = torch.zeros(len(data.harmful)), torch.zeros(len(data.harmless))

@@ -148,17 +148,17 @@ class Recorded:
         gate on refused texts only on those.
         """
         # All were fitted to the harmful prompts of ``text`` first, in this order.
-        by = {name: dict(_unseen([self.text], fit)) for name, fit in fits.items() if name != "vlm"}
+        by = {name: dict(_judged_scores([self.text], fit)) for name, fit in fits.items() if name != "vlm"}
         by["text"] = dict.fromkeys(self.untold, -math.inf) | by["text"]
         rows = [
             [score if name == "vlm" else by[name].get(one, -math.inf) for name in fits]
-            for one, score in _unseen(self.pictured.values(), fits["vlm"])
+            for one, score in _judged_scores(self.pictured.values(), fits["vlm"])
             if one in by["text"]
         ]
         return torch.tensor(rows).reshape(-1, len(fits))
 
 
-def _unseen(parts: Iterable[States], gate: GateFit) -> list[tuple[str, float]]:
+def _judged_scores(parts: Iterable[States], gate: GateFit) -> list[tuple[str, float]]:
     """Ids and cross-validated scores of the harmful prompts that a gate was fitted to and judged
     by, in this order; behind them may be others that it was only fitted to."""
     ids = [

@@ -29,7 +29,8 @@ def sampling_of(body: ChatRequest, settings: Settings) -> Sampling:
     Raises:
         RequestError: the answer may be too long, or a stop sequence is none.
     """
-    wanted = body.max_completion_tokens or body.max_tokens or settings.default_tokens
+    told = body.max_completion_tokens or body.max_tokens
+    wanted = told or settings.default_tokens
     if wanted > settings.max_tokens:
         raise RequestError(
             400, f"at most {settings.max_tokens} tokens are answered", param="max_tokens"
@@ -38,7 +39,7 @@ def sampling_of(body: ChatRequest, settings: Settings) -> Sampling:
     if any(not word or len(word) > 200 for word in stop):
         raise RequestError(400, "a stop sequence has 1 to 200 characters", param="stop")
     top_p = 1.0 if body.top_p is None else body.top_p
-    return Sampling(wanted, body.temperature or 0.0, top_p, body.seed, stop)
+    return Sampling(wanted, told is None, body.temperature or 0.0, top_p, body.seed, stop)
 
 
 class Answer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlm_safeguard.server.conversation import Conversation
@@ -14,9 +14,14 @@ from vlm_safeguard.server.http_errors import RequestError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of one answer are chosen. ``temperature`` 0 takes the most likely token."""
+    """How the tokens of one answer are chosen. ``temperature`` 0 takes the most likely token.
+
+    ``by_default``: the request does not say how many tokens it wants. Its answer then ends where
+    the model has no more positions.
+    """
 
     max_tokens: int
+    by_default: bool = False
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
@@ -107,6 +112,11 @@ class Job:
     def unwanted(self) -> bool:
         """Nobody waits for it any more, or its time is up."""
         return self.cancelled.is_set() or time.monotonic() > self.deadline
+
+    def fit(self, room: int) -> None:
+        """Shorten an answer of default length to the positions that are left behind the prompt."""
+        if self.sampling.by_default and self.sampling.max_tokens > room > 0:
+            self.sampling = replace(self.sampling, max_tokens=room)
 
     def send(self, event: Any) -> None:
         """Hand over an event. Nothing follows the end."""

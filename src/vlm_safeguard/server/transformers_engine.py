@@ -20,6 +20,7 @@ from vlm_safeguard.errors import ModelError, PromptTooLong, SafeguardError, Unre
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.positions import room
 from vlm_safeguard.runtime.session import Session
 from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.batch_progress import BatchProgress
@@ -133,6 +134,10 @@ class TransformersEngine(InferenceThread):
         if longest > settings.max_prompt_tokens:
             raise http_errors.too_long(longest, settings.max_prompt_tokens)
         pictures = count_pictures(loaded.processor, self._marker, jobs, inputs, reads)
+        positions = room(loaded.model)
+        for job, length in zip(jobs, lengths, strict=True):
+            if positions is not None:
+                job.fit(positions - length + 1)  # the last token takes none
         sampling = RowSampling([job.sampling for job in jobs])
         progress = BatchProgress(
             jobs, self._session, settings, loaded, pictures, lengths, sampling.broken
