@@ -97,3 +97,21 @@ def test_a_canonical_form_has_a_verdict_and_a_sentence_has_none(
         made = tiny.changed(tiny.guard(loaded.model, [gate]), reads_sentences=True)
         found.append(float(scores(run(loaded, made, [asked])).sum()))
     assert found[1] > 1000 > abs(found[0]) if hidden else found[1] == found[0]
+
+
+def test_a_sentence_whose_score_needs_no_logits_ends_below_the_head(loaded: LoadedModel) -> None:
+    """The verdict is of the whole text: only the intent is read in sentences."""
+    counted = []
+    head = loaded.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda *_: counted.append(1))
+    totals = []
+    with hook:
+        for intent in (0.0, 0.1):
+            settings = {"kind": "intent", "openings": [7], "verdict_weight": 1.0}
+            gate = tiny.gate("text", 2).model_copy(update=settings | {"intent_weight": intent})
+            made = tiny.changed(tiny.guard(loaded.model, [gate]), reads_sentences=True)
+            session = run(loaded, made, [LONG])
+            assert passes(session) == 2
+            totals.append(len(counted))
+            counted.clear()
+    assert totals[1] == totals[0] + 1

@@ -53,10 +53,15 @@ class LinearGate:
         """
         return self.scores(states).sum(1)
 
+    def needs_logits(self, sentence: bool) -> bool:
+        """Whether logits may add to the score; ``sentence`` as in ``refusal_signs``. Where they do
+        not, the pass ends below the head."""
+        return self.reads_logits
+
     def refusal(self, logits: Tensor, sentence: bool) -> Tensor:
         """What the logits (B, vocabulary) of the first answer token add to the score, (B,).
 
-        Called only if the gate ``reads_logits``.
+        Called only if the gate ``needs_logits``.
 
         Args:
             sentence: as in ``refusal_signs``.
@@ -94,6 +99,9 @@ class IntentGate(LinearGate):
         if signs is None:
             raise ValueError("this gate reads the refusal intent too")
         return super().total(states) + signs @ self.weights
+
+    def needs_logits(self, sentence: bool) -> bool:
+        return not sentence or float(self.weights[0]) > 0  # a sentence has no verdict
 
     def refusal(self, logits: Tensor, sentence: bool) -> Tensor:
         signs = refusal_signs(logits, self.openings.to(logits.device), sentence)
@@ -179,7 +187,7 @@ class GateReading:
         self._held: dict[int, dict[int, Tensor]] = {}
         # Whether a gate needs the logits of the pass.
         self.reads_logits = any(
-            gates.scorers[index].reads_logits
+            gates.scorers[index].needs_logits(sentence)
             for index, gate in enumerate(gates.settings)
             if gate.source == source
         )
@@ -206,7 +214,7 @@ class GateReading:
                 stacked = torch.stack([held[n].to(states.device) for n in range(len(held))], 1)
                 del self._held[index]
                 scores = scorer.scores(stacked)
-                if scorer.reads_logits:
+                if scorer.needs_logits(self._sentence):
                     self._scored[index] = scores
                 else:
                     request.latch(index, None, _finite(scores))
