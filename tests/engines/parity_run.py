@@ -73,7 +73,7 @@ def in_transformers(count: int, tokens: int) -> dict[str, dict[str, Any]]:
                 "prompt": width,
                 "tokens": out.sequences[0, width:].tolist(),
                 "margins": [float(first - second) for first, second in best],
-                "scores": session.decisions[0].scores,
+                "scores": session.decisions[0].parts,
                 "sources": list(session.decisions[0].sources),
             }
     return found
@@ -99,7 +99,7 @@ def in_vllm(count: int, tokens: int, alone: int) -> dict[str, dict[str, Any]]:
                 found[output.request_id + suffix] = {
                     "prompt": len(output.prompt_token_ids),
                     "tokens": list(output.outputs[0].token_ids),
-                    "scores": decision.scores,
+                    "scores": decision.parts,
                     "sources": list(decision.sources),
                 }
 

@@ -21,8 +21,8 @@ def same(output: Any, answer: Any) -> None:
     tokens, decision = answer
     found = front_end.decisions(output)[0]
     assert found.sources == decision.sources
-    for gate, scores in decision.scores.items():
-        for one, other in zip(scores, found.scores[gate], strict=True):
+    for gate, parts in decision.parts.items():
+        for one, other in zip(parts, found.parts[gate], strict=True):
             assert (math.isnan(one) and math.isnan(other)) or abs(one - other) < 5e-3
     assert list(output.outputs[0].token_ids) == tokens
 

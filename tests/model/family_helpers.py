@@ -127,7 +127,7 @@ def half_open(loaded: LoadedModel, made: Guard, inputs: dict[str, Tensor]) -> tu
     gate = made.config.gates[0]
     with made.attach(loaded.model) as session:
         generate(loaded.model, inputs, max_new_tokens=1)
-        scores = torch.tensor([d.scores[f"{gate.source}.0"] for d in session.decisions])
+        scores = torch.tensor([d.parts[f"{gate.source}.0"] for d in session.decisions])
     middle = torch.tensor(gate.thresholds) + scores.mean(0)
     return tiny.with_thresholds(made, [middle.tolist()]), int(scores.sum(1).argmax())
 

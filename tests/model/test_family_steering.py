@@ -32,7 +32,7 @@ def test_the_witness_is_the_bare_language_model(one: Family, loaded: LoadedModel
     layers = text_layers(one, loaded)
     with made.attach(loaded.model) as session:
         generate(loaded.model, inputs, max_new_tokens=1)
-        scores = torch.tensor([d.scores["text.0"] for d in session.decisions])
+        scores = torch.tensor([d.parts["text.0"] for d in session.decisions])
     expected = torch.zeros(len(PROMPTS), len(layers), dtype=torch.float64)
     for row, prompt in enumerate(PROMPTS):
         states = bare_states(one, loaded, prompt, pictured=row == 0 or not one.mixed)

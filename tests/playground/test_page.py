@@ -29,7 +29,7 @@ from vlm_safeguard.playground.desk import Desk
 from vlm_safeguard.playground.examples import examples
 from vlm_safeguard.playground.loopback import LoopbackOnly
 from vlm_safeguard.playground.svg import bars, plot_map, plot_scores
-from vlm_safeguard.playground.wording import verdict
+from vlm_safeguard.playground.wording import gate_title, verdict
 from vlm_safeguard.runtime.attestation import Decision
 from vlm_safeguard.utils.network import LOOPBACK, listen
 from vlm_safeguard.utils.progress import Progress
@@ -177,14 +177,19 @@ def test_the_map_is_a_principal_component_analysis() -> None:
 
 
 def test_bars_are_scores_and_what_each_layer_adds() -> None:
-    gates = [tiny.gate("text", 1, 2), tiny.gate("vlm", 3, 4, per_layer=True)]
-    decision = Decision(True, True, False, {"text.0": [2.0, -0.5], "vlm.1": [-1.0, math.nan]})
-    rows = bars(gates, decision)
-    assert [(row.score, row.decides) for row in rows] == [
-        (1.5, True),
-        (2.0, False),
-        (-0.5, False),
-        (-1.0, True),
+    """The threshold of a sum is shared out among its layers, wherever the guard's file holds it."""
+    text = tiny.gate("text", 1, 2).model_copy(update={"thresholds": [6.0, 0.0]})
+    gates = [text, tiny.gate("vlm", 3, 4, per_layer=True)]
+    # Of the text gate the layers score 4 and 5.5 before the threshold, and refusal signs add 0.25.
+    parts = {"text.0": [-2.0, 5.5, 0.25], "vlm.1": [-1.0, math.nan]}
+    scores = {"text.0": [3.75], "vlm.1": parts["vlm.1"]}
+    rows = bars(gates, Decision(True, True, False, scores, parts))
+    assert [(row.label, row.score, row.decides) for row in rows] == [
+        (gate_title(text), 3.75, True),
+        ("layer 1", 1.0, False),
+        ("layer 2", 2.5, False),
+        ("refusal signs", 0.25, False),
+        (f"{gate_title(gates[1])}: layer 3", -1.0, True),
     ]
 
 
@@ -203,7 +208,7 @@ def test_plots_are_svg_in_the_colours_of_the_page(subject: Subject) -> None:
 
 def test_the_verdict_in_words() -> None:
     def say(by_text: bool, by_vlm: bool) -> str:
-        return verdict(Decision(by_text or by_vlm, by_text, by_vlm, {}))
+        return verdict(Decision(by_text or by_vlm, by_text, by_vlm, {}, {}))
 
     assert say(False, False).startswith("No gate opened")
     assert "the text gate" in say(True, False) and "VLM" not in say(True, False)

@@ -28,10 +28,12 @@ def test_the_attestation_of_a_generation(model, tokens, use_cache):
     for row, reference in zip(told.rows, references, strict=True):
         assert row.changed == ({2: dose, 4: dose} if reference.fired else {})
         for index, gate in enumerate(made.config.gates):
-            score = row.decision.scores[f"{gate.source}.{index}"]
-            known = reference.known.scores[index]
-            expected = [known[layer] for layer in gate.layers]
-            torch.testing.assert_close(torch.tensor(score), torch.tensor(expected), **CLOSE)
+            name, known = f"{gate.source}.{index}", reference.known.scores[index]
+            expected = torch.tensor([known[layer] for layer in gate.layers])
+            score = torch.tensor(row.decision.scores[name])
+            torch.testing.assert_close(torch.tensor(row.decision.parts[name]), expected, **CLOSE)
+            decides = expected if gate.per_layer else expected.sum(0, keepdim=True)
+            torch.testing.assert_close(score, decides, **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -60,7 +60,9 @@ def test_the_score_is_that_of_the_formula_in_every_row(model, side, weight, tmp_
     made = Guard.from_pretrained(tmp_path)
     with made.attach(model) as session, torch.no_grad():
         model(**tiny.batch(tiny.PROMPTS, side), use_cache=False)
-        scores = [sum(d.scores["text.0"]) for d in session.decisions]
+        scores = [d.scores["text.0"][0] for d in session.decisions]
+        assert scores == pytest.approx([sum(d.parts["text.0"]) for d in session.decisions])
+        assert all(len(d.parts["text.0"]) == 3 for d in session.decisions)  # two layers, the signs
         whole = session.attestation
     wanted = [expected(model, made, prompt) for prompt in tiny.PROMPTS]
     assert scores == pytest.approx(wanted, abs=1e-4)

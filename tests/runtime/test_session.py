@@ -197,7 +197,7 @@ def test_the_witness_is_the_bare_language_model(model, side):
         expected.append((torch.stack(states) * made.tensors["gate.0"]).sum(1))
     with made.attach(model) as session:
         forward(model, tiny.batch(tiny.PROMPTS, side))
-        scores = torch.tensor([d.scores["text.0"] for d in session.decisions])
+        scores = torch.tensor([d.parts["text.0"] for d in session.decisions])
     close(scores, torch.stack(expected))
 
 

@@ -35,7 +35,7 @@ def run(
 
 
 def scores(session: Session, name: str = "text.0") -> Tensor:
-    return torch.tensor([decision.scores[name] for decision in session.decisions])
+    return torch.tensor([decision.parts[name] for decision in session.decisions])
 
 
 def passes(session: Session) -> int:

@@ -21,7 +21,7 @@ def spoken(prompts, side="left"):
 
 
 def scores(session):
-    return torch.tensor([d.scores["text.0"] for d in session.decisions])
+    return torch.tensor([d.parts["text.0"] for d in session.decisions])
 
 
 def test_the_derived_reading_given_by_hand_changes_nothing(model):

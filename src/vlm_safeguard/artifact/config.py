@@ -203,7 +203,7 @@ class GuardConfig(_StrictSettings):
         """Refuse a gate that could open without steering anything (see ``Request.open_at``)."""
         steering = self.steering
         if steering.reference == "verdict" and not any(gate.openings for gate in self.gates):
-            raise ValueError("reference `verdict` needs a gate of kind intent, which gives verdicts")
+            raise ValueError("reference `verdict` needs a gate of kind intent, for verdicts")
         for index, gate in enumerate(self.gates):
             if gate.per_layer and not set(gate.layers) & set(steering.layers):
                 raise ValueError(

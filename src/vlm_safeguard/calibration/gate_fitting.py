@@ -203,7 +203,9 @@ def fit_gate(
     return replace(best, threshold=cut, openings=tuple(openings), weights=final)
 
 
-def _out_of_fold(tried: Sequence[tuple[Tensor, Tensor]], data: LabelledStates) -> tuple[Tensor, Tensor]:
+def _out_of_fold(
+    tried: Sequence[tuple[Tensor, Tensor]], data: LabelledStates
+) -> tuple[Tensor, Tensor]:
     """Scores (n,) and (k,) of each prompt by the gate that was fitted without its fold; zero for
     prompts of no fold."""
     found = torch.zeros(len(data.harmful)), torch.zeros(len(data.harmless))

@@ -118,6 +118,6 @@ def gate_of(decision: Decision | None) -> tuple[bool | None, float | None]:
     """Whether a gate opened, and the highest score of any gate, as a mean over its layers."""
     if decision is None:
         return None, None
-    means = [sum(scores) / len(scores) for scores in decision.scores.values()]
+    means = [sum(scores) / len(scores) for scores in decision.parts.values()]
     read = [mean for mean in means if not math.isnan(mean)]  # a text gate may have nothing to read
     return decision.fired, max(read, default=None)

@@ -148,7 +148,11 @@ class Recorded:
         gate on refused texts only on those.
         """
         # All were fitted to the harmful prompts of ``text`` first, in this order.
-        by = {name: dict(_judged_scores([self.text], fit)) for name, fit in fits.items() if name != "vlm"}
+        by = {
+            name: dict(_judged_scores([self.text], fit))
+            for name, fit in fits.items()
+            if name != "vlm"
+        }
         by["text"] = dict.fromkeys(self.untold, -math.inf) | by["text"]
         rows = [
             [score if name == "vlm" else by[name].get(one, -math.inf) for name in fits]

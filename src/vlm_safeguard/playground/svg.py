@@ -60,10 +60,13 @@ def bars(gates: Sequence[Gate], decision: Decision) -> list[Bar]:
     """The rows of every gate: its score and, if it reads several layers, each layer's part."""
     rows = []
     for index, gate in enumerate(gates):
-        scores = decision.scores.get(f"{gate.source}.{index}", [])
+        added = decision.parts.get(f"{gate.source}.{index}", [])
+        names = [f"layer {layer}" for layer in gate.layers] + ["refusal signs"]
+        if not gate.per_layer:
+            added = _without_offsets(gate, added)
         parts = [
-            (f"layer {layer}", score)
-            for layer, score in zip(gate.layers, scores, strict=False)
+            (name, score)
+            for name, score in zip(names, added, strict=False)
             if math.isfinite(score)  # NaN: the layer was not read
         ]
         if gate.per_layer:
@@ -72,6 +75,14 @@ def bars(gates: Sequence[Gate], decision: Decision) -> list[Bar]:
             rows.append(Bar(gate_title(gate), sum(score for _, score in parts), True))
             rows += [Bar(name, score, False) for name, score in parts if len(parts) > 1]
     return rows
+
+
+def _without_offsets(gate: Gate, parts: Sequence[float]) -> list[float]:
+    """The parts of a sum with its threshold shared out evenly among the layers: a guard's file may
+    hold all of it in one layer, which then would seem to say no."""
+    share = sum(gate.thresholds) / len(gate.layers)
+    even = [part + own - share for part, own in zip(parts, gate.thresholds, strict=False)]
+    return even + list(parts[len(gate.layers) :])
 
 
 @matplotlib.rc_context(_STYLE)

@@ -16,13 +16,17 @@ class Decision:
         fired: whether any gate opened.
         by_text: whether a gate of the text-only pass opened.
         by_vlm: whether a gate in the VLM opened.
-        scores: for each gate, one score per layer, NaN if the layer was not read.
+        scores: for each gate, what decides: one score, or with ``per_layer`` one for each layer. A
+            gate opens above 0; NaN: it was not read.
+        parts: for each gate, what each of its layers adds, and last, in a gate that reads logits,
+            what the refusal signs add. Where a score is a sum, it is that of these.
     """
 
     fired: bool
     by_text: bool
     by_vlm: bool
     scores: dict[str, list[float]]
+    parts: dict[str, list[float]]
 
     @property
     def sources(self) -> tuple[Literal["text", "vlm"], ...]:
@@ -73,18 +77,17 @@ def decisions_of(request: Request) -> list[Decision]:
     """One decision per row (per sequence, where ``generate`` has returned), in batch order. The
     prompt must have been processed completely."""
     by_text, by_vlm = request.fired("text"), request.fired("vlm")
-    named = {
-        f"{request.gates[index].source}.{index}": scores for index, scores in request.scores.items()
-    }
-    return [
-        Decision(
-            by_text[row] or by_vlm[row],
-            by_text[row],
-            by_vlm[row],
-            {name: list(table[row]) for name, table in named.items()},
-        )
-        for row in request.reported
-    ]
+    decisions = []
+    for row in request.reported:
+        scores, parts = dict[str, list[float]](), dict[str, list[float]]()
+        for index, table in request.scores.items():
+            gate = request.gates[index]
+            name, own = f"{gate.source}.{index}", list(table[row])
+            parts[name] = own
+            scores[name] = own if gate.per_layer else [sum(own)]
+        fired = by_text[row] or by_vlm[row]
+        decisions.append(Decision(fired, by_text[row], by_vlm[row], scores, parts))
+    return decisions
 
 
 def attest(request: Request, layers: tuple[int, ...]) -> Attestation:

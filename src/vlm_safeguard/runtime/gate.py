@@ -216,8 +216,10 @@ class GateReading:
                 scores = scorer.scores(stacked)
                 if scorer.needs_logits(self._sentence):
                     self._scored[index] = scores
-                else:
-                    request.latch(index, None, _finite(scores))
+                    continue
+                if scorer.reads_logits:  # and there are none to add
+                    scores = torch.cat([scores, torch.zeros_like(scores[:, :1])], 1)
+                request.latch(index, None, _finite(scores))
 
     def read_logits(self, request: Request, logits: Tensor) -> None:
         """Decide the gates that wait for the logits (B, vocabulary) at the last prompt token.
@@ -229,8 +231,8 @@ class GateReading:
             said = self._gates.scorers[index].refuses(logits, self._sentence)
             request.refused = [a or b for a, b in zip(request.refused, said, strict=True)]
             added = self._gates.scorers[index].refusal(logits, self._sentence)
-            scores[:, -1] += added.to(scores.device)
-            request.latch(index, None, _finite(scores))
+            parts = torch.cat([scores, added[:, None].to(scores)], 1)
+            request.latch(index, None, _finite(parts))
         self._scored.clear()
 
 

@@ -81,8 +81,8 @@ class Request:
     last_prompt: list[int]  # column of q in each row
     padding: list[int]  # prompt columns in each row that hold no token
     wordless: frozenset[int] = frozenset()  # rows whose text says nothing: no text gate is read
-    # By gate, then row: one score per layer, NaN if not read yet; whether it is open, per layer too
-    # unless the gate is pooled.
+    # By gate, then row: what each layer, and last what logits add, NaN if not read yet; whether it
+    # is open, per layer too unless the gate is pooled.
     scores: dict[int, list[list[float]]] = field(default_factory=dict)
     opened: dict[int, list[list[bool]]] = field(default_factory=dict)
     # Rows whose text the LLM would refuse, by the verdict of a gate that has one.
@@ -149,8 +149,8 @@ class Request:
             self.text_coordinates[layer] = found.repeat_interleave(times, 0)
 
     def latch(self, index: int, place: int | None, scores: list[list[float]]) -> None:
-        """Keep a gate's scores and decisions for each row: of its layer number ``place``, or of all
-        its layers if None. Text gates stay shut for rows without words."""
+        """Keep a gate's scores and decisions for each row: of its layer number ``place``, or if
+        None of all its layers, whose sum decides. Text gates stay shut for rows without words."""
         if self.gates[index].source == "text":
             scores = [
                 [math.nan] * len(values) if row in self.wordless else values

@@ -227,7 +227,8 @@ def _frame(value: dict[str, Any]) -> dict[str, str]:
 
 
 def _moderation(begun: Begun) -> dict[str, Any]:
-    """One result in OpenAI's form. A score is that of the gate's layer that says most."""
+    """One result in OpenAI's form. Of a gate that opens layers one by one, the
+    score is that of the layer that says most."""
     verdict = begun.verdict
     if verdict is None:
         raise http_errors.not_ready()

@@ -45,7 +45,8 @@ class GateVerdict:
     Attributes:
         fired: whether a gate opened.
         gates: the sources of the gates that opened: "text", "vlm".
-        scores: for each gate, one score per layer, None if it was not read. A gate opens above 0.
+        scores: for each gate, one score, or with ``per_layer`` one for each layer; None if it was
+            not read. A gate opens above 0.
     """
 
     fired: bool

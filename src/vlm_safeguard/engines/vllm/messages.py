@@ -66,7 +66,7 @@ class Report:
 
     Attributes:
         failed: the reason why there is no answer; "" if there is one. Never quotes the request.
-        fired, by_text, by_vlm, scores: as in ``Decision``.
+        fired, by_text, by_vlm, scores, parts: as in ``Decision``.
         moved: of a canary: by layer, how far steering moved the state.
     """
 
@@ -75,12 +75,14 @@ class Report:
     by_text: bool = False
     by_vlm: bool = False
     scores: dict[str, list[float]] | None = None
+    parts: dict[str, list[float]] | None = None
     moved: dict[str, float] | None = None
 
     @property
     def decision(self) -> Decision:
         """What the guard decided."""
-        return Decision(self.fired, self.by_text, self.by_vlm, self.scores or {})
+        scores, parts = self.scores or {}, self.parts or {}
+        return Decision(self.fired, self.by_text, self.by_vlm, scores, parts)
 
 
 def put(params: Any, message: Order | Role) -> None:

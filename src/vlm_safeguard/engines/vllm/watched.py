@@ -52,6 +52,7 @@ class Watched:
             by_text=decision.by_text,
             by_vlm=decision.by_vlm,
             scores=decision.scores,
+            parts=decision.parts,
             moved=self.moved if self.role.canary else None,
         )
 
