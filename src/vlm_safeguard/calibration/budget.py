@@ -27,7 +27,7 @@ class Budget:
 class Effort:
     """Number of prompts for each step. The defaults fit a small machine without a GPU."""
 
-    worded: int = 3000  # prompts of each label recorded as text, which gates are fitted to
+    worded: int = 4000  # prompts of each label recorded as text, which gates are fitted to
     pictured: int = 240  # of each label, with a blank image and with a picture, for the VLM gate
     bound: int = 2500  # harmless prompts that set the thresholds
     scan: int = 160  # attacks tried without a guard, to find those that succeed
