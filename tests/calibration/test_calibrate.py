@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from vlm_safeguard.calibration.calibrate import calibrate
 from vlm_safeguard.calibration.gate_fitting import GateFit, auc, fit_gate, threshold
 from vlm_safeguard.calibration.generation import Response
 from vlm_safeguard.calibration.recognition import BY_PHRASES
-from vlm_safeguard.calibration.steering_search import candidates
+from vlm_safeguard.calibration.steering_search import _finalists, candidates
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.prompts import CalibrationData, Prompt, calibration
 from vlm_safeguard.data.sampling import evenly
@@ -358,3 +359,17 @@ def test_the_model_is_asked_until_it_answers_what_scores_highest(
     gate_choice._lower_refused(None, items, scores, 0.06, BY_PHRASES)  # type: ignore[arg-type]
     assert scores[:, 0].tolist() == [*range(60), *[0] * 40]
     assert len(asked) == len({p.id for p in asked}) <= 40 + 7 + 7
+
+
+def test_finalists_are_of_every_kind_first() -> None:
+    def steering(reference: Literal["text", "anchor", "verdict"], rank: int) -> Steering:
+        return Steering(mode="restore", reference=reference, layers=[0], rank=rank)
+
+    ranked = [
+        (0.5, 0, steering("text", 1)),
+        (0.1, 1, steering("verdict", 1)),
+        (0.0, 2, steering("anchor", 1)),
+        (0.0, 3, steering("anchor", 2)),
+    ]
+    places = [[one[1] for one in _finalists(ranked, count)] for count in (1, 2, 3, 4)]
+    assert places == [[2], [2, 1], [2, 1, 0], [2, 1, 0, 3]]

@@ -18,6 +18,8 @@ from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.utils.progress import Progress
 
+_Ranked = tuple[float, int, Steering]
+
 
 def candidates(depth: int, verdict: bool) -> list[Steering]:
     """Steering settings to try, from the strongest to the one closest to the paper. ``verdict``:
@@ -54,7 +56,8 @@ def search(
 
     The first round tries all candidates on a few attacks with a blank image or a picture that
     succeed although a gate opens, because other attacks say nothing about the steering. The second
-    round tries the best candidates on more prompts, in every setting.
+    round tries the best candidates on more prompts, in every setting: also as text, where steering
+    can undo a refusal.
 
     Args:
         build: makes a guard with the given steering.
@@ -71,7 +74,7 @@ def search(
     attacks = [p for p in fit if p.harmful]
     few = _telling(loaded, build(settings[0]), attacks, effort, progress, recogniser)
     tried: list[dict[str, Any]] = []
-    ranked: list[tuple[float, int, Steering]] = []
+    ranked: list[_Ranked] = []
     for steering in progress.track(settings, "steering candidates"):
         guard = build(steering)
         won = successes(loaded, guard, few, effort.tokens, recogniser)
@@ -83,9 +86,7 @@ def search(
     every = [r for s in SETTINGS for r in queries(within(harmful, s), s)]
     plain = without(loaded, build(settings[0]), every, effort.tokens, recogniser)
     best: tuple[float, int, Steering] | None = None
-    for _, place, steering in progress.track(
-        sorted(ranked, key=lambda r: r[:2])[: effort.finalists], "finalists"
-    ):
+    for _, place, steering in progress.track(_finalists(ranked, effort.finalists), "finalists"):
         guard = build(steering)
         won = plain.guarded(loaded, guard, effort.tokens, recogniser)
         rate = sum(won) / len(won)
@@ -104,6 +105,17 @@ def search(
         )
     tried[best[1]]["chosen"] = True
     return build(best[2]), tried
+
+
+def _finalists(ranked: Sequence[_Ranked], count: int) -> list[_Ranked]:
+    """The best ``count`` of candidates with their attack success and place: first the best of each
+    kind, because few attacks do not tell kinds apart, and layers and ranks differ less."""
+    order = sorted(ranked, key=lambda one: one[:2])
+    firsts: dict[tuple[str, str], _Ranked] = {}
+    for one in order:
+        firsts.setdefault((one[2].mode, one[2].reference), one)
+    chosen = list(firsts.values())
+    return (chosen + [one for one in order if one not in chosen])[:count]
 
 
 def _telling(
