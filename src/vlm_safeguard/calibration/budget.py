@@ -33,7 +33,7 @@ class Effort:
     scan: int = 160  # attacks tried without a guard, to find those that succeed
     search: int = 20  # attacks per steering candidate
     finalists: int = 2  # candidates of the second round
-    final: int = 16  # prompts of each label for each finalist, per setting
+    final: int = 16  # prompts of each label for each finalist, per setting; as text more
     proof: int = 64  # prompts of each label for the held-out test, per setting
     tokens: int = 12  # generated tokens per attack
 

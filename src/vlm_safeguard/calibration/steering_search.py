@@ -18,6 +18,10 @@ from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.utils.progress import Progress
 
+# Times as many prompts as text as in another setting, for the finalists: as text most harmful ones
+# are refused, and steering must not undo that.
+AS_TEXT = 4
+
 _Ranked = tuple[float, int, Steering]
 
 
@@ -57,7 +61,7 @@ def search(
     The first round tries all candidates on a few attacks with a blank image or a picture that
     succeed although a gate opens, because other attacks say nothing about the steering. The second
     round tries the best candidates on more prompts, in every setting: also as text, where steering
-    can undo a refusal.
+    can undo refusals.
 
     Args:
         build: makes a guard with the given steering.
@@ -80,10 +84,13 @@ def search(
         won = successes(loaded, guard, few, effort.tokens, recogniser)
         ranked.append((sum(won) / len(won), len(ranked), steering))
         tried.append({"steering": _brief(steering), "n": len(won), "asr": ranked[-1][0]})
-    more = evenly([p for p in fit[1::2] if not p.lookalike], effort.final)
-    harmful = [p for p in more if p.harmful]
-    harmless = [p for p in more if not p.harmful]
-    every = [r for s in SETTINGS for r in queries(within(harmful, s), s)]
+    others = [p for p in fit[1::2] if not p.lookalike]
+    harmless = [p for p in evenly(others, effort.final) if not p.harmful]
+    every: list[Query] = []
+    for setting in SETTINGS:
+        count = effort.final * (AS_TEXT if setting == "text" else 1)
+        harmful = [p for p in evenly(others, count) if p.harmful]
+        every += queries(within(harmful, setting), setting)
     plain = without(loaded, build(settings[0]), every, effort.tokens, recogniser)
     best: tuple[float, int, Steering] | None = None
     for _, place, steering in progress.track(_finalists(ranked, effort.finalists), "finalists"):
