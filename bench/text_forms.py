@@ -1,7 +1,8 @@
 """`python -m bench.text_forms`: the embedded model and its guard on requests written in other ways.
 
-It prints the table of docs/results.md: gates that open, attacks that succeed and harmless requests
-that are refused, for each way of writing.
+It prints the tables of docs/results.md: gates that open, attacks that succeed and harmless requests
+that are refused, for each way of writing. With `--gates` the gates alone, which takes a fraction of
+the time, because nothing is answered.
 """
 
 from __future__ import annotations
@@ -10,11 +11,17 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+from vlm_safeguard.calibration.attack_trials import without
+from vlm_safeguard.data import prompts
+from vlm_safeguard.data.inputs import Query
+from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.data.text_forms import TEXT_FORMS
 from vlm_safeguard.embedded.assemble import assemble
 from vlm_safeguard.evaluation.harness.execution import Plan
 from vlm_safeguard.evaluation.harness.pipeline import answers
 from vlm_safeguard.evaluation.harness.results import Judged, by_setting
+from vlm_safeguard.guard import Guard
+from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, wilson
@@ -28,6 +35,19 @@ HEAD = [
     "Over-refusal, unguarded",
     "Over-refusal, guarded",
 ]
+
+
+def opened(loaded: LoadedModel, guard: Guard, forms: Sequence[str], limit: int) -> str:
+    """The first three columns of ``measured``, for ``limit`` requests of each label."""
+    items = evenly(prompts.evaluation("malicious"), limit)
+    lines = []
+    for form in ("plain", *forms):
+        write = TEXT_FORMS.get(form, str)
+        asked = [Query(write(p.prompt), None) for p in items]
+        fired = list(zip(items, without(loaded, guard, asked, 1).fired, strict=True))
+        shares = [[one for p, one in fired if p.harmful == label] for label in (True, False)]
+        lines.append([form, *(str(wilson(sum(share), len(share))) for share in shares)])
+    return table(HEAD[:3], lines)
 
 
 def measured(plan: Plan, forms: Sequence[str], progress: Progress) -> str:
@@ -55,7 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.text_forms", description=__doc__)
     parser.add_argument("--guard", default="embedded", help="guard folder")
     parser.add_argument("--limit", type=int, default=100, help="prompts of each label")
+    parser.add_argument("--gates", action="store_true", help="the gates alone")
     given = parser.parse_args()
+    if given.gates:
+        loaded, guard = load(assemble()), Guard.from_pretrained(given.guard)
+        print(opened(loaded, guard, list(TEXT_FORMS), given.limit))
+        return
     plan = Plan(
         models=(str(assemble()),),
         defences=("none", "guard"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.text_forms import HEAD, measured
+from bench.text_forms import HEAD, measured, opened
 from tests import checkpoint, tiny
 from vlm_safeguard.evaluation.harness.execution import Plan
 from vlm_safeguard.model.loading import load
@@ -16,7 +16,8 @@ def test_hidden_letters_open_a_gate_as_often_as_plain_ones(tmp_path: Path) -> No
     folder, guard = checkpoint.save(tmp_path / "model"), tmp_path / "guard"
     loaded = load(folder)
     made = tiny.guard(loaded.model, [tiny.gate("text", 1)], layers=[2])
-    tiny.changed(made, markup=find_markup(loaded)).save_pretrained(guard)
+    made = tiny.changed(made, markup=find_markup(loaded))
+    made.save_pretrained(guard)
     plan = Plan(
         models=(str(folder),),
         defences=("none", "guard"),
@@ -35,3 +36,7 @@ def test_hidden_letters_open_a_gate_as_often_as_plain_ones(tmp_path: Path) -> No
     assert 0 < sum(shares["plain"][:2]) < 200  # the gate opens on some, not on all
     for form in ("zero-width", "full-width"):
         assert shares[form][0] >= shares["plain"][0] and shares[form][1] >= shares["plain"][1]
+    alone = opened(loaded, made, ["zero-width", "full-width"], 8).splitlines()[2:]
+    assert [row.split(" (")[0] for line in alone for row in line.strip("| ").split(" | ")] == [
+        cell for row in rows[2:] for cell in row[:3]
+    ]
