@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
+from vlm_safeguard.artifact.config import Gate
 from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import encode
@@ -95,7 +96,7 @@ def respond(
                 stop = next((n for n, token in enumerate(said) if token in ends), None)
                 said = said if stop is None else said[:stop]
                 text = decoded(tokenizer, said, tag)
-                fired, score = gate_of(decided[row])
+                fired, score = gate_of(decided[row], guard.config.gates if guard else [])
                 first, opening = said[0] if said else -1, watch.found.get(row, 0.0)
                 found[index] = Response(text, len(said), stop is None, fired, score, first, opening)
     return [found[i] for i in range(len(items))]
@@ -114,10 +115,12 @@ class _FirstToken(LogitsProcessor):
         return scores
 
 
-def gate_of(decision: Decision | None) -> tuple[bool | None, float | None]:
-    """Whether a gate opened, and the highest score of any gate, as a mean over its layers."""
+def gate_of(decision: Decision | None, gates: Sequence[Gate]) -> tuple[bool | None, float | None]:
+    """Whether one of a guard's gates opened, and the highest score of any, as a mean over its
+    layers: what would shut it if every layer's threshold were raised by so much."""
     if decision is None:
         return None, None
-    means = [sum(scores) / len(scores) for scores in decision.parts.values()]
+    scores = [decision.scores[f"{gate.source}.{index}"] for index, gate in enumerate(gates)]
+    means = [sum(own) / len(gate.layers) for own, gate in zip(scores, gates, strict=True)]
     read = [mean for mean in means if not math.isnan(mean)]  # a text gate may have nothing to read
     return decision.fired, max(read, default=None)

@@ -183,7 +183,7 @@ class _Responder:
     def __init__(
         self, guard: str | None, model: str, options: LoadOptions, context: int, batch: int
     ) -> None:
-        self._guarded = guard is not None
+        self._gates = Guard.from_pretrained(guard).config.gates if guard else []
         self._llm = load_in_vllm(
             model, guard, options=options, max_len=context, batch=batch, memory=MEMORY
         )
@@ -216,9 +216,9 @@ class _Responder:
         """
         from vlm_safeguard.engines.vllm.front_end import decisions
 
-        decision = decisions(output)[0] if self._guarded else None
+        decision = decisions(output)[0] if self._gates else None
         answer = output.outputs[0]
         said, ended = list(answer.token_ids), answer.finish_reason == "stop"
         said = said[:-1] if ended else said  # without the token that ends it
         text, first = decoded(self._processor.tokenizer, said), said[0] if said else -1
-        return Response(text, len(said), not ended, *gate_of(decision), first)
+        return Response(text, len(said), not ended, *gate_of(decision, self._gates), first)
