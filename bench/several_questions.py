@@ -38,7 +38,7 @@ def messages(harmful: int, harmless: int) -> list[str]:
 
 
 def opened(loaded: LoadedModel, guard: Guard, said: list[str], pictured: bool) -> str:
-    """How many messages open a gate, as text or beside a blank image."""
+    """How many messages open a gate, as text or beside a blank image: a cell of a table."""
     image = drawings.blank() if pictured else None
     asked = [Query(text, image) for text in said]
     fired = without(loaded, guard, asked, 1).fired

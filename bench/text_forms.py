@@ -11,9 +11,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vlm_safeguard.calibration.attack_trials import without
+from bench.several_questions import opened
 from vlm_safeguard.data import prompts
-from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.data.text_forms import TEXT_FORMS
 from vlm_safeguard.embedded.assemble import assemble
@@ -37,16 +36,14 @@ HEAD = [
 ]
 
 
-def opened(loaded: LoadedModel, guard: Guard, forms: Sequence[str], limit: int) -> str:
+def gates_alone(loaded: LoadedModel, guard: Guard, forms: Sequence[str], limit: int) -> str:
     """The first three columns of ``measured``, for ``limit`` requests of each label."""
     items = evenly(prompts.evaluation("malicious"), limit)
     lines = []
     for form in ("plain", *forms):
         write = TEXT_FORMS.get(form, str)
-        asked = [Query(write(p.prompt), None) for p in items]
-        fired = list(zip(items, without(loaded, guard, asked, 1).fired, strict=True))
-        shares = [[one for p, one in fired if p.harmful == label] for label in (True, False)]
-        lines.append([form, *(str(wilson(sum(share), len(share))) for share in shares)])
+        said = [[write(p.prompt) for p in items if p.harmful == label] for label in (True, False)]
+        lines.append([form, *(opened(loaded, guard, part, pictured=False) for part in said)])
     return table(HEAD[:3], lines)
 
 
@@ -79,7 +76,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.gates:
         loaded, guard = load(assemble()), Guard.from_pretrained(given.guard)
-        print(opened(loaded, guard, list(TEXT_FORMS), given.limit))
+        print(gates_alone(loaded, guard, list(TEXT_FORMS), given.limit))
         return
     plan = Plan(
         models=(str(assemble()),),

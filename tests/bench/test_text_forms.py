@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.text_forms import HEAD, measured, opened
+from bench.text_forms import HEAD, gates_alone, measured
 from tests import checkpoint, tiny
 from vlm_safeguard.evaluation.harness.execution import Plan
 from vlm_safeguard.model.loading import load
@@ -36,7 +36,7 @@ def test_hidden_letters_open_a_gate_as_often_as_plain_ones(tmp_path: Path) -> No
     assert 0 < sum(shares["plain"][:2]) < 200  # the gate opens on some, not on all
     for form in ("zero-width", "full-width"):
         assert shares[form][0] >= shares["plain"][0] and shares[form][1] >= shares["plain"][1]
-    alone = opened(loaded, made, ["zero-width", "full-width"], 8).splitlines()[2:]
+    alone = gates_alone(loaded, made, ["zero-width", "full-width"], 8).splitlines()[2:]
     assert [row.split(" (")[0] for line in alone for row in line.strip("| ").split(" | ")] == [
         cell for row in rows[2:] for cell in row[:3]
     ]

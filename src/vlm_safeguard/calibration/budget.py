@@ -44,4 +44,4 @@ class Effort:
         The text gate is fitted to as many prompts and thresholds are set on as many: with fewer,
         the guard finds less.
         """
-        return cls(pictured=160, scan=64, search=8, final=16, tokens=8)
+        return cls(pictured=160, scan=64, search=8, tokens=8)

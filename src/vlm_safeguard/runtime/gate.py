@@ -108,8 +108,10 @@ class IntentGate(LinearGate):
         return signs @ self.weights.to(logits.device)
 
     def refuses(self, logits: Tensor, sentence: bool) -> list[bool]:
-        signs = refusal_signs(logits, self.openings.to(logits.device), sentence)
-        said: list[bool] = (signs[:, 1] > 0).tolist()
+        if sentence:  # it has no verdict
+            return super().refuses(logits, sentence)
+        verdict = method.refusal_verdict(logits, self.openings.to(logits.device))
+        said: list[bool] = verdict.bool().tolist()
         return said
 
 

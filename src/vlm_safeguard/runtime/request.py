@@ -86,7 +86,7 @@ class Request:
     scores: dict[int, list[list[float]]] = field(default_factory=dict)
     opened: dict[int, list[list[bool]]] = field(default_factory=dict)
     # Rows whose text the LLM would refuse, by the verdict of a gate that has one.
-    refused: list[bool] = field(default_factory=list)
+    refused: list[bool] = field(init=False)
     text_coordinates: dict[int, Tensor] = field(default_factory=dict)  # by layer, (B, m)
     pass_coordinates: dict[int, Tensor] = field(default_factory=dict)
     # By layer, None where no row is open: at the prompt's own columns, and behind them.
@@ -106,7 +106,7 @@ class Request:
     def __post_init__(self) -> None:
         for index, gate in enumerate(self.gates):
             self.scores[index] = [[math.nan] * len(gate.layers) for _ in self.last_prompt]
-        self.refused = self.refused or [False] * self.rows
+        self.refused = [False] * self.rows
 
     @property
     def rows(self) -> int:
