@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BENCH := .venv-bench
 VLLM := .venv-vllm
+VLLM_GPU := .venv-vllm-gpu
 PACKAGED := src/vlm_safeguard/embedded/qwen25_coder_05b
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
@@ -20,7 +21,7 @@ BENCHMARKS ?= ../shared/benchmarks
 PUBLISHED := $(if $(filter hub,$(BENCHMARKS))$(wildcard $(BENCHMARKS)),malicious_instruct jailbreak_instructions mm_harmful_bench)
 SETS := own_malicious own_jailbreak own_picture $(PUBLISHED)
 
-.PHONY: demo test test-vllm parity-vllm attack soak lint format train guard results results-check throughput gates gap bench clean
+.PHONY: demo test test-vllm test-vllm-gpu parity-vllm attack soak lint format train guard results results-check throughput gates gap bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,10 +61,24 @@ $(VLLM)/.installed: pyproject.toml tests/engines/torchvision_schemas.py
 	  "gguf>=0.17" "pytest>=8" "hypothesis>=6.120"
 	touch $@
 
-IN_VLLM = OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1
+# VLLM_CPU_CI_ENV: vLLM traces models and compiles nothing; tests/engines/test_vllm_compiled.py does.
+IN_VLLM = OMP_NUM_THREADS=1 VLLM_CPU_CI_ENV=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1
 
 test-vllm: $(VLLM)/.installed  ## The guard inside vLLM and on workers of Ray, on tiny models
 	$(IN_VLLM) $(VLLM)/bin/python -m pytest tests/engines
+
+# On a machine with a GPU. Nobody has run it yet.
+$(VLLM_GPU)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_GPU)
+	$(VLLM_GPU)/bin/python -m pip install --quiet --disable-pip-version-check vllm==0.32.0 \
+	  -e ".[vllm,serve,eval,ray]" "pytest>=8" "hypothesis>=6.120"
+	touch $@
+
+test-vllm-gpu: $(VLLM_GPU)/.installed  ## The same on a GPU, in vLLM's V1 runner and in V2
+	for version in 0 1; do \
+	  VLLM_NO_USAGE_STATS=1 VLLM_USE_V2_MODEL_RUNNER=$$version $(VLLM_GPU)/bin/python -m pytest \
+	    tests/engines --ignore tests/engines/test_ray.py || exit 1; \
+	done
 
 # COUNT=60: prompts of each set and setting, so seven times as many requests.
 parity-vllm: $(VLLM)/.installed  ## vLLM against transformers on the embedded VLM, request by request
@@ -142,4 +157,4 @@ bench: $(BENCH)/.installed  ## What a guard costs: docs/bench.md and its JSON (a
 	$(BENCH)/bin/python -m bench $(if $(QUICK),--quick -o $(BENCH)/quick)
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(VLLM) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) $(BENCH) $(VLLM) $(VLLM_GPU) .pytest_cache .mypy_cache .ruff_cache build dist

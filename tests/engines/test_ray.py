@@ -83,6 +83,13 @@ def test_an_interrupt_does_not_wait_for_parts_in_progress() -> None:
     assert time.monotonic() - begun < 100  # and not 300
 
 
+def test_a_pool_has_the_room_of_one_that_was_closed() -> None:
+    for _ in range(3):
+        pool: RayPool[int, tuple[int, int]] = RayPool(Slow, (0.0,), WORKERS)
+        assert [part for part, _ in pool.map([1])] == [1]
+        pool.close()
+
+
 def test_errors_of_workers_are_ours() -> None:
     with pytest.raises(SafeguardError, match="cannot start: no time is left"):
         RayPool(Slow, (-1.0,), 1)

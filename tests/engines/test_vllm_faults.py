@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.engines import tiny_vllm
+from tests.engines.comparing import chat, same
 from tests.engines.conftest import NEW, Reference
-from tests.engines.test_vllm_parity import GREEDY, chat, front_end, same, vllm
+from tests.engines.test_vllm_parity import GREEDY, front_end, vllm
 from vlm_safeguard.errors import GuardRuntimeError
 
 VLLMValidationError = pytest.importorskip("vllm.exceptions").VLLMValidationError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -10,25 +9,12 @@ from PIL import Image
 
 from tests import tiny
 from tests.engines import tiny_vllm
+from tests.engines.comparing import chat, same
 from tests.engines.conftest import NEW, Reference
 
 vllm = pytest.importorskip("vllm")
 front_end = pytest.importorskip("vlm_safeguard.engines.vllm.front_end")
 GREEDY = vllm.SamplingParams(temperature=0.0, max_tokens=NEW)
-
-
-def same(output: Any, answer: Any) -> None:
-    tokens, decision = answer
-    found = front_end.decisions(output)[0]
-    assert found.sources == decision.sources
-    for gate, parts in decision.parts.items():
-        for one, other in zip(parts, found.parts[gate], strict=True):
-            assert (math.isnan(one) and math.isnan(other)) or abs(one - other) < 5e-3
-    assert list(output.outputs[0].token_ids) == tokens
-
-
-def chat(engine: Any, requests: list[Any], sampling: Any = GREEDY) -> list[Any]:
-    return engine.chat([tiny_vllm.for_vllm(one) for one in requests], sampling, use_tqdm=False)
 
 
 def test_the_references_gates_open_on_some_requests_and_not_on_others(reference: Reference) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests import tiny
 from tests.engines import tiny_vllm
 from tests.engines.conftest import Reference
+from vlm_safeguard.engines.vllm.operator import OPERATOR
 from vlm_safeguard.errors import GuardError, ModelError
 
 vllm = pytest.importorskip("vllm")
@@ -28,13 +29,8 @@ def config(reference: Reference, **options: Any) -> Any:
     return EngineArgs(model=str(reference.folder), **settings).create_engine_config()
 
 
-def test_a_guarded_engine_runs_in_the_guards_dtype_and_eagerly(
-    engine: Any, reference: Reference
-) -> None:
-    found = config(reference)
-    assert str(found.model_config.dtype) == "torch.float32"
-    assert found.model_config.enforce_eager
-    assert found.compilation_config.mode == vllm.config.CompilationMode.NONE
+def test_a_guarded_engine_runs_in_the_guards_dtype(engine: Any, reference: Reference) -> None:
+    assert str(config(reference).model_config.dtype) == "torch.float32"
 
 
 @pytest.mark.parametrize(
@@ -58,35 +54,59 @@ def test_settings_that_are_not_guarded_are_refused(
         config(reference, **options)
 
 
-def test_a_worker_that_would_compile_is_refused(engine: Any, reference: Reference) -> None:
+def test_graphs_are_split_at_the_operator(engine: Any, reference: Reference) -> None:
+    """What vLLM takes on a GPU: graphs in pieces, and whole ones for passes of decoding."""
+    found = config(reference, enforce_eager=True)
+    compiling = found.compilation_config
+    compiling.mode = vllm.config.CompilationMode.VLLM_COMPILE
+    compiling.splitting_ops = list(compiling._attention_ops)
+    compiling.cudagraph_mode = vllm.config.CUDAGraphMode.FULL_AND_PIECEWISE
+    before = found.compute_hash()
+    requirements.keep_operator(found)
+    assert compiling.splitting_ops == [*compiling._attention_ops, OPERATOR]
+    assert compiling.cudagraph_mode == vllm.config.CUDAGraphMode.PIECEWISE
+    assert found.compute_hash() != before
+    requirements.check_graphs(found)
+
+
+def test_without_pieces_there_are_no_cuda_graphs(engine: Any, reference: Reference) -> None:
+    found = config(reference, enforce_eager=True)
+    found.compilation_config.cudagraph_mode = vllm.config.CUDAGraphMode.FULL
+    requirements.keep_operator(found)
+    assert found.compilation_config.cudagraph_mode == vllm.config.CUDAGraphMode.NONE
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("mode", "STOCK_TORCH_COMPILE", "stock torch.compile"),
+        ("cudagraph_mode", "FULL_DECODE_ONLY", "CUDA graphs of whole passes"),
+        ("cudagraph_mode", "PIECEWISE", "not split at its operator"),
+    ],
+)
+def test_a_worker_with_other_graphs_is_refused(
+    engine: Any, reference: Reference, setting: str, value: str, reason: str
+) -> None:
     """As where a program makes the configuration without vLLM's arguments."""
-    found = config(reference)
-    requirements.check_eager(found)
-    found.compilation_config.cudagraph_mode = vllm.config.CUDAGraphMode.PIECEWISE
-    with pytest.raises(GuardError, match="CUDA graphs"):
-        requirements.check_eager(found)
-    found = config(reference)
-    found.compilation_config.mode = vllm.config.CompilationMode.DYNAMO_TRACE_ONCE
-    runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(GuardError, match="cannot compile the model"),
-    ):
-        patch.setattr(runner.model_runner, "vllm_config", found)
-        runner.model_runner.load_model()
+    found = config(reference, enforce_eager=True)
+    kind = {"mode": vllm.config.CompilationMode, "cudagraph_mode": vllm.config.CUDAGraphMode}
+    setattr(found.compilation_config, setting, kind[setting][value])
+    worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(GuardError, match=reason):
+        patch.setattr(worker.model_runner, "vllm_config", found)
+        worker.model_runner.load_model()
 
 
-def test_the_v2_runner_is_refused(
+def test_breakable_graphs_are_refused(
     engine: Any, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-
-    with pytest.raises(GuardError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        GPUModelRunner.load_model(None)
-    found = config(reference)
-    monkeypatch.setattr(vllm.config.VllmConfig, "use_v2_model_runner", True)
-    with pytest.raises(GuardError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        requirements.check_settings(reference.guard, found)
+    found = config(reference, enforce_eager=True)
+    found.compilation_config.cudagraph_mode = vllm.config.CUDAGraphMode.PIECEWISE
+    found.compilation_config.splitting_ops = [OPERATOR]
+    requirements.check_graphs(found)
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(GuardError, match="breakable"):
+        requirements.check_graphs(found)
 
 
 def test_another_model_is_refused(engine: Any, reference: Reference, tmp_path: Path) -> None:

@@ -129,14 +129,14 @@ def test_verdicts_need_a_gate_that_gives_them(model):
         tiny.guard(model, [tiny.gate("text", 2)], reference="verdict")
 
 
-def test_a_sentence_has_no_verdict(model):
-    logits = torch.zeros(1, 300)
-    logits[0, OPENINGS[0]] = 5.0
+def test_only_judged_texts_have_a_verdict(model):
+    logits = torch.zeros(3, 300)
+    logits[:2, OPENINGS[0]] = 5.0
+    judged = torch.tensor([True, False, True])
     gate = make_gate(intent_gate(), torch.zeros(2, tiny.WIDTH))
-    assert gate.refuses(logits, sentence=False) == [True]
-    assert gate.refuses(logits, sentence=True) == [False]
+    assert gate.refuses(logits, judged) == [True, False, False]
     linear = make_gate(tiny.gate("text", 2), torch.zeros(1, tiny.WIDTH))
-    assert linear.refuses(logits, sentence=False) == [False]
+    assert linear.refuses(logits, judged) == [False] * 3
 
 
 def test_without_finite_logits_the_request_is_blocked(model):
@@ -195,12 +195,15 @@ def test_the_verdict_is_whether_the_most_probable_token_opens_a_refusal():
     assert found.tolist() == [1.0, 0.0, 1.0]
 
 
-def test_a_sentence_has_an_intent_and_no_verdict():
+def test_a_text_without_a_verdict_has_an_intent():
     logits = torch.zeros(2, 300)
     logits[:, 40] = 5.0
-    whole, part = (refusal_signs(logits, torch.tensor(OPENINGS), one) for one in (False, True))
-    assert torch.equal(whole[:, 0], part[:, 0])
-    assert whole[:, 1].tolist() == [1.0, 1.0] and part[:, 1].tolist() == [0.0, 0.0]
+    all_, one = (
+        refusal_signs(logits, torch.tensor(OPENINGS), judged)
+        for judged in (None, torch.tensor([False, True]))
+    )
+    assert torch.equal(all_[:, 0], one[:, 0])
+    assert all_[:, 1].tolist() == [1.0, 1.0] and one[:, 1].tolist() == [0.0, 1.0]
 
 
 def test_what_the_model_would_refuse_opens_the_gate(model):

@@ -78,6 +78,25 @@ def first_token(loaded: LoadedModel, text: str) -> int:
         return int(loaded.model(**encode(loaded, [text], [None])).logits[0, -1].argmax())
 
 
+def test_where_there_is_a_canonical_form_the_text_has_no_verdict(loaded: LoadedModel) -> None:
+    """A model that refuses odd characters would else refuse every harmless request in them."""
+    odd, plain = next(
+        (odd, one)
+        for one in sentences(LONG)
+        if first_token(loaded, odd := "\u200b".join(one)) != first_token(loaded, one)
+    )
+    settings = {"kind": "intent", "openings": [first_token(loaded, odd)], "verdict_weight": 1e4}
+    gate = tiny.gate("text", 2).model_copy(update=settings)
+    guard = tiny.guard(loaded.model, [gate])
+    # In one batch, where the other row's text is its own canonical form.
+    found = scores(run(loaded, guard, [odd, plain])).sum(1)
+    assert float(found.max()) < 1000
+    refused = tiny.changed(guard, gates=[gate.model_copy(update={
+        "openings": [first_token(loaded, plain)]
+    })])  # fmt: skip
+    assert float(scores(run(loaded, refused, [odd, plain])).sum(1).min()) > 1000
+
+
 @pytest.mark.parametrize("hidden", [True, False])
 def test_a_canonical_form_has_a_verdict_and_a_sentence_has_none(
     loaded: LoadedModel, hidden: bool

@@ -91,7 +91,7 @@ class Sure(LinearGate):
     def scores(self, states, places=slice(None)):
         return -self.thresholds[places].expand(len(states), -1)
 
-    def refusal(self, logits, sentence):
+    def refusal(self, logits, judged):
         return logits.max(-1).values
 
 

@@ -113,7 +113,7 @@ def record_sentences(
             of.append((n, places.setdefault(one, len(places))))
     asked = [Query(one, None) for one in places]
     states, signs = record_signs(
-        loaded, asked, openings if asked else (), folder, "sentences", progress, sentence=True
+        loaded, asked, openings if asked else (), folder, "sentences", progress, judged=False
     )
     signs = torch.zeros(len(asked), 2) if signs is None else signs
     return Sentences(states, signs, torch.tensor(of, dtype=torch.long).reshape(-1, 2))
@@ -153,26 +153,31 @@ def record_signs(
     folder: Path,
     what: str,
     progress: Progress,
-    sentence: bool = False,
+    judged: bool = True,
     layers: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """States of requests and, with ``openings``, their refusal signs; see ``refusal_signs``.
 
+    ``judged``: whether these texts have a verdict.
+
     With ``layers``, only those of so many layers from the first.
     """
-    tokens = torch.tensor(openings, device=loaded.device) if openings else None
+    tokens = torch.tensor(openings, device=loaded.device)
+
+    def signs(logits: Tensor) -> Tensor:
+        return refusal_signs(logits, tokens, torch.full((len(logits),), judged))
 
     def run(place: Path) -> tuple[Tensor, Tensor | None]:
-        if tokens is None:
+        if not openings:
             found = record(loaded, asked, place, what=what, layers=layers, progress=progress)
             return found, None
         return record_with_logits(
             loaded,
             asked,
             place,
-            lambda logits: refusal_signs(logits, tokens, sentence),
+            signs,
             what=what,
             progress=progress,
         )
 
-    return once(folder, asked, (tuple(openings), sentence, layers), run)
+    return once(folder, asked, (tuple(openings), judged, layers), run)

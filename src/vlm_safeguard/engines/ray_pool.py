@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
@@ -17,6 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from vlm_safeguard.errors import SafeguardError
 
 RETRIES = 3  # times that a part is begun again, each after the death of its worker
+WAIT = 10.0  # seconds, until workers that have ended make room
 RESTARTS = 10  # of one worker: one that dies while it starts would be started forever
 Part = TypeVar("Part", contravariant=True)
 Result = TypeVar("Result", covariant=True)
@@ -59,15 +61,8 @@ class RayPool(Generic[Part, Result]):
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as error:
             raise _told("Ray cannot be reached", error) from error
-        room = ray.available_resources()
         on_gpu = int(ray.cluster_resources().get("GPU", 0) > 0)
-        most = int(room.get("GPU" if on_gpu else "CPU", 0))
-        if workers > most:
-            unit = "GPUs" if on_gpu else "CPUs"
-            raise SafeguardError(
-                f"{workers} workers need {workers} {unit}, and Ray has {most} free: ask for fewer "
-                "with --workers, or name a larger cluster in RAY_ADDRESS"
-            )
+        self._check_room(workers, "GPU" if on_gpu else "CPU")
         remote = ray.remote(make).options(
             num_cpus=1, num_gpus=on_gpu, max_restarts=RESTARTS, max_task_retries=RETRIES
         )
@@ -79,6 +74,24 @@ class RayPool(Generic[Part, Result]):
             ray.get([actor.__ray_ready__.remote() for actor in self.actors])
         except ray.exceptions.RayActorError as error:
             raise _told("a worker of Ray cannot start", error) from error
+
+    def _check_room(self, workers: int, unit: str) -> None:
+        """Wait a little for what workers that have ended still hold: Ray frees it by and by."""
+        total = self._ray.cluster_resources().get(unit, 0)
+        until = time.monotonic() + WAIT
+        free = self._free_of(unit)
+        while free < workers <= total and time.monotonic() < until:
+            time.sleep(0.1)
+            free = self._free_of(unit)
+        if workers <= free:
+            return
+        raise SafeguardError(
+            f"{workers} workers need {workers} {unit}s, and Ray has {free} free: ask for fewer "
+            "with --workers, or name a larger cluster in RAY_ADDRESS"
+        )
+
+    def _free_of(self, unit: str) -> int:
+        return int(self._ray.available_resources().get(unit, 0))
 
     @property
     def size(self) -> int:

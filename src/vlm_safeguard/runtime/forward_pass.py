@@ -180,8 +180,7 @@ def begin_pass(
 class TextPass(ForwardPass):
     """The text-only pass. It ends at the last layer that is needed.
 
-    ``layers``: all guarded layers, in order. ``sentence``: whether the text of each row is one
-    sentence of its request. ``shared``: keys and values of what texts begin with.
+    ``layers``: all guarded layers, in order. ``shared``: keys and values of what texts begin with.
     """
 
     def __init__(
@@ -190,12 +189,11 @@ class TextPass(ForwardPass):
         layers: Sequence[int],
         gates: Gates,
         steerer: Steerer,
-        sentence: bool = False,
         shared: SharedPrefix | None = None,
     ) -> None:
         super().__init__(request, layers, range(0))
         self._shared = shared
-        self._gates, self._steerer = GateReading(gates, "text", sentence), steerer
+        self._gates, self._steerer = GateReading(gates, "text", any(request.judged)), steerer
         self._all = self._gates.layers | steerer.reads_text
 
     @torch.no_grad()

@@ -53,22 +53,22 @@ class LinearGate:
         """
         return self.scores(states).sum(1)
 
-    def needs_logits(self, sentence: bool) -> bool:
-        """Whether logits may add to the score; ``sentence`` as in ``refusal_signs``. Where they do
-        not, the pass ends below the head."""
+    def needs_logits(self, judged: bool) -> bool:
+        """Whether logits may add to the score; ``judged``: whether any text has a verdict, see
+        ``refusal_signs``. Where they do not, the pass ends below the head."""
         return self.reads_logits
 
-    def refusal(self, logits: Tensor, sentence: bool) -> Tensor:
+    def refusal(self, logits: Tensor, judged: Tensor) -> Tensor:
         """What the logits (B, vocabulary) of the first answer token add to the score, (B,).
 
         Called only if the gate ``needs_logits``.
 
         Args:
-            sentence: as in ``refusal_signs``.
+            judged: as in ``refusal_signs``.
         """
         raise NotImplementedError(f"{type(self).__name__} reads logits and does not say how")
 
-    def refuses(self, logits: Tensor, sentence: bool) -> list[bool]:
+    def refuses(self, logits: Tensor, judged: Tensor) -> list[bool]:
         """Whether the LLM would refuse each text, for steering with reference "verdict". A gate
         that has no verdict says no.
 
@@ -100,33 +100,34 @@ class IntentGate(LinearGate):
             raise ValueError("this gate reads the refusal intent too")
         return super().total(states) + signs @ self.weights
 
-    def needs_logits(self, sentence: bool) -> bool:
-        return not sentence or float(self.weights[0]) > 0  # a sentence has no verdict
+    def needs_logits(self, judged: bool) -> bool:
+        return judged or float(self.weights[0]) > 0
 
-    def refusal(self, logits: Tensor, sentence: bool) -> Tensor:
-        signs = refusal_signs(logits, self.openings.to(logits.device), sentence)
+    def refusal(self, logits: Tensor, judged: Tensor) -> Tensor:
+        signs = refusal_signs(logits, self.openings.to(logits.device), judged)
         return signs @ self.weights.to(logits.device)
 
-    def refuses(self, logits: Tensor, sentence: bool) -> list[bool]:
-        if sentence:  # it has no verdict
-            return super().refuses(logits, sentence)
-        verdict = method.refusal_verdict(logits, self.openings.to(logits.device))
-        said: list[bool] = verdict.bool().tolist()
+    def refuses(self, logits: Tensor, judged: Tensor) -> list[bool]:
+        signs = refusal_signs(logits, self.openings.to(logits.device), judged)
+        said: list[bool] = signs[:, 1].bool().tolist()
         return said
 
 
-def refusal_signs(logits: Tensor, openings: Tensor, sentence: bool = False) -> Tensor:
+def refusal_signs(logits: Tensor, openings: Tensor, judged: Tensor | None = None) -> Tensor:
     """Refusal intent and verdict (``method``) as two columns, (B, 2).
 
     Args:
         logits: of the first token of the answer to the text alone, (B, vocabulary).
         openings: token ids, (k,).
-        sentence: whether the text is one sentence of a longer request. It has no verdict: a model
-            declines to answer many sentences that are no request.
+        judged: which texts have a verdict, (B,); None for all. The others get 0. A single sentence
+            of a request has none, because a model declines to answer many sentences that are no
+            request; nor has a text that is written in odd characters, beside its canonical form.
     """
     intent = method.refusal_intent(logits, openings)
     verdict = method.refusal_verdict(logits, openings)
-    return torch.stack([intent, torch.zeros_like(verdict) if sentence else verdict], 1)
+    if judged is not None:
+        verdict = verdict * judged.to(verdict)
+    return torch.stack([intent, verdict], 1)
 
 
 GATES: dict[str, type[LinearGate]] = {"linear": LinearGate, "intent": IntentGate}
@@ -175,11 +176,11 @@ class Gates:
 class GateReading:
     """Scores the gates of one source in one forward pass. Keeps states until a gate is decided.
 
-    ``sentence``: whether the pass reads one sentence of a longer request.
+    ``judged``: whether any row of the request has a verdict.
     """
 
-    def __init__(self, gates: Gates, source: str, sentence: bool = False) -> None:
-        self._sentence = sentence
+    def __init__(self, gates: Gates, source: str, judged: bool = True) -> None:
+        self._judged = judged
         self.layers = gates.layers(source)
         self._gates = gates
         self._at: dict[int, list[tuple[int, int]]] = {}  # by layer: (gate, place) pairs
@@ -189,7 +190,7 @@ class GateReading:
         self._held: dict[int, dict[int, Tensor]] = {}
         # Whether a gate needs the logits of the pass.
         self.reads_logits = any(
-            gates.scorers[index].needs_logits(sentence)
+            gates.scorers[index].needs_logits(judged)
             for index, gate in enumerate(gates.settings)
             if gate.source == source
         )
@@ -216,7 +217,7 @@ class GateReading:
                 stacked = torch.stack([held[n].to(states.device) for n in range(len(held))], 1)
                 del self._held[index]
                 scores = scorer.scores(stacked)
-                if scorer.needs_logits(self._sentence):
+                if scorer.needs_logits(self._judged):
                     self._scored[index] = scores
                     continue
                 if scorer.reads_logits:  # and there are none to add
@@ -229,10 +230,11 @@ class GateReading:
         Raises:
             GuardRuntimeError: a score is NaN or Inf; the request is blocked.
         """
+        judged = torch.tensor(request.judged, device=logits.device)
         for index, scores in self._scored.items():
-            said = self._gates.scorers[index].refuses(logits, self._sentence)
+            said = self._gates.scorers[index].refuses(logits, judged)
             request.refused = [a or b for a, b in zip(request.refused, said, strict=True)]
-            added = self._gates.scorers[index].refusal(logits, self._sentence)
+            added = self._gates.scorers[index].refusal(logits, judged)
             parts = torch.cat([scores, added[:, None].to(scores)], 1)
             request.latch(index, None, _finite(parts))
         self._scored.clear()

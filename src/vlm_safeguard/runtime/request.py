@@ -81,6 +81,8 @@ class Request:
     last_prompt: list[int]  # column of q in each row
     padding: list[int]  # prompt columns in each row that hold no token
     wordless: frozenset[int] = frozenset()  # rows whose text says nothing: no text gate is read
+    # Rows whose text has no verdict, see ``gate.refusal_signs``.
+    verdictless: frozenset[int] = frozenset()
     # By gate, then row: what each layer, and last what logits add, NaN if not read yet; whether it
     # is open, per layer too unless the gate is pooled.
     scores: dict[int, list[list[float]]] = field(default_factory=dict)
@@ -111,6 +113,11 @@ class Request:
     @property
     def rows(self) -> int:
         return len(self.last_prompt)
+
+    @property
+    def judged(self) -> list[bool]:
+        """Which rows' text has a verdict."""
+        return [row not in self.verdictless for row in range(self.rows)]
 
     @property
     def decided(self) -> bool:
@@ -168,13 +175,17 @@ class Request:
                 opened[row][place] = score > 0
         self.any_open = self.any_open or any(any(row) for row in opened)
 
-    def part(self, rows: Iterable[int]) -> Request:
-        """A request of some of the rows, to read another form of their text."""
+    def part(self, rows: Sequence[int], judged: bool) -> Request:
+        """A request of some of the rows, to read another form of their text.
+
+        ``judged``: whether that has a verdict.
+        """
         return Request(
             self.gates,
             self.prompt_width,
             [self.last_prompt[row] for row in rows],
             [self.padding[row] for row in rows],
+            verdictless=frozenset() if judged else frozenset(range(len(rows))),
         )
 
     def take_worse(self, rows: Sequence[int], other: Request) -> None:

@@ -278,41 +278,41 @@ class Session:
         self, request: Request, prompt: Tensor | None, ids: Tensor, mask: Tensor
     ) -> None:
         """Run the text-only pass, and others over further readings of the text: its canonical form,
-        and each of its sentences.
+        and each of its sentences. Where there is a canonical form, the verdict is on that.
 
         ``prompt``: ids (B, T) of the whole prompt. ``ids``, ``mask`` (B, T'): of its text.
         """
-        # By whether they are single sentences: row, and ids of another reading.
-        others: dict[bool, list[tuple[int, list[int]]]] = {False: [], True: []}
+        # Row, and ids of another reading.
+        canonical: list[tuple[int, list[int]]] = []
+        single: list[tuple[int, list[int]]] = []
         if self._reader is not None:
             pictured = with_pictures(prompt, self.config.markup, request.rows)
             for row, text in enumerate(rows_of(ids, mask)):
                 if pictured[row] and not self._reader.has_words(text):
                     request.wordless |= {row}
                     continue
-                canonical = self._reader.other_form(text)
-                others[False] += [] if canonical is None else [(row, canonical)]
+                found = self._reader.other_form(text)
+                canonical += [] if found is None else [(row, found)]
                 if self.config.reads_sentences:
-                    others[True] += [(row, one) for one in self._reader.sentences(text)]
+                    single += [(row, one) for one in self._reader.sentences(text)]
+        request.verdictless = frozenset(row for row, _ in canonical)
         self._text_pass(request, ids, mask)
-        for sentence, readings in others.items():
+        for readings in (canonical, single):
             readings.sort(key=lambda reading: len(reading[1]))  # less padding
             for start in range(0, len(readings), READINGS):
                 some = readings[start : start + READINGS]
                 rows = [row for row, _ in some]
-                part = request.part(rows)
+                part = request.part(rows, judged=readings is canonical)
                 texts = [ids.new_tensor(reading) for _, reading in some]
                 batch = padded(texts, self.config.markup.pad_id)
                 told = "the request's text in canonical form"  # NFKC may make it longer
                 validation.check_length(self.model, *batch, self.config.markup, told)
-                self._text_pass(part, *batch, sentence)
+                self._text_pass(part, *batch)
                 request.take_worse(rows, part)
 
-    def _text_pass(
-        self, request: Request, ids: Tensor, mask: Tensor, sentence: bool = False
-    ) -> None:
+    def _text_pass(self, request: Request, ids: Tensor, mask: Tensor) -> None:
         self._pass = reading = TextPass(
-            request, self._layers, self._gates, self._steerer, sentence, self._shared
+            request, self._layers, self._gates, self._steerer, self._shared
         )
         try:
             reading.run(self.model, self._hooks.forward, ids, mask)

@@ -12,19 +12,17 @@ from typing import Any
 
 from vlm_safeguard.engines.vllm.front_end import FrontEnd
 from vlm_safeguard.engines.vllm.identity import check_model
-from vlm_safeguard.engines.vllm.messages import REPORT
+from vlm_safeguard.engines.vllm.patching import refusal, replace
 from vlm_safeguard.engines.vllm.requirements import (
-    check_eager,
     check_guard,
     check_settings,
     check_version,
-    run_eagerly,
+    keep_operator,
 )
-from vlm_safeguard.engines.vllm.runner import RunnerGuard
-from vlm_safeguard.errors import GuardError, GuardRuntimeError, SafeguardError
+from vlm_safeguard.engines.vllm.workers import arm_workers
+from vlm_safeguard.errors import GuardError, SafeguardError
 from vlm_safeguard.guard import Guard
 
-_GUARD = "_vlm_safeguard"  # on a model runner
 _MODES = ("enforce", "monitor")
 _armed: list[tuple[str, str]] = []
 
@@ -56,7 +54,7 @@ def arm(name: str, mode: str = "enforce") -> None:
     _arm_configuration(guard)
     _arm_front_end(guard)
     _arm_engine_core(guard, monitor)
-    _arm_workers(guard, monitor)
+    arm_workers(guard, monitor)
     _armed.append((name, mode))
 
 
@@ -75,13 +73,13 @@ def _arm_configuration(guard: Guard) -> None:
                 self.dtype = guard.config.model.dtype or "auto"
             config = own(self, *args, **kwargs)
             check_settings(guard, config)
-            run_eagerly(config)
+            keep_operator(config)
             check_model(guard, config.model_config)
             return config
 
         return guarded
 
-    _replace(EngineArgs, "create_engine_config", create_engine_config)
+    replace(EngineArgs, "create_engine_config", create_engine_config)
 
 
 def _arm_front_end(guard: Guard) -> None:
@@ -134,15 +132,15 @@ def _arm_front_end(guard: Guard) -> None:
 
         return guarded
 
-    no_beams = _refusal(
+    no_beams = refusal(
         VLLMValidationError, "beam search is not guarded in vLLM: its beams are new prompts"
     )
-    _replace(BaseRenderer, "_process_multimodal", process_multimodal)
-    _replace(InputProcessor, "process_inputs", process_inputs)
-    _replace(OutputProcessor, "process_outputs", process_outputs)
-    _replace(RequestState, "make_request_output", make_request_output)
-    _replace(BeamSearchOfflineMixin, "beam_search", no_beams)
-    _replace(BeamSearchOnlineMixin, "beam_search", no_beams)
+    replace(BaseRenderer, "_process_multimodal", process_multimodal)
+    replace(InputProcessor, "process_inputs", process_inputs)
+    replace(OutputProcessor, "process_outputs", process_outputs)
+    replace(RequestState, "make_request_output", make_request_output)
+    replace(BeamSearchOfflineMixin, "beam_search", no_beams)
+    replace(BeamSearchOnlineMixin, "beam_search", no_beams)
 
 
 def _arm_engine_core(guard: Guard, monitor: bool) -> None:
@@ -168,111 +166,8 @@ def _arm_engine_core(guard: Guard, monitor: bool) -> None:
 
         return guarded
 
-    _replace(SchedulerConfig, "get_scheduler_cls", get_scheduler_cls)
-    _replace(EngineCore, "__init__", start)
-
-
-def _arm_workers(guard: Guard, monitor: bool) -> None:
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    def load_model(own: Callable) -> Callable:
-        @wraps(own)
-        def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
-            from vllm.distributed import get_tensor_model_parallel_rank
-
-            check_settings(guard, self.vllm_config)
-            check_eager(self.vllm_config)
-            own(self, *args, **kwargs)
-            is_heard = get_tensor_model_parallel_rank() == 0
-            setattr(self, _GUARD, RunnerGuard(guard, self.model, monitor, is_heard))
-
-        return guarded
-
-    def execute_model(own: Callable) -> Callable:
-        @wraps(own)
-        def guarded(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            runner = _of(self)
-            runner.begin(scheduler_output)
-            try:
-                result = own(self, scheduler_output, *args, **kwargs)
-                runner.end()
-            except BaseException:
-                runner.abandon()
-                raise
-            return result
-
-        return guarded
-
-    def model_forward(own: Callable) -> Callable:
-        @wraps(own)
-        def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-            batch = self.input_batch
-            _of(self).begin_forward(
-                batch.req_ids[: batch.num_reqs],
-                self.query_start_loc.np,
-                batch.num_computed_tokens_cpu,
-            )
-            return own(self, *args, **kwargs)
-
-        return guarded
-
-    def sample_tokens(own: Callable) -> Callable:
-        @wraps(own)
-        def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = own(self, *args, **kwargs)
-            reports = _of(self).take_reports()
-            if reports:  # an output that is still being copied carries the plain one in it
-                setattr(getattr(result, "_model_runner_output", result), REPORT, reports)
-            return result
-
-        return guarded
-
-    no_other_weights = _refusal(
-        GuardRuntimeError, "under a guard the model's weights cannot be changed"
-    )
-    no_v2 = _refusal(
-        GuardError, "the guard runs in vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0"
-    )
-    _replace(GPUModelRunner, "load_model", load_model)
-    _replace(CPUModelRunner, "load_model", load_model)
-    _replace(GPUModelRunner, "execute_model", execute_model)
-    _replace(GPUModelRunner, "_model_forward", model_forward)
-    _replace(GPUModelRunner, "sample_tokens", sample_tokens)
-    _replace(GPUModelRunner, "reload_weights", no_other_weights)
-    _replace(V2ModelRunner, "load_model", no_v2)
-
-
-def _of(runner: Any) -> RunnerGuard:
-    found = getattr(runner, _GUARD, None)
-    if not isinstance(found, RunnerGuard):
-        raise GuardRuntimeError("the model was loaded without the guard")
-    return found
-
-
-def _replace(owner: type, name: str, make: Callable[[Callable], Callable]) -> None:
-    """Put what ``make`` makes of a class's own method in its place.
-
-    Raises:
-        GuardError: the class has no such method.
-    """
-    if name not in vars(owner):
-        raise GuardError(f"vLLM's {owner.__name__} has no {name}: this version is not supported")
-    setattr(owner, name, make(vars(owner)[name]))
-
-
-def _refusal(kind: type[Exception], reason: str) -> Callable[[Callable], Callable]:
-    """For ``_replace``: what makes a method refuse every call."""
-
-    def make(own: Callable) -> Callable:
-        @wraps(own)
-        def refused(*args: Any, **kwargs: Any) -> None:
-            raise kind(reason)
-
-        return refused
-
-    return make
+    replace(SchedulerConfig, "get_scheduler_cls", get_scheduler_cls)
+    replace(EngineCore, "__init__", start)
 
 
 class _Refusing:

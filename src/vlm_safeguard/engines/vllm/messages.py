@@ -47,7 +47,7 @@ class Role:
         reads_for: the request whose text this one is; "" for a request of a user.
         form: of a text: its place in ``Order.texts``. Of a user's request: the number of texts.
         width: of a text: the number of prompt tokens of the request it is read for.
-        sentence: of a text: whether it is a single sentence of the request.
+        judged: of a text: whether it has a verdict, see ``runtime.gate.refusal_signs``.
         wordless, canary: as in ``Order``.
     """
 
@@ -55,7 +55,7 @@ class Role:
     reads_for: str
     form: int
     width: int
-    sentence: bool
+    judged: bool
     wordless: bool
     canary: bool
 

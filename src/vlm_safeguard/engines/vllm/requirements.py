@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlm_safeguard.engines.vllm.operator import OPERATOR
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import Guard
 
@@ -56,6 +57,8 @@ def check_settings(guard: Guard, config: Any) -> None:
         "speculative decoding": config.speculative_config is not None,
         "LoRA adapters": config.lora_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size != 1,
+        "prefill context parallelism": parallel.prefill_context_parallel_size != 1,
+        "batch-sharded sampling": bool(parallel.enable_batch_sharded_sampling),
         "microbatches (DBO)": bool(getattr(parallel, "use_ubatching", False)),
         "a KV connector": config.kv_transfer_config is not None,
         "an encoder connector": config.ec_transfer_config is not None,
@@ -79,8 +82,6 @@ def check_settings(guard: Guard, config: Any) -> None:
             raise GuardError(f"under a guard vLLM cannot use {what}: leave it out")
     if not model.is_multimodal_model:
         raise GuardError(f"{model.model} takes no images: VLM-Safeguard guards VLMs")
-    if config.use_v2_model_runner:
-        raise GuardError("the guard runs in vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
     dtype = str(model.dtype).removeprefix("torch.")
     if identity.dtype and dtype != identity.dtype:
         raise GuardError(
@@ -95,32 +96,50 @@ def check_settings(guard: Guard, config: Any) -> None:
         )
 
 
-def check_eager(config: Any) -> None:
-    """Refuse a compiled model: the guard's hooks are no part of a graph.
+def keep_operator(config: Any) -> None:
+    """Have vLLM keep the guard's operator in the model that it compiles.
 
-    Args:
-        config: a ``VllmConfig``, made by ``run_eagerly`` or elsewhere.
-
-    Raises:
-        GuardError: it compiles, or captures CUDA graphs.
+    It changes ``config``, a ``VllmConfig``. Graphs are split at the operator, which is no part of a
+    CUDA graph; so there are none of whole passes.
     """
     from vllm.config import CompilationMode, CUDAGraphMode
 
     compiling = config.compilation_config
-    if compiling.mode != CompilationMode.NONE or compiling.cudagraph_mode != CUDAGraphMode.NONE:
-        raise GuardError(
-            "under a guard vLLM cannot compile the model or use CUDA graphs: start it with "
-            "--enforce-eager"
-        )
+    in_pieces = compiling.mode == CompilationMode.VLLM_COMPILE
+    if in_pieces:
+        compiling.splitting_ops = [*(compiling.splitting_ops or ()), OPERATOR]
+    if compiling.cudagraph_mode != CUDAGraphMode.NONE:
+        in_pieces = in_pieces and compiling.splitting_ops_contain_attention()
+        compiling.cudagraph_mode = CUDAGraphMode.PIECEWISE if in_pieces else CUDAGraphMode.NONE
+    # vLLM keeps compiled models on disk, by a digest of the configuration.
+    config.additional_config = {**(config.additional_config or {}), "vlm_safeguard": OPERATOR}
 
 
-def run_eagerly(config: Any) -> None:
-    """Keep vLLM from compiling the model: the guard's hooks are no part of a graph.
+def check_graphs(config: Any) -> None:
+    """Refuse graphs without the guard's operator.
 
-    It changes ``config``, a ``VllmConfig``.
+    Args:
+        config: a ``VllmConfig``, from ``keep_operator`` or elsewhere.
+
+    Raises:
+        GuardError: names the setting.
     """
+    import vllm.envs
     from vllm.config import CompilationMode, CUDAGraphMode
 
-    config.model_config.enforce_eager = True
-    config.compilation_config.mode = CompilationMode.NONE
-    config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    compiling = config.compilation_config
+    graphs = compiling.cudagraph_mode != CUDAGraphMode.NONE
+    unguarded = {
+        "stock torch.compile": compiling.mode == CompilationMode.STOCK_TORCH_COMPILE,
+        "CUDA graphs of whole passes": compiling.cudagraph_mode.has_full_cudagraphs(),
+        "CUDA graphs that are not split at its operator": (
+            graphs and OPERATOR not in (compiling.splitting_ops or ())
+        ),
+        "breakable CUDA graphs": graphs and bool(vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH),
+    }
+    for what, given in unguarded.items():
+        if given:
+            raise GuardError(
+                f"under a guard vLLM cannot use {what}: start it with --enforce-eager, or with its "
+                "own defaults"
+            )

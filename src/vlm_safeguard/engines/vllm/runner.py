@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from vlm_safeguard.engines.vllm import operator
 from vlm_safeguard.engines.vllm.messages import Report, Role, guard_digest, role_of
 from vlm_safeguard.engines.vllm.step import BatchRow, Step
 from vlm_safeguard.engines.vllm.watched import Texts, Watched
@@ -52,12 +55,13 @@ class RunnerGuard:
         )
         self.watched: dict[str, Watched] = {}
         self._texts = Texts()
-        self._serving, self._is_heard = False, is_heard
+        self._serving, self._is_heard, self._warming_up = False, is_heard, False
         self._step: Step | None = None
         self._reports: dict[str, Report] = {}
         layers = decoder_layers(model, config.model.layers)
         self._handles = [
-            layers[layer].register_forward_hook(self._hook(layer)) for layer in self._layers
+            layers[layer].register_forward_hook(partial(operator.show, number=layer))
+            for layer in self._layers
         ]
         self._watch_logits(model)
 
@@ -72,14 +76,34 @@ class RunnerGuard:
         Raises:
             GuardRuntimeError: a request came past the guarded engine core.
         """
-        self._step, self._reports = None, {}
+        self._reports = {}
+        self._run(None)
+        if self._warming_up:
+            return
         for request_id in scheduled.finished_req_ids:
             self.watched.pop(request_id, None)
             self._texts.forget(request_id)
         for new in scheduled.scheduled_new_reqs:
+            if new.req_id in self.watched:  # the V2 runner takes preempted requests in again
+                continue
             role, width = role_of(new.sampling_params), len(new.prompt_token_ids or ())
             self.watched[new.req_id] = self._watch(new.req_id, role, width)
         self._serving = scheduled.total_num_scheduled_tokens > 0
+
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Steps in here are on requests that vLLM makes up before it takes any: they have no gates.
+
+        Raises:
+            GuardRuntimeError: it has taken some.
+        """
+        if self.watched:
+            raise GuardRuntimeError("vLLM warms up while it serves requests")
+        self._warming_up = True
+        try:
+            yield
+        finally:
+            self._warming_up = False
 
     def end(self) -> None:
         """The step of the runner has run its model.
@@ -89,7 +113,8 @@ class RunnerGuard:
                 that nobody hears.
         """
         serving, step = self._serving, self._step
-        self._serving, self._step = False, None
+        self._serving = False
+        self._run(None)
         if not serving:
             return
         if step is None:
@@ -103,7 +128,8 @@ class RunnerGuard:
 
     def abandon(self) -> None:
         """The step of the runner ended in an error."""
-        self._serving, self._step, self._reports = False, None, {}
+        self._serving, self._reports = False, {}
+        self._run(None)
 
     def take_reports(self) -> dict[str, Report]:
         """What was decided in this step, by request."""
@@ -132,7 +158,11 @@ class RunnerGuard:
             )
             for number, name in enumerate(ids)
         ]
-        self._step = Step(rows, self._layers, self._gates, self._steerer)
+        self._run(Step(rows, self._layers, self._gates, self._steerer))
+
+    def _run(self, step: Step | None) -> None:
+        self._step = step
+        operator.run(step)
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -152,15 +182,15 @@ class RunnerGuard:
         return watched
 
     def _fresh(self, width: int, role: Role) -> Request:
-        wordless = frozenset([0]) if role.wordless else frozenset[int]()
-        return Request(self._config.gates, width, [width - 1], [0], wordless)
-
-    def _hook(self, layer: int) -> Callable[..., None]:
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            if self._step is not None:
-                self._step.visit(layer, output)
-
-        return after
+        row, none = frozenset([0]), frozenset[int]()
+        return Request(
+            self._config.gates,
+            width,
+            [width - 1],
+            [0],
+            wordless=row if role.wordless else none,
+            verdictless=none if role.judged else row,
+        )
 
     def _watch_logits(self, model: nn.Module) -> None:
         own: Callable[..., Tensor | None] = getattr(model, _LOGITS)

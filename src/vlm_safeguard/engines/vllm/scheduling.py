@@ -54,7 +54,7 @@ class GuardedScheduling(_Scheduler):
         order = order_of(request.sampling_params)
         put(
             request.sampling_params,
-            Role(order.guard, "", len(order.texts), 0, False, order.wordless, order.canary),
+            Role(order.guard, "", len(order.texts), 0, True, order.wordless, order.canary),
         )
         if not order.texts:
             super().add_request(request)
@@ -99,12 +99,13 @@ class GuardedScheduling(_Scheduler):
 
     def _text_request(self, request: Any, order: Order, form: int, ids: list[int]) -> Any:
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        whole = len(order.texts) - order.sentences  # the text, and its canonical form
         role = Role(
             order.guard,
             reads_for=request.request_id,
             form=form,
             width=request.num_prompt_tokens,
-            sentence=form >= len(order.texts) - order.sentences,
+            judged=form == whole - 1,
             wordless=order.wordless,
             canary=order.canary,
         )

@@ -89,7 +89,7 @@ class Step:
                 continue
             if row.watched.is_text:
                 if row.ends_prompt:
-                    reading = GateReading(gates, "text", row.watched.role.sentence)
+                    reading = GateReading(gates, "text", row.watched.role.judged)
                     self._texts.append(_Reading(row, reading))
                 continue
             if row.ends_prompt:
@@ -104,16 +104,13 @@ class Step:
         """Whether nothing is read or steered."""
         return not (self._texts or self._prompts or self._places)
 
-    def visit(self, layer: int, output: Any) -> None:
-        """Called after each guarded layer with its output, which is changed in place.
-
-        Raises:
-            GuardRuntimeError: the output is neither a stream (T, d) nor two parts of one.
-        """
+    def visit(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """Called after each guarded layer with its output (``parts_of``), which is changed in
+        place."""
         self._seen.append(layer)
         if self.idle:
             return
-        stream = _ResidualStream(output)
+        stream = _ResidualStream(hidden, residual)
         if layer in self._text_layers:
             self._read(self._texts, layer, stream)
         if layer in self._prompt_layers:
@@ -226,20 +223,29 @@ class Step:
                 watched.fail("a gate was not read")
 
 
+def parts_of(output: Any) -> tuple[Tensor, Tensor | None]:
+    """The one or two tensors (T, d) of a layer's output.
+
+    Raises:
+        GuardRuntimeError: it is something else.
+    """
+    parts = output if isinstance(output, tuple) else (output,)
+    if len(parts) > 2 or not all(
+        isinstance(part, Tensor) and part.ndim == 2 and part.shape == parts[0].shape
+        for part in parts
+    ):
+        raise GuardRuntimeError(
+            "a decoder layer returns neither a residual stream (tokens, hidden size) nor two "
+            "tensors whose sum it is: this model is not supported in vLLM"
+        )
+    return parts[0], parts[1] if len(parts) == 2 else None
+
+
 class _ResidualStream:
     """The residual stream (T, d) in a layer's output: a tensor, or two whose sum it is."""
 
-    def __init__(self, output: Any) -> None:
-        parts = output if isinstance(output, tuple) else (output,)
-        if len(parts) > 2 or not all(
-            isinstance(part, Tensor) and part.ndim == 2 and part.shape == parts[0].shape
-            for part in parts
-        ):
-            raise GuardRuntimeError(
-                "a decoder layer returns neither a residual stream (tokens, hidden size) nor two "
-                "tensors whose sum it is: this model is not supported in vLLM"
-            )
-        self._hidden, self._residual = parts[0], parts[1] if len(parts) == 2 else None
+    def __init__(self, hidden: Tensor, residual: Tensor | None) -> None:
+        self._hidden, self._residual = hidden, residual
 
     @property
     def device(self) -> torch.device:
