@@ -21,7 +21,7 @@ BENCHMARKS ?= ../shared/benchmarks
 PUBLISHED := $(if $(filter hub,$(BENCHMARKS))$(wildcard $(BENCHMARKS)),malicious_instruct jailbreak_instructions mm_harmful_bench)
 SETS := own_malicious own_jailbreak own_picture $(PUBLISHED)
 
-.PHONY: demo test test-vllm test-vllm-gpu parity-vllm attack soak lint format train guard results results-check throughput gates gap bench clean
+.PHONY: demo test test-vllm test-vllm-gpu parity-vllm attack soak lint format train guard results results-check throughput gates gap bench bench-vllm clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -155,6 +155,19 @@ $(BENCH)/.installed: pyproject.toml constraints.txt bench/peers.txt
 # QUICK=1 tries every part and leaves docs/ as it is.
 bench: $(BENCH)/.installed  ## What a guard costs: docs/bench.md and its JSON (about two hours on 2 cores)
 	$(BENCH)/bin/python -m bench $(if $(QUICK),--quick -o $(BENCH)/quick)
+
+# vllm-lens asks for other versions of Python and vLLM.
+$(VLLM)/peers/.installed: $(VLLM)/.installed
+	rm -rf $(@D)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --ignore-requires-python --target $(@D) vllm-lens==1.3.0
+	touch $@
+
+# Two engines at once take 12 GB, so buffers are given back to the kernel here. What is compiled is
+# compiled as for users, not as for tests.
+bench-vllm: $(VLLM)/peers/.installed  ## What a guard costs in vLLM: docs/bench-vllm.md (about four hours)
+	$(IN_VLLM) OMP_NUM_THREADS=2 VLLM_CPU_CI_ENV=0 env -u MALLOC_MMAP_THRESHOLD_ -u MALLOC_TRIM_THRESHOLD_ \
+	  $(VLLM)/bin/python -m bench.vllm_speed --peers $(VLLM)/peers
 
 clean:
 	rm -rf $(VENV) $(BENCH) $(VLLM) $(VLLM_GPU) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -1,0 +1,227 @@
+"""vLLM engines for `bench.vllm_speed`, each in a process of its own.
+
+A guard is armed for a whole process, so variants cannot share one. Engines that are compared answer
+in lockstep: each waits in front of each of its steps until it is its turn, so that a machine that
+slows down slows all of them down.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How an engine is started.
+
+    Attributes:
+        name: in the table.
+        compiled: whether vLLM compiles the model; else it runs eagerly.
+        guard: the guard's folder; None starts the engine without a guard.
+        lens: the folder where vllm-lens is installed; None leaves it out. It adds a vector after
+            ``layers``, at every token.
+    """
+
+    name: str
+    compiled: bool = False
+    guard: Path | None = None
+    lens: Path | None = None
+    layers: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an engine answered to requests that came all at once.
+
+    Attributes:
+        seconds: of its own turns, from taking in the prompts to the last token.
+        prompts: tokens of each prompt.
+        tokens: token ids of each answer.
+        scores: of the guard's first gate, for each request and layer; none without a guard.
+        opened: requests on which a gate opened.
+    """
+
+    seconds: float
+    prompts: list[int]
+    tokens: list[list[int]]
+    scores: list[list[float]]
+    opened: int
+
+
+class Engine:
+    """An engine that runs in another process."""
+
+    def __init__(self, name: str, connection: Connection) -> None:
+        self.name, self._connection = name, connection
+
+    def ask(self, prompts: Sequence[str], tokens: int, picture: bool) -> None:
+        """See ``in_lockstep``. The engine does nothing before its first turn."""
+        self._connection.send((list(prompts), tokens, picture))
+
+    def turn(self) -> Answers | None:
+        """Let it take the prompts in, or make a step; the answers if that was the last one."""
+        self._connection.send("go")
+        answers: Answers | None = self.heard()
+        return answers
+
+    def heard(self) -> Any:
+        """What the process says next.
+
+        Raises:
+            RuntimeError: it has ended. Its own error is on stderr.
+        """
+        try:
+            return self._connection.recv()
+        except EOFError:
+            raise RuntimeError(f"the engine `{self.name}` has ended: see above") from None
+
+
+def in_lockstep(
+    engines: Sequence[Engine], prompts: Sequence[str], tokens: int, picture: bool = True
+) -> list[Answers]:
+    """The answers of each engine to prompts that come all at once.
+
+    Args:
+        engines: in the order in which they take their turns.
+        prompts: rendered.
+        tokens: of each answer, which is greedy and does not end before.
+        picture: whether a blank picture comes with each prompt.
+    """
+    found: dict[Engine, Answers] = {}
+    for engine in engines:
+        engine.ask(prompts, tokens, picture)
+    while len(found) < len(engines):
+        for engine in engines:
+            if engine not in found and (answers := engine.turn()) is not None:
+                found[engine] = answers
+    return [found[engine] for engine in engines]
+
+
+@contextmanager
+def running(variant: Variant, model: Path) -> Iterator[Engine]:
+    """An engine on the model in a folder."""
+    context = multiprocessing.get_context("spawn")
+    own, its = context.Pipe()
+    process = context.Process(target=_serve, args=(variant, model, its), daemon=True)
+    process.start()
+    its.close()  # so that its end is noticed
+    engine = Engine(variant.name, own)
+    try:
+        engine.heard()
+        yield engine
+    finally:
+        own.close()
+        process.join(30)
+        process.kill()
+
+
+def _serve(variant: Variant, model: Path, connection: Connection) -> None:
+    """Answer until the other side closes the connection."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | _QUIET
+    os.environ.pop("VLM_SAFEGUARD", None)
+    if variant.guard is not None:
+        os.environ["VLM_SAFEGUARD"] = str(variant.guard)
+    if variant.lens is not None:
+        sys.path.insert(0, str(variant.lens))  # vLLM finds the plugin there
+    from vllm import LLM
+    from vllm.config import CompilationMode
+
+    llm = LLM(
+        model=str(model),
+        dtype="float32",
+        enforce_eager=not variant.compiled,
+        # Else every round after the first would find its prompts computed.
+        enable_prefix_caching=False,
+        max_model_len=512,
+        seed=0,
+    )
+    compiles = llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+    if compiles != variant.compiled:
+        raise RuntimeError(f"vLLM {'compiles' if compiles else 'does not compile'} the model")
+    clock = _Clock(connection)
+    own_step = llm.llm_engine.step
+
+    def step() -> Any:
+        clock.stop()
+        connection.send(None)
+        clock.start()
+        return own_step()
+
+    llm.llm_engine.step = step
+    connection.send("ready")
+    with suppress(EOFError):
+        while True:
+            prompts, tokens, picture = connection.recv()
+            connection.send(_answer(llm, variant, clock, prompts, tokens, picture))
+
+
+class _Clock:
+    """Counts the time of an engine's own turns."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._since = self.seconds = 0.0
+
+    def start(self) -> None:
+        """Wait for a turn."""
+        self._connection.recv()
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """A turn is over."""
+        self.seconds += time.perf_counter() - self._since
+
+
+def _answer(
+    llm: Any, variant: Variant, clock: _Clock, texts: list[str], tokens: int, picture: bool
+) -> Answers:
+    from vllm import SamplingParams
+
+    from vlm_safeguard.data import drawings
+    from vlm_safeguard.engines.vllm.front_end import decisions
+
+    extra = {} if variant.lens is None else {"apply_steering_vectors": [_vector(llm, variant)]}
+    params = SamplingParams(
+        temperature=0.0, max_tokens=tokens, ignore_eos=True, extra_args=extra or None
+    )
+    media = {"multi_modal_data": {"image": drawings.blank()}} if picture else {}
+    prompts = [{"prompt": text, **media} for text in texts]
+    gc.collect()
+    clock.seconds = 0.0
+    clock.start()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    clock.stop()
+    decided = [] if variant.guard is None else [decisions(output)[0] for output in outputs]
+    answered = [list(output.outputs[0].token_ids) for output in outputs]
+    if any(len(ids) != tokens for ids in answered):
+        raise RuntimeError("an answer has another length than it was asked for")
+    return Answers(
+        clock.seconds,
+        [len(output.prompt_token_ids) for output in outputs],
+        answered,
+        [next(iter(decision.parts.values())) for decision in decided],
+        sum(decision.fired for decision in decided),
+    )
+
+
+def _vector(llm: Any, variant: Variant) -> Any:
+    """The vector of vllm-lens, large enough that answers change."""
+    import torch
+    from vllm_lens import SteeringVector
+
+    width = llm.model_config.get_hidden_size()
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(len(variant.layers), width, generator=generator)
+    return SteeringVector(activations=vectors, layer_indices=list(variant.layers))
