@@ -61,7 +61,7 @@ $(VLLM)/.installed: pyproject.toml tests/engines/torchvision_schemas.py
 	  "gguf>=0.17" "pytest>=8" "hypothesis>=6.120"
 	touch $@
 
-# VLLM_CPU_CI_ENV: vLLM traces models and compiles nothing; tests/engines/test_vllm_compiled.py does.
+# VLLM_CPU_CI_ENV: vLLM traces models and compiles nothing; tests/engines/test_vllm_apart.py does.
 IN_VLLM = OMP_NUM_THREADS=1 VLLM_CPU_CI_ENV=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1
 
 test-vllm: $(VLLM)/.installed  ## The guard inside vLLM and on workers of Ray, on tiny models

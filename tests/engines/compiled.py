@@ -1,6 +1,6 @@
 """The guard in a model that vLLM compiles: the operator is in its graph, and runs each time.
 
-``test_vllm_compiled`` runs these in a process of their own.
+``test_vllm_apart`` runs these in a process of their own.
 """
 
 from __future__ import annotations

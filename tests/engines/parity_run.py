@@ -28,6 +28,7 @@ from vlm_safeguard.data.inputs import query, settings_of
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.embedded.assemble import assemble
 from vlm_safeguard.model.chat import render_conversation
+from vlm_safeguard.utils.progress import Progress
 
 TIE = 1e-3  # of two logits
 TOLERANCE = 1e-2  # of a gate score
@@ -58,7 +59,7 @@ def in_transformers(count: int, tokens: int) -> dict[str, dict[str, Any]]:
     )
     found = {}
     with guard.attach(loaded.model, loaded.processor) as session, torch.inference_mode():
-        for name, conversation in requests(count):
+        for name, conversation in Progress().track(list(requests(count)), "in transformers"):
             inputs = guard.prepare(loaded.processor, conversation)
             out = loaded.model.generate(
                 **inputs,
@@ -91,10 +92,13 @@ def in_vllm(count: int, tokens: int, alone: int) -> dict[str, dict[str, Any]]:
     llm = LLM(model=str(folder), max_model_len=1024, max_num_seqs=64, max_num_batched_tokens=512)
     engine, sampling = llm.llm_engine, SamplingParams(temperature=0.0, max_tokens=tokens)
     found: dict[str, dict[str, Any]] = {}
+    progress = Progress()
 
     def take(outputs: list[Any], suffix: str = "") -> None:
         for output in outputs:
             if output.finished:
+                if len(found) % 10 == 9:
+                    progress.say(f"in vLLM: {len(found) + 1} requests")
                 decision = decisions(output)[0]
                 found[output.request_id + suffix] = {
                     "prompt": len(output.prompt_token_ids),

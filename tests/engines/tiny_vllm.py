@@ -121,6 +121,6 @@ def engine(folder: Path, **options: Any) -> Any:
     from vllm import LLM
 
     settings: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 16, "block_size": 32}
-    settings["enforce_eager"] = True  # tests/engines/test_vllm_compiled.py compiles
+    settings["enforce_eager"] = True  # tests/engines/test_vllm_apart.py compiles
     settings |= {"limit_mm_per_prompt": {"image": 2}, "seed": 0}
     return LLM(model=str(folder), **(settings | options))
