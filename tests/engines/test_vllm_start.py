@@ -104,7 +104,8 @@ def test_breakable_graphs_are_refused(
     found.compilation_config.cudagraph_mode = vllm.config.CUDAGraphMode.PIECEWISE
     found.compilation_config.splitting_ops = [OPERATOR]
     requirements.check_graphs(found)
-    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    # vLLM has read its environment by now.
+    monkeypatch.setattr(vllm.envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", True, raising=False)
     with pytest.raises(GuardError, match="breakable"):
         requirements.check_graphs(found)
 
