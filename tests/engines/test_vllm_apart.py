@@ -8,16 +8,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
 
-@pytest.mark.parametrize(("file", "tests"), [("compiled.py", 3), ("ranks.py", 2)])
-def test_an_engine_of_another_kind_is_guarded(tmp_path: Path, file: str, tests: int) -> None:
-    # With VLLM_CPU_CI_ENV vLLM only traces; its cache could hold models of other runs.
+def passes(cache: Path, file: str, tests: int, **settings: str) -> None:
+    """Run the tests in a file; vLLM keeps compiled models in ``cache``."""
+    # With VLLM_CPU_CI_ENV vLLM only traces.
     environment = {key: value for key, value in os.environ.items() if key != "VLLM_CPU_CI_ENV"}
-    environment |= {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment |= {"VLLM_CACHE_ROOT": str(cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [sys.executable, "-m", "pytest", str(Path(__file__).with_name(file))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert f"{tests} passed" in done.stdout
+
+
+def test_compiled_models_are_guarded_and_kept_apart_by_their_layers(tmp_path: Path) -> None:
+    for layers in ("[0, 1, 2, 3, 4, 5]", "[2, 5]"):
+        passes(tmp_path, "compiled.py", 3, LAYERS=layers)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each rank needs a GPU")
+def test_each_rank_is_guarded(tmp_path: Path) -> None:
+    passes(tmp_path, "ranks.py", 2)

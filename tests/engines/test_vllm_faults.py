@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,27 @@ def test_a_worker_with_another_guard_blocks_the_request(
     monkeypatch.setattr(runner, "_digest", "0" * 64)
     for output in chat(engine, reference.requests[:8]):
         blocked(output, "another guard")
+
+
+def test_nothing_of_a_failed_request_is_let_out() -> None:
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    from vlm_safeguard.engines.vllm.messages import Report
+    from vlm_safeguard.engines.vllm.scheduling import GuardedScheduling
+
+    output = ModelRunnerOutput(
+        req_ids=["a", "b"],
+        req_id_to_index={"a": 0, "b": 1},
+        sampled_token_ids=[[5], [6]],
+        prompt_logprobs_dict={"a": None, "b": None},
+        prompt_token_id_logprobs_dict={"a": torch.ones(1), "b": torch.ones(1)},
+    )
+    scheduler = SimpleNamespace(_decided=set(), _shut=set(), encoder_cache_mismatch_reqs=set())
+    reports = {"a": Report(failed="a reason"), "b": Report()}
+    GuardedScheduling._withhold(scheduler, ["a", "b"], output, reports)
+    assert output.sampled_token_ids == [[], [6]]
+    assert set(output.prompt_logprobs_dict) == set(output.prompt_token_id_logprobs_dict) == {"b"}
+    assert scheduler.encoder_cache_mismatch_reqs == {"a"}
 
 
 def test_a_front_end_that_hears_no_decision_stops(

@@ -61,19 +61,35 @@ def test_graphs_are_split_at_the_operator(engine: Any, reference: Reference) -> 
     compiling.mode = vllm.config.CompilationMode.VLLM_COMPILE
     compiling.splitting_ops = list(compiling._attention_ops)
     compiling.cudagraph_mode = vllm.config.CUDAGraphMode.FULL_AND_PIECEWISE
-    before = found.compute_hash()
-    requirements.keep_operator(found)
+    requirements.keep_operator(found, [1])
     assert compiling.splitting_ops == [*compiling._attention_ops, OPERATOR]
     assert compiling.cudagraph_mode == vllm.config.CUDAGraphMode.PIECEWISE
-    assert found.compute_hash() != before
     requirements.check_graphs(found)
 
 
 def test_without_pieces_there_are_no_cuda_graphs(engine: Any, reference: Reference) -> None:
     found = config(reference, enforce_eager=True)
     found.compilation_config.cudagraph_mode = vllm.config.CUDAGraphMode.FULL
-    requirements.keep_operator(found)
+    requirements.keep_operator(found, [1])
     assert found.compilation_config.cudagraph_mode == vllm.config.CUDAGraphMode.NONE
+
+
+def test_compiled_models_of_other_layers_are_kept_apart(engine: Any, reference: Reference) -> None:
+    found = config(reference, enforce_eager=True)
+    digests = set()
+    for layers in ([1], [1, 2], [2]):
+        requirements.keep_operator(found, layers)
+        digests.add(found.compute_hash())
+    assert len(digests) == 3
+
+
+def test_an_additional_config_that_is_no_dictionary_is_refused(
+    engine: Any, reference: Reference
+) -> None:
+    found = config(reference, enforce_eager=True)
+    found.additional_config = object()
+    with pytest.raises(GuardError, match="must be a dictionary"):
+        requirements.keep_operator(found, [1])
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tests.engines import tiny_vllm
+from vlm_safeguard.engines.vllm import workers
 from vlm_safeguard.engines.vllm.arming import armed
 from vlm_safeguard.engines.vllm.messages import REPORT, Report, Role, guard_digest, put
 from vlm_safeguard.engines.vllm.runner import RunnerGuard
@@ -324,6 +325,26 @@ def test_requests_together_in_chunks_and_preempted_answer_as_alone(
             gate: pytest.approx(scores, abs=1e-4, nan_ok=True)
             for gate, scores in (report.scores or {}).items()
         }
+
+
+def test_an_output_that_is_being_copied_carries_the_reports(monkeypatch: Any) -> None:
+    """V2 hands out such an object, and vLLM takes the plain output from it later."""
+    from vllm.v1.worker.gpu.async_utils import AsyncOutput
+
+    given = object.__new__(AsyncOutput)
+    given.__dict__ |= {
+        "model_runner_output": SimpleNamespace(),
+        "copy_event": MagicMock(),
+        "sampled_token_ids": np.array([[7]]),
+        "num_sampled_tokens_np": np.array([1]),
+        **dict.fromkeys(
+            ("sampling_mask_tensors", "num_nans", "logprobs_tensors", "pending_aux_output",
+             "_has_fault", "prompt_logprobs_dict", "prompt_token_id_logprobs_dict")
+        ),
+    }  # fmt: skip
+    reports = {"a": Report(fired=True)}
+    workers._reporting(given, SimpleNamespace(take_reports=lambda: reports))
+    assert getattr(given.get_output(), REPORT) == reports
 
 
 def test_dummy_runs_and_warm_ups_have_no_gates(runner: Any) -> None:

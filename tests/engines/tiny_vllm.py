@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -121,6 +122,8 @@ def engine(folder: Path, **options: Any) -> Any:
     from vllm import LLM
 
     settings: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 16, "block_size": 32}
+    if torch.cuda.is_available():
+        settings["gpu_memory_utilization"] = 0.2  # some tests have two engines
     settings["enforce_eager"] = True  # tests/engines/test_vllm_apart.py compiles
     settings |= {"limit_mm_per_prompt": {"image": 2}, "seed": 0}
     return LLM(model=str(folder), **(settings | options))

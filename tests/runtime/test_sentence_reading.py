@@ -97,6 +97,19 @@ def test_where_there_is_a_canonical_form_the_text_has_no_verdict(loaded: LoadedM
     assert float(scores(run(loaded, refused, [odd, plain])).sum(1).min()) > 1000
 
 
+@pytest.mark.parametrize("threshold", [-1e9, 1e3])
+def test_a_refusal_of_the_canonical_form_counts_where_the_text_opens_the_gate_too(
+    loaded: LoadedModel, threshold: float
+) -> None:
+    odd, plain = "\u200b".join(LONG), LONG
+    settings = {"kind": "intent", "openings": [first_token(loaded, plain)], "verdict_weight": 1e4}
+    gate = tiny.gate("text", 2, threshold=threshold).model_copy(update=settings)
+    guard = tiny.guard(loaded.model, [gate], reference="verdict")
+    found = run(loaded, guard, [odd])
+    assert found.decisions[0].fired
+    assert found._reported is not None and found._reported.refused == [True]
+
+
 @pytest.mark.parametrize("hidden", [True, False])
 def test_a_canonical_form_has_a_verdict_and_a_sentence_has_none(
     loaded: LoadedModel, hidden: bool

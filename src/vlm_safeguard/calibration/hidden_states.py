@@ -162,9 +162,9 @@ def record_signs(
 
     With ``layers``, only those of so many layers from the first.
     """
-    tokens = torch.tensor(openings, device=loaded.device)
 
     def signs(logits: Tensor) -> Tensor:
+        tokens = torch.tensor(openings, device=logits.device)
         return refusal_signs(logits, tokens, torch.full((len(logits),), judged))
 
     def run(place: Path) -> tuple[Tensor, Tensor | None]:

@@ -53,8 +53,8 @@ class LinearGate:
         """
         return self.scores(states).sum(1)
 
-    def needs_logits(self, judged: bool) -> bool:
-        """Whether logits may add to the score; ``judged``: whether any text has a verdict, see
+    def needs_logits(self, any_judged: bool) -> bool:
+        """Whether logits may add to the score; ``any_judged``: whether any text has a verdict, see
         ``refusal_signs``. Where they do not, the pass ends below the head."""
         return self.reads_logits
 
@@ -100,8 +100,8 @@ class IntentGate(LinearGate):
             raise ValueError("this gate reads the refusal intent too")
         return super().total(states) + signs @ self.weights
 
-    def needs_logits(self, judged: bool) -> bool:
-        return judged or float(self.weights[0]) > 0
+    def needs_logits(self, any_judged: bool) -> bool:
+        return any_judged or float(self.weights[0]) > 0
 
     def refusal(self, logits: Tensor, judged: Tensor) -> Tensor:
         signs = refusal_signs(logits, self.openings.to(logits.device), judged)
@@ -176,11 +176,11 @@ class Gates:
 class GateReading:
     """Scores the gates of one source in one forward pass. Keeps states until a gate is decided.
 
-    ``judged``: whether any row of the request has a verdict.
+    ``any_judged``: whether any row of the request has a verdict.
     """
 
-    def __init__(self, gates: Gates, source: str, judged: bool = True) -> None:
-        self._judged = judged
+    def __init__(self, gates: Gates, source: str, any_judged: bool = True) -> None:
+        self._any_judged = any_judged
         self.layers = gates.layers(source)
         self._gates = gates
         self._at: dict[int, list[tuple[int, int]]] = {}  # by layer: (gate, place) pairs
@@ -190,7 +190,7 @@ class GateReading:
         self._held: dict[int, dict[int, Tensor]] = {}
         # Whether a gate needs the logits of the pass.
         self.reads_logits = any(
-            gates.scorers[index].needs_logits(judged)
+            gates.scorers[index].needs_logits(any_judged)
             for index, gate in enumerate(gates.settings)
             if gate.source == source
         )
@@ -217,7 +217,7 @@ class GateReading:
                 stacked = torch.stack([held[n].to(states.device) for n in range(len(held))], 1)
                 del self._held[index]
                 scores = scorer.scores(stacked)
-                if scorer.needs_logits(self._judged):
+                if scorer.needs_logits(self._any_judged):
                     self._scored[index] = scores
                     continue
                 if scorer.reads_logits:  # and there are none to add

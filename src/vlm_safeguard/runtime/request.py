@@ -191,13 +191,13 @@ class Request:
     def take_worse(self, rows: Sequence[int], other: Request) -> None:
         """Take what text gates read in other readings of the text of ``rows``, where they score it
         higher, and the coordinates and verdict of the first that opens them, where the text does
-        not.
+        not. A text without a verdict takes that of its other reading in any case.
 
         A row may have several readings.
         """
-        known, theirs = self.fired("text"), other.fired("text")
+        known, theirs, judged = self.fired("text"), other.fired("text"), other.judged
         for n, row in reversed(list(enumerate(rows))):  # the first reading last: it stays
-            if theirs[n] and not known[row]:
+            if (theirs[n] and not known[row]) or (row in self.verdictless and judged[n]):
                 self.refused[row] = other.refused[n]
         for layer, found in other.text_coordinates.items():
             known, theirs = self.open_at(layer, "text"), other.open_at(layer, "text")

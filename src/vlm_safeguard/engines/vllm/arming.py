@@ -19,6 +19,7 @@ from vlm_safeguard.engines.vllm.requirements import (
     check_version,
     keep_operator,
 )
+from vlm_safeguard.engines.vllm.runner import guarded_layers
 from vlm_safeguard.engines.vllm.workers import arm_workers
 from vlm_safeguard.errors import GuardError, SafeguardError
 from vlm_safeguard.guard import Guard
@@ -51,7 +52,7 @@ def arm(name: str, mode: str = "enforce") -> None:
         raise GuardError(f"unknown mode {mode!r} in VLM_SAFEGUARD_MODE: use {' or '.join(_MODES)}")
     guard, monitor = Guard.from_pretrained(name), mode == "monitor"
     check_guard(guard)
-    _arm_configuration(guard)
+    _arm_configuration(guard, monitor)
     _arm_front_end(guard)
     _arm_engine_core(guard, monitor)
     arm_workers(guard, monitor)
@@ -63,8 +64,10 @@ def armed() -> tuple[str, str] | None:
     return _armed[0] if _armed else None
 
 
-def _arm_configuration(guard: Guard) -> None:
+def _arm_configuration(guard: Guard, monitor: bool) -> None:
     from vllm.engine.arg_utils import EngineArgs
+
+    layers = guarded_layers(guard, monitor)
 
     def create_engine_config(own: Callable) -> Callable:
         @wraps(own)
@@ -73,7 +76,7 @@ def _arm_configuration(guard: Guard) -> None:
                 self.dtype = guard.config.model.dtype or "auto"
             config = own(self, *args, **kwargs)
             check_settings(guard, config)
-            keep_operator(config)
+            keep_operator(config, layers)
             check_model(guard, config.model_config)
             return config
 

@@ -47,7 +47,8 @@ class Role:
         reads_for: the request whose text this one is; "" for a request of a user.
         form: of a text: its place in ``Order.texts``. Of a user's request: the number of texts.
         width: of a text: the number of prompt tokens of the request it is read for.
-        judged: of a text: whether it has a verdict, see ``runtime.gate.refusal_signs``.
+        judged: of a text: whether it has a verdict, see ``runtime.gate.refusal_signs``. Not read
+            of others.
         wordless, canary: as in ``Order``.
     """
 

@@ -19,7 +19,11 @@ OPERATOR = "vlm_safeguard::visit"
 
 
 class _Running(threading.local):
-    """The step that runs in this thread. None in a warm-up, whose tokens are nobody's."""
+    """The step that runs in this thread. None in a warm-up, whose tokens are nobody's.
+
+    Where vLLM ran layers in other threads (microbatches, which are refused), they would show their
+    output to no step, and the step would not end: ``Step.finish``.
+    """
 
     step: Step | None = None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vlm_safeguard.engines.vllm.operator import OPERATOR
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import Guard
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED = ("0.32.0",)  # versions that the tests run
 _LOADERS = ("auto", "hf", "safetensors")  # that take the weights from the checkpoint as they are
@@ -96,11 +99,18 @@ def check_settings(guard: Guard, config: Any) -> None:
         )
 
 
-def keep_operator(config: Any) -> None:
+def keep_operator(config: Any, layers: list[int]) -> None:
     """Have vLLM keep the guard's operator in the model that it compiles.
 
-    It changes ``config``, a ``VllmConfig``. Graphs are split at the operator, which is no part of a
-    CUDA graph; so there are none of whole passes.
+    It changes ``config``. Graphs are split at the operator, which is no part of a CUDA graph; so
+    there are none of whole passes.
+
+    Args:
+        config: a ``VllmConfig``.
+        layers: those that are guarded.
+
+    Raises:
+        GuardError: the configuration has an ``additional_config`` that cannot be added to.
     """
     from vllm.config import CompilationMode, CUDAGraphMode
 
@@ -111,8 +121,15 @@ def keep_operator(config: Any) -> None:
     if compiling.cudagraph_mode != CUDAGraphMode.NONE:
         in_pieces = in_pieces and compiling.splitting_ops_contain_attention()
         compiling.cudagraph_mode = CUDAGraphMode.PIECEWISE if in_pieces else CUDAGraphMode.NONE
-    # vLLM keeps compiled models on disk, by a digest of the configuration.
-    config.additional_config = {**(config.additional_config or {}), "vlm_safeguard": OPERATOR}
+        if not in_pieces:  # as vLLM does it
+            compiling.max_cudagraph_capture_size, compiling.cudagraph_capture_sizes = 0, []
+        logger.info("CUDA graphs under the guard: %s", compiling.cudagraph_mode.name)
+    known = config.additional_config or {}
+    if not isinstance(known, dict):
+        raise GuardError("under a guard vLLM's additional_config must be a dictionary")
+    # vLLM keeps compiled models on disk, by a digest of the configuration. The numbers of guarded
+    # layers are written into them.
+    config.additional_config = {**known, "vlm_safeguard": layers}
 
 
 def check_graphs(config: Any) -> None:

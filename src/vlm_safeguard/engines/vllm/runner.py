@@ -1,4 +1,4 @@
-"""Guards one vLLM V1 model runner: hooks its decoder and maps batch rows to requests."""
+"""Guards one model runner of vLLM: hooks its decoder and maps batch rows to requests."""
 
 from __future__ import annotations
 
@@ -46,13 +46,7 @@ class RunnerGuard:
         """
         config = guard.config
         self._config, self._digest = config, guard_digest(guard)
-        self._gates = Gates(config.gates, guard.tensors)
-        has_text_gates = bool(self._gates.layers("text"))
-        steerer = NoSteering if monitor else Steerer
-        self._steerer = steerer(config.steering, guard.tensors, has_text_gates)
-        self._layers = sorted(
-            self._gates.layers("text") | self._gates.layers("vlm") | self._steerer.layers
-        )
+        self._gates, self._steerer, self._layers = _parts(guard, monitor)
         self.watched: dict[str, Watched] = {}
         self._texts = Texts()
         self._serving, self._is_heard, self._warming_up = False, is_heard, False
@@ -202,6 +196,19 @@ class RunnerGuard:
             return logits
 
         setattr(model, _LOGITS, compute_logits)
+
+
+def guarded_layers(guard: Guard, monitor: bool) -> list[int]:
+    """The layers that show a guard their output; ``monitor`` as in ``RunnerGuard``."""
+    return _parts(guard, monitor)[2]
+
+
+def _parts(guard: Guard, monitor: bool) -> tuple[Gates, Steerer, list[int]]:
+    """A guard's gates, its steering, and the layers that either needs."""
+    gates = Gates(guard.config.gates, guard.tensors)
+    make = NoSteering if monitor else Steerer
+    steerer = make(guard.config.steering, guard.tensors, bool(gates.layers("text")))
+    return gates, steerer, sorted(gates.layers("text") | gates.layers("vlm") | steerer.layers)
 
 
 def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:

@@ -166,7 +166,11 @@ class GuardedScheduling(_Scheduler):
             if report.failed:
                 if sampled:
                     sampled[places[name]] = []
-                model_runner_output.prompt_logprobs_dict.pop(name, None)
+                for scores in (
+                    model_runner_output.prompt_logprobs_dict,
+                    model_runner_output.prompt_token_id_logprobs_dict,
+                ):
+                    scores.pop(name, None)
                 # vLLM ends these with an error in its own ``update_from_output``.
                 self.encoder_cache_mismatch_reqs.add(name)
                 continue

@@ -148,7 +148,7 @@ class Step:
         if self._seen != list(self._layers):
             raise GuardRuntimeError(
                 f"{len(self._seen)} of {len(self._layers)} guarded layers ran: the guard's hooks "
-                "were removed or bypassed"
+                "were removed or bypassed, or the model was compiled without them"
             )
         ended = []
         for row in self.rows:
@@ -245,6 +245,11 @@ class _ResidualStream:
     """The residual stream (T, d) in a layer's output: a tensor, or two whose sum it is."""
 
     def __init__(self, hidden: Tensor, residual: Tensor | None) -> None:
+        if residual is not None and residual.shape != hidden.shape:
+            raise GuardRuntimeError(
+                f"a decoder layer returns parts of shapes {tuple(hidden.shape)} and "
+                f"{tuple(residual.shape)}: this model is not supported in vLLM"
+            )
         self._hidden, self._residual = hidden, residual
 
     @property
