@@ -82,7 +82,7 @@ test-vllm-gpu: $(VLLM_GPU)/.installed  ## The same on a GPU, in vLLM's V1 runner
 
 # COUNT=60: prompts of each set and setting, so seven times as many requests.
 parity-vllm: $(VLLM)/.installed  ## vLLM against transformers on the embedded VLM, request by request
-	$(IN_VLLM) $(VLLM)/bin/python -m tests.engines.parity_run --count $(or $(COUNT),60) -o results/parity-vllm
+	$(IN_VLLM) VLLM_CPU_CI_ENV=0 $(VLLM)/bin/python -m tests.engines.parity_run --count $(or $(COUNT),60) -o results/parity-vllm
 
 # Interrupted, it goes on where it was: rm $(VENV)/attack.json begins anew.
 attack: $(VENV)/.installed  ## 100,000 hostile inputs for the parsers, 5,000 requests to a live server
