@@ -15,7 +15,7 @@ import torch
 from tests.engines import tiny_vllm
 from tests.engines.comparing import chat, same
 from tests.engines.conftest import Reference
-from vlm_safeguard.engines.vllm import operator
+from vlm_safeguard.engines.vllm import layer_operator
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.guard import Guard
 
@@ -62,7 +62,9 @@ def test_a_graph_without_the_operator_answers_nothing(
     compiled: Any, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where vLLM took a graph from its cache that was compiled without a guard."""
-    monkeypatch.setattr(operator._running.__class__, "step", property(lambda _: None, _ignore))
+    monkeypatch.setattr(
+        layer_operator._running.__class__, "step", property(lambda _: None, _ignore)
+    )
     with pytest.raises(GuardRuntimeError, match=r"0 of \d guarded layers ran"):
         chat(compiled, reference.requests[:1])
 

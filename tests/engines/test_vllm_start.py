@@ -13,7 +13,7 @@ import pytest
 from tests import tiny
 from tests.engines import tiny_vllm
 from tests.engines.conftest import Reference
-from vlm_safeguard.engines.vllm.operator import OPERATOR
+from vlm_safeguard.engines.vllm.layer_operator import OPERATOR
 from vlm_safeguard.errors import GuardError, ModelError
 
 vllm = pytest.importorskip("vllm")

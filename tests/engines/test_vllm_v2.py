@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tests.engines import tiny_vllm
-from vlm_safeguard.engines.vllm import workers
+from vlm_safeguard.engines.vllm import arming_runners
 from vlm_safeguard.engines.vllm.arming import armed
+from vlm_safeguard.engines.vllm.arming_runners import arm_v2
 from vlm_safeguard.engines.vllm.messages import REPORT, Report, Role, guard_digest, put
 from vlm_safeguard.engines.vllm.runner import RunnerGuard
-from vlm_safeguard.engines.vllm.workers import arm_v2
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.guard import Guard
 
@@ -343,7 +343,7 @@ def test_an_output_that_is_being_copied_carries_the_reports(monkeypatch: Any) ->
         ),
     }  # fmt: skip
     reports = {"a": Report(fired=True)}
-    workers._reporting(given, SimpleNamespace(take_reports=lambda: reports))
+    arming_runners._reporting(given, SimpleNamespace(take_reports=lambda: reports))
     assert getattr(given.get_output(), REPORT) == reports
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from vlm_safeguard.engines.vllm.arming_runners import arm_workers
 from vlm_safeguard.engines.vllm.front_end import FrontEnd
 from vlm_safeguard.engines.vllm.identity import check_model
 from vlm_safeguard.engines.vllm.patching import refusal, replace
@@ -20,7 +21,6 @@ from vlm_safeguard.engines.vllm.requirements import (
     keep_operator,
 )
 from vlm_safeguard.engines.vllm.runner import guarded_layers
-from vlm_safeguard.engines.vllm.workers import arm_workers
 from vlm_safeguard.errors import GuardError, SafeguardError
 from vlm_safeguard.guard import Guard
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from vlm_safeguard.engines.vllm.operator import OPERATOR
+from vlm_safeguard.engines.vllm.layer_operator import OPERATOR
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import Guard
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlm_safeguard.engines.vllm import operator
+from vlm_safeguard.engines.vllm import layer_operator
 from vlm_safeguard.engines.vllm.messages import Report, Role, guard_digest, role_of
 from vlm_safeguard.engines.vllm.step import BatchRow, Step
 from vlm_safeguard.engines.vllm.watched import Texts, Watched
@@ -54,7 +54,7 @@ class RunnerGuard:
         self._reports: dict[str, Report] = {}
         layers = decoder_layers(model, config.model.layers)
         self._handles = [
-            layers[layer].register_forward_hook(partial(operator.show, number=layer))
+            layers[layer].register_forward_hook(partial(layer_operator.show, number=layer))
             for layer in self._layers
         ]
         self._watch_logits(model)
@@ -156,7 +156,7 @@ class RunnerGuard:
 
     def _run(self, step: Step | None) -> None:
         self._step = step
-        operator.run(step)
+        layer_operator.run(step)
 
     # -- set-up ------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from vlm_safeguard.engines.vllm.step import Step, parts_of
 OPERATOR = "vlm_safeguard::visit"
 
 
-class _Running(threading.local):
+class _StepOfThread(threading.local):
     """The step that runs in this thread. None in a warm-up, whose tokens are nobody's.
 
     Where vLLM ran layers in other threads (microbatches, which are refused), they would show their
@@ -28,7 +28,7 @@ class _Running(threading.local):
     step: Step | None = None
 
 
-_running = _Running()
+_running = _StepOfThread()
 
 
 def run(step: Step | None) -> None:
