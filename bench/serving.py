@@ -27,9 +27,9 @@ from typing import Any
 import httpx
 import uvicorn
 
-from bench.subjects import Subjects, embedded
+from bench.subjects import Subjects, embedded, several_questions
 from bench.timing import Spread, as_json, ratios, spread
-from vlm_safeguard.data import drawings, prompts
+from vlm_safeguard.data import drawings
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.server.app import create_app
 from vlm_safeguard.server.listen import uvicorn_config
@@ -158,8 +158,7 @@ def _body(number: int) -> dict[str, Any]:
     drawings.blank().save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     picture = {"type": "image_url", "image_url": {"url": url}}
-    pairs = prompts.anchors()
-    text = " ".join(pairs[(number + n) % len(pairs)].harmless for n in range(QUESTIONS))
+    text = several_questions(number, QUESTIONS)
     content = [*[picture] * IMAGES, {"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
     return {"model": "bench", "messages": messages, "max_tokens": TOKENS}

@@ -57,3 +57,9 @@ def _language_model(vlm: Any) -> PreTrainedModel:
     alone.model, alone.lm_head = find_decoder(vlm).module, vlm.get_output_embeddings()
     alone.generation_config = vlm.generation_config
     return alone.eval()
+
+
+def several_questions(number: int, count: int) -> str:
+    """So many harmless questions in one text, from anchor ``number`` on."""
+    pairs = prompts.anchors()
+    return " ".join(pairs[(number + n) % len(pairs)].harmless for n in range(count))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
+from bench.subjects import several_questions
 from bench.timing import Spread, as_json, ratios, spread
 from bench.vllm_engine import Engine, Variant, in_lockstep, running
 from vlm_safeguard.artifact.config import Gate
@@ -144,10 +145,7 @@ def make_load(batches: Sequence[int], tokens: int, rounds: int) -> Load:
     """Harmless questions, several in a prompt."""
     model, pairs = assemble(), prompts.anchors()
     processor = AutoProcessor.from_pretrained(model)
-    questions = [
-        " ".join(pairs[(number + n) % len(pairs)].harmless for n in range(QUESTIONS))
-        for number in range(max(batches))
-    ]
+    questions = [several_questions(number, QUESTIONS) for number in range(max(batches))]
     return Load(
         model,
         [render(processor, text, 1) for text in questions],

@@ -157,7 +157,7 @@ def test_a_request_whose_logits_are_not_finite_fails_alone(guard: Guard, bad: fl
 def test_texts_are_taken_once_and_only_whole(guard: Guard) -> None:
     texts = Texts()
     text = watched(guard, 4, "a#text0")
-    text.role = Role("", "a", 0, 4, False, False, False)
+    text.role = Role("", "a", 0, 4, True, False, False)
     texts.keep(text)
     with pytest.raises(GuardRuntimeError, match="not read"):
         texts.take("a", 2)

@@ -96,7 +96,7 @@ class OnCpu(v2.GPUModelRunner):
 
     def __init__(self, model: Model) -> None:
         self.model, self.known = model, dict[str, Known]()
-        self.buffers = InputBuffers(16, 256, CPU)
+        self.input_buffers = InputBuffers(16, 256, CPU)
         for name in ("kv_connector", "eplb", "step_timing", "ec_connector", "model_state",
                      "block_tables", "parallel_config", "prompt_logprobs_worker"):  # fmt: skip
             setattr(self, name, MagicMock())
@@ -114,7 +114,7 @@ class OnCpu(v2.GPUModelRunner):
         self.is_first_pp_rank = self.is_last_pp_rank = True
         self.dcp_size = self.decode_query_len = 1
         self.num_speculative_steps = 0
-        self.attn_groups, self.main_stream_, self.output_copy_stream = [], None, None
+        self.attn_groups, self.output_copy_stream = [], None
         self.req_states = MagicMock()
         self.sampler = lambda logits, batch: SimpleNamespace(
             sampled_token_ids=logits.argmax(1)[:, None], num_sampled=None, num_rejected=None
@@ -154,7 +154,7 @@ class OnCpu(v2.GPUModelRunner):
             for name, row in zip(ids, rows, strict=True)
             for token in row.tokens[row.computed : row.computed + counts[name]]
         ]
-        batch = InputBatch.make_dummy(len(ids), len(tokens), self.buffers)
+        batch = InputBatch.make_dummy(len(ids), len(tokens), self.input_buffers)
         return replace(
             batch,
             req_ids=ids,
@@ -238,16 +238,18 @@ def scheduled(
     return made
 
 
-def step(runner: Any, *given: Any, **more: Any) -> tuple[dict[str, int], dict[str, Report]]:
+def step(
+    runner: Any, counts: dict[str, int], *given: Any, **more: Any
+) -> tuple[dict[str, int], dict[str, Report]]:
     """The sampled tokens and the reports of a step."""
-    runner.execute_model(scheduled(*given, **more))
+    runner.execute_model(scheduled(counts, *given, **more))
     result = runner.sample_tokens(None)
     output = result.model_runner_output
     tokens = result.sampler_output.sampled_token_ids[:, 0].tolist()
     sampled = dict(zip(output.req_ids, tokens, strict=True))
     for name, token in sampled.items():
         known = runner.known[name]
-        if known.computed + more.get("counts", given[0])[name] == len(known.tokens):
+        if known.computed + counts[name] == len(known.tokens):
             known.tokens.append(token)
     return sampled, getattr(output, REPORT, {})
 
@@ -349,7 +351,6 @@ def test_an_output_that_is_being_copied_carries_the_reports(monkeypatch: Any) ->
 
 def test_dummy_runs_and_warm_ups_have_no_gates(runner: Any) -> None:
     runner.prepare_dummy_attn = lambda *_: ((), torch.zeros(0))
-    runner.input_buffers = runner.buffers
     runner.execute_model(scheduled({"x": 1}), dummy_run=True)
     runner.execute_model_state = None
     made_up = vllm.SamplingParams(max_tokens=2)

@@ -158,9 +158,8 @@ def record_signs(
 ) -> tuple[Tensor, Tensor | None]:
     """States of requests and, with ``openings``, their refusal signs; see ``refusal_signs``.
 
-    ``judged``: whether these texts have a verdict.
-
-    With ``layers``, only those of so many layers from the first.
+    ``judged``: whether these texts have a verdict. With ``layers``, only those of so many layers
+    from the first.
     """
 
     def signs(logits: Tensor) -> Tensor:

@@ -83,12 +83,11 @@ class RayPool(Generic[Part, Result]):
         while free < workers <= total and time.monotonic() < until:
             time.sleep(0.1)
             free = self._free_of(unit)
-        if workers <= free:
-            return
-        raise SafeguardError(
-            f"{workers} workers need {workers} {unit}s, and Ray has {free} free: ask for fewer "
-            "with --workers, or name a larger cluster in RAY_ADDRESS"
-        )
+        if workers > free:
+            raise SafeguardError(
+                f"{workers} workers need {workers} {unit}s, and Ray has {free} free: ask for fewer "
+                "with --workers, or name a larger cluster in RAY_ADDRESS"
+            )
 
     def _free_of(self, unit: str) -> int:
         return int(self._ray.available_resources().get(unit, 0))

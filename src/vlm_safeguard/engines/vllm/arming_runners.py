@@ -90,20 +90,14 @@ def arm_v1(runner: type) -> None:
 
         return guarded
 
-    def sample_tokens(own: Callable) -> Callable:
-        @wraps(own)
-        def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _reporting(own(self, *args, **kwargs), _of(self))
-
-        return guarded
-
     replace(runner, "execute_model", execute_model)
     replace(runner, "_model_forward", model_forward)
-    replace(runner, "sample_tokens", sample_tokens)
+    replace(runner, "sample_tokens", _sample_tokens)
 
 
 def arm_v2(runner: type) -> None:
-    """Arm the steps of the V2 runner: it computes the logits in ``sample``.
+    """Arm the steps of the V2 runner: it computes the logits in ``sample``, which ``sample_tokens``
+    calls.
 
     Its dummy runs do not come to ``prepare_inputs``; other warm-ups are made-up requests.
     """
@@ -138,27 +132,28 @@ def arm_v2(runner: type) -> None:
     def sample(own: Callable) -> Callable:
         @wraps(own)
         def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-            guard = _of(self)
-            with _abandoning(guard):
-                result = own(self, *args, **kwargs)
-                guard.end()
+            result = own(self, *args, **kwargs)
+            _of(self).end()
             return result
-
-        return guarded
-
-    def sample_tokens(own: Callable) -> Callable:
-        @wraps(own)
-        def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-            guard = _of(self)
-            with _abandoning(guard):
-                return _reporting(own(self, *args, **kwargs), guard)
 
         return guarded
 
     replace(runner, "execute_model", execute_model)
     replace(runner, "prepare_inputs", prepare_inputs)
     replace(runner, "sample", sample)
-    replace(runner, "sample_tokens", sample_tokens)
+    replace(runner, "sample_tokens", _sample_tokens)
+
+
+def _sample_tokens(own: Callable) -> Callable:
+    """Of both runners: the reports leave with the tokens."""
+
+    @wraps(own)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        guard = _of(self)
+        with _abandoning(guard):
+            return _reporting(own(self, *args, **kwargs), guard)
+
+    return guarded
 
 
 @contextmanager

@@ -245,12 +245,9 @@ class _ResidualStream:
     """The residual stream (T, d) in a layer's output: a tensor, or two whose sum it is."""
 
     def __init__(self, hidden: Tensor, residual: Tensor | None) -> None:
-        if residual is not None and residual.shape != hidden.shape:
-            raise GuardRuntimeError(
-                f"a decoder layer returns parts of shapes {tuple(hidden.shape)} and "
-                f"{tuple(residual.shape)}: this model is not supported in vLLM"
-            )
-        self._hidden, self._residual = hidden, residual
+        # Again: in a compiled model a layer's output is looked at only when it is traced.
+        parts = hidden if residual is None else (hidden, residual)
+        self._hidden, self._residual = parts_of(parts)
 
     @property
     def device(self) -> torch.device:
