@@ -28,7 +28,7 @@ import httpx
 import uvicorn
 
 from bench.subjects import Subjects, embedded, several_questions
-from bench.timing import Spread, as_json, ratios, spread
+from bench.timing import as_json, ratios, spread
 from vlm_safeguard.data import drawings
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.server.app import create_app
@@ -70,9 +70,14 @@ def main() -> None:
         clients: measure(subject, guard, bodies[:clients], given.requests, given.rounds)
         for clients in given.clients
     }
+    command = (
+        f"python -m bench.serving --clients {' '.join(map(str, given.clients))}"
+        f" --rounds {given.rounds} --requests {given.requests}"
+    )
+    precision = str(subject.loaded.model.dtype).removeprefix("torch.")
     (given.output / "assets").mkdir(parents=True, exist_ok=True)
     text = json.dumps(as_json({n: _facts(rounds) for n, rounds in found.items()}), indent=1) + "\n"
-    files = {"assets/bench-serving.json": text, "bench-serving.md": page(found, given.rounds)}
+    files = {"assets/bench-serving.json": text, "bench-serving.md": page(found, command, precision)}
     write_whole({given.output / name: content.encode() for name, content in files.items()})
     print(given.output / "bench-serving.md")
 
@@ -178,7 +183,7 @@ def _facts(rounds: dict[str, list[Load]]) -> dict[str, Any]:
     return facts
 
 
-def page(found: dict[int, dict[str, list[Load]]], rounds: int) -> str:
+def page(found: dict[int, dict[str, list[Load]]], command: str, precision: str) -> str:
     """The measurements as Markdown."""
     rows = []
     for clients, servers in found.items():
@@ -188,8 +193,8 @@ def page(found: dict[int, dict[str, list[Load]]], rounds: int) -> str:
                 [
                     str(clients),
                     name,
-                    _shown(facts["rate"]),
-                    _shown(facts["ratio"]),
+                    str(facts["rate"]),
+                    str(facts["ratio"]),
                     *(f"{latency[p]:.1f}" for p in (50, 90, 99)),
                     f"{facts['tokens']:.1f}",
                 ]
@@ -199,19 +204,15 @@ def page(found: dict[int, dict[str, list[Load]]], rounds: int) -> str:
     lines = [
         "# What the guard costs a server",
         "",
-        f"`python -m bench.serving --rounds {rounds}` on the embedded model, on a CPU. Requests",
-        f"hold {IMAGES} pictures of 16 tokens and about 50 tokens of text, the proportions of",
-        f"LLaVA-1.5, and ask for {TOKENS} tokens. The guard is the one that ships, without OCR; no",
-        "gate opens, so every server gives the same answers.",
+        f"`{command}` on the embedded model in {precision}, on a CPU.",
+        f"Requests hold {IMAGES} pictures of 16 tokens and about 50 tokens of text, the",
+        f"proportions of LLaVA-1.5, and ask for {TOKENS} tokens. The guard is the one that ships,",
+        "without OCR; no gate opens, so every server gives the same answers.",
         "Medians and quartiles over the rounds; ratios are taken round by round.",
         "",
         table(head, rows),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _shown(value: Spread) -> str:
-    return f"{value.median:.3g} [{value.low:.3g}, {value.high:.3g}]"
 
 
 if __name__ == "__main__":

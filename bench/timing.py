@@ -21,6 +21,9 @@ class Spread:
     high: float
     count: int
 
+    def __str__(self) -> str:
+        return f"{self.median:#.3g} [{self.low:#.3g}, {self.high:#.3g}]"
+
 
 def spread(values: Sequence[float]) -> Spread:
     """The spread of at least one figure."""

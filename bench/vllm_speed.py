@@ -299,7 +299,7 @@ def _compare(unguarded: Engine, engine: Engine, variant: Variant, load: Load, fo
         found.plain.setdefault(batch, []).extend(rates[unguarded])
         ratio = ratios(rates[engine], rates[unguarded])
         found.rows[variant.name][batch] = ratio
-        print(f"{variant.name}: {batch} at once: {_shown(ratio)}", file=sys.stderr)
+        print(f"{variant.name}: {batch} at once: {ratio}", file=sys.stderr)
 
 
 def _facts(found: Found) -> dict[str, Any]:
@@ -332,16 +332,12 @@ def page(found: Mapping[str, Found], load: Load) -> str:
 
 def _table(found: Found, load: Load) -> str:
     head = ["", "gate opens on", *(f"{batch} at once" for batch in load.batches)]
-    speed = [_shown(spread(found.plain[batch])) for batch in load.batches]
+    speed = [str(spread(found.plain[batch])) for batch in load.batches]
     rows = [["unguarded, tokens/s", "", *speed]]
     for name, by_batch in found.rows.items():
         opened = f"{found.opened[name]} of {max(load.batches)}" if name in found.opened else ""
-        rows.append([name, opened, *map(_shown, by_batch.values())])
+        rows.append([name, opened, *map(str, by_batch.values())])
     return table(head, rows)
-
-
-def _shown(value: Spread) -> str:
-    return f"{value.median:#.3g} [{value.low:#.3g}, {value.high:#.3g}]"
 
 
 if __name__ == "__main__":
