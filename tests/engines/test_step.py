@@ -138,20 +138,28 @@ def test_a_prompt_whose_last_token_was_not_computed_fails(guard: Guard) -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_request_whose_logits_are_not_finite_fails_alone(guard: Guard, bad: float) -> None:
-    """At its prompt's end as at each later token."""
-    whole, broken = watched(guard, 3, "whole"), watched(guard, 4, "broken")
-    for columns in ([range(3), range(4)], [range(3, 4), range(4, 5)]):
-        step = step_of(guard, rows_of([whole, broken], columns))
+@pytest.mark.parametrize("where", ["state", "logits"])
+@pytest.mark.parametrize("token", [0, 1, 2])
+def test_a_request_whose_numbers_are_not_finite_fails_alone(
+    guard: Guard, bad: float, where: str, token: int
+) -> None:
+    """At its prompt's end, at a steered token (the guard steers two), and at a later one, where
+    only the state is looked at."""
+    opened = tiny.with_thresholds(guard, [[-1e9]])
+    whole, broken = watched(opened, 3, "whole"), watched(opened, 4, "broken")
+    passes = ((range(3), range(4)), (range(3, 4), range(4, 5)), (range(4, 5), range(5, 6)))
+    for number, columns in enumerate(passes[: token + 1]):
+        step = step_of(opened, rows_of([whole, broken], [*columns]))
         for layer, output in enumerate(streams(0, sum(map(len, columns)))):
             step.visit(layer, *output)
-        late = len(columns[0]) == 1
-        logits = torch.zeros(2, 9)
-        logits[1, 5] = bad if late else 1.0
-        step.read_logits(logits)
-        assert step.finish() == ([broken] if late else [whole, broken])
-        assert not whole.failed and bool(broken.failed) is late
-    assert broken.report().failed == "its logits are NaN or Inf"
+        found = {"state": torch.zeros(2, 8), "logits": torch.zeros(2, 9)}
+        if number == token:
+            found[where][1, 5] = bad
+        step.read_logits(found["state"], found["logits"])
+        step.finish()
+    assert not whole.failed
+    missed = where == "logits" and token == 2
+    assert broken.failed == ("" if missed else "its last state or its logits are NaN or Inf")
 
 
 def test_texts_are_taken_once_and_only_whole(guard: Guard) -> None:

@@ -189,10 +189,10 @@ class RunnerGuard:
     def _watch_logits(self, model: nn.Module) -> None:
         own: Callable[..., Tensor | None] = getattr(model, _LOGITS)
 
-        def compute_logits(*args: Any, **kwargs: Any) -> Tensor | None:
-            logits = own(*args, **kwargs)
+        def compute_logits(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+            logits = own(hidden_states, *args, **kwargs)
             if self._step is not None:
-                self._step.read_logits(logits)
+                self._step.read_logits(hidden_states, logits)
             return logits
 
         setattr(model, _LOGITS, compute_logits)
