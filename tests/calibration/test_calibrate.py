@@ -224,7 +224,7 @@ def test_gates_are_fitted_to_sentences_of_harmless_prompts_and_not_judged_by_the
             folder,
             Progress(quiet=True),  # type: ignore[arg-type]
         )
-        assert asked["sentences"] == (expected if reads else [])
+        assert asked["readings"] == (expected if reads else [])
         made, count = found.text_only_states(), 4 if reads else 0
         pairs_of = [(0, 6), (0, 7), (0, 8), (1, 6), (1, 7), (1, 9)]  # 3 prompts, 3 anchors
         assert found.parts().tolist() == [list(pair) for pair in pairs_of if reads]

@@ -12,7 +12,7 @@ from vlm_safeguard.calibration.budget import Budget
 from vlm_safeguard.calibration.conformal import allowed_exceedances
 from vlm_safeguard.calibration.gate_choice import fit_gates, useful_gates
 from vlm_safeguard.calibration.gate_fitting import GateFit, GateName
-from vlm_safeguard.calibration.recorded_states import Recorded, Sentences, States
+from vlm_safeguard.calibration.recorded_states import Readings, Recorded, States
 
 LAYERS, WIDTH = 6, 12
 HARM, REFUSED_HARM, PICTURE = 0, 1, 2  # axes that the states of a kind of prompt differ along
@@ -37,7 +37,7 @@ def drawn(seed: int = 0) -> States:
 
 
 def recorded(text: States) -> Recorded:
-    none = Sentences(
+    none = Readings(
         torch.empty(0, LAYERS, WIDTH), torch.empty(0, 2), torch.empty(0, 2, dtype=torch.long)
     )
     generator = torch.Generator().manual_seed(9)

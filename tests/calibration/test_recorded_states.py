@@ -7,7 +7,7 @@ import math
 import torch
 
 from vlm_safeguard.calibration.gate_fitting import GateFit
-from vlm_safeguard.calibration.recorded_states import Recorded, Sentences, States
+from vlm_safeguard.calibration.recorded_states import Readings, Recorded, States
 
 
 def states(ids: str, harmful: list[bool]) -> States:
@@ -25,7 +25,7 @@ def gate(judged: list[bool], *scores: float) -> GateFit:
 
 def test_scores_of_both_gates_are_of_the_same_harmful_prompt() -> None:
     """Prompt u cannot be told by its words, and w was not recorded as text; x is harmless."""
-    none = Sentences(torch.empty(0, 1, 2), torch.empty(0, 2), torch.empty(0, 2, dtype=torch.long))
+    none = Readings(torch.empty(0, 1, 2), torch.empty(0, 2), torch.empty(0, 2, dtype=torch.long))
     recorded = Recorded(
         torch.zeros(2, 3, 1, 2),
         {},

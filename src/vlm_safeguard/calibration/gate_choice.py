@@ -31,7 +31,7 @@ from vlm_safeguard.calibration.gate_fitting import (
     Weights,
     fit_gate,
 )
-from vlm_safeguard.calibration.hidden_states import record_sentences, record_signs
+from vlm_safeguard.calibration.hidden_states import record_readings, record_signs
 from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.calibration.recorded_states import Recorded
 from vlm_safeguard.data.inputs import PICTURED, query, settings_of, spoken
@@ -154,16 +154,16 @@ def bound_scores(
     text, signs = record_signs(loaded, said, openings, folder, "bound, text", progress)
     what = "bound, pictures"
     seen, _ = record_signs(loaded, mixed, (), folder, what, progress, layers=layers)
-    texts = [one.text for one in said] if reads_sentences else []
-    single = record_sentences(loaded, texts, openings, folder, progress)
-    owner, part = single.of.T
+    texts = [one.text for one in said]
+    others = record_readings(loaded, texts, reads_sentences, openings, folder, progress)
+    owner, place = others.of.T
     columns = []
     for name, fit in fits.items():
         if name == "vlm":
             found = torch.maximum(fit.scores(text), fit.scores(seen))
         else:
-            of_parts = fit.scores(single.states, single.signs)[part]
-            found = fit.scores(text, signs).scatter_reduce(0, owner, of_parts, "amax")
+            of_others = fit.scores(others.states, others.signs)[place]
+            found = fit.scores(text, signs).scatter_reduce(0, owner, of_others, "amax")
         columns.append(found / fit.spread)
     scores = torch.stack(columns, 1)
     _lower_refused(loaded, items, scores, ASKED * epsilon, recogniser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from vlm_safeguard.calibration.attack_trials import within
 from vlm_safeguard.calibration.budget import Effort
 from vlm_safeguard.calibration.gate_fitting import refusal_openings
 from vlm_safeguard.calibration.kept_states import once
-from vlm_safeguard.calibration.recorded_states import Recorded, Sentences, States
+from vlm_safeguard.calibration.recorded_states import Readings, Recorded, States
 from vlm_safeguard.data.inputs import (
     PICTURED,
     Query,
@@ -85,9 +86,7 @@ def record_calibration(
     said = [spoken(p, reads_pictures) for p in worded]
     text = record_states(loaded, worded, said, "text", folder, progress, openings)
     harmless = [one.text for p, one in zip(worded, said, strict=True) if not p.harmful]
-    single = record_sentences(
-        loaded, harmless if reads_sentences else [], openings, folder, progress
-    )
+    others = record_readings(loaded, harmless, reads_sentences, openings, folder, progress)
     pictured: dict[str, States] = {}
     for setting in PICTURED:
         chosen = evenly(within(fit, setting), effort.pictured)
@@ -95,28 +94,32 @@ def record_calibration(
         pictured[setting] = record_states(loaded, chosen, seen, setting, folder, progress)
     untold = frozenset(p.id for p in fit if not told(p, reads_pictures))
     about = frozenset(p.id for p in fit if p.form == "picture")
-    return Recorded(pairs, directions, openings, text, single, pictured, untold, about)
+    return Recorded(pairs, directions, openings, text, others, pictured, untold, about)
 
 
-def record_sentences(
+def record_readings(
     loaded: LoadedModel,
     texts: Sequence[str],
+    by_sentence: bool,
     openings: Sequence[int],
     folder: Path,
     progress: Progress,
-) -> Sentences:
-    """Record the sentences of harmless prompts, of which the text gate reads ``texts``."""
-    places: dict[str, int] = {}  # each once: those of a template repeat
+) -> Readings:
+    """Record what the text gate reads beside the ``texts`` of harmless prompts: the canonical form
+    of those that are written otherwise and, ``by_sentence``, each sentence."""
+    places: dict[str, int] = {}  # each once: sentences of a template repeat
     of: list[tuple[int, int]] = []
     for n, text in enumerate(texts):
-        for one in sentences(canonical_text(text)):
-            of.append((n, places.setdefault(one, len(places))))
+        form = canonical_text(text)
+        readings = [] if form == text else [form]
+        readings += sentences(form) if by_sentence else []
+        of += [(n, places.setdefault(one, len(places))) for one in readings]
     asked = [Query(one, None) for one in places]
     states, signs = record_signs(
-        loaded, asked, openings if asked else (), folder, "sentences", progress, judged=False
+        loaded, asked, openings if asked else (), folder, "readings", progress, judged=False
     )
     signs = torch.zeros(len(asked), 2) if signs is None else signs
-    return Sentences(states, signs, torch.tensor(of, dtype=torch.long).reshape(-1, 2))
+    return Readings(states, signs, torch.tensor(of, dtype=torch.long).reshape(-1, 2))
 
 
 def record_states(
@@ -158,8 +161,8 @@ def record_signs(
 ) -> tuple[Tensor, Tensor | None]:
     """States of requests and, with ``openings``, their refusal signs; see ``refusal_signs``.
 
-    ``judged``: whether these texts have a verdict. With ``layers``, only those of so many layers
-    from the first.
+    ``judged``: whether these texts have a verdict. As at runtime, it is that of the canonical form.
+    With ``layers``, only states of so many layers from the first.
     """
 
     def signs(logits: Tensor) -> Tensor:
@@ -179,4 +182,17 @@ def record_signs(
             progress=progress,
         )
 
-    return once(folder, asked, (tuple(openings), judged, layers), run)
+    states, found = once(folder, asked, (tuple(openings), judged, layers), run)
+    odd = {
+        n: replace(one, text=form)
+        for n, one in enumerate(asked)
+        if (form := canonical_text(one.text)) != one.text
+    }
+    if found is None or not judged or not odd:
+        return states, found
+    what = f"{what}, canonical"
+    _, canonical = record_signs(loaded, [*odd.values()], openings, folder, what, progress)
+    found = found.clone()
+    if canonical is not None:
+        found[[*odd], 1] = canonical[:, 1]
+    return states, found

@@ -51,14 +51,15 @@ class States:
 
 
 @dataclass(frozen=True)
-class Sentences:
-    """Single sentences of the harmless prompts, as text, each once.
+class Readings:
+    """What the text gate reads beside the text of the harmless prompts: canonical forms and single
+    sentences, each once. None has a verdict: that of a canonical form counts for its prompt.
 
     Attributes:
         states: (k, L, d); k may be 0.
         signs: refusal signs (k, 2); zero if the model's refusals have no known openings.
-        of: places (m, 2) of a harmless prompt among the harmless prompts and of one of its
-            sentences among the sentences.
+        of: places (m, 2) of a harmless prompt among the harmless prompts and of one of its readings
+            among the readings.
     """
 
     states: Tensor
@@ -75,7 +76,7 @@ class Recorded:
         directions: safety directions by layer.
         openings: tokens that the model's refusals begin with; may be empty.
         text: states of the calibration prompts as text.
-        sentences: of these prompts.
+        readings: others of the harmless ones of these prompts.
         pictured: states with a blank image and with a picture, by setting.
         untold: ids of prompts whose label does not show in what the text gate reads.
         about_picture: ids of prompts about their picture.
@@ -85,13 +86,13 @@ class Recorded:
     directions: dict[int, Tensor]
     openings: list[int]
     text: States
-    sentences: Sentences
+    readings: Readings
     pictured: dict[str, States]
     untold: frozenset[str]
     about_picture: frozenset[str]
 
     def text_only_states(self) -> States:
-        """States that the text gate is fitted to: prompts as text, anchors, and sentences.
+        """States that the text gate is fitted to: prompts as text, anchors, and other readings.
 
         Without sentences of harmless prompts the gate opens on some that are no request by
         themselves, such as the beginning of a story.
@@ -99,12 +100,12 @@ class Recorded:
         harmful, harmless = self.pairs
         none = torch.zeros(len(harmful) + len(harmless), 2)
         others = with_others(self.text, harmful, harmless, none)
-        return with_others(others, harmful[:0], self.sentences.states, self.sentences.signs)
+        return with_others(others, harmful[:0], self.readings.states, self.readings.signs)
 
     def parts(self) -> Tensor:
-        """Where the sentences stand in ``text_only_states``, for ``fit_gate``."""
+        """Where the other readings stand in ``text_only_states``, for ``fit_gate``."""
         first = int((~self.text.harmful).sum()) + self.pairs.shape[1]
-        return self.sentences.of + torch.tensor([0, first])
+        return self.readings.of + torch.tensor([0, first])
 
     def refused_states(self) -> States | None:
         """States that the gate on refused texts is fitted to: harmful prompts, and harmless ones

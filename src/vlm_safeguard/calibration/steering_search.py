@@ -29,6 +29,9 @@ def candidates(depth: int, verdict: bool) -> list[Steering]:
     """Steering settings to try, from the strongest to the one closest to the paper. ``verdict``:
     whether a gate tells which texts the LLM would refuse.
 
+    Of equally good candidates the first is taken. A request's own text coordinates cannot undo a
+    refusal of its text, so they stand before the mean of the anchors.
+
     Most `restore` candidates guard the last prompt token only, because their coordinates come from
     there. At generated tokens, the same coordinates make the model repeat its first word.
     """
@@ -92,7 +95,7 @@ def search(
         harmful = [p for p in evenly(others, count) if p.harmful]
         every += queries(within(harmful, setting), setting)
     plain = without(loaded, build(settings[0]), every, effort.tokens, recogniser)
-    best: tuple[float, int, Steering] | None = None
+    kept: list[_Ranked] = []
     for _, place, steering in progress.track(_finalists(ranked, effort.finalists), "finalists"):
         guard = build(steering)
         won = plain.guarded(loaded, guard, effort.tokens, recogniser)
@@ -103,15 +106,16 @@ def search(
             "final_asr": round(rate, 4),
             "final_kl": round(cost.kl, 5),
         }
-        if cost.least_kl <= budget.kl and (best is None or rate < best[0]):
-            best = (rate, place, steering)
-    if best is None:
+        if cost.least_kl <= budget.kl:
+            kept.append((rate, place, steering))
+    if not kept:
         raise CalibrationError(
             f"no guard: the mean KL divergence on harmless prompts exceeds {budget.kl} nats with "
             "every finalist. Allow more with --max-kl"
         )
-    tried[best[1]]["chosen"] = True
-    return build(best[2]), tried
+    _, place, steering = min(kept, key=lambda one: one[:2])
+    tried[place]["chosen"] = True
+    return build(steering), tried
 
 
 def _finalists(ranked: Sequence[_Ranked], count: int) -> list[_Ranked]:
