@@ -80,7 +80,7 @@ test-vllm-gpu: $(VLLM_GPU)/.installed  ## The same on a GPU, in vLLM's V1 runner
 	    tests/engines --ignore tests/engines/test_ray.py || exit 1; \
 	done
 
-# COUNT=60: prompts of each set and setting, so seven times as many requests.
+# COUNT=60: prompts of each label in seven sets and settings, so 14 times as many requests.
 parity-vllm: $(VLLM)/.installed  ## vLLM against transformers on the embedded VLM, request by request
 	$(IN_VLLM) VLLM_CPU_CI_ENV=0 $(VLLM)/bin/python -m tests.engines.parity_run --count $(or $(COUNT),60) -o results/parity-vllm
 

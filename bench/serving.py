@@ -36,6 +36,7 @@ from vlm_safeguard.server.listen import uvicorn_config
 from vlm_safeguard.server.settings import Settings
 from vlm_safeguard.server.telemetry import Telemetry
 from vlm_safeguard.server.transformers_engine import TransformersEngine
+from vlm_safeguard.utils.allocator import keep_freed_memory
 from vlm_safeguard.utils.files import write_whole
 from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.network import address, listen
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=2, help="of each client in a round")
     given = parser.parse_args()
+    keep_freed_memory()  # as the command does
     subject = embedded()
     shipped = Guard.from_pretrained("embedded")
     config = shipped.config.model_copy(update={"reads_pictures": False})
@@ -120,7 +122,7 @@ def serving(subject: Subjects, guard: Guard | None, batch: int, clients: int) ->
     """A server on a free port; its address."""
     settings = Settings(
         model="bench", batch=batch, waiting=2 * clients + 8, max_images=IMAGES, deadline=3600.0,
-        check_every=1e9,
+        check_every=1e9, window=1.0,
     )  # fmt: skip
     engine = TransformersEngine(subject.loaded, guard, settings, Telemetry())
     engine.start()
@@ -207,7 +209,8 @@ def page(found: dict[int, dict[str, list[Load]]], command: str, precision: str) 
         f"`{command}` on the embedded model in {precision}, on a CPU.",
         f"Requests hold {IMAGES} pictures of 16 tokens and about 50 tokens of text, the",
         f"proportions of LLaVA-1.5, and ask for {TOKENS} tokens. The guard is the one that ships,",
-        "without OCR; no gate opens, so every server gives the same answers.",
+        "without OCR; no gate opens, so every server gives the same answers. A batch waits a",
+        "second for requests, so that every server makes the same batches, of at most 8.",
         "Medians and quartiles over the rounds; ratios are taken round by round.",
         "",
         table(head, rows),

@@ -33,6 +33,19 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(middle, low, high, len(values))
 
 
+def weighted_spread(values: Sequence[float], weights: Sequence[float]) -> Spread:
+    """The spread of at least one figure, each of which counts as much as it weighs."""
+    total, left = sum(weights), [0.25, 0.5, 0.75]
+    passed, found = 0.0, list[float]()
+    for value, weight in sorted(zip(values, weights, strict=True)):
+        passed += weight
+        while left and passed >= left[0] * total:
+            found.append(value)
+            left.pop(0)
+    low, middle, high = found
+    return Spread(middle, low, high, len(values))
+
+
 def ratios(measured: Sequence[float], plain: Sequence[float]) -> Spread:
     """The spread of ratios, pair by pair."""
     return spread([one / other for one, other in zip(measured, plain, strict=True)])

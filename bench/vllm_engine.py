@@ -46,18 +46,23 @@ class Answers:
     """What an engine answered to requests that came all at once.
 
     Attributes:
-        seconds: of its own turns, from taking in the prompts to the last token.
+        turns: seconds of each of its own turns: taking in the prompts, then each step.
         prompts: tokens of each prompt.
         tokens: token ids of each answer.
         scores: of the guard's first gate, for each request and layer; none without a guard.
         opened: requests on which a gate opened.
     """
 
-    seconds: float
+    turns: list[float]
     prompts: list[int]
     tokens: list[list[int]]
     scores: list[list[float]]
     opened: int
+
+    @property
+    def seconds(self) -> float:
+        """From taking in the prompts to the last token."""
+        return sum(self.turns)
 
 
 class Engine:
@@ -168,11 +173,11 @@ def _serve(variant: Variant, model: Path, connection: Connection) -> None:
 
 
 class _Clock:
-    """Counts the time of an engine's own turns."""
+    """Takes the time of an engine's own turns."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._since = self.seconds = 0.0
+        self._since, self.turns = 0.0, list[float]()
 
     def start(self) -> None:
         """Wait for a turn."""
@@ -181,7 +186,7 @@ class _Clock:
 
     def stop(self) -> None:
         """A turn is over."""
-        self.seconds += time.perf_counter() - self._since
+        self.turns.append(time.perf_counter() - self._since)
 
 
 def _answer(
@@ -199,7 +204,7 @@ def _answer(
     media = {"multi_modal_data": {"image": drawings.blank()}} if picture else {}
     prompts = [{"prompt": text, **media} for text in texts]
     gc.collect()
-    clock.seconds = 0.0
+    clock.turns = []
     clock.start()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     clock.stop()
@@ -208,7 +213,7 @@ def _answer(
     if any(len(ids) != tokens for ids in answered):
         raise RuntimeError("an answer has another length than it was asked for")
     return Answers(
-        clock.seconds,
+        clock.turns,
         [len(output.prompt_token_ids) for output in outputs],
         answered,
         [next(iter(decision.parts.values())) for decision in decided],

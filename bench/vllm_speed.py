@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from bench.subjects import several_questions
-from bench.timing import Spread, as_json, ratios, spread
-from bench.vllm_engine import Engine, Variant, in_lockstep, running
+from bench.timing import Spread, as_json, spread, weighted_spread
+from bench.vllm_engine import Answers, Engine, Variant, in_lockstep, running
 from vlm_safeguard.artifact.config import Gate
 from vlm_safeguard.data import prompts
 from vlm_safeguard.embedded.assemble import assemble
@@ -46,8 +46,10 @@ HEAD = """\
 wrote this page and [bench-vllm.json](assets/bench-vllm.json): vLLM {version} on a CPU with
 {threads} threads, the embedded model in float32.
 
-- Figures are tokens a second over those of the unguarded engine, so 0.99 costs one percent. Each
-  is the median, with quartiles, of {rounds} rounds of the largest batch, or of {fewer} of another.
+- Figures are tokens a second over those of the unguarded engine, so 0.99 costs one percent. There
+  are {rounds} rounds of the largest batch, {fewer} of the others. Figures are the median, with
+  quartiles, over all steps, each weighted by the time it takes; where the engine makes requests of
+  its own, and so other steps, over the rounds.
 - Each engine has a process of its own. It answers the same requests as an unguarded one in
   lockstep, step by step, and they take turns in going first. *Unguarded again* is another process
   without a guard: the noise.
@@ -282,24 +284,37 @@ def _compare(unguarded: Engine, engine: Engine, variant: Variant, load: Load, fo
     """
     found.rows[variant.name] = {}
     for batch in load.batches:
-        rates: dict[Engine, list[float]] = {unguarded: [], engine: []}
+        pairs: list[tuple[Answers, Answers]] = []
         rounds = load.rounds * (1 if batch == max(load.batches) else 2)
         for number in range(rounds + 1):
             order = [unguarded, engine] if number % 2 else [engine, unguarded]
             both = in_lockstep(order, load.questions[:batch], load.tokens)
             answers = dict(zip(order, both, strict=True))
-            for one, answer in answers.items() if number else ():
-                rates[one].append(batch * load.tokens / answer.seconds)
-        plain, guarded = answers[unguarded], answers[engine]
+            plain, guarded = answers[unguarded], answers[engine]
+            pairs += [(plain, guarded)] if number else []
         if variant.lens is not None and guarded.tokens == plain.tokens:
             raise RuntimeError("vllm-lens does not steer")
         if variant.guard is not None:
             found.opened[variant.name] = guarded.opened
         found.prompts = plain.prompts
-        found.plain.setdefault(batch, []).extend(rates[unguarded])
-        ratio = ratios(rates[engine], rates[unguarded])
+        rates = [batch * load.tokens / one.seconds for one, _ in pairs]
+        found.plain.setdefault(batch, []).extend(rates)
+        ratio = speed_ratio(pairs)
         found.rows[variant.name][batch] = ratio
         print(f"{variant.name}: {batch} at once: {ratio}", file=sys.stderr)
+
+
+def speed_ratio(pairs: Sequence[tuple[Answers, Answers]]) -> Spread:
+    """Speed of an engine over that of the unguarded one, from pairs of rounds of both.
+
+    Engines that take the same steps are compared step by step, each of which counts as long as it
+    takes: a moment in which the machine is busy spoils one step, and not a round. An engine that
+    makes requests of its own takes other steps, and whole rounds are compared.
+    """
+    if any(len(plain.turns) != len(other.turns) for plain, other in pairs):
+        return spread([plain.seconds / other.seconds for plain, other in pairs])
+    steps = [both for plain, other in pairs for both in zip(plain.turns, other.turns, strict=True)]
+    return weighted_spread([plain / other for plain, other in steps], [plain for plain, _ in steps])
 
 
 def _facts(found: Found) -> dict[str, Any]:

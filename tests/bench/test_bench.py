@@ -14,6 +14,7 @@ from tests import families
 def test_spread_and_ratios():
     assert timing.spread([7.0]) == timing.Spread(7.0, 7.0, 7.0, 1)
     assert timing.spread([4, 1, 3, 2, 5]) == timing.Spread(3, 2, 4, 5)
+    assert timing.weighted_spread([3, 1, 2, 4], [1, 5, 1, 1]) == timing.Spread(1, 1, 2, 4)
     assert timing.ratios([2, 6, 12], [1, 2, 3]) == timing.Spread(3, 2.5, 3.5, 3)
     with pytest.raises(ValueError):  # runs without a partner
         timing.ratios([1, 2], [1])

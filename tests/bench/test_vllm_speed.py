@@ -22,7 +22,8 @@ class Said:
     def turn(self):
         self.log.append(self.name)
         self.left -= 1
-        said = Answers(self.seconds * self.count, [60] * self.count, self.tokens, [], self.opened)
+        spent = [self.seconds * self.count / self.turns] * self.turns
+        said = Answers(spent, [60] * self.count, self.tokens, [], self.opened)
         return None if self.left else said
 
 
@@ -69,6 +70,19 @@ def test_engines_take_turns_in_going_first_and_one_round_does_not_count():
     assert facts["ratios"]["x"]["2"]["median"] == 0.8 and facts["opened"] == {"x": 2}
     page = vllm_speed.page({"eager": found}, load())
     assert "| x | 2 of 2 | 0.800 [0.800, 0.800] | 0.800 [0.800, 0.800] |" in page
+
+
+def test_engines_are_compared_step_by_step_where_they_take_the_same_steps():
+    def said(*turns):
+        return Answers(list(turns), [], [], [], 0)
+
+    pairs = [
+        (said(1.0, 8.0, 1.0), said(2.0, 10.0, 1.0)),
+        (said(1.0, 8.0, 1.0), said(9.0, 10.0, 1.0)),
+    ]
+    assert vllm_speed.speed_ratio(pairs) == timing.Spread(0.8, 0.8, 0.8, 6)
+    others = [(said(1.0, 8.0, 1.0), said(1.0, 4.0))]
+    assert vllm_speed.speed_ratio(others).median == 2.0
 
 
 def test_a_peer_that_changes_no_answer_is_not_measured():

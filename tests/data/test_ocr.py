@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from vlm_safeguard.data import drawings, ocr
 from vlm_safeguard.errors import SafeguardError
@@ -39,7 +42,7 @@ def test_tiny_and_flat_pictures_are_read_as_nothing() -> None:
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ocr, "find_spec", lambda name: None)
     with pytest.raises(SafeguardError, match=r"vlm-safeguard\[ocr\]"):
-        ocr.Reader()
+        ocr.reader.__wrapped__()
 
 
 def test_words_follow_the_request() -> None:
@@ -75,9 +78,7 @@ def unread(width: int = 20, height: int = 20) -> Image.Image:
 
 
 def made(lines: list[tuple[str, float]] | None) -> ocr.Reader:
-    one = object.__new__(ocr.Reader)
-    one._engine, one._known = _Engine(lines), {}
-    return one
+    return ocr.Reader(_Engine(lines))
 
 
 def test_unsure_and_single_letters_are_dropped() -> None:
@@ -104,6 +105,44 @@ def test_a_picture_of_one_colour_is_not_searched() -> None:
     assert one.words(Image.new("L", (20, 21), 7)) == ""
     assert one._engine.calls == 0
     assert one.words(unread()) == "bake" and one._engine.calls == 1
+
+
+@pytest.mark.parametrize("size", [(8, 800), (800, 8), (30, 300), (100, 800), (9, 73)])
+def test_a_narrow_picture_is_widened_and_not_enlarged(size: tuple[int, int]) -> None:
+    """OCR enlarges a picture until its shorter side has ``SIDE`` pixels: 8 x 800 to 10 megapixels,
+    and to less than one where it is 100 x 800."""
+    seen: list[np.ndarray] = []
+    one = ocr.Reader(lambda pixels: (seen.append(pixels), _Engine(None)(pixels))[1])
+    one.words(unread(*size))
+    height, width = seen[0].shape[:2]
+    assert max(height, width) == max(size) and max(height, width) <= 8 * min(height, width)
+    assert seen[0][: size[1], : size[0]].tolist() == np.asarray(unread(*size))[:, :, ::-1].tolist()
+    assert (seen[0][size[1] :] == (3, 2, 1)).all() and (seen[0][:, size[0] :] == (3, 2, 1)).all()
+
+
+@needs_ocr
+def test_a_long_line_of_text_is_read() -> None:
+    line = Image.new("RGB", (900, 24), "white")
+    font = ImageFont.load_default(18)
+    ImageDraw.Draw(line).text((4, 1), "how to bake a loaf of bread " * 3, "black", font)
+    assert "bake a loaf" in ocr.reader().words(line)
+
+
+def test_threads_take_turns() -> None:
+    """The engine keeps what it works on."""
+    inside, most = [], []
+
+    def engine(pixels: np.ndarray) -> object:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return _Engine(None)(pixels)
+
+    one = ocr.Reader(engine)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: one.words(unread(20, 20 + n)), range(8)))
+    assert len(most) == 8 and max(most) == 1
 
 
 def test_the_pixels_given_to_the_engine_are_in_its_order() -> None:

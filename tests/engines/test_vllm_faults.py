@@ -124,14 +124,11 @@ def test_nothing_of_a_failed_request_is_let_out() -> None:
         req_ids=["a", "b"],
         req_id_to_index={"a": 0, "b": 1},
         sampled_token_ids=[[5], [6]],
-        prompt_logprobs_dict={"a": None, "b": None},
-        prompt_token_id_logprobs_dict={"a": torch.ones(1), "b": torch.ones(1)},
     )
     scheduler = SimpleNamespace(_decided=set(), _shut=set(), encoder_cache_mismatch_reqs=set())
     reports = {"a": Report(failed="a reason"), "b": Report()}
     GuardedScheduling._withhold(scheduler, ["a", "b"], output, reports)
     assert output.sampled_token_ids == [[], [6]]
-    assert set(output.prompt_logprobs_dict) == set(output.prompt_token_id_logprobs_dict) == {"b"}
     assert scheduler.encoder_cache_mismatch_reqs == {"a"}
 
 
@@ -166,6 +163,125 @@ def test_other_media_and_named_pictures_are_refused(engine: Any, reference: Refe
 
 def test_an_image_token_without_a_picture_is_refused(engine: Any) -> None:
     refused(engine, {"prompt": "user: <image>\nIs it late?\nassistant: "}, "without a picture")
+
+
+@pytest.mark.parametrize(
+    "asked", [{"prompt_logprobs": 0}, {"prompt_logprobs": 1}, {"prompt_logprob_token_ids": [[5]]}]
+)
+def test_probabilities_inside_of_the_prompt_are_refused(engine: Any, asked: dict[str, Any]) -> None:
+    """They would tell the next words of the model as it is without steering, one by one."""
+    sampling = vllm.SamplingParams(max_tokens=NEW, **asked)
+    with pytest.raises(VLLMValidationError, match="inside of the prompt"):
+        engine.generate(["user: Hello\nassistant: "], sampling, use_tqdm=False)
+
+
+def test_pictures_that_nobody_looked_at_are_refused(engine: Any, reference: Reference) -> None:
+    """As tensors, in the form that vLLM's renderer gives them."""
+    core, text = engine.llm_engine, "user: <image>\nIs it late?\nassistant: "
+    picture = reference.requests[6][0]["content"][0]["image"]
+    given = {"prompt": text, "multi_modal_data": {"image": [picture]}}
+    [processed] = core.renderer.render_cmpl([given])
+    assert processed.pop("vlm_safeguard") is True
+    with pytest.raises(VLLMValidationError, match="processed elsewhere"):
+        core.add_request("ready-made", processed, GREEDY)
+
+
+def test_a_state_that_is_no_number_ends_its_request_alone(
+    engine: Any, reference: Reference, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its third token, where no gate is read."""
+    from vlm_safeguard.engines.vllm.step import Step
+
+    own, seen = Step.read_logits, []
+
+    def read_logits(self: Any, states: Any, logits: Any) -> None:
+        late = [row for row in self.rows if row.columns.start == row.watched.width + 1]
+        if late and not seen:
+            seen.append(late[0].watched.name)
+            states[late[0].number] = torch.nan
+        own(self, states, logits)
+
+    monkeypatch.setattr(Step, "read_logits", read_logits)
+    outputs = chat(engine, reference.requests[:6])
+    ends = [output.outputs[0].finish_reason for output in outputs]
+    assert ends.count("error") == 1 and seen
+    for output, answer, end in zip(outputs, reference.answers, ends, strict=False):
+        if end == "error":
+            assert len(output.outputs[0].token_ids) == 2
+            with pytest.raises(GuardRuntimeError, match="NaN or Inf"):
+                front_end.decisions(output)
+        else:
+            same(output, answer)
+
+
+def test_logits_that_come_past_the_guard_stop_the_engine(
+    engine: Any, reference: Reference, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_safeguard.engines.vllm.step import Step
+
+    monkeypatch.setattr(Step, "read_logits", lambda *_: None)
+    with pytest.raises(GuardRuntimeError, match="past the guard"):
+        chat(engine, reference.requests[:1])
+    monkeypatch.undo()
+    engine.llm_engine.abort_request(
+        list(engine.llm_engine.output_processor.request_states), internal=True
+    )
+
+
+def test_the_self_check_fails_where_no_gate_opens_or_no_state_moves(
+    engine: Any, reference: Reference, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_safeguard.engines.vllm.self_check import check_engine
+    from vlm_safeguard.engines.vllm.step import Step
+
+    core = engine.llm_engine.engine_core.engine_core
+    check_engine(reference.guard, core)
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "_steer", lambda *_: None)
+        with pytest.raises(GuardRuntimeError, match="the states do not move"):
+            check_engine(reference.guard, core)
+        check_engine(reference.guard, core, monitor=True)
+    own = Step._steer
+    with monkeypatch.context() as patch:  # one of the layers
+        patch.setattr(Step, "_steer", lambda self, layer, *_: layer == 5 or own(self, layer, *_))
+        with pytest.raises(GuardRuntimeError, match="the states do not move"):
+            check_engine(reference.guard, core)
+    for scorer in runner._gates.scorers:
+        monkeypatch.setattr(scorer, "thresholds", scorer.thresholds + 1e9)
+    with pytest.raises(GuardRuntimeError, match="no gate opens"):
+        check_engine(reference.guard, core)
+
+
+def test_a_report_waits_for_an_output_that_vllm_threw_away() -> None:
+    """As after a reset of the prefix cache while requests run: the workers report only once."""
+    from vllm.v1.engine import EngineCoreOutput
+
+    from vlm_safeguard.engines.vllm.messages import KEY, REPORT, Report
+    from vlm_safeguard.engines.vllm.scheduling import guarded
+
+    class Base:
+        def __init__(self) -> None:
+            coordinator = SimpleNamespace(cache_blocks=None)
+            self.kv_cache_manager = SimpleNamespace(coordinator=coordinator)
+            self.requests, self.thrown_away = {"a": None}, True
+
+        def update_from_output(self, _: Any, made: Any) -> Any:
+            told = [] if self.thrown_away else [EngineCoreOutput("a", made.sampled_token_ids[0])]
+            return {0: SimpleNamespace(outputs=told)}
+
+    def step(report: Report | None) -> Any:
+        made = SimpleNamespace(sampled_token_ids=[[5]], req_id_to_index={"a": 0})
+        if report is not None:
+            setattr(made, REPORT, {"a": report})
+        steps = SimpleNamespace(num_scheduled_tokens=["a"])
+        return scheduler.update_from_output(steps, made)[0].outputs
+
+    scheduler = guarded(Base)()
+    assert step(Report(fired=True)) == []
+    scheduler.thrown_away = False
+    [output] = step(None)
+    assert output.new_token_ids == [5] and output.kv_transfer_params[KEY]["fired"]
+    assert step(None)[0].kv_transfer_params is None
 
 
 def test_an_order_of_the_users_own_is_refused(engine: Any) -> None:

@@ -72,8 +72,11 @@ def test_raw_prompts_are_guarded(engine: Any, reference: Reference) -> None:
         same(output, answer)
 
 
-def test_several_answers_of_one_request_are_each_guarded(engine: Any, reference: Reference) -> None:
-    sampling = vllm.SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=2)
+@pytest.mark.parametrize("seed", [3, None])  # without one the answers share their parameters
+def test_several_answers_of_one_request_are_each_guarded(
+    engine: Any, reference: Reference, seed: int | None
+) -> None:
+    sampling = vllm.SamplingParams(temperature=1.0, seed=seed, n=3, max_tokens=2)
     output = chat(engine, [reference.requests[0]], sampling)[0]
     found = front_end.decisions(output)
     assert len(found) == len(output.outputs) == 3

@@ -75,11 +75,15 @@ def wait_until(true: Any, seconds: float = 10.0) -> bool:
 
 @contextmanager
 def serving(
-    folder: Path, audit: Path | None = None, audit_content: bool = True, **settings: Any
+    folder: Path,
+    audit: Path | None = None,
+    audit_content: bool = True,
+    reads_pictures: bool = False,
+    **settings: Any,
 ) -> Iterator[Live]:
     """A server on the checkpoint in ``folder``; ``settings`` as in ``Settings``."""
     loaded = load(folder)
-    guard = open_guard(loaded.model)
+    guard = tiny.changed(open_guard(loaded.model), reads_pictures=reads_pictures)
     witness = Witness(loaded.model, STEERED)
     chosen: dict[str, Any] = {
         "model": MODEL, "deadline": 20.0, "max_tokens": 1500, "default_tokens": 4,

@@ -24,9 +24,11 @@ def assert_clear(answer: httpx.Response, *statuses: int) -> dict[str, Any]:
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == answer.status_code
+    assert answer.json()["safeguard"] == {"status": "rejected", "mode": "enforce"}
     assert not LEAKS.search(answer.text), answer.text[:500]
     assert len(answer.content) < 2000
     assert answer.headers["x-safeguard-status"] == "rejected"
+    assert answer.headers["x-safeguard-mode"] == "enforce"
     assert answer.headers["x-request-id"]
     return error
 

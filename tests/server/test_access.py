@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.server.live import serving
+from tests.server.raw import connect, head, read_all, status_of
 
 KEYS = {"api_keys": frozenset({"asks"}), "trusted_keys": frozenset({"sees", "s\u00e9es"})}
 PATHS = [
@@ -49,9 +50,28 @@ def test_the_body_of_a_stranger_is_not_read(live):
     assert answer.status_code == 401
 
 
+def test_the_key_is_checked_before_any_body_comes(live):
+    with connect(live) as connection:
+        connection.sendall(head(1000))
+        assert status_of(read_all(connection)) == 401
+
+
 @pytest.mark.parametrize("path", ["/health", "/ready"])
 def test_probes_need_no_key(live, path):
     assert live.client.get(path).status_code == 200
+
+
+def test_bodies_of_probes_are_not_read_and_take_no_room(live):
+    """However many strangers send half of one."""
+    for path in ("/health", "/ready"):
+        held = [connect(live) for _ in range(live.engine.settings.inside + 2)]
+        for connection in held:
+            connection.sendall(head(10**7, path=path) + b"{")
+        assert live.chat(headers=key("asks")).status_code == 200
+        for connection in held:
+            answer = read_all(connection)
+            assert status_of(answer) in (200, 405) and b"connection: close" in answer.lower()
+            connection.close()
 
 
 def test_scores_are_for_trusted_keys(live):
@@ -93,7 +113,8 @@ def test_monitor_says_so(folder):
         assert answer.headers["x-safeguard-status"] == "monitor"
         assert answer.json()["safeguard"]["status"] == "monitor"
         assert answer.json()["safeguard"]["fired"] is True
-        assert live.client.get("/ready").json()["mode"] == "monitor"
+        for path in ("/ready", "/health", "/metrics", "/v1/models", "/nowhere"):
+            assert live.client.get(path).headers["x-safeguard-mode"] == "monitor"
         # The witness sees what a guard that only watches leaves alone.
         assert live.witness.unguarded == 4 and live.witness.guarded == 0
 

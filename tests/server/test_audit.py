@@ -48,6 +48,9 @@ def test_a_served_request_leaves_digests_and_counts(folder: Path, tmp_path: Path
     first, second = entries(tmp_path / "log")
     assert first["outcome"] == second["outcome"] == "answered"
     assert first["answer_sha256"] == digest(said) and first["answer"] == said
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+    assert first["scores"]["text.0"][0] > 0
+    assert (first["pictures"], first["pictures_reached"], first["words_read"]) == (0, 0, 0)
     assert first["fired"] and first["gates"] == ["text", "vlm"] and first["completion_tokens"] == 4
     found = summarise(entries(tmp_path / "log"))
     assert (found["requests"], found["gate_opened"], found["outcomes"]) == (2, 2, {"answered": 2})

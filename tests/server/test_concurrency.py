@@ -82,7 +82,9 @@ def test_a_full_queue_says_when_to_come_again(folder):
                 assert int(answer.headers["retry-after"]) > 0
                 assert answer.json()["error"]["type"] == "queue_full"
         assert live.witness.unguarded == 0
-        assert live.client.get("/metrics").text.count('outcome="rejected"') >= 1
+        counts = live.client.get("/metrics").text
+        told = 'responses_total{path="/v1/chat/completions",status="429"} '
+        assert f"{told}{float(statuses.count(429))}" in counts
 
 
 def test_requests_that_are_still_read_count_too(folder):
@@ -99,6 +101,69 @@ def test_requests_that_are_still_read_count_too(folder):
         for connection in held:
             connection.close()
         assert wait_until(lambda: live.chat().status_code == 200)
+
+
+def test_bodies_together_are_bounded(folder):
+    """Those that are still read, and those that are answered."""
+    with serving(folder, max_bodies=3000) as live:
+        with connect(live) as connection:
+            connection.sendall(head(2900) + b" " * 2800)
+            assert wait_until(lambda: live.chat("x" * 300).status_code == 429)
+            assert live.chat().status_code == 200
+        assert wait_until(lambda: live.chat("x" * 300).status_code == 200)
+        assert live.chat("x" * 3000).status_code == 429
+
+
+def test_connections_are_bounded_without_an_error_of_the_server(folder):
+    with serving(folder, batch=1, waiting=1) as live:
+        most = 8 * live.engine.settings.inside
+        held = [connect(live) for _ in range(most + 5)]
+        last = connect(live)
+        assert read_all(last) == b""  # closed at once
+        for connection in (*held, last):
+            connection.close()
+        assert wait_until(lambda: live.client.get("/health").status_code == 200)
+
+
+def sizes_of(live) -> list[int]:
+    """Rows of each ``generate`` call from now on."""
+    sizes = []
+    generate = live.engine.loaded.model.generate
+
+    def counting(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        return generate(**inputs)
+
+    live.engine.loaded.model.generate = counting
+    return sizes
+
+
+# Two parts of one message that write an end token together.
+IN_PIECES = [{"type": "text", "text": "</"}, {"type": "text", "text": "s>"}]
+
+
+@pytest.mark.parametrize(
+    ("bad", "sizes"), [("x" * 1500, [3]), (IN_PIECES, [2, 1])], ids=["long", "in pieces"]
+)
+def test_a_bad_request_does_not_take_the_batch_from_others(folder, bad, sizes):
+    with serving(folder, window=2.0, batch=4) as live:
+        found = sizes_of(live)
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(live.chat, ["a", "b", "c", bad]))
+        assert [answer.status_code for answer in answers] == [200] * 3 + [400]
+        assert sorted(found, reverse=True) == sizes
+        assert live.witness.unguarded == 0
+
+
+def test_who_left_takes_no_room_in_the_queue(folder):
+    with serving(folder, batch=1, waiting=2) as live:
+        engine, left, stays = live.engine, [], []
+        with engine._changed:  # nobody takes from the queue
+            for one in (job(left), job(left)):
+                engine.submit(one)
+                one.cancelled.set()
+            engine.submit(job(stays))
+            assert [type(event) for event in left] == [Failed, Failed] and engine.waiting == 1
 
 
 def test_the_deadline(folder):

@@ -8,14 +8,21 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
+from tests import checkpoint, tiny
+from tests.server.attacks.pictures import part, png, uri
 from tests.server.live import serving, wait_until
 from tests.server.raw import chat_bytes
 from vlm_safeguard.errors import GuardRuntimeError, UnreadableText
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_reader import TextReader
-from vlm_safeguard.server import completions
+from vlm_safeguard.server import audit, completions, picture_count, transformers_engine
 from vlm_safeguard.server.audit import AuditLog, entries
+from vlm_safeguard.server.batch_progress import BatchProgress
+from vlm_safeguard.server.conversation import Conversation
+from vlm_safeguard.server.http_errors import RequestError
+from vlm_safeguard.server.job import Job, Sampling
 from vlm_safeguard.server.self_check import SelfCheck
 
 
@@ -407,7 +414,7 @@ def test_a_full_disk_withholds_answers(live, monkeypatch):
     told = frames(live)
     assert told[-1]["error"]["type"] == "not_ready" and "[DONE]" not in told
     counts = live.client.get("/metrics").text
-    assert 'requests_total{endpoint="chat",outcome="failed"} 2.0' in counts
+    assert 'requests_total{endpoint="chat",mode="enforce",outcome="failed"} 2.0' in counts
     assert 'outcome="answered"' not in counts
     monkeypatch.undo()
     assert live.chat().status_code == 200
@@ -439,8 +446,8 @@ def test_half_a_line_does_not_spoil_the_log(tmp_path, monkeypatch):
         def write(self, data):
             return self.file.write(data[: len(data) // 2])
 
-    own = type(path).open
-    monkeypatch.setattr(type(path), "open", lambda *a, **k: Short(own(*a, **k)))
+    own = audit._open
+    monkeypatch.setattr(audit, "_open", lambda path: Short(own(path)))
     with pytest.raises(OSError, match="cut short"):
         log.write({"time": "4"})
     monkeypatch.undo()
@@ -450,10 +457,79 @@ def test_half_a_line_does_not_spoil_the_log(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("jump", [-1e9, 1e9])
 def test_a_clock_that_jumps(live, monkeypatch, jump):
-    now = time.time
-    monkeypatch.setattr(time, "time", lambda: now() + jump)
+    """While an answer is being made: deadlines are of another clock."""
+    now, own, tokens = time.time, BatchProgress.__call__, []
+
+    def call(*args, **kwargs):
+        tokens.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(BatchProgress, "__call__", call)
+    monkeypatch.setattr(time, "time", lambda: now() + (jump if len(tokens) > 2 else 0))
     assert live.chat(max_tokens=8).json()["usage"]["completion_tokens"] == 8
     assert is_ready(live)
+
+
+def test_a_thread_that_is_stuck_is_not_healthy(live, monkeypatch):
+    """A batch ends by its deadline, and a self-check follows."""
+    assert live.client.get("/health").status_code == 200
+    monkeypatch.setattr(live.engine, "_due", time.monotonic() - live.engine.settings.deadline - 99)
+    for path in ("/health", "/ready"):
+        assert live.client.get(path).status_code == 503
+    assert_failed(live.chat(), 503)
+    monkeypatch.undo()
+    assert live.chat().status_code == 200
+
+
+def without_pixels(inputs):
+    del inputs["pixel_values"]
+
+
+def without_image_tokens(inputs):
+    inputs["input_ids"][inputs["input_ids"] == tiny.IMAGE] = tiny.PAD
+
+
+def without_those_of_one(inputs):
+    inputs["input_ids"][0][inputs["input_ids"][0] == tiny.IMAGE] = tiny.PAD
+
+
+PICTURED = [{"type": "text", "text": "what is it?"}, part(uri(png()))]
+
+
+def assert_lost(answer):
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "image_lost"
+    assert answer.json()["safeguard"]["status"] == "failed"
+
+
+@pytest.mark.parametrize("lose", [without_pixels, without_image_tokens, without_those_of_one])
+def test_a_picture_that_the_processor_loses_is_an_error(live, monkeypatch, lose):
+    own = transformers_engine.prepare
+
+    def prepare(*args):
+        inputs = own(*args)
+        lose(inputs)
+        return inputs
+
+    monkeypatch.setattr(transformers_engine, "prepare", prepare)
+    assert_lost(live.chat(PICTURED))
+    assert live.witness.guarded == 0
+    assert "guard_failures_total 1.0" in live.client.get("/metrics").text
+
+
+def test_a_picture_that_the_template_loses_is_an_error(live, monkeypatch):
+    """The one of an earlier turn."""
+    template = "{% for message in messages[-1:] %}" + checkpoint.TEMPLATE.split("%}", 1)[1]
+    monkeypatch.setattr(live.engine.loaded.processor, "chat_template", template)
+    turns = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user")]
+    turns[0]["content"] = PICTURED
+    assert live.chat(messages=turns).status_code == 400  # this processor counts them too
+    assert live.witness.guarded == 0
+    processor = live.engine.loaded.processor
+    picture = {"type": "image", "image": Image.new("RGB", (24, 24))}
+    messages = [turns[0] | {"content": [picture]}, *turns[1:]]
+    asked = Job(Conversation(messages, 1), Sampling(1), 0.0, lambda _: None)
+    with pytest.raises(RequestError, match="did not reach the model"):
+        picture_count.count(processor, "<image>", asked)
 
 
 @pytest.mark.parametrize("live", [{"check_every": 0.1}], indirect=True)

@@ -73,7 +73,7 @@ def test_monitor_answers_as_the_model_does_and_says_what_it_saw(folder: Path) ->
 def test_refuse_answers_with_the_refusal_alone(folder: Path, stream: bool, tmp_path: Path) -> None:
     with serving(folder, tmp_path / "log", mode="refuse", refusal="No, thanks.") as live:
         reply = ask(live, stream=stream)
-        outcome = live.engine.telemetry.requests.labels("chat", "refused")._value.get()
+        outcome = live.engine.telemetry.requests.labels("chat", "refused", "refuse")._value.get()
     assert outcome == 1
     if stream:
         assert '"content": "No, thanks."' in reply.text and reply.text.count('"content": "') == 2

@@ -302,6 +302,7 @@ def main(commands: typer.Typer = app) -> None:
         commands: what to run; a script may give commands of its own.
     """
     signal.signal(signal.SIGTERM, _terminated)
+    keep_freed_memory()
     try:
         commands(standalone_mode=True)
     except SafeguardError as error:

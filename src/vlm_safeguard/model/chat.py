@@ -163,6 +163,16 @@ def render_conversation(processor: Any, conversation: Conversation) -> str:
     return _rendered(processor, turns, ControlTokens.of(processor))
 
 
+def takes_system(processor: Any) -> bool:
+    """Whether the chat template writes what a system message says."""
+    said = "VLMSafeguard"
+    turns: list[_Turn] = [("system", [said], []), ("user", ["x"], [])]
+    try:
+        return said in _rendered(processor, turns, ControlTokens.of(processor))
+    except ModelError:
+        return False
+
+
 def tokenize(processor: Any, conversation: Conversation) -> tuple[list[int], list[Image.Image]]:
     """Token ids and pictures of a conversation, for an engine that puts the pictures in itself.
 

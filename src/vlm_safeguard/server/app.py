@@ -21,11 +21,11 @@ from starlette.exceptions import HTTPException
 
 from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.audit import AuditLog, digest
-from vlm_safeguard.server.completions import CHAT, Answer, check_model, sampling_of, status_headers
+from vlm_safeguard.server.completions import CHAT, Answer, check_model, safeguard, sampling_of
 from vlm_safeguard.server.conversation import Conversation, read_messages
 from vlm_safeguard.server.exchange import Exchange, new_id
 from vlm_safeguard.server.gatekeeper import Gatekeeper
-from vlm_safeguard.server.http_errors import RequestError
+from vlm_safeguard.server.http_errors import STATUS, RequestError
 from vlm_safeguard.server.inference_thread import InferenceThread
 from vlm_safeguard.server.job import Begun, Sampling
 from vlm_safeguard.server.schema import ChatRequest, ErrorBody, Message, ModerationRequest
@@ -33,6 +33,7 @@ from vlm_safeguard.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 MODERATION = "moderation"
+_GATES = "gates-only"  # the status of an answer that only tells what the gates say
 _DISCONNECT_POLL = 0.25  # seconds
 _READERS = 4  # requests whose pictures are decoded at once, which bounds memory
 
@@ -54,16 +55,17 @@ def create_app(engine: InferenceThread, audit: AuditLog | None = None) -> FastAP
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
         redirect_slashes=False,  # the address would be made of the client's Host header
     )
-    app.add_middleware(Gatekeeper, settings=settings)
-    _handle_errors(app)
+    app.add_middleware(Gatekeeper, settings=settings, telemetry=engine.telemetry)
+    _handle_errors(app, settings)
     readers = CapacityLimiter(_READERS)
 
     async def read(messages: list[Message]) -> Conversation:
-        return await run_sync(read_messages, messages, settings, limiter=readers)
+        engine.check_room()  # before any picture is decoded
+        return await run_sync(read_messages, messages, settings, engine.takes, limiter=readers)
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Whether the process lives."""
+        """Whether the inference thread lives."""
         return JSONResponse(
             {"status": "ok" if engine.alive else "dead"}, 200 if engine.alive else 503
         )
@@ -72,7 +74,7 @@ def create_app(engine: InferenceThread, audit: AuditLog | None = None) -> FastAP
     async def ready() -> JSONResponse:
         """Whether the guard passed its last self-check."""
         good = engine.alive and engine.ready.is_set()
-        return JSONResponse({"ready": good, "mode": settings.mode}, 200 if good else 503)
+        return JSONResponse({"ready": good}, 200 if good else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def metrics(request: Request) -> Response:
@@ -135,9 +137,9 @@ def create_app(engine: InferenceThread, audit: AuditLog | None = None) -> FastAP
             )
             begun = await _while_connected(request, exchange, exchange.begin())
             await _while_connected(request, exchange, _whole(exchange))
-            results.append(_moderation(begun))
+            results.append(_moderation(begun, settings.mode))
         answer = {"id": new_id("modr"), "model": settings.model, "results": results}
-        return JSONResponse(answer, headers=status_headers(settings, "gates-only"))
+        return JSONResponse(answer, headers={STATUS: _GATES})
 
     return app
 
@@ -216,17 +218,17 @@ async def _chunks(exchange: Exchange, answer: Answer, usage: bool) -> AsyncItera
             yield _frame(answer.last(exchange))
         yield {"data": "[DONE]"}
     except RequestError as error:
-        yield _frame(error.body)
+        yield _frame(error.body(answer.mode))
     except Exception as error:
         logger.error("unexpected error", extra={"error": type(error).__name__})
-        yield _frame(http_errors.failed().body)
+        yield _frame(http_errors.failed().body(answer.mode))
 
 
 def _frame(value: dict[str, Any]) -> dict[str, str]:
     return {"data": json.dumps(value, ensure_ascii=False, allow_nan=False)}
 
 
-def _moderation(begun: Begun) -> dict[str, Any]:
+def _moderation(begun: Begun, mode: str) -> dict[str, Any]:
     """One result in OpenAI's form. Of a gate that opens layers one by one, the
     score is that of the layer that says most."""
     verdict = begun.verdict
@@ -244,6 +246,7 @@ def _moderation(begun: Begun) -> dict[str, Any]:
         },
         "gates": list(verdict.gates),
         "gate_scores": scores,
+        "safeguard": safeguard(_GATES, mode, begun.pictures),
     }
 
 
@@ -254,21 +257,20 @@ def _model(settings: Settings) -> dict[str, Any]:
 # -- errors --------------------------------------------------------------------------------------
 
 
-def _error(error: RequestError, **headers: str) -> JSONResponse:
-    return JSONResponse(error.body, error.status, error.headers | headers)
+def _handle_errors(app: FastAPI, settings: Settings) -> None:
+    def answer(error: RequestError, **headers: str) -> JSONResponse:
+        return JSONResponse(error.body(settings.mode), error.status, error.headers | headers)
 
-
-def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     def known(request: Request, error: RequestError) -> JSONResponse:
-        return _error(error)
+        return answer(error)
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _error(http_errors.invalid(error.errors()[0]))
+        return answer(http_errors.invalid(error.errors()[0]))
 
     @app.exception_handler(HTTPException)
     def http(request: Request, error: HTTPException) -> JSONResponse:
         reason = {404: "no such path", 405: "this method is not allowed here"}
         text = reason.get(error.status_code, "the request cannot be read")
-        return _error(RequestError(error.status_code, text), **(error.headers or {}))
+        return answer(RequestError(error.status_code, text), **(error.headers or {}))

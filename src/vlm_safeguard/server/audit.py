@@ -11,6 +11,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class AuditLog:
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("a").close()
+            _open(path).close()
             drop_torn_line(path)
         except OSError as error:
             raise SafeguardError(f"cannot write the audit log {path}: {error.strerror}") from error
@@ -47,7 +48,7 @@ class AuditLog:
         with self._lock:
             if self.path.exists() and self.path.stat().st_size + len(line) > self._max_bytes:
                 self._rotate()
-            with self.path.open("ab", buffering=0) as file:
+            with _open(self.path) as file:
                 size = file.seek(0, os.SEEK_END)
                 if file.write(line) != len(line):
                     file.truncate(size)  # the next line must not follow half of this one
@@ -62,6 +63,11 @@ class AuditLog:
 
     def _numbered(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")
+
+
+def _open(path: Path) -> FileIO:
+    """To append. Only the owner may read a log that is made here: it may hold what was said."""
+    return FileIO(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")
 
 
 def digest(data: str | bytes) -> str:

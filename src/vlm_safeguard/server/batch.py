@@ -75,7 +75,7 @@ async def _line(engine: InferenceThread, task: Task, memory: PictureMemory) -> d
         if error.status >= 500:
             told = {"code": error.kind, "message": str(error)}
             return line | {"response": None, "error": told}
-        status, body = error.status, error.body
+        status, body = error.status, error.body(engine.settings.mode)
     response = {"status_code": status, "request_id": task.id, "body": body}
     return line | {"response": response, "error": None}
 
@@ -95,7 +95,7 @@ async def _completion(
         raise RequestError(400, "a batch does not stream: leave stream out", param="stream")
     check_model(body.model, settings)
     sampling = sampling_of(body, settings)
-    async with memory.conversation(body.messages, settings) as conversation:
+    async with memory.conversation(body.messages, settings, engine.takes) as conversation:
         return await _answer(engine, task, conversation, sampling, digest(data))
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.exchange import Exchange, new_id
-from vlm_safeguard.server.http_errors import RequestError
-from vlm_safeguard.server.job import Begun, Sampling
+from vlm_safeguard.server.http_errors import STATUS, RequestError
+from vlm_safeguard.server.job import Begun, Pictures, Sampling
 from vlm_safeguard.server.schema import ChatRequest
 from vlm_safeguard.server.settings import Settings
 
@@ -50,13 +50,14 @@ class Answer:
         begun: what was decided on the request.
         trusted: whether gate scores are shown.
 
-    ``headers``: of the response.
+    ``headers``: of the response. ``mode``: the server's.
     """
 
     def __init__(self, settings: Settings, begun: Begun, trusted: bool) -> None:
         self._settings, self._begun, self._trusted = settings, begun, trusted
         self._id, self._created = new_id("chatcmpl"), int(time.time())
-        self.headers = status_headers(settings, _status(settings, begun))
+        self.mode, self._status = settings.mode, _status(settings, begun)
+        self.headers = {STATUS: self._status}
 
     def _common(self, kind: str) -> dict[str, Any]:
         return {
@@ -110,16 +111,8 @@ class Answer:
         }
 
     def _safeguard(self) -> dict[str, Any]:
-        begun, verdict = self._begun, self._begun.verdict
-        told: dict[str, Any] = {
-            "status": _status(self._settings, begun),
-            "mode": self._settings.mode,
-            "pictures": {
-                "sent": begun.pictures.sent,
-                "reached_model": begun.pictures.reached,
-                "words_read": begun.pictures.read,
-            },
-        }
+        verdict = self._begun.verdict
+        told = safeguard(self._status, self.mode, self._begun.pictures)
         if self._trusted and verdict is not None:
             told |= {
                 "fired": verdict.fired,
@@ -135,6 +128,14 @@ def _status(settings: Settings, begun: Begun) -> str:
     return "monitor" if settings.mode == "monitor" else "guarded"
 
 
-def status_headers(settings: Settings, status: str) -> dict[str, str]:
-    """The headers that say how a response was guarded."""
-    return {"X-Safeguard-Status": status, "X-Safeguard-Mode": settings.mode}
+def safeguard(status: str, mode: str, pictures: Pictures) -> dict[str, Any]:
+    """The field that says how a response was guarded."""
+    return {
+        "status": status,
+        "mode": mode,
+        "pictures": {
+            "sent": pictures.sent,
+            "reached_model": pictures.reached,
+            "words_read": pictures.read,
+        },
+    }

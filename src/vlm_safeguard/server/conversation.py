@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm_safeguard.data.image_io import LIMITS, decode_image
+from vlm_safeguard.data.ocr import reader
 from vlm_safeguard.errors import ImageError
 from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.schema import ImagePart, Message
@@ -20,22 +21,50 @@ _DATA_URI = re.compile(r"data:image/(?:png|jpe?g|webp);base64,", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the chat format of transformers; how many pictures they hold, and how many
-    pixels these have."""
+    """Messages in the chat format of transformers.
+
+    Attributes:
+        messages: the messages.
+        pictures: how many pictures they hold.
+        pixels: of all pictures.
+        read: of how many of them the words were read.
+    """
 
     messages: list[dict[str, Any]]
     pictures: int
     pixels: int = 0
+    read: int = 0
 
 
-def read_messages(messages: Sequence[Message], settings: Settings) -> Conversation:
-    """Check limits, then decode the pictures.
+@dataclass(frozen=True)
+class Takes:
+    """What model and guard make of messages.
+
+    Attributes:
+        system: whether the chat template writes what a system message says.
+        words: whether the guard reads the words in pictures.
+    """
+
+    system: bool
+    words: bool
+
+
+def read_messages(messages: Sequence[Message], settings: Settings, takes: Takes) -> Conversation:
+    """Check limits, decode the pictures, and read their words, which the reader keeps for the
+    engine.
 
     Raises:
-        RequestError: a limit is exceeded, roles are in the wrong order, or a picture is refused.
+        RequestError: a limit is exceeded, roles are in the wrong order or not taken, or a picture
+            is refused.
     """
     _check_limits(messages, settings)
-    pictures = pixels = 0
+    if messages[0].role == "system" and not takes.system:
+        raise RequestError(
+            400,
+            "the model's chat template has no system message: say it in the user's",
+            param="messages[0].role",
+        )
+    pictures = pixels = read = 0
     turns: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
         if isinstance(message.content, str):
@@ -49,10 +78,13 @@ def read_messages(messages: Sequence[Message], settings: Settings) -> Conversati
                 parts.append({"type": "image", "image": image})
                 pictures += 1
                 pixels += image.width * image.height
+                if takes.words:
+                    reader().words(image)
+                    read += 1
             else:
                 parts.append({"type": "text", "text": part.text})
         turns.append({"role": message.role, "content": parts})
-    return Conversation(turns, pictures, pixels)
+    return Conversation(turns, pictures, pixels, read)
 
 
 def _check_limits(messages: Sequence[Message], settings: Settings) -> None:

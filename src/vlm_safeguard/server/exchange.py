@@ -142,7 +142,7 @@ class Exchange:
 
     def _count(self) -> None:
         told = self._engine.telemetry
-        told.requests.labels(self._endpoint, self._outcome).inc()
+        told.requests.labels(self._endpoint, self._outcome, self._engine.settings.mode).inc()
         told.seconds.observe(time.monotonic() - self._start)
         if self.begun:
             told.pictures.inc(self.begun.pictures.reached)
@@ -163,7 +163,10 @@ class Exchange:
             "outcome": self._outcome,
             "fired": verdict.fired if verdict else None,
             "gates": list(verdict.gates) if verdict else [],
+            "scores": verdict.scores if verdict else {},
             "pictures": self._conversation.pictures,
+            "pictures_reached": self.begun.pictures.reached if self.begun else None,
+            "words_read": self._conversation.read,
             "prompt_tokens": self.begun.prompt_tokens if self.begun else None,
             "completion_tokens": self.done.completion_tokens if self.done else 0,
             "seconds": round(time.monotonic() - self._start, 3),

@@ -7,6 +7,9 @@ import json
 import logging
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -18,6 +21,7 @@ from vlm_safeguard.server.body import check_json
 from vlm_safeguard.server.exchange import new_id
 from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.settings import Settings
+from vlm_safeguard.server.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -28,11 +32,12 @@ _PATHS = _OPEN | {"/metrics", "/v1/models", "/v1/chat/completions", "/v1/moderat
 
 class Gatekeeper:
     """ASGI middleware. Checks the key before it reads the body, and the whole body before the
-    application runs. Sets ``state["id"]`` and ``state["trusted"]``."""
+    application runs. Paths that need no key have no body. Sets ``state["id"]`` and
+    ``state["trusted"]``."""
 
-    def __init__(self, app: Any, settings: Settings) -> None:
-        self._app, self._settings = app, settings
-        self._inside = 0
+    def __init__(self, app: Any, settings: Settings, telemetry: Telemetry) -> None:
+        self._app, self._settings, self._telemetry = app, settings, telemetry
+        self._inside = self._held = 0  # requests, and bytes of their bodies
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -50,42 +55,73 @@ class Gatekeeper:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = state["id"]
+                told = MutableHeaders(scope=message)
+                told["X-Request-Id"] = state["id"]
+                told["X-Safeguard-Mode"] = self._settings.mode
+                if scope["path"] in _OPEN and _has_body(headers):
+                    told["Connection"] = "close"  # nobody reads it
             await send(message)
 
-        self._inside += 1
         try:
             if scope["path"] in _OPEN:  # answered however busy the server is
                 state["trusted"] = False
+                await self._app(scope, _replay(b"", receive), reply)
             else:
                 state["trusted"] = is_trusted(headers, self._settings)
-                if self._inside > self._settings.inside:
-                    raise http_errors.too_busy(5)
-            body = await self._body(headers, receive)
-            if body:
-                await run_in_threadpool(check_json, body)
-            if body is not None:  # else the client left
-                await self._app(scope, _replay(body, receive), reply)
+                with self._room() as room:
+                    body = await self._body(headers, receive, room)
+                    if body:
+                        await run_in_threadpool(check_json, body)
+                    if body is not None:  # else the client left
+                        await self._app(scope, _replay(body, receive), reply)
         except RequestError as error:
             if not status:
-                await _refuse(reply, error)
+                await _refuse(reply, error, self._settings)
         except Exception as error:
             # It ends here, because uvicorn would log its text, which may quote the request.
             logger.error("unexpected error", extra={"error": type(error).__name__})
             if not status:
-                await _refuse(reply, http_errors.failed())
+                await _refuse(reply, http_errors.failed(), self._settings)
         finally:
-            self._inside -= 1
+            path = scope["path"] if scope["path"] in _PATHS else "other"
+            self._telemetry.responses.labels(path, status or "none").inc()
             told = {
                 "id": state["id"],
                 "method": scope["method"],
-                "path": scope["path"] if scope["path"] in _PATHS else "other",
+                "path": path,
                 "status": status,
                 "seconds": round(time.monotonic() - start, 3),
             }
             logger.info("request", extra=told)
 
-    async def _body(self, headers: Headers, receive: Any) -> bytes | None:
+    @contextmanager
+    def _room(self) -> Iterator[_Room]:
+        """Room for one more request.
+
+        Raises:
+            RequestError: there is none.
+        """
+        if self._inside >= self._settings.inside:
+            raise http_errors.too_busy(5)
+        self._inside, room = self._inside + 1, _Room()
+        try:
+            yield room
+        finally:
+            self._inside -= 1
+            self._held -= room.held
+
+    def _hold(self, room: _Room, count: int) -> None:
+        """Take so many bytes more of a body.
+
+        Raises:
+            RequestError: the bodies of all requests would be too large.
+        """
+        if self._held + count > self._settings.max_bodies:
+            raise http_errors.too_busy(5)
+        self._held += count
+        room.held += count
+
+    async def _body(self, headers: Headers, receive: Any, room: _Room) -> bytes | None:
         most = self._settings.max_body
         too_large = RequestError(413, f"a request has at most {most} bytes")
         told = headers.get("content-length", "0")
@@ -98,9 +134,11 @@ class Gatekeeper:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return None
-                parts.extend(message.get("body", b""))
-                if len(parts) > most:
+                part = message.get("body", b"")
+                if len(parts) + len(part) > most:
                     raise too_large
+                self._hold(room, len(part))
+                parts.extend(part)
                 if not message.get("more_body", False):
                     return bytes(parts)
 
@@ -108,6 +146,17 @@ class Gatekeeper:
             return await asyncio.wait_for(read(), self._settings.body_seconds)
         except TimeoutError:
             raise RequestError(408, "the request body did not arrive in time") from None
+
+
+@dataclass
+class _Room:
+    """What a request takes up: bytes of its body."""
+
+    held: int = 0
+
+
+def _has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _replay(body: bytes, receive: Any) -> Any:
@@ -124,8 +173,8 @@ def _replay(body: bytes, receive: Any) -> Any:
     return again
 
 
-async def _refuse(send: Any, error: RequestError) -> None:
-    body = json.dumps(error.body).encode()
+async def _refuse(send: Any, error: RequestError, settings: Settings) -> None:
+    body = json.dumps(error.body(settings.mode)).encode()
     told = error.headers | {
         "content-type": "application/json",
         "content-length": str(len(body)),

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlm_safeguard.errors import PromptTooLong, SafeguardError
 
+STATUS = "X-Safeguard-Status"  # header: how the response was guarded
 FAILED = "the guard or the model failed, and the answer is withheld"
 
 
@@ -32,23 +33,29 @@ class RequestError(SafeguardError):
         self.status, self.kind, self.param, self.retry_after = status, kind, param, retry_after
 
     @property
+    def guarded(self) -> str:
+        """How the request was guarded: there is no answer."""
+        return "failed" if self.status >= 500 else "rejected"
+
+    @property
     def headers(self) -> dict[str, str]:
-        found = {"X-Safeguard-Status": "failed" if self.status >= 500 else "rejected"}
+        found = {STATUS: self.guarded}
         if self.retry_after is not None:
             found["Retry-After"] = str(self.retry_after)
         if self.status == 401:
             found["WWW-Authenticate"] = "Bearer"
         return found
 
-    @property
-    def body(self) -> dict[str, Any]:
+    def body(self, mode: str) -> dict[str, Any]:
+        """The body of the response; ``mode``: the server's."""
         return {
             "error": {
                 "message": str(self),
                 "type": self.kind,
                 "param": self.param,
                 "code": self.status,
-            }
+            },
+            "safeguard": {"status": self.guarded, "mode": mode},
         }
 
 

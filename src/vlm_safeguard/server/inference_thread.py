@@ -13,11 +13,13 @@ from collections import deque
 from collections.abc import Callable
 
 from vlm_safeguard.server import http_errors
+from vlm_safeguard.server.conversation import Takes
 from vlm_safeguard.server.job import Failed, Job
 from vlm_safeguard.server.settings import Settings
 from vlm_safeguard.server.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
+_STUCK = 60.0  # seconds that a self-check may take, beside its deadline
 
 
 class InferenceThread(ABC):
@@ -26,12 +28,13 @@ class InferenceThread(ABC):
     Args:
         settings: mode and limits.
         telemetry: where counts go.
+        takes: what model and guard make of messages.
 
     ``ready`` is set while the guard passes its self-check.
     """
 
-    def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
-        self.settings, self.telemetry = settings, telemetry
+    def __init__(self, settings: Settings, telemetry: Telemetry, takes: Takes) -> None:
+        self.settings, self.telemetry, self.takes = settings, telemetry, takes
         self.ready = threading.Event()
         self._waiting: deque[Job] = deque()
         self._taken: list[Job] = []
@@ -57,8 +60,10 @@ class InferenceThread(ABC):
 
     @property
     def alive(self) -> bool:
-        """Whether the inference thread runs."""
-        return self._thread.is_alive()
+        """Whether the inference thread runs, and is not stuck: a batch ends by its deadline, and
+        the self-check that is due follows it."""
+        latest = self._due + self.settings.deadline + _STUCK
+        return self._thread.is_alive() and time.monotonic() < latest
 
     @property
     def waiting(self) -> int:
@@ -70,8 +75,8 @@ class InferenceThread(ABC):
         """Whether requests are being answered."""
         return bool(self._taken)
 
-    def submit(self, job: Job) -> None:
-        """Queue a request.
+    def check_room(self) -> None:
+        """Whether one more request may come.
 
         Raises:
             RequestError: the guard is not ready, the engine shuts down, or the queue is full.
@@ -79,13 +84,32 @@ class InferenceThread(ABC):
         with self._changed:
             if self._closing or not self.alive or not self.ready.is_set():
                 raise http_errors.not_ready()
+            self._drop_unwanted()
+            if len(self._waiting) >= self.settings.waiting:
+                raise http_errors.too_busy(5)
+
+    def submit(self, job: Job) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: see ``check_room``; or there are too many pixels in the queue.
+        """
+        with self._changed:
+            self.check_room()
             pixels = sum(one.conversation.pixels for one in (*self._waiting, job))
-            full = len(self._waiting) >= self.settings.waiting
-            if full or (self._waiting and pixels > self.settings.max_waiting_pixels):
+            if self._waiting and pixels > self.settings.max_waiting_pixels:
                 raise http_errors.too_busy(5)
             self._waiting.append(job)
             self.telemetry.queue.set(len(self._waiting))
             self._changed.notify_all()
+
+    def _drop_unwanted(self) -> None:
+        """Drop what waits in vain. Called under the lock."""
+        for job in self._waiting:
+            if job.unwanted:
+                job.send(Failed(http_errors.too_late()))
+        self._waiting = deque(job for job in self._waiting if not job.ended)
+        self.telemetry.queue.set(len(self._waiting))
 
     def close(self) -> None:
         """Finish what was begun, fail what waits, and end the thread."""

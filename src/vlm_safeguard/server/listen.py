@@ -17,13 +17,17 @@ _MAX_HEADERS = 65_536  # bytes of the headers of a request
 
 
 class PromptHeaders(H11Protocol):
-    """Closes a connection whose request line and headers do not arrive in time."""
+    """Closes a connection whose request line and headers do not arrive in time, and one that is
+    open beside ``most`` others."""
 
+    most: int
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._start_timer()
+        if len(self.connections) > self.most:
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -61,14 +65,13 @@ def uvicorn_config(app: Any, settings: Settings) -> uvicorn.Config:
     AppStatus.should_exit = False
     return uvicorn.Config(
         app,
-        http=PromptHeaders,
+        # The gatekeeper answers at settings.inside. This only bounds open connections.
+        http=type("BoundedHeaders", (PromptHeaders,), {"most": 8 * settings.inside}),
         h11_max_incomplete_event_size=_MAX_HEADERS,
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        # The gatekeeper answers at settings.inside. This only bounds open connections.
-        limit_concurrency=8 * settings.inside,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=int(settings.deadline) + 10,
     )

@@ -7,6 +7,8 @@ from typing import Any
 
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import render, render_conversation
+from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.text_only import image_token
 from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.job import Job, Pictures
 
@@ -28,31 +30,37 @@ def marker_of(processor: Any) -> str:
 
 
 def count_pictures(
-    processor: Any, marker: str, jobs: Sequence[Job], inputs: dict[str, Any], read: bool
+    loaded: LoadedModel, marker: str, jobs: Sequence[Job], inputs: dict[str, Any]
 ) -> list[Pictures]:
-    """Pictures of each request, by the placeholders in its rendered prompt.
+    """Pictures of each request, by the placeholders in its rendered prompt and in its inputs.
 
     Args:
-        processor: the model's processor.
+        loaded: the model and its processor.
         marker: what stands for one picture in a rendered prompt.
         jobs: the requests.
         inputs: their model inputs.
-        read: whether the guard reads the words in pictures.
 
     Raises:
-        RequestError: a request holds another number of pictures than its prompt.
+        RequestError: a request holds another number of pictures than its prompt, or its inputs have
+            no place for each.
     """
-    found = [count(processor, marker, job, read) for job in jobs]
-    whole = any(name.startswith("pixel_values") for name in inputs) or not sum(
-        pictures.sent for pictures in found
-    )
-    if not whole or any(pictures.sent != pictures.reached for pictures in found):
-        raise http_errors.image_lost()
+    found = [count(loaded.processor, marker, job) for job in jobs]
+    places = (inputs["input_ids"] == image_token(loaded)).sum(1).tolist()  # one or more for each
+    pixels = any(name.startswith("pixel_values") for name in inputs)
+    for pictures, most in zip(found, places, strict=True):
+        if pictures.reached > (most if pixels else 0):
+            raise http_errors.image_lost()
     return found
 
 
-def count(processor: Any, marker: str, job: Job, read: bool) -> Pictures:
-    """Pictures of one request; see ``count_pictures``."""
+def count(processor: Any, marker: str, job: Job) -> Pictures:
+    """Pictures of one request, by the placeholders in its rendered prompt.
+
+    Raises:
+        RequestError: it holds another number of pictures than its prompt.
+    """
     sent = job.conversation.pictures
     reached = render_conversation(processor, job.conversation.messages).count(marker)
-    return Pictures(sent, reached, sent if read else 0)
+    if sent != reached:
+        raise http_errors.image_lost()
+    return Pictures(sent, reached, job.conversation.read)

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from anyio.to_thread import run_sync
 
-from vlm_safeguard.server.conversation import Conversation, read_messages
+from vlm_safeguard.server.conversation import Conversation, Takes, read_messages
 from vlm_safeguard.server.schema import Message
 from vlm_safeguard.server.settings import Settings
 
@@ -30,7 +30,7 @@ class PictureMemory:
 
     @asynccontextmanager
     async def conversation(
-        self, messages: Sequence[Message], settings: Settings
+        self, messages: Sequence[Message], settings: Settings, takes: Takes
     ) -> AsyncIterator[Conversation]:
         """``read_messages``, as soon as there is room; the room is free again when the block ends.
 
@@ -41,7 +41,7 @@ class PictureMemory:
             while self._held >= self._most:
                 self._freed.clear()
                 await self._freed.wait()
-            read = await run_sync(read_messages, messages, settings)
+            read = await run_sync(read_messages, messages, settings, takes)
             self._held += read.pixels
         try:
             yield read

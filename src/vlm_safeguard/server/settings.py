@@ -29,6 +29,7 @@ class Settings:
         max_messages: messages of a request.
         max_images: pictures of a request.
         max_body: bytes of a request body.
+        max_bodies: bytes of all bodies that are read or answered at once.
         body_seconds: seconds in which a body must arrive.
         check_every: seconds between two self-checks.
         api_keys: keys that may ask. None: everyone may, and is trusted.
@@ -50,6 +51,7 @@ class Settings:
     max_messages: int = 100
     max_images: int = 4
     max_body: int = 20_000_000
+    max_bodies: int = 500_000_000
     body_seconds: float = 30.0
     check_every: float = 60.0
     api_keys: frozenset[str] = frozenset()

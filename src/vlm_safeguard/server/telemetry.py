@@ -17,8 +17,12 @@ class Telemetry:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "vlm_safeguard_requests", "Requests by endpoint and outcome",
-            ["endpoint", "outcome"], registry=registry,
+            "vlm_safeguard_requests", "Requests by endpoint, outcome and mode",
+            ["endpoint", "outcome", "mode"], registry=registry,
+        )  # fmt: skip
+        self.responses = Counter(
+            "vlm_safeguard_responses", "HTTP responses by path and status",
+            ["path", "status"], registry=registry,
         )  # fmt: skip
         self.gates = Counter(
             "vlm_safeguard_gate_openings", "Requests on which a gate opened",
@@ -29,7 +33,7 @@ class Telemetry:
         )
         self.pictures = Counter("vlm_safeguard_pictures", "Pictures read", registry=registry)
         self.failures = Counter(
-            "vlm_safeguard_guard_failures", "Batches that the guard blocked", registry=registry
+            "vlm_safeguard_guard_failures", "Batches that failed", registry=registry
         )
         self.self_check_failures = Counter(
             "vlm_safeguard_self_check_failures", "Self-checks that failed", registry=registry

@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
-from vlm_safeguard.errors import ModelError, PromptTooLong, SafeguardError, UnreadableText
+from vlm_safeguard.errors import ModelError, PromptTooLong, UnreadableText
 from vlm_safeguard.guard import Guard, reads_pictures
-from vlm_safeguard.model.chat import prepare
+from vlm_safeguard.model.chat import prepare, takes_system
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.positions import room
 from vlm_safeguard.runtime.session import Session
 from vlm_safeguard.server import http_errors
 from vlm_safeguard.server.batch_progress import BatchProgress
+from vlm_safeguard.server.conversation import Takes
 from vlm_safeguard.server.inference_thread import InferenceThread
 from vlm_safeguard.server.job import Failed, Job
 from vlm_safeguard.server.picture_count import count_pictures, marker_of
@@ -49,7 +50,8 @@ class TransformersEngine(InferenceThread):
     def __init__(
         self, loaded: LoadedModel, guard: Guard | None, settings: Settings, telemetry: Telemetry
     ) -> None:
-        super().__init__(settings, telemetry)
+        takes = Takes(takes_system(loaded.processor), reads_pictures(guard))
+        super().__init__(settings, telemetry, takes)
         self.loaded, self.guard = loaded, guard
         self._marker = marker_of(loaded.processor)
         self._session: Session | None = None
@@ -83,13 +85,14 @@ class TransformersEngine(InferenceThread):
                 lambda: len(self._waiting) >= self.settings.batch or self._closing,
                 self.settings.window,
             )
+            self._drop_unwanted()
+            if not self._waiting:
+                return []
             kind = self._waiting[0].pictured, self._waiting[0].gates_only
             taken: list[Job] = []
             left: deque[Job] = deque()
             for job in self._waiting:
-                if job.unwanted:
-                    job.send(Failed(http_errors.too_late()))
-                elif len(taken) < self.settings.batch and (job.pictured, job.gates_only) == kind:
+                if len(taken) < self.settings.batch and (job.pictured, job.gates_only) == kind:
                     taken.append(job)
                 else:
                     left.append(job)
@@ -98,7 +101,8 @@ class TransformersEngine(InferenceThread):
         return taken
 
     def _answer(self, jobs: list[Job]) -> None:
-        """Answer a batch. If it fails, each request of which no text is out is tried alone."""
+        """Answer a batch. If it fails, each half of the requests of which no text is out is tried
+        by itself, so that a bad request costs the others little."""
         try:
             self._generate(jobs)
             return
@@ -112,28 +116,34 @@ class TransformersEngine(InferenceThread):
             failure = http_errors.failed()
             # Without the message: it may quote the request.
             logger.error("a batch failed", extra={"error": type(error).__name__})
-            if isinstance(error, SafeguardError):
-                self.telemetry.failures.inc()
             if self._self_check and self._session:  # before anything else is answered
                 self._check(partial(self._self_check.run, self._session))
+        if failure.status >= 500:
+            self.telemetry.failures.inc()
         fresh = [job for job in jobs if not job.begun and not job.ended]
-        if len(jobs) > 1:
-            for job in fresh if self.ready.is_set() else ():
-                self._answer([job])
+        for half in (fresh[::2], fresh[1::2]) if len(jobs) > 1 else ():
+            wanted = [job for job in half if not job.unwanted]
+            if wanted and self.ready.is_set():
+                self._answer(wanted)
         for job in jobs:
-            job.send(Failed(failure))
+            job.send(Failed(http_errors.too_late() if job.unwanted else failure))
 
     @torch.inference_mode()
     def _generate(self, jobs: list[Job]) -> None:
         loaded, settings = self.loaded, self.settings
         conversations = [job.conversation.messages for job in jobs]
-        reads = reads_pictures(self.guard)
-        inputs = self._prepare(conversations, reads)
+        inputs = self._prepare(conversations)
         lengths = inputs["attention_mask"].sum(1).tolist()
-        longest = max(lengths)
-        if longest > settings.max_prompt_tokens:
-            raise http_errors.too_long(longest, settings.max_prompt_tokens)
-        pictures = count_pictures(loaded.processor, self._marker, jobs, inputs, reads)
+        most = settings.max_prompt_tokens
+        if max(lengths) > most:
+            for job, length in zip(jobs, lengths, strict=True):
+                if length > most:
+                    job.send(Failed(http_errors.too_long(length, most)))
+            fit = [job for job in jobs if not job.ended]
+            if fit:
+                self._generate(fit)
+            return
+        pictures = count_pictures(loaded, self._marker, jobs, inputs)
         positions = room(loaded.model)
         for job, length in zip(jobs, lengths, strict=True):
             if positions is not None:
@@ -154,10 +164,10 @@ class TransformersEngine(InferenceThread):
         if sampling.broken:
             logger.error("logits were not finite", extra={"rows": len(sampling.broken)})
             self.telemetry.failures.inc()
-            self._due = 0.0
+            self._due = time.monotonic()
 
-    def _prepare(self, conversations: list[Any], reads: bool) -> dict[str, torch.Tensor]:
+    def _prepare(self, conversations: list[Any]) -> dict[str, torch.Tensor]:
         try:
-            return prepare(self.loaded.processor, conversations, reads, "left")
+            return prepare(self.loaded.processor, conversations, self.takes.words, "left")
         except ModelError:  # their texts quote the request and the library
             raise http_errors.unusable() from None

@@ -24,9 +24,9 @@ from vlm_safeguard.errors import (
     PromptTooLong,
     UnreadableText,
 )
-from vlm_safeguard.model.chat import tokenize
+from vlm_safeguard.model.chat import takes_system, tokenize
 from vlm_safeguard.server import http_errors
-from vlm_safeguard.server.conversation import Conversation
+from vlm_safeguard.server.conversation import Conversation, Takes
 from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.inference_thread import InferenceThread
 from vlm_safeguard.server.job import Begun, Event, Failed, Job, Pictures, Sampling
@@ -59,10 +59,11 @@ class VllmEngine(InferenceThread):
     def __init__(
         self, llm: Any, reads_pictures: bool, settings: Settings, telemetry: Telemetry
     ) -> None:
-        super().__init__(settings, telemetry)
-        self._vllm, self._reads = llm.llm_engine, reads_pictures
+        self._vllm = llm.llm_engine
         model_config = self._vllm.model_config
         self._processor = load_processor(model_config)
+        takes = Takes(takes_system(self._processor), reads_pictures)
+        super().__init__(settings, telemetry, takes)
         self._marker = marker_of(self._processor)
         # transformers applies it to greedy answers too, and the guard was calibrated on those.
         defaults = model_config.get_diff_sampling_param()
@@ -138,13 +139,13 @@ class VllmEngine(InferenceThread):
         try:
             ids, images = tokenize(self._processor, job.conversation.messages)
             self._check_length(len(ids))
-            pictures = count(self._processor, self._marker, job, self._reads)
-            if pictures.sent != pictures.reached:
-                raise http_errors.image_lost()
+            pictures = count(self._processor, self._marker, job)
             media = {"multi_modal_data": {"image": images}} if images else {}
             [prompt] = self._vllm.renderer.render_cmpl([{"prompt_token_ids": ids, **media}])
             # With its pictures it may be longer than vLLM's context, which it refuses as any fault.
             self._check_length(len(prompt["prompt_token_ids"]))
+            if len(prompt.get("mm_placeholders", {}).get("image", ())) != pictures.sent:
+                raise http_errors.image_lost()
             self._vllm.add_request(name, prompt, params)
         except VLLMValidationError as error:
             if isinstance(error.__cause__, UnreadableText):
@@ -187,7 +188,7 @@ class VllmEngine(InferenceThread):
                 answer.begin(decisions(output)[0], running.pictures, length)
         except GuardRuntimeError:
             self.telemetry.failures.inc()
-            self._due = 0.0  # a self-check follows
+            self._due = time.monotonic()  # a self-check follows
             job.send(Failed(http_errors.failed()))
         for place, token in enumerate(tokens, 1):
             is_last = output.finished and place == len(tokens)

@@ -1,12 +1,20 @@
 """Pictures that attack: each is refused in our words, or read under guard."""
 
 import base64
+import io
+import threading
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from tests.server.attacks import pictures
 from tests.server.attacks.pictures import part, png, uri
+from tests.server.live import serving
 from tests.server.raw import assert_clear
+from vlm_safeguard.data.ocr import Reader
+from vlm_safeguard.model import chat
+from vlm_safeguard.server import conversation
 
 REFUSED, ACCEPTED = pictures.refused(), pictures.accepted()
 
@@ -23,6 +31,45 @@ def test_it_is_read_under_guard(live, kind):
     assert answer.status_code == 200
     assert answer.json()["safeguard"]["pictures"]["reached_model"] == 1
     assert answer.headers["x-safeguard-status"] == "guarded"
+
+
+def test_pictures_whose_words_are_read(folder):
+    """With OCR, as under the guard that ships: refused or read, and each counted."""
+    with serving(folder, reads_pictures=True) as live:
+        for picture in ACCEPTED.values():
+            answer = live.chat([{"type": "text", "text": "what is it?"}, part(uri(picture))])
+            told = answer.json()["safeguard"]["pictures"]
+            assert told == {"sent": 1, "reached_model": 1, "words_read": 1}
+        for picture in REFUSED.values():
+            assert_clear(live.chat([part(uri(picture))]), 400)
+        assert live.idle() and live.witness.unguarded == 0
+
+
+def as_png(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_words_are_read_before_the_request_waits(folder, monkeypatch):
+    """Not by the thread that runs the model, which finds them read."""
+    threads = []
+
+    class Engine:
+        def __call__(self, pixels):
+            threads.append(threading.current_thread().name)
+            return SimpleNamespace(txts=["a bomb"], scores=[1.0])
+
+    made = Reader(Engine())
+    for module in (conversation, chat):
+        monkeypatch.setattr(module, "reader", lambda: made)
+    two = [Image.new("RGB", (20, 20), "red"), Image.new("RGB", (20, 20), "blue")]
+    for picture in two:
+        picture.putpixel((3, 3), (0, 0, 0))
+    with serving(folder, reads_pictures=True) as live:
+        answer = live.chat([part(uri(as_png(picture))) for picture in two])
+        assert answer.json()["safeguard"]["pictures"]["words_read"] == 2
+    assert len(threads) == 2 and "inference" not in threads
 
 
 def test_a_comment_that_unpacks_to_100_megabytes(live):

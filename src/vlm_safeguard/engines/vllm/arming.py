@@ -110,8 +110,10 @@ def _arm_front_end(guard: Guard) -> None:
 
     def process_inputs(own: Callable) -> Callable:
         @wraps(own)
-        def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-            request = own(self, *args, **kwargs)
+        def guarded(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+            with _Refusing():
+                front_end.check_prompt(prompt)
+            request = own(self, request_id, prompt, *args, **kwargs)
             with _Refusing():
                 front_end.order(request, self.model_config)
             return request

@@ -55,11 +55,26 @@ class FrontEnd:
         media, found = pictures.checked(data)
         return media, pictures.words_in(found) if self._reads_pictures else []
 
-    def keep(self, processed: Mapping[str, Any], words: list[str]) -> None:
-        """Keep the words in pictures until their request comes; ``processed``: what vLLM made of
-        the pictures."""
+    def keep(self, processed: dict[str, Any], words: list[str]) -> None:
+        """Keep the words in pictures until their request comes.
+
+        ``processed``: what vLLM made of the pictures. It is marked: nothing else is let in.
+        """
+        processed[KEY] = True
         if self._reads_pictures:
             self._words.keep(processed["mm_hashes"].get("image", []), words)
+
+    def check_prompt(self, prompt: Any) -> None:
+        """Check a prompt before vLLM makes a request of it.
+
+        Raises:
+            GuardRuntimeError: its pictures come as tensors, with hashes and places of their own,
+                which nobody looked at.
+        """
+        if isinstance(prompt, Mapping) and prompt.get("type") == "multimodal" and KEY not in prompt:
+            raise GuardRuntimeError(
+                "pictures that were processed elsewhere are not guarded: send the pictures"
+            )
 
     def order(self, request: Any, model_config: Any) -> None:
         """Write the guard's order into an ``EngineCoreRequest``, and salt its prefix cache.
@@ -71,6 +86,12 @@ class FrontEnd:
         params = request.sampling_params
         if params is None:
             raise GuardRuntimeError("only requests that generate are guarded, no pooling")
+        if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
+            # At each position of the prompt they tell what the unsteered model would say next.
+            raise GuardRuntimeError(
+                "probabilities inside of the prompt (prompt_logprobs, or echo with logprobs) are "
+                "not guarded: leave them out"
+            )
         if request.prompt_embeds is not None or request.prompt_token_ids is None:
             raise GuardRuntimeError("the guard reads token ids: prompt embeddings are not guarded")
         if request.lora_request is not None:

@@ -113,6 +113,8 @@ class RunnerGuard:
             return
         if step is None:
             raise GuardRuntimeError("the model ran outside of the guarded forward pass")
+        if not step.read:
+            raise GuardRuntimeError("the logits came past the guard")
         for watched in step.finish():
             if watched.failed and not self._is_heard:
                 raise GuardRuntimeError(watched.failed)

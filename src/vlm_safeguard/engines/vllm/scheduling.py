@@ -8,6 +8,7 @@ have reported on its texts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ class GuardedScheduling(_Scheduler):
         self._text_of: dict[str, str] = {}  # by the id of a text: the request it is read for
         self._decided: set[str] = set()
         self._shut: set[str] = set()  # those of them that no gate opened on
+        # Of requests whose output vLLM threw away in that step: workers report only once.
+        self._kept: dict[str, Report] = {}
         coordinator = self.kv_cache_manager.coordinator
         coordinator.cache_blocks = self._keeping_steered_states(coordinator.cache_blocks)
 
@@ -52,6 +55,7 @@ class GuardedScheduling(_Scheduler):
             GuardRuntimeError: it did not go through a guarded front end.
         """
         order = order_of(request.sampling_params)
+        request.sampling_params = copy(request.sampling_params)  # n answers share one
         put(
             request.sampling_params,
             Role(order.guard, "", len(order.texts), 0, True, order.wordless, order.canary),
@@ -95,6 +99,7 @@ class GuardedScheduling(_Scheduler):
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._decided.discard(request.request_id)
         self._shut.discard(request.request_id)
+        self._kept.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
 
     def _text_request(self, request: Any, order: Order, form: int, ids: list[int]) -> Any:
@@ -132,13 +137,14 @@ class GuardedScheduling(_Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take the tokens of a step. Those of a request that failed, or on which nobody reported,
         are thrown away, and it ends with an error."""
-        reports: dict[str, Report] = dict(getattr(model_runner_output, REPORT, None) or {})
+        new: dict[str, Report] = getattr(model_runner_output, REPORT, None) or {}
+        reports = {**self._kept, **new}
         self._withhold(scheduler_output.num_scheduled_tokens, model_runner_output, reports)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for client in outputs.values():
             users: list[Any] = []
             for output in client.outputs:
-                report = reports.get(output.request_id)
+                report = reports.pop(output.request_id, None)
                 if output.request_id in self._text_of:
                     users += self._text_read(output, report)
                     continue
@@ -146,6 +152,7 @@ class GuardedScheduling(_Scheduler):
                     output.kv_transfer_params = {KEY: asdict(report)}
                 users.append(output)
             client.outputs = users
+        self._kept = {name: report for name, report in reports.items() if name in self.requests}
         return outputs
 
     def _withhold(
@@ -166,11 +173,6 @@ class GuardedScheduling(_Scheduler):
             if report.failed:
                 if sampled:
                     sampled[places[name]] = []
-                for scores in (
-                    model_runner_output.prompt_logprobs_dict,
-                    model_runner_output.prompt_token_id_logprobs_dict,
-                ):
-                    scores.pop(name, None)
                 # vLLM ends these with an error in its own ``update_from_output``.
                 self.encoder_cache_mismatch_reqs.add(name)
                 continue

@@ -54,14 +54,19 @@ def check_engine(guard: Guard, core: Any, monitor: bool = False) -> None:
             f"self-check: {failed or 'no gate opens on any harmful anchor'}. Run `vlm-safeguard "
             "doctor`"
         )
-    layers = {str(layer) for layer in guard.config.steering.layers}
-    if monitor:
-        return
-    for report in opened:
-        moved = {layer for layer, distance in (report.moved or {}).items() if distance > 0}
-        if moved == layers or (moved and not report.by_text):
-            return
-    raise GuardRuntimeError("self-check: a gate opens, and the states do not move")
+    if not monitor and not any(_moves_all(guard, report) for report in opened):
+        raise GuardRuntimeError("self-check: a gate opens, and the states do not move")
+
+
+def _moves_all(guard: Guard, report: Report) -> bool:
+    """Whether steering moved the state at every layer that it reaches at the prompt: all, or those
+    from the last layer on that the gate in the VLM reads."""
+    first = 0
+    if not report.by_text:
+        first = max(max(gate.layers) for gate in guard.config.gates if gate.source == "vlm")
+    expected = {str(layer) for layer in guard.config.steering.layers if layer >= first}
+    moved = {layer for layer, distance in (report.moved or {}).items() if distance > 0}
+    return bool(moved) and expected <= moved
 
 
 def _answers(core: Any) -> list[Report]:
