@@ -35,4 +35,4 @@ def test_large_buffers_are_faulted_in_once() -> None:
         int(subprocess.check_output([sys.executable, "-c", PROGRAM, how], env=bare))
         for how in ("kept", "given back")
     )
-    assert kept < 1000 < 10_000 < given_back
+    assert 5 * kept < given_back

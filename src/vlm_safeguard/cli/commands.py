@@ -30,6 +30,7 @@ from vlm_safeguard.cli.options import (
 )
 from vlm_safeguard.errors import Interrupted, SafeguardError
 from vlm_safeguard.model.load_options import LoadOptions
+from vlm_safeguard.utils.allocator import keep_freed_memory
 
 app = typer.Typer(
     add_completion=False,
