@@ -63,6 +63,29 @@ def pid(actor: Any) -> int:
     return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
 
 
+@pytest.fixture(params=["", "killed"])
+def killed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Kills the first worker of each pool at its third part, or none; whom it killed."""
+    dead: list[int] = []
+    make, work = RayPool.__init__, RayPool.work
+
+    def init(self: Any, *arguments: Any) -> None:
+        make(self, *arguments)
+        self.first, self.parts = pid(self.actors[0]), []
+
+    def working(self: Any, part: Any) -> Any:
+        self.parts.append(part)
+        if request.param and len(self.parts) == 3:
+            dead.append(self.first)
+            os.kill(self.first, signal.SIGKILL)
+        return work(self, part)
+
+    monkeypatch.setattr(RayPool, "__init__", init)
+    monkeypatch.setattr(RayPool, "work", working)
+    yield dead
+    assert bool(dead) == bool(request.param)
+
+
 def test_a_killed_workers_part_is_done_again() -> None:
     pool: RayPool[int, tuple[int, int]] = RayPool(Slow, (0.5,), WORKERS)
     killed = pid(pool.actors[0])
@@ -101,7 +124,9 @@ def test_errors_of_workers_are_ours() -> None:
     pool.close()
 
 
-def test_a_batch_is_answered_as_by_one_process(folder: Path, tmp_path: Path) -> None:
+def test_a_batch_is_answered_as_by_one_process(
+    folder: Path, tmp_path: Path, killed: list[int]
+) -> None:
     from vlm_safeguard.server.batch_file import URL, read_tasks
     from vlm_safeguard.server.batch_run import BatchRun
     from vlm_safeguard.server.settings import Settings
@@ -129,7 +154,9 @@ def test_a_batch_is_answered_as_by_one_process(folder: Path, tmp_path: Path) -> 
     assert said("ray") == said("transformers")
 
 
-def test_an_evaluation_gives_the_same_numbers(folder: Path, tmp_path: Path) -> None:
+def test_an_evaluation_gives_the_same_numbers(
+    folder: Path, tmp_path: Path, killed: list[int]
+) -> None:
     pytest.importorskip("inspect_ai")
     from vlm_safeguard.evaluation.harness.execution import Plan
     from vlm_safeguard.evaluation.harness.pipeline import Measure, evaluate

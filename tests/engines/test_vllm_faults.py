@@ -40,10 +40,16 @@ def works_again(engine: Any, reference: Reference) -> Any:
 def test_a_score_that_is_no_number_blocks_the_request(
     engine: Any, reference: Reference, runner: Any, monkeypatch: pytest.MonkeyPatch, gate: int
 ) -> None:
-    scorer = runner._gates.scorers[gate]
+    from prometheus_client import REGISTRY
+
+    def failures() -> float:
+        return REGISTRY.get_sample_value("vlm_safeguard_guard_failures_total") or 0.0
+
+    scorer, before = runner._gates.scorers[gate], failures()
     monkeypatch.setattr(scorer, "vectors", torch.full_like(scorer.vectors, torch.nan))
     for output in chat(engine, reference.requests[:8]):
         blocked(output, "NaN or Inf")
+    assert failures() - before == 8
 
 
 def test_only_the_request_whose_score_is_no_number_is_blocked(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +53,69 @@ def test_settings_that_are_not_guarded_are_refused(
 ) -> None:
     with pytest.raises(GuardError, match=reason):
         config(reference, **options)
+
+
+def settings(reference: Reference) -> Any:
+    """Those of a `VllmConfig` that are looked at, as they should be."""
+    identity = reference.guard.config.model
+    model = SimpleNamespace(
+        model="vlm", is_multimodal_model=True, runner_type="generate", quantization=None,
+        hf_overrides={}, is_encoder_decoder=False, enable_prompt_embeds=False,
+        enable_sleep_mode=False, is_diffusion=False, enable_trace_replay=False,
+        dtype=f"torch.{identity.dtype}", get_hidden_size=lambda: identity.hidden_size,
+        get_total_num_hidden_layers=lambda: identity.layers,
+    )  # fmt: skip
+    parallel = SimpleNamespace(
+        pipeline_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False,
+        enable_batch_sharded_sampling=False,
+    )  # fmt: skip
+    return SimpleNamespace(
+        model_config=model, parallel_config=parallel, speculative_config=None, lora_config=None,
+        scheduler_config=SimpleNamespace(scheduler_cls=None), kv_transfer_config=None,
+        ec_transfer_config=None, weight_transfer_config=None,
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        load_config=SimpleNamespace(load_format="auto"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        ("speculative_config", {}, "speculative decoding"),
+        ("lora_config", {}, "LoRA adapters"),
+        ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
+        ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism"),
+        ("parallel_config.enable_batch_sharded_sampling", True, "batch-sharded sampling"),
+        ("parallel_config.use_ubatching", True, "microbatches"),
+        ("kv_transfer_config", {}, "a KV connector"),
+        ("ec_transfer_config", {}, "an encoder connector"),
+        ("weight_transfer_config", {}, "weight transfer"),
+        ("model_config.enable_sleep_mode", True, "sleep mode"),
+        ("model_config.enable_prompt_embeds", True, "prompt embeddings"),
+        ("cache_config.kv_sharing_fast_prefill", True, "fast prefill"),
+        ("model_config.enable_trace_replay", True, "trace replay"),
+        ("model_config.hf_overrides", {"a": 1}, "hf_overrides"),
+        ("model_config.quantization", "fp8", "quantised weights"),
+        ("scheduler_config.scheduler_cls", "own.Scheduler", "a scheduler of its own"),
+        ("load_config.load_format", "gguf", "the load format gguf"),
+        ("model_config.runner_type", "pooling", "does not generate"),
+        ("model_config.is_encoder_decoder", True, "an encoder-decoder model"),
+        ("model_config.is_diffusion", True, "a diffusion model"),
+        ("model_config.is_multimodal_model", False, "takes no images"),
+        ("model_config.dtype", "torch.float16", "--dtype float32"),
+    ],
+)
+def test_each_setting_is_refused_by_name(
+    reference: Reference, place: str, value: Any, reason: str
+) -> None:
+    given = settings(reference)
+    requirements.check_settings(reference.guard, given)
+    *path, name = place.split(".")
+    part = getattr(given, path[0]) if path else given
+    assert hasattr(part, name)
+    setattr(part, name, value)
+    with pytest.raises(GuardError, match=reason):
+        requirements.check_settings(reference.guard, given)
 
 
 def test_graphs_are_split_at_the_operator(engine: Any, reference: Reference) -> None:

@@ -29,12 +29,12 @@ from tests.server.raw import LEAKS, post
 from vlm_safeguard.data.image_io import open_image
 from vlm_safeguard.errors import ImageError
 from vlm_safeguard.server.body import check_json
-from vlm_safeguard.server.conversation import read_messages
+from vlm_safeguard.server.conversation import Takes, read_messages
 from vlm_safeguard.server.http_errors import RequestError
 from vlm_safeguard.server.schema import ChatRequest, Message
 from vlm_safeguard.server.settings import Settings
 
-SETTINGS = Settings(model="tiny")
+SETTINGS, TAKES = Settings(model="tiny"), Takes(system=True, words=False)
 STEP = 500  # inputs between two notes of how far it came
 
 
@@ -80,7 +80,7 @@ def parse_request(number: int, seed: int) -> str:
     data = attack_inputs.request(number, seed)
     check_json(data)
     read = ChatRequest.model_validate(json.loads(data))
-    read_messages(read.messages, SETTINGS)
+    read_messages(read.messages, SETTINGS, TAKES)
     return "request accepted"
 
 
@@ -93,7 +93,7 @@ def parse_image(number: int, seed: int) -> str:
 def parse_uri(number: int, seed: int) -> str:
     address = {"type": "image_url", "image_url": {"url": attack_inputs.data_uri(number, seed)}}
     message = Message.model_validate({"role": "user", "content": [address]})
-    read_messages([message], SETTINGS)
+    read_messages([message], SETTINGS, TAKES)
     return "address accepted"
 
 
