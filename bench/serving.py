@@ -102,11 +102,13 @@ def shut(subject: Subjects, guard: Guard, count: int) -> list[dict[str, Any]]:
 def measure(
     subject: Subjects, guard: Guard, bodies: list[dict[str, Any]], requests: int, rounds: int
 ) -> dict[str, list[Load]]:
-    """Every server in every round, in an order that turns. One client for each of ``bodies``."""
+    """Every server in every round, the two that are compared side by side. One client for each of
+    ``bodies``."""
     clients = len(bodies)
     found: dict[str, list[Load]] = {name: [] for name in SERVERS}
     for number in range(rounds):
-        for name in SERVERS[number % 3 :] + SERVERS[: number % 3]:
+        first, second, last = SERVERS
+        for name in (first, second, last) if number % 2 else (last, second, first):
             batch = 1 if name.endswith("batch 1") else 8
             with serving(subject, None if name == "unguarded" else guard, batch, clients) as url:
                 load(url, bodies[:1], 1)  # warms up

@@ -34,7 +34,6 @@ from vlm_safeguard.server.settings import Settings
 logger = logging.getLogger(__name__)
 MODERATION = "moderation"
 _GATES = "gates-only"  # the status of an answer that only tells what the gates say
-_DISCONNECT_POLL = 0.25  # seconds
 _READERS = 4  # requests whose pictures are decoded at once, which bounds memory
 
 
@@ -168,17 +167,23 @@ def _inputs(body: ModerationRequest, settings: Settings) -> list[Any]:
 
 async def _while_connected(request: Request, exchange: Exchange, work: Any) -> Any:
     """Await ``work``. If the client leaves, cancel the request."""
-    task = asyncio.ensure_future(work)
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
     try:
-        while not task.done():
-            await asyncio.wait([task], timeout=_DISCONNECT_POLL)
-            if not task.done() and await request.is_disconnected():
-                raise RequestError(499, "the client closed the connection", "cancelled")
+        await asyncio.wait([task, left], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise RequestError(499, "the client closed the connection", "cancelled")
         return task.result()
     finally:
+        left.cancel()
         if not task.done() or task.cancelled() or task.exception():
             task.cancel()
             exchange.abandon()
+
+
+async def _left(request: Request) -> None:
+    """Wait until the client leaves."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _whole(exchange: Exchange) -> str:
