@@ -1,10 +1,10 @@
 """`python -m bench.serving`: throughput and latency of the server, guarded and not.
 
-Three servers share one model in turn: guarded, unguarded, and guarded without batches. Each round
-sends the same requests to each of them, from several clients at once. Requests have the proportions
-of LLaVA-1.5: about 600 tokens of pictures to 50 of text. The guard is the one that ships, without
-the reading of words in pictures, which costs what OCR costs. No gate opens on these requests, so
-every server gives the same answers.
+Three servers share one model in turn: guarded, unguarded, and guarded without batches. Each gets
+the same requests, from several clients at once. Requests have the proportions of LLaVA-1.5: about
+600 tokens of pictures to 50 of text. The guard is the one that ships, without the reading of words
+in pictures, which costs what OCR costs. No gate opens on these requests, so every server gives the
+same answers.
 """
 
 from __future__ import annotations
@@ -102,13 +102,14 @@ def shut(subject: Subjects, guard: Guard, count: int) -> list[dict[str, Any]]:
 def measure(
     subject: Subjects, guard: Guard, bodies: list[dict[str, Any]], requests: int, rounds: int
 ) -> dict[str, list[Load]]:
-    """Every server in every round, the two that are compared side by side. One client for each of
-    ``bodies``."""
+    """Guarded and unguarded in turns, side by side in each round; without batches, which takes
+    longest, in the first alone. One client for each of ``bodies``."""
     clients = len(bodies)
     found: dict[str, list[Load]] = {name: [] for name in SERVERS}
     for number in range(rounds):
-        first, second, last = SERVERS
-        for name in (first, second, last) if number % 2 else (last, second, first):
+        guarded, unguarded, alone = SERVERS
+        turns = (unguarded, guarded) if number % 2 else (guarded, unguarded)
+        for name in turns if number else (*turns, alone):
             batch = 1 if name.endswith("batch 1") else 8
             with serving(subject, None if name == "unguarded" else guard, batch, clients) as url:
                 load(url, bodies[:1], 1)  # warms up
@@ -181,7 +182,10 @@ def _facts(rounds: dict[str, list[Load]]) -> dict[str, Any]:
         facts[name] = {
             "tokens": sum(one.tokens for one in loads) / len(seconds),
             "rate": spread([one.rate for one in loads]),
-            "ratio": ratios([one.rate for one in loads], [one.rate for one in rounds["unguarded"]]),
+            "ratio": ratios(
+                [one.rate for one in loads],
+                [one.rate for one in rounds["unguarded"][: len(loads)]],
+            ),
             "latency": {p: seconds[int(p / 100 * (len(seconds) - 1))] for p in (50, 90, 99)},
         }
     return facts
@@ -213,7 +217,8 @@ def page(found: dict[int, dict[str, list[Load]]], command: str, precision: str) 
         f"proportions of LLaVA-1.5, and ask for {TOKENS} tokens. The guard is the one that ships,",
         "without OCR; no gate opens, so every server gives the same answers. A batch waits a",
         "second for requests, so that every server makes the same batches, of at most 8.",
-        "Medians and quartiles over the rounds; ratios are taken round by round.",
+        "Medians and quartiles over the rounds; ratios are taken round by round. The server",
+        "without batches has one round.",
         "",
         table(head, rows),
     ]
