@@ -171,9 +171,7 @@ def test_an_image_token_without_a_picture_is_refused(engine: Any) -> None:
     refused(engine, {"prompt": "user: <image>\nIs it late?\nassistant: "}, "without a picture")
 
 
-@pytest.mark.parametrize(
-    "asked", [{"prompt_logprobs": 0}, {"prompt_logprobs": 1}, {"prompt_logprob_token_ids": [[5]]}]
-)
+@pytest.mark.parametrize("asked", [{"prompt_logprobs": 0}, {"prompt_logprobs": 1}])
 def test_probabilities_inside_of_the_prompt_are_refused(engine: Any, asked: dict[str, Any]) -> None:
     """They would tell the next words of the model as it is without steering, one by one."""
     sampling = vllm.SamplingParams(max_tokens=NEW, **asked)
@@ -220,18 +218,13 @@ def test_a_state_that_is_no_number_ends_its_request_alone(
             same(output, answer)
 
 
-def test_logits_that_come_past_the_guard_stop_the_engine(
-    engine: Any, reference: Reference, runner: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vlm_safeguard.engines.vllm.step import Step
-
-    monkeypatch.setattr(Step, "read_logits", lambda *_: None)
+def test_logits_that_come_past_the_guard_end_the_step(runner: Any) -> None:
+    """As would those of another method than the one that is watched."""
+    runner._serving = True
+    runner._run(SimpleNamespace(read=False))
     with pytest.raises(GuardRuntimeError, match="past the guard"):
-        chat(engine, reference.requests[:1])
-    monkeypatch.undo()
-    engine.llm_engine.abort_request(
-        list(engine.llm_engine.output_processor.request_states), internal=True
-    )
+        runner.end()
+    assert runner._step is None and not runner._serving
 
 
 def test_the_self_check_fails_where_no_gate_opens_or_no_state_moves(
