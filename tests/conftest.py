@@ -11,7 +11,7 @@ from hypothesis import settings
 from tests import tiny
 from tests.paths import ROOT
 
-settings.register_profile("suite", max_examples=25, deadline=None)
+settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("suite")
 torch.set_num_threads(1)
 
