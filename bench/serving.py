@@ -106,8 +106,8 @@ def measure(
     longest, in the first alone. One client for each of ``bodies``."""
     clients = len(bodies)
     found: dict[str, list[Load]] = {name: [] for name in SERVERS}
+    guarded, unguarded, alone = SERVERS
     for number in range(rounds):
-        guarded, unguarded, alone = SERVERS
         turns = (unguarded, guarded) if number % 2 else (guarded, unguarded)
         for name in turns if number else (*turns, alone):
             batch = 1 if name.endswith("batch 1") else 8

@@ -183,12 +183,14 @@ def record_signs(
         )
 
     states, found = once(folder, asked, (tuple(openings), judged, layers), run)
+    if found is None or not judged:
+        return states, found
     odd = {
         n: replace(one, text=form)
         for n, one in enumerate(asked)
         if (form := canonical_text(one.text)) != one.text
     }
-    if found is None or not judged or not odd:
+    if not odd:
         return states, found
     what = f"{what}, canonical"
     _, canonical = record_signs(loaded, [*odd.values()], openings, folder, what, progress)

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vlm_safeguard.server.settings import Mode
+
 
 class _StrictBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -86,10 +88,18 @@ class Error(BaseModel):
     code: int
 
 
+class NoAnswer(BaseModel):
+    """How a request without an answer was guarded."""
+
+    status: Literal["rejected", "failed"]
+    mode: Mode
+
+
 class ErrorBody(BaseModel):
     """Body of every answer with a status of 400 or above."""
 
     error: Error
+    safeguard: NoAnswer
 
 
 class ModerationRequest(_StrictBody):
