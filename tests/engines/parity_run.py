@@ -3,9 +3,9 @@
     python -m tests.engines.parity_run --count 60 -o parity/
 
 For each set and setting (text, blank, picture) ``--count`` prompts, greedy, float32. Each side runs
-in a process of its own. In vLLM requests arrive at random in mixed batches, then some of them
-alone. Where tokens differ, the page shows how far the best two tokens of transformers were apart
-there.
+in a process of its own. In vLLM requests arrive at random in mixed batches of about 64, then some
+of them alone. Where tokens differ, the page shows how far the best two tokens of transformers were
+apart there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,7 +82,11 @@ def in_transformers(count: int, tokens: int) -> dict[str, dict[str, Any]]:
 
 
 def in_vllm(count: int, tokens: int, alone: int) -> dict[str, dict[str, Any]]:
-    """The same of vLLM: requests that arrive at random, then ``alone`` of them one by one."""
+    """The same of vLLM: requests that arrive at random, then ``alone`` of them one by one.
+
+    Each says how many ran in the batch in which it ended, without those that the guard reads texts
+    by.
+    """
     os.environ |= {"VLM_SAFEGUARD": "embedded", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM, SamplingParams
 
@@ -89,12 +94,17 @@ def in_vllm(count: int, tokens: int, alone: int) -> dict[str, dict[str, Any]]:
 
     folder = assemble()
     processor = AutoProcessor.from_pretrained(folder)
-    llm = LLM(model=str(folder), max_model_len=1024, max_num_seqs=64, max_num_batched_tokens=512)
+    # Each request takes a place, and so does each text that the guard reads for it.
+    llm = LLM(model=str(folder), max_model_len=1024, max_num_seqs=256, max_num_batched_tokens=2048)
     engine, sampling = llm.llm_engine, SamplingParams(temperature=0.0, max_tokens=tokens)
+    scheduler = engine.engine_core.engine_core.scheduler
     found: dict[str, dict[str, Any]] = {}
     progress = Progress()
 
-    def take(outputs: list[Any], suffix: str = "") -> None:
+    def step(suffix: str = "") -> None:
+        outputs = engine.step()
+        ended = sum(output.finished for output in outputs)
+        batch = ended + sum("#text" not in request.request_id for request in scheduler.running)
         for output in outputs:
             if output.finished:
                 if len(found) % 10 == 9:
@@ -105,6 +115,7 @@ def in_vllm(count: int, tokens: int, alone: int) -> dict[str, dict[str, Any]]:
                     "tokens": list(output.outputs[0].token_ids),
                     "scores": decision.parts,
                     "sources": list(decision.sources),
+                    "batch": batch,
                 }
 
     def prompt(conversation: list[dict[str, Any]]) -> dict[str, Any]:
@@ -117,14 +128,15 @@ def in_vllm(count: int, tokens: int, alone: int) -> dict[str, dict[str, Any]]:
     arrivals = random.Random(1)
     some = waiting[:alone]
     while waiting or engine.has_unfinished_requests():
-        for _ in range(min(len(waiting), arrivals.choice((0, 0, 1, 2, 8)))):
+        room = 128 - engine.get_num_unfinished_requests()
+        for _ in range(min(len(waiting), room, arrivals.choice((0, 0, 4, 16, 64)))):
             name, conversation = waiting.pop()
             engine.add_request(name, prompt(conversation), sampling)
-        take(engine.step())
+        step()
     for name, conversation in some:
         engine.add_request(name, prompt(conversation), sampling)
         while engine.has_unfinished_requests():
-            take(engine.step(), " alone")
+            step(" alone")
     return found
 
 
@@ -157,8 +169,13 @@ def compare(reference: dict[str, Any], other: dict[str, Any]) -> list[str]:
                 faults.append(fault)
         wrong += bool(faults)
         lines += [f"{name}: {fault}" for fault in faults]
-    head = f"{len(other)} requests: {wrong} differ, {ties} ties; gate scores at most"
-    return [f"{head} {furthest:.2g} apart", *lines]
+    batches = [own["batch"] for name, own in other.items() if not name.endswith(" alone")]
+    head = (
+        f"{len(other)} requests: {wrong} differ, {ties} ties; gate scores at most {furthest:.2g} "
+        f"apart; {len(other) - len(batches)} alone, the others in batches of "
+        f"{min(batches)} to {max(batches)}, median {statistics.median(batches):.0f}"
+    )
+    return [head, *lines]
 
 
 def _apart(left: float, right: float) -> float:
