@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from tests import checkpoint, tiny
 from vlm_safeguard.artifact.config import ImageMarkup
@@ -81,6 +82,37 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setattr(engines, "load", load)
         summary = demonstration.run_demo(output, True, [extra], guard, Progress(quiet=True))
     return summary, output, asked, loads
+
+
+@pytest.mark.parametrize(
+    "capabilities, dtype",
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+        ({"architecture": "aarch64", "bf16": True}, "bfloat16"),
+        ({"avx512_bf16": False, "avx512_f": True}, "float32"),
+        (None, "float32"),  # an older torch
+    ],
+)
+def test_it_computes_in_what_the_processor_is_fast_in(
+    capabilities: dict[str, Any] | None,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert demonstration.dtype_for(None, Progress()) == dtype
+    assert f"computing in {dtype}" in capsys.readouterr().err
+
+
+def test_a_guard_is_shown_in_its_own_dtype(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demonstration, "multiplies_bfloat16", lambda: True)
+    assert demonstration.dtype_for(Guard.from_pretrained("embedded"), Progress()) == "float32"
+    assert capsys.readouterr().err == ""
 
 
 def sets() -> dict[str, list[Prompt]]:

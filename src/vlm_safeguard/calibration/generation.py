@@ -18,6 +18,7 @@ from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.reasoning import AnswerLimit, decoded, may_reason, opened_by
+from vlm_safeguard.model.text_only import head_in_one_piece
 from vlm_safeguard.runtime.attestation import Decision
 from vlm_safeguard.utils.progress import Progress
 
@@ -73,7 +74,7 @@ def respond(
     reasons = reasoning > 0 and may_reason(loaded.processor)
     found: dict[int, Response] = {}
     attached = guard.attach(loaded.model, loaded.processor, monitor) if guard else nullcontext()
-    with attached as session:
+    with attached as session, head_in_one_piece(loaded.model):
         groups = batches(loaded.processor.tokenizer, items, batch)
         for group in progress.track(groups, what) if progress else groups:
             chosen = [items[i] for i in group]

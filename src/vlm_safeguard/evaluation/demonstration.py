@@ -34,9 +34,10 @@ from vlm_safeguard.evaluation.harness.results import Judged
 from vlm_safeguard.evaluation.metrics.likelihood import perplexity
 from vlm_safeguard.evaluation.metrics.timing import time_ratios
 from vlm_safeguard.evaluation.metrics.tradeoff import tradeoff
+from vlm_safeguard.evaluation.one_request import OneRequest
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.load_options import LoadOptions
-from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.loading import LoadedModel, multiplies_bfloat16
 from vlm_safeguard.model.recording import record
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.utils.files import check_writable, write_whole
@@ -62,7 +63,6 @@ OWN_SETS = ("own_malicious", "own_jailbreak", "own_picture")
 EXTRA = 30  # prompts of a user's file, where not all are taken
 BATCH = 64  # rows: a decoding step then takes far less than two of 32
 VQA_TOKENS = 18
-LOADING = LoadOptions("float32", "cpu")  # as the published figures were measured
 OUTPUTS = ("report.html", "gap.png", "tradeoff.png", "results.json", "responses.jsonl")
 QUICK = Size(per_set=20, vqa=100, tokens=16, perplexity=32, pairs=7, effort=Effort.quick())
 FULL = Size(per_set=None, vqa=2000, tokens=32, perplexity=300, pairs=25, effort=Effort())
@@ -88,7 +88,8 @@ def run_demo(
     extra_sets = _extra_sets(extra)
     folder = assemble(progress=progress.say)
     progress.say("loading the embedded model")
-    loaded = engine(str(folder), LOADING, BATCH).loaded
+    loading = LoadOptions(dtype_for(given, progress), "cpu")
+    loaded = engine(str(folder), loading, BATCH).loaded
     guard_folder = guard_folder or output / "guard"
     if given is None:
         for name in OUTPUTS:  # of an earlier run: they tell of another guard
@@ -105,7 +106,7 @@ def run_demo(
         limit=size.per_set,
         max_tokens=size.tokens,
         batch=BATCH,
-        loading=LOADING,
+        loading=loading,
     )
     plans = [own]
     if extra_sets:
@@ -118,7 +119,9 @@ def run_demo(
         vqa=size.vqa,
         max_tokens=VQA_TOKENS,
     )
-    rows, accuracy = answers([*plans, questions], progress)
+    harmful = [p for p in load_benchmark(OWN_SETS[0], limit=size.per_set) if p.harmful]
+    one = OneRequest(harmful, guard, progress.say)
+    rows, accuracy = answers([*plans, questions], progress, one.hear)
     rows.sort(key=lambda row: SETTINGS.index(row.setting))
     summary: dict[str, Any] = {"settings": _table(rows)}
     summary["benchmarks"] = {
@@ -128,7 +131,7 @@ def run_demo(
     summary["tradeoff"] = tradeoff(rows)
     summary |= _costs(loaded, guard, rows, own, size, progress)
     summary["vqa_accuracy"] = _accuracy(*accuracy.values())
-    summary["example"] = _one_request(rows)
+    summary["example"] = one.summary()
     summary["note"] = NOTE
     summary["guard"] = str(guard_folder)
     summary["report"] = str(output / "report.html")
@@ -148,6 +151,18 @@ def run_demo(
     results = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     write_whole({numbers: results.encode(), said: "".join(map(_line, rows)).encode()})
     return summary
+
+
+def dtype_for(guard: Guard | None, progress: Progress) -> str:
+    """What to compute in: bfloat16 where the processor has instructions for it, or what a guard
+    was calibrated in."""
+    if guard is not None:
+        return guard.config.model.dtype or "float32"
+    if multiplies_bfloat16():
+        progress.say("computing in bfloat16")
+        return "bfloat16"
+    progress.say("this processor has no fast bfloat16: computing in float32, which takes longer")
+    return "float32"
 
 
 def _writable(output: Path) -> None:
@@ -278,30 +293,6 @@ def _examples(rows: Sequence[Judged]) -> list[report.AnswerPair]:
                     report.AnswerPair(setting, row.label, row.prompt, before, row.response)
                 )
     return found
-
-
-def _one_request(rows: Sequence[Judged]) -> dict[str, Any]:
-    """One harmful request in all settings, unguarded and guarded: the first that the model refuses
-    as text and answers beside a blank image, if there is one. Responses are cut at 12 words."""
-    asked: dict[str, dict[tuple[str, str], Judged]] = {}
-    for row in rows:
-        if row.harmful and row.benchmark == OWN_SETS[0]:
-            asked.setdefault(row.id, {})[row.setting, row.defence] = row
-    gap = [
-        cells
-        for cells in asked.values()
-        if (cells["text", "none"].verdict, cells["blank", "none"].verdict)
-        == ("refused", "complied")
-    ]
-    cells = (gap or list(asked.values()))[0]
-    said = {
-        setting: {
-            SYSTEMS[defence]: report.cut_words(cells[setting, defence].response, 12)
-            for defence in ("none", "guard")
-        }
-        for setting in SETTINGS
-    }
-    return {"prompt": cells["text", "none"].prompt, "responses": said}
 
 
 def _facts(guard: Guard) -> dict[str, str]:

@@ -191,6 +191,16 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions that multiply matrices of bfloat16. Without them
+    bfloat16 is many times slower than float32.
+
+    False with a torch that cannot tell.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
 def _local_folder(name: str) -> bool:
     """Whether ``name`` is a local folder. Raises an error for a path without a model."""
     path = Path(name).expanduser()

@@ -255,7 +255,8 @@ def head_in_one_piece(model: Any) -> Iterator[None]:
 
     The last columns of a batch are a view with gaps. On CPUs torch multiplies it several times
     slower than a copy (float32), or up to hundreds of times (bfloat16). The results may differ in
-    their rounding, so this is for passes of our own alone, and not for a request's.
+    their rounding, so this is for passes of our own and for answers that are measured, guarded and
+    unguarded alike, and not for a user's request.
     """
     head = model.get_output_embeddings()
     if head is None:

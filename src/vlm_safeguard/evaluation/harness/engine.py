@@ -7,7 +7,7 @@ defences never share one.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +25,8 @@ from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.utils.worker import Worker
 
 GATHER = 0.15  # seconds without a newcomer after which a round begins
+# A request, the guard that it was answered under, and the answer.
+Answered = tuple[Query, Guard | None, Response]
 ROUND = 8  # batches gathered at most before generating, so that lengths can be sorted
 
 
@@ -67,7 +69,8 @@ class Engine:
         self.loaded = loaded
         self.batch = batch
         self._pool = pool
-        self.heard: Callable[[int], object] = lambda _: None  # how many were answered just now
+        # Called with what was answered just now.
+        self.heard: Callable[[Sequence[Answered]], object] = lambda _: None
         size = pool.size if pool else 1
         self._worker: Worker[_Job, Response] = Worker(
             self._answer,
@@ -109,7 +112,7 @@ class Engine:
             if self._pool
             else respond(self.loaded, queries, guard, max_new_tokens=tokens, batch=self.batch)
         )
-        self.heard(len(jobs))
+        self.heard([(job.request, guard, said) for job, said in zip(jobs, found, strict=True)])
         return found
 
 

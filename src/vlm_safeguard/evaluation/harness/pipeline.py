@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from vlm_safeguard.evaluation.attacks import TYPOGRAPHY, make_attack
 from vlm_safeguard.evaluation.benchmarks import load_benchmark
 from vlm_safeguard.evaluation.defenses import Defence
 from vlm_safeguard.evaluation.harness import outputs, results
-from vlm_safeguard.evaluation.harness.engine import engine
+from vlm_safeguard.evaluation.harness.engine import Answered, engine
 from vlm_safeguard.evaluation.harness.execution import Plan, running
 from vlm_safeguard.evaluation.harness.results import Judged
 from vlm_safeguard.evaluation.harness.results_page import PREFIX
@@ -72,22 +72,32 @@ def evaluate(plan: Plan, output: Path, measure: Measure, progress: Progress) -> 
     return facts
 
 
-def answers(plans: Sequence[Plan], progress: Progress) -> tuple[list[Judged], dict[str, Any]]:
+def answers(
+    plans: Sequence[Plan],
+    progress: Progress,
+    heard: Callable[[Sequence[Answered]], object] = lambda _: None,
+) -> tuple[list[Judged], dict[str, Any]]:
     """What the models of ``plans`` say, judged, in the order of plans, cells and prompts; and
     easy-vqa accuracy by model and defence.
 
     Unlike ``evaluate`` it keeps nothing: the logs, which hold whole responses, are gone afterwards.
+    ``heard`` is called with what was answered just now.
 
     Raises:
         DataError, SafeguardError: see ``execution.running``.
     """
     rows: list[Judged] = []
     accuracy: dict[str, Any] = {}
-    answered = progress.track(itertools.count(), "responses")
+    counted = progress.track(itertools.count(), "responses")
+
+    def hear(answered: Sequence[Answered]) -> None:
+        list(itertools.islice(counted, len(answered)))
+        heard(answered)
+
     for plan in plans:
         for name in plan.models:
             one = engine(name, plan.loading, plan.batch, plan.workers, plan.vllm)
-            one.heard = lambda count: list(itertools.islice(answered, count))
+            one.heard = hear
         with (
             tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder,
             running(plan, Path(folder) / "run", "log", advice="") as logs,
