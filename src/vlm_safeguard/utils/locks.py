@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,26 @@ def held(lock: Path, busy: str) -> Iterator[None]:
         raise SafeguardError(busy) from error
     except OSError as error:
         raise SafeguardError(f"cannot write to {lock.parent}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        file.release()
+
+
+@contextmanager
+def held_in_turn(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """As ``held``, but waits for another process that holds ``lock``; ``waiting`` is called first.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = FileLock(lock)
+    try:
+        file.acquire(blocking=False)
+    except Timeout:
+        waiting()
+        file.acquire()
     try:
         yield
     finally:
