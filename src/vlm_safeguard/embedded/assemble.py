@@ -11,14 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -36,12 +35,14 @@ from vlm_safeguard.embedded.base_llm import (
     read_gguf,
     sha256_file,
 )
+from vlm_safeguard.embedded.cache import Progress, sole_writer
 from vlm_safeguard.errors import DemoError
 
 FOLDER = "{name}-vlm-{key}"  # of an assembled model
 STAMP = "assembled.json"
 FORMAT = 2  # raise it when write_checkpoint writes something else
-Progress = Callable[[str], None]
+ASSEMBLING = "assembling"  # what ``sole_writer`` calls the work
+RESOURCES = ("weights.safetensors", "vision_config.json", "chat_template.jinja")  # read here
 
 
 @dataclass(frozen=True)
@@ -89,58 +90,63 @@ def assemble(
 ) -> Path:
     """The folder of an embedded model, made on first use and checked on every later one.
 
-    ``name``: one of ``MODELS``. Needs the network only if the language model's file is not in
-    ``cache`` yet. Interrupted at any moment it leaves no folder behind that looks finished.
+    ``name``: one of ``MODELS``. ``cache``: ``default_cache()`` if none is given. It is locked and
+    written to only if it does not have the folder; another process that is assembling is waited
+    for. Needs the network only if the language model's file is not there yet (see ``fetch_gguf``).
+    Interrupted at any moment it leaves no folder behind that looks finished.
 
     Raises:
-        DemoError: no such model, no network at first use, a file with a wrong digest, or no room on
-            the disk.
+        DemoError: no such model, a package is missing, no network at first use, a file with a wrong
+            digest or that cannot be read, no room on the disk, or no right to write to ``cache``.
     """
     if name not in MODELS:
         raise DemoError(f"there is no embedded model {name!r}: use one of {', '.join(MODELS)}")
     model = MODELS[name]
     cache = default_cache() if cache is None else cache
-    weights = model.resource("weights.safetensors")
-    if not weights.is_file():
-        raise DemoError(f"{weights.name} is missing from the package: reinstall vlm-safeguard")
+    for resource in RESOURCES:
+        if not model.resource(resource).is_file():
+            raise DemoError(f"{resource} is missing from the package: reinstall vlm-safeguard")
     folder = cache / FOLDER.format(name=name, key=_key(model))
-    if folder.exists() and _intact(folder):
+    if _intact(folder):
         return folder
     if find_spec("gguf") is None or find_spec("accelerate") is None:
         raise DemoError("assembling needs gguf and accelerate: pip install 'vlm-safeguard[demo]'")
-    try:
-        if folder.exists():
-            progress("the assembled model is damaged; making it again")
-            shutil.rmtree(folder)
-        cache.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(cache).free
-        if free < model.needed:
-            raise DemoError(
-                f"assembling the model {name!r} needs {model.needed / 1e9:.1f} GB in {cache}, "
-                f"{free / 1e9:.1f} GB are free. Make room or set VLM_SAFEGUARD_CACHE"
-            )
-        source = fetch_gguf(model.base, cache, progress)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".assembling-") as temporary:
-            work = Path(temporary) / "model"
-            work.mkdir()
-            progress(f"reading {model.base.name}")
-            config, state, tokenizer = read_gguf(source, model.base.pad_token)
-            progress("adding the trained weights")
-            write_checkpoint(work, model, config, state, tokenizer, load_file(weights))
-            progress("checking")
-            stamp = {p.name: sha256_file(p) for p in sorted(work.iterdir())}
-            (work / STAMP).write_text(json.dumps({"gguf": model.base.sha256, "files": stamp}))
-            try:
-                work.rename(folder)
-            except OSError:
-                if not _intact(folder):  # another process may have finished first
-                    raise
-    except OSError as error:
-        raise DemoError(
-            f"could not write the model {name!r} to {cache}: {error.strerror or error}. Make room "
-            "or set VLM_SAFEGUARD_CACHE to a folder that can be written"
-        ) from error
+    with sole_writer(cache, ASSEMBLING, f"the model {name!r}", progress):
+        if not _intact(folder):  # another process may have made it meanwhile
+            _make(model, folder, progress)
     return folder
+
+
+def _make(model: EmbeddedModel, folder: Path, progress: Progress) -> None:
+    """Write the folder under a temporary name, and give it its own when it is finished."""
+    if folder.exists():
+        progress("the assembled model is damaged; making it again")
+        shutil.rmtree(folder)
+    _check_room(model, folder.parent)
+    source = fetch_gguf(model.base, folder.parent, progress)
+    work = folder.with_name(f".{ASSEMBLING}-{folder.name}")
+    try:
+        work.mkdir()
+        progress(f"reading {model.base.name}")
+        config, state, tokenizer = read_gguf(source, model.base.pad_token)
+        progress("adding the trained weights")
+        trained = load_file(model.resource("weights.safetensors"))
+        write_checkpoint(work, model, config, state, tokenizer, trained)
+        progress("checking")
+        stamp = {p.name: sha256_file(p) for p in sorted(work.iterdir())}
+        (work / STAMP).write_text(json.dumps({"gguf": model.base.sha256, "files": stamp}))
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_room(model: EmbeddedModel, cache: Path) -> None:
+    free = shutil.disk_usage(cache).free
+    if free < model.needed:
+        raise DemoError(
+            f"assembling the model {model.name!r} needs {model.needed / 1e9:.1f} GB in {cache}, "
+            f"{free / 1e9:.1f} GB are free. Make room or set VLM_SAFEGUARD_CACHE"
+        )
 
 
 def resolve(name: str, progress: Progress = lambda _: None) -> str | Path:
@@ -164,7 +170,7 @@ def name_of(folder: str) -> str:
 def _key(model: EmbeddedModel) -> str:
     """Names everything that the folder is made of."""
     digest = hashlib.sha256(f"format {FORMAT} {model.base.sha256}".encode())
-    for name in ("weights.safetensors", "vision_config.json", "chat_template.jinja"):
+    for name in RESOURCES:
         digest.update(sha256_file(model.resource(name)).encode())
     return digest.hexdigest()[:12]
 
@@ -213,11 +219,7 @@ def write_checkpoint(
     whole = {f"language_model.{name}": tensor.clone() for name, tensor in state.items()}
     whole |= {f"multi_modal_projector.{k}": v for k, v in parts["projector"].items()}
     whole |= {f"vision_tower.vision_model.{k}": v for k, v in parts["tower"].items()}
-    save_file(
-        {k: v.contiguous() for k, v in whole.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    _save(whole, folder / "model.safetensors")
     config.save_pretrained(folder)
     side = {"height": vision.image_size, "width": vision.image_size}
     images = CLIPImageProcessorPil(
@@ -244,3 +246,17 @@ def write_checkpoint(
         "pad_token_id": tokenizer.pad_token_id,
     }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a file that others may read, as the rest of the folder.
+
+    Raises:
+        OSError: it cannot be written. safetensors has an error of its own for that.
+    """
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    path.chmod(0o644)  # safetensors lets only the owner read

