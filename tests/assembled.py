@@ -6,9 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
-from vlm_safeguard.embedded.assemble import assemble, default_cache
+from vlm_safeguard.embedded.assemble import assemble
 from vlm_safeguard.errors import DemoError
 
 
@@ -22,12 +21,8 @@ def embedded() -> Path:
 
 @lru_cache
 def _folder() -> Path | None:
-    cache = default_cache()
-    cache.mkdir(parents=True, exist_ok=True)
     try:
-        # Assembly takes minutes: a second worker waits for it instead of doing it too.
-        with FileLock(cache / ".tests.lock"):
-            return assemble()
+        return assemble()
     except DemoError as error:
         if "could not fetch" in str(error):
             return None
