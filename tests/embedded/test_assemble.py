@@ -418,6 +418,26 @@ def test_a_file_that_transformers_cannot_read_is_told_as_that(
         _run(how, model, hub_base)
 
 
+def test_nothing_beside_a_file_is_read_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer's files in the folder of a user's file would change the model unseen."""
+
+    class Seen(Exception):
+        pass
+
+    def look(folder: str, gguf_file: str) -> None:
+        assert [path.name for path in Path(folder).iterdir()] == [gguf_file] == ["own.gguf"]
+        assert (Path(folder) / gguf_file).read_bytes() == WHOLE
+        raise Seen
+
+    (tmp_path / "own.gguf").write_bytes(WHOLE)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    monkeypatch.setattr(base_llm.AutoTokenizer, "from_pretrained", look)
+    with pytest.raises(Seen):
+        base_llm.read_gguf(tmp_path / "own.gguf", "<pad>")
+
+
 def _run(how: str, cache: Path, base: base_llm.BaseLLM) -> None:
     if how == "assemble":
         demo.assemble(cache=cache)

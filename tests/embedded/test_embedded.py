@@ -80,6 +80,12 @@ def test_a_damaged_folder_is_noticed(folder: Path, tmp_path: Path) -> None:
     assert not demo._intact(tmp_path)
 
 
+@pytest.mark.parametrize("stamp", ["", "[]", "{}", '{"files": {}}', '{"files": 3}'])
+def test_a_stamp_that_names_no_files_is_none(stamp: str, tmp_path: Path) -> None:
+    (tmp_path / "assembled.json").write_text(stamp)
+    assert not demo._intact(tmp_path)
+
+
 def test_the_text_only_prompt_is_the_template_of_the_text_alone(loaded: LoadedModel) -> None:
     """Of a text that begins with a line break, which melts with the picture's own, but for it."""
     tokenizer = loaded.processor.tokenizer

@@ -179,8 +179,9 @@ def _intact(folder: Path) -> bool:
     """Whether every file of an assembled folder still has its digest."""
     try:
         stamp = json.loads((folder / STAMP).read_text())["files"]
-        return all(sha256_file(folder / name) == digest for name, digest in stamp.items())
-    except (OSError, ValueError, KeyError):
+        found = {name: sha256_file(folder / name) for name in stamp}
+        return bool(found) and found == stamp
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -290,7 +290,7 @@ def load_llm(
 
 
 def read_gguf(path: Path, pad_token: str) -> tuple[PretrainedConfig, dict[str, Tensor], Any]:
-    """Configuration, tensors (float32) and tokenizer of a GGUF file.
+    """Configuration, tensors (float32) and tokenizer of a GGUF file, and of nothing beside it.
 
     The configuration comes without the record of quantisation that reading GGUF leaves: with it, a
     saved checkpoint would be packed again on loading.
@@ -298,10 +298,14 @@ def read_gguf(path: Path, pad_token: str) -> tuple[PretrainedConfig, dict[str, T
     Raises:
         DemoError: transformers cannot read it.
     """
-    folder, name = str(path.parent), path.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        # transformers would also read a tokenizer's files from the folder of a user's file.
+        with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
+            (Path(folder) / path.name).symlink_to(path.resolve())
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=path.name, dtype=torch.float32
+            )
     except OSError as error:
         raise DemoError(
             f"transformers cannot read {path}: {error}. Its digest was right, so install the "
