@@ -20,7 +20,18 @@ import torch
 from transformers import DynamicCache
 
 from training import pictures as pics
-from training.common import DATA, END, SEED, SYSTEM, base_model, log, read_jsonl, stage, write_jsonl
+from training.common import (
+    DATA,
+    END,
+    SEED,
+    SYSTEM,
+    base_model,
+    log,
+    read_jsonl,
+    stage,
+    timed,
+    write_jsonl,
+)
 from vlm_safeguard.calibration.refusals import judge
 
 FILE = "answers.jsonl"
@@ -140,4 +151,5 @@ def answered(row: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    with timed("answers"):
+        main()

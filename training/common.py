@@ -6,7 +6,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def stage(doc: str | None, *, steps: int = 0) -> argparse.Namespace:
 def log(message: str) -> None:
     """Progress goes to stderr; stdout stays free for data."""
     print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Log what a stage took when it is done."""
+    began = time.monotonic()
+    yield
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    log(f"{name} took {minutes} min {seconds} s")
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from training import pictures as pics
-from training.common import log
+from training.common import log, timed
 from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.embedded.assemble import MODELS, assemble
@@ -121,4 +121,5 @@ def _interval(row: dict, name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with timed("measure"):
+        main()

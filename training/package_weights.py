@@ -10,7 +10,7 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.common import log, stage
+from training.common import log, stage, timed
 from training.projector import FILE
 from vlm_safeguard.embedded.assemble import MODELS
 from vlm_safeguard.utils.files import write_whole
@@ -49,4 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with timed("package_weights"):
+        main()

@@ -35,7 +35,7 @@ from transformers import CLIPVisionModel, DynamicCache
 from training import pictures as pics
 from training.answers import FILE as ANSWERS
 from training.answers import answered, article
-from training.common import END, SEED, SYSTEM, base_model, log, read_jsonl, stage
+from training.common import END, SEED, SYSTEM, base_model, log, read_jsonl, stage, timed
 from training.vision_tower import normalise
 
 FILE = "projector.safetensors"
@@ -427,4 +427,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with timed("projector"):
+        main()

@@ -29,6 +29,7 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from training import pictures as pics
+from training.common import timed
 
 MEAN_AND_STD = 0.5
 CHECKPOINT_SECONDS = 60
@@ -526,4 +527,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with timed("vision_tower"):
+        main()
