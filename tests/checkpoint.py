@@ -22,8 +22,8 @@ SYSTEM = "You are a helpful assistant. "
 BEGIN = len(SYSTEM + "user: ")  # tokens before a user's words: the tokenizer reads bytes
 
 
-def save(folder: Path, seed: int = 0, **text: Any) -> Path:
-    """Write the checkpoint; prompts are read byte by byte. ``text``: as in ``tiny.llava``."""
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Reads text byte by byte."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters.remove("Ā")  # the zero byte makes room for the special tokens
     vocab = {"<pad>": tiny.PAD, "</s>": tiny.EOS, "<s>": 2, "<image>": tiny.IMAGE, "<unk>": 259}
@@ -31,7 +31,7 @@ def save(folder: Path, seed: int = 0, **text: Any) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
@@ -39,12 +39,16 @@ def save(folder: Path, seed: int = 0, **text: Any) -> Path:
         unk_token="<unk>",
         additional_special_tokens=["<image>"],
     )
+
+
+def save(folder: Path, seed: int = 0, **text: Any) -> Path:
+    """Write the checkpoint. ``text``: as in ``tiny.llava``."""
     side = {"height": 24, "width": 24}
     LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
             do_resize=True, size=side, do_center_crop=False, crop_size=side
         ),
-        tokenizer=wrapped,
+        tokenizer=byte_tokenizer(),
         patch_size=12,
         vision_feature_select_strategy="default",
         chat_template=TEMPLATE,

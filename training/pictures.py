@@ -259,11 +259,15 @@ def _draw_emoji(concepts: Sequence[Concept], cache: Path) -> dict[str, np.ndarra
     return {"rgba": np.stack(rasters), "concept": concept_labels, "artist": artist_labels}
 
 
+def emoji_digest(concepts: Sequence[Concept]) -> str:
+    """Return what stands for all that the emoji are drawn from."""
+    made_from = repr((list(concepts), ARTISTS, sorted(OLD_KEYS.items()), SIDE))
+    return hashlib.sha256(made_from.encode()).hexdigest()[:12]
+
+
 def load_emoji(concepts: Sequence[Concept], cache: Path) -> EmojiSet:
     """Return every emoji of the concepts, drawing them once and caching the arrays."""
-    made_from = repr((list(concepts), ARTISTS, sorted(OLD_KEYS.items()), SIDE))
-    digest = hashlib.sha256(made_from.encode()).hexdigest()[:12]
-    path = cache / f"emoji-{digest}.npz"
+    path = cache / f"emoji-{emoji_digest(concepts)}.npz"
     if not path.exists():
         arrays = _draw_emoji(concepts, cache)
 

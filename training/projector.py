@@ -27,19 +27,20 @@ from typing import Any
 import easy_vqa
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, DynamicCache
 
 from training import pictures as pics
 from training.answers import FILE as ANSWERS
 from training.answers import answered, article
+from training.checkpoints import fingerprint, load_checkpoint, save_checkpoint
 from training.common import END, SEED, SYSTEM, base_model, log, read_jsonl, stage, timed
 from training.vision_tower import normalise
 
 FILE = "projector.safetensors"
 STATE = "train_state.safetensors"
+TOWER = "vision_tower"
 # Examples of each kind in a step; each kind has the same weight in the loss.
 STEP = {"general": 4, "about": 4, "naming": 12, "vqa": 10}
 ANSWER_TOKENS = 24
@@ -335,13 +336,19 @@ def tune(
     data: Iterator[list[Example]],
     steps: int,
     out: Path,
+    expected: str,
 ) -> None:
     """AdamW with warm-up and cosine decay, begun anew each ``CYCLE``; resumes from ``out`` and
-    keeps every checkpoint."""
-    parameters = dict(projector.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), betas=(0.9, 0.98), weight_decay=0.0)
-    first = _restore(parameters, optimizer, out / STATE)
-    if not first:
+    keeps every checkpoint. ``expected``: what a checkpoint must agree with."""
+    optimizer = torch.optim.AdamW(projector.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    first = load_checkpoint(out / STATE, projector, [optimizer], expected).get("step", 0)
+    if first > steps:
+        raise SystemExit(
+            f"{out / STATE} is at step {first} already: ask for as many, or delete it to begin anew"
+        )
+    if first:
+        log(f"resumed at step {first}")
+    else:
         learn_names(projector, name_loss)
     for _ in range(first):
         next(data)
@@ -351,7 +358,7 @@ def tune(
             group["lr"] = PEAK_RATE * _schedule(step % CYCLE)
         unnamed, named = name_loss(projector, step)
         (loss_of(next(data)) + NAME_WEIGHT * unnamed).backward()
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 5 == 0:
@@ -361,40 +368,13 @@ def tune(
             log(f"step {step + 1}/{steps} loss: {told}; named {named:.0%}; {pace:.1f} s/step")
             loss_of.recent = {kind: [] for kind in STEP}
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            _checkpoint(parameters, optimizer, step + 1, out / STATE)
+            progress = {"fingerprint": expected, "step": step + 1}
+            save_checkpoint(out / STATE, projector, [optimizer], progress)
             save(projector, out / f"step-{step + 1}" / FILE)
 
 
 def _schedule(step: int, warmup: int = 5) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / CYCLE))
-
-
-def _checkpoint(parameters: dict, optimizer: Any, step: int, path: Path) -> None:
-    tensors = {}
-    for name, parameter in parameters.items():
-        tensors[f"p/{name}"] = parameter.detach().clone()
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            tensors[f"{key}/{name}"] = optimizer.state[parameter][key].detach().clone()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pics.write_via_rename(
-        path, lambda target: save_file(tensors, target, metadata={"step": str(step)})
-    )
-
-
-def _restore(parameters: dict, optimizer: Any, path: Path) -> int:
-    if not path.exists():
-        return 0
-    with safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
-    tensors = load_file(path)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"p/{name}"])
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}/{name}"] for key in ("exp_avg", "exp_avg_sq", "step")
-            }
-    log(f"resumed at step {step}")
-    return step
 
 
 def save(projector: Projector, path: Path) -> None:
@@ -407,11 +387,20 @@ def save(projector: Projector, path: Path) -> None:
     pics.write_via_rename(path, lambda target: save_file(tensors, target))
 
 
+def made_from(out: Path) -> str:
+    """What a checkpoint must agree with: the settings and the results of the stages before."""
+    settings = [
+        *(SEED, PREFIX, END, STEP, ANSWER_TOKENS, EMOJI_VARIANTS, NAMING, WORD_LENGTH, SCALE),
+        *(PEAK_RATE, CYCLE, NAMED, NAME_STEPS, NAME_RATE, NAME_WEIGHT),
+        pics.emoji_digest(pics.load_concepts()),
+    ]
+    return fingerprint(settings, [out / ANSWERS, out / TOWER / "model.safetensors"])
+
+
 def main() -> None:
     args = stage(__doc__, steps=4 * CYCLE)
     llm, tokenizer = base_model(args.cache)
-    llm.requires_grad_(False)
-    tower = CLIPVisionModel.from_pretrained(args.out / "vision_tower").eval()
+    tower = CLIPVisionModel.from_pretrained(args.out / TOWER).eval()
     bank = build_bank(tower, args.cache)
     name_loss = NameLoss(bank)
     words = llm.get_input_embeddings().weight
@@ -422,7 +411,8 @@ def main() -> None:
     pools = examples(bank, args.out / ANSWERS, tokenizer, random.Random(SEED))
     log(", ".join(f"{len(pool)} {kind}" for kind, pool in pools.items()))
     loss_of = PictureLoss(llm, projector, bank, tokenizer)
-    tune(projector, loss_of, name_loss, batches(pools, SEED), args.steps, folder)
+    data = batches(pools, SEED)
+    tune(projector, loss_of, name_loss, data, args.steps, folder, made_from(args.out))
     save(projector, folder / FILE)
 
 

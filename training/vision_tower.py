@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -23,12 +22,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from training import pictures as pics
+from training.checkpoints import fingerprint, load_checkpoint, save_checkpoint
 from training.common import timed
 
 MEAN_AND_STD = 0.5
@@ -290,68 +289,17 @@ def make_optimizers(tower: Tower, settings: Settings) -> list[torch.optim.Optimi
     return optimizers
 
 
-def fingerprint(data: Data, settings: Settings) -> str:
+def made_from(data: Data, settings: Settings) -> str:
     """Return what a checkpoint must agree with to be resumed."""
-    facts = json.dumps([dataclasses.asdict(settings), data.class_names])
-    return hashlib.sha256(facts.encode()).hexdigest()
-
-
-def save_checkpoint(
-    path: Path, tower: Tower, optimizers: list[torch.optim.Optimizer], facts: dict[str, Any]
-) -> None:
-    """Store weights, optimiser state and progress in one file, so that they cannot disagree."""
-    tensors = {f"tower.{name}": value for name, value in tower.state_dict().items()}
-    for number, optimizer in enumerate(optimizers):
-        for index, entry in optimizer.state_dict()["state"].items():
-            for name, value in entry.items():
-                tensors[f"optimizer{number}.{index}.{name}"] = value
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    metadata = {"progress": json.dumps(facts)}
-    pics.write_via_rename(path, lambda target: save_file(tensors, target, metadata=metadata))
-    text = json.dumps(facts, indent=2) + "\n"
-    pics.write_via_rename(path.with_suffix(".json"), lambda target: _write(target, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def load_checkpoint(
-    path: Path, tower: Tower, optimizers: list[torch.optim.Optimizer], expected: str
-) -> dict[str, Any] | None:
-    """Restore a checkpoint of the same settings and return its progress, or None."""
-    if not path.exists():
-        return None
-    with safe_open(path, framework="pt") as stored:
-        facts: dict[str, Any] = json.loads((stored.metadata() or {}).get("progress", "{}"))
-        if facts.get("fingerprint") != expected:
-            print(f"{path}: made with other settings, not resumed", file=sys.stderr)
-            return None
-        names = stored.keys()
-        tensors = {name: stored.get_tensor(name) for name in names}
-    tower.load_state_dict(
-        {name.removeprefix("tower."): v for name, v in tensors.items() if name.startswith("tower.")}
-    )
-    for number, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in tensors.items():
-            kind, rest = name.split(".", 1)
-            if kind == f"optimizer{number}":
-                index, field = rest.split(".", 1)
-                state.setdefault(int(index), {})[field] = value
-        optimizer.load_state_dict(
-            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
-    return facts
+    return fingerprint([dataclasses.asdict(settings), pics.emoji_digest(data.concepts)])
 
 
 def train(tower: Tower, data: Data, settings: Settings, checkpoint: Path) -> float:
     """Train to the last step, resuming if possible, and return the seconds spent in all runs."""
     optimizers = make_optimizers(tower, settings)
-    expected = fingerprint(data, settings)
+    expected = made_from(data, settings)
     progress = load_checkpoint(checkpoint, tower, optimizers, expected)
-    first = int(progress["step"]) if progress else 0
-    spent_before = float(progress["seconds"]) if progress else 0.0
+    first, spent_before = progress.get("step", 0), progress.get("seconds", 0.0)
     if first:
         print(f"resuming at step {first} of {settings.steps}", file=sys.stderr)
     started = saved = time.monotonic()
@@ -449,10 +397,14 @@ def measure(tower: Tower, data: Data, settings: Settings) -> dict[str, Any]:
     return result
 
 
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 def save_tower(tower: Tower, data: Data, out: Path) -> None:
     """Save the encoder, the picture preparation LLaVA must repeat, the heads and their classes."""
     tower.vision.save_pretrained(out)
-    CLIPImageProcessor(
+    CLIPImageProcessorPil(
         do_resize=True,
         size={"height": pics.SIDE, "width": pics.SIDE},
         do_center_crop=False,
