@@ -103,7 +103,6 @@ format: $(VENV)/.installed
 
 # Needs npm, for the pictures of emoji.
 train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 90 minutes on 2 cores)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[training]"
 	$(BIN)/python -m training.vision_tower --cache training/cache --out training/out/vision_tower
 	$(BIN)/python -m training.answers --cache training/cache --out training/out
 	$(BIN)/python -m training.projector --cache training/cache --out training/out
