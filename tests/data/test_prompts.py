@@ -7,9 +7,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import easy_vqa
 import pytest
 
 from tests.paths import PUBLISHED, ROOT
+from training import answers, projector
 from training.near import near, published, spoken
 from vlm_safeguard.data import prompts
 from vlm_safeguard.data.text_forms import TEXT_FORMS
@@ -35,7 +37,18 @@ def groups() -> dict[str, list[str]]:
         found[f"training: {path.stem}"] = [
             json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()
         ]
-    return found
+    return found | training_requests()
+
+
+def training_requests() -> dict[str, list[str]]:
+    """The requests of training that code makes: to the language model, and beside pictures."""
+    about = [row["prompt"] for row in answers.requests() if row["kind"] == "about"]
+    return {
+        "training: about a thing": about,
+        "training: beside a thing": [asked for asked, _ in answers.INSTRUCTIONS],
+        "training: naming": [asked for asked, _ in projector.NAMING],
+        "training: easy-VQA": sorted(set(easy_vqa.get_train_questions()[0])),
+    }
 
 
 def test_no_two_groups_share_a_question() -> None:
