@@ -22,11 +22,12 @@ from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.embedded.assemble import MODELS, assemble
 from vlm_safeguard.embedded.base_llm import sha256_file
-from vlm_safeguard.evaluation.demonstration import LOADING, VQA_TOKENS
+from vlm_safeguard.evaluation.demonstration import VQA_TOKENS
 from vlm_safeguard.evaluation.harness import results
 from vlm_safeguard.evaluation.harness.engine import engine
 from vlm_safeguard.evaluation.harness.execution import Plan
 from vlm_safeguard.evaluation.harness.pipeline import answers
+from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.utils.files import write_whole
 from vlm_safeguard.utils.markdown import table, with_block
@@ -67,7 +68,7 @@ def main() -> None:
         benchmarks=("own_malicious", "own_jailbreak", "own_picture"),
         limit=args.per_set,
         max_tokens=24,
-        loading=LOADING,
+        loading=LoadOptions("float32", "cpu"),
     )
     plans = [own, replace(own, benchmarks=(), limit=None, vqa=args.vqa, max_tokens=VQA_TOKENS)]
     if args.benchmarks:
