@@ -1,4 +1,4 @@
-"""Perplexity and subject information, against the logits of the whole model in float64."""
+"""Perplexity, against the logits of the whole model in float64."""
 
 from __future__ import annotations
 
