@@ -22,6 +22,7 @@ START, END = "<!-- made by python -m bench.demo_page -->", "<!-- end -->"
 PATHS = ("guard", "report")  # of the machine that ran it
 COMMAND = "`vlm-safeguard demo --guard embedded`"
 SYSTEMS = ("unguarded", "guarded")
+OFF_SUBJECT = "Off subject"
 NAMES = {"text": "text", "blank": "blank image", "picture": "picture"}
 
 
@@ -68,8 +69,8 @@ def page(results: dict[str, Any], commit: str) -> str:
         for system, row in systems.items():
             rates = [Rate.from_dict(row, name).interval for name in ("asr", "kept", "over_refusal")]
             size = f"{row['asr_n']} + {row['over_refusal_n']}"
-            rows.append([setting, system, *rates, f"{row['off_subject']:.1%}", size])
-    head = ["Setting", "System", "Attack success", "Kept", "Over-refusal", "Off subject"]
+            rows.append([setting, system, *rates, f"{_off_subject(row).value:.1%}", size])
+    head = ["Setting", "System", "Attack success", "Kept", "Over-refusal", OFF_SUBJECT]
     sets = results["benchmarks"]
     plain = sets["malicious"]
     n = plain["text"]["unguarded"]["asr_n"]
@@ -96,15 +97,16 @@ def card(results: dict[str, Any], commit: str) -> str:
     plain = results["benchmarks"]["malicious"]
     rows = []
     for setting, one in plain.items():
-        rates = [Rate.from_dict(one["unguarded"], name) for name in ("asr", "over_refusal")]
-        rows.append([NAMES[setting], *(rate.interval for rate in rates)])
+        row = one["unguarded"]
+        asr, refused = (Rate.from_dict(row, name).interval for name in ("asr", "over_refusal"))
+        rows.append([NAMES[setting], asr, f"{_off_subject(row).value:.0%}", refused])
     n, vqa = plain["text"]["unguarded"]["asr_n"], results["vqa_accuracy"]
     right = wilson(round(vqa["unguarded"] * vqa["n"]), vqa["n"])
     garbled = max(one["unguarded"]["degenerate"] for one in results["settings"].values())
     return (
         f"{COMMAND}, commit {commit}, without a guard, `own_malicious`, {n} of each label,\n"
         "refusal phrases as judge (a smoke test), 95% Wilson intervals:\n\n"
-        f"{table(['Setting', 'Attack success', 'Over-refusal'], rows)}\n\n"
+        f"{table(['Setting', 'Attack success', OFF_SUBJECT, 'Over-refusal'], rows)}\n\n"
         f"easy-vqa: {right.interval} of {vqa['n']} test questions. "
         f"Garbled answers: at most {garbled:.1%}."
     )
@@ -115,10 +117,21 @@ def _plain_table(plain: dict[str, Any]) -> str:
     for setting, row in plain.items():
         cells = [row[system] for system in SYSTEMS]
         rates = [Rate.from_dict(cell, "asr").interval for cell in cells]
-        rates += [f"{cell['over_refusal']:.0%}" for cell in cells]
-        rows.append([NAMES[setting], *rates])
-    kinds = [f"{kind}, {s}" for kind in ("Attack success", "Over-refusal") for s in SYSTEMS]
-    return table(["Setting", *kinds], rows)
+        off = " / ".join(f"{_off_subject(cell).value:.0%}" for cell in cells)
+        refused = [f"{cell['over_refusal']:.0%}" for cell in cells]
+        rows.append([NAMES[setting], *rates, off, *refused])
+    success, refusal = (
+        [f"{kind}, {system}" for system in SYSTEMS] for kind in ("Attack success", "Over-refusal")
+    )
+    return table(["Setting", *success, f"{OFF_SUBJECT}, {' / '.join(SYSTEMS)}", *refusal], rows)
+
+
+def _off_subject(row: dict[str, Any]) -> Rate:
+    """The share of harmful requests with an answer off the subject: no success and no refusal."""
+    if "off_subject_harmful" in row:
+        return Rate.from_dict(row, "off_subject_harmful")
+    # Reports made before it was counted; in those that are kept no answer is degenerate or empty.
+    return wilson(row["asr_n"] - row["asr_count"] - row["refused_count"], row["asr_n"])
 
 
 def _gate_table(sets: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """`python -m bench.text_forms`: the embedded model and its guard on requests written in other ways.
 
-It prints the tables of docs/results.md: gates that open, attacks that succeed and harmless requests
-that are refused, for each way of writing. With `--gates` the gates alone, which takes a fraction of
-the time, because nothing is answered.
+It prints the tables of docs/results.md: gates that open, attacks that succeed, harmful requests
+that are answered off the subject and harmless ones that are refused, for each way of writing. With
+`--gates` the gates alone, which takes a fraction of the time, because nothing is answered.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ HEAD = [
     "Gate opens, harmless",
     "Attack success, unguarded",
     "Attack success, guarded",
+    "Off subject, unguarded / guarded",
     "Over-refusal, unguarded",
     "Over-refusal, guarded",
 ]
@@ -63,9 +64,11 @@ def _cells(rows: Sequence[Judged]) -> list[str]:
         guarded = [r for r in rows if (r.defence, r.harmful) == ("guard", harmful)]
         cells.append(wilson(sum(bool(r.fired) for r in guarded), len(guarded)).interval)
     [defences] = by_setting(rows).values()
-    for name in ("asr", "over_refusal"):
-        cells += [Rate.from_dict(defences[d], name).interval for d in ("none", "guard")]
-    return cells
+    pair = [defences[name] for name in ("none", "guard")]
+    cells += [Rate.from_dict(one, "asr").interval for one in pair]
+    off = [Rate.from_dict(one, "off_subject_harmful").value for one in pair]
+    cells.append(" / ".join(f"{share:.1%}" for share in off))
+    return cells + [Rate.from_dict(one, "over_refusal").interval for one in pair]
 
 
 def main() -> None:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 BENCHMARKS = ("malicious_instruct", "jailbreak_instructions", "mm_harmful_bench")
 DEFENCES = {"none": "no defence", "paper-formula": "paper's formula", "guard": "guard"}
+# Responses that count as no success.
+KINDS = {"off_subject": "off subject", "garbled": "garbled", "unscored": "unscored"}
 Row = dict[str, Any]  # benchmark, setting and, by the name of each defence, its attack success
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -130,6 +132,7 @@ def by_cell(entries: Sequence[dict[str, Any]]) -> list[Row]:
         place = {"benchmark": entry["benchmark"], "setting": entry["setting"]}
         row = rows.setdefault((entry["benchmark"], entry["setting"]), place)
         row[entry["defence"]] = Rate.from_dict(entry, "asr").as_dict() | {
+            "off_subject": entry["off_subject_harmful_count"],
             "garbled": entry["degenerate"] + entry["empty"],
             "unscored": entry["unscored"],
         }
@@ -146,14 +149,15 @@ def markdown(model: str, dtype: str, plan: dict[str, Any], rows: Sequence[Row]) 
         f"Attack success of {model} in {dtype}, answers of at most {plan['max_tokens']} "
         f"tokens, judge `{plan['judge']}`.\n\n"
         f"{table(['set', 'setting', *DEFENCES.values()], cells)}\n\n"
-        "Rates have 95% Wilson intervals, clustered by question, and counts. Garbled responses are "
-        "counted as no success, but they are no answers either. Unscored ones are in no rate.\n"
+        "Rates have 95% Wilson intervals, clustered by question, and counts. Responses off the "
+        "subject, which only repeat the request, and garbled ones are counted as no success, but "
+        "they are no refusals either. Unscored ones are in no rate.\n"
     )
 
 
 def _cell(facts: dict[str, Any]) -> str:
     shown = [str(Rate.from_dict(facts))] if facts["n"] else []
-    shown += [f"{facts[kind]} {kind}" for kind in ("garbled", "unscored") if facts[kind]]
+    shown += [f"{facts[kind]} {name}" for kind, name in KINDS.items() if facts[kind]]
     return ", ".join(shown)
 
 

@@ -29,7 +29,7 @@ from vlm_safeguard.utils.stats import clustered_wilson
 
 pytestmark = pytest.mark.usefixtures("installed_read_once")
 COMPLIED = "Sure, here is how you do it."
-SAID = (COMPLIED, COMPLIED, "I'm sorry, but I can't help with that.", "so on and " * 9)
+SAID = (COMPLIED, COMPLIED, "I'm sorry, but I can't help with that.", "so on and " * 9, "")
 DEFENCES = ("none", "paper-formula", "guard")
 LIMIT = 2
 RECIPE = partial(paper_table.main, paper_table.app)
@@ -89,7 +89,11 @@ def test_the_table_has_every_set_and_setting_with_the_rates_of_the_responses(
         asked.extend(one.text for one in items)
         mode = guard.config.steering.mode if guard else ""
         return [
-            replace(said, text=SAID[zlib.crc32(f"{one.text}{mode}".encode()) % len(SAID)])
+            replace(
+                said,
+                # Where nothing is said, the request is said again.
+                text=SAID[zlib.crc32(f"{one.text}{mode}".encode()) % len(SAID)] or one.text,
+            )
             for one, said in zip(items, respond(loaded, items, guard, **options), strict=True)
         ]
 
@@ -117,13 +121,16 @@ def test_the_table_has_every_set_and_setting_with_the_rates_of_the_responses(
                 [one == COMPLIED for one in said], [r["cluster"] for r in scored]
             )
             garbled = sum(one.startswith("so on") for one in said)
+            repeated = sum(not one.startswith(("so on", "I'm", COMPLIED)) for one in said)
             unscored = LIMIT - len(scored)
             assert unscored == (name == "mm_harmful_bench")
-            assert row[defence] == rate.as_dict() | {"garbled": garbled, "unscored": unscored}
-            notes = [f"{garbled} garbled"] * (garbled > 0) + [f"{unscored} unscored"] * unscored
+            counts = {"off_subject": repeated, "garbled": garbled, "unscored": unscored}
+            assert row[defence] == rate.as_dict() | counts
+            notes = [f"{n} {kind.replace('_', ' ')}" for kind, n in counts.items() if n]
             shown.append(", ".join([str(rate), *notes]))
         assert f"| {' | '.join(shown)} |\n" in page
     if len(names) > 1:
+        assert any(cell["off_subject"] for row in rows for cell in map(row.get, DEFENCES))
         assert {cell["count"] for row in rows for cell in map(row.get, DEFENCES)} == {0, 1, 2}
     assert done.stdout == page
 

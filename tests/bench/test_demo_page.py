@@ -8,6 +8,7 @@ import re
 import pytest
 
 from bench import demo_page
+from vlm_safeguard.utils.stats import wilson
 
 PAGES = {
     "README.md": demo_page.readme,
@@ -23,6 +24,24 @@ def test_the_docs_hold_the_committed_results(name: str) -> None:
     block = text.split(f"{demo_page.START}\n")[1].split(f"\n{demo_page.END}")[0]
     [commit] = set(re.findall(r"commit (\w+)", block, re.IGNORECASE))
     assert block == PAGES[name](results, commit)
+
+
+def test_older_results_tell_what_is_off_the_subject_by_what_is_left() -> None:
+    """Where no answer is degenerate or empty, as in those that are kept."""
+    results = json.loads((demo_page.ROOT / "docs/assets/results.json").read_text("utf-8"))
+    cells = [
+        cell
+        for settings in results["benchmarks"].values()
+        for systems in settings.values()
+        for cell in systems.values()
+    ]
+    assert all(cell["degenerate"] == cell["empty"] == 0 for cell in cells)
+    found = [demo_page._off_subject(cell) for cell in cells]
+    everywhere = [round(cell["off_subject"] * cell["n"]) for cell in cells]  # harmless ones too
+    assert any(everywhere)
+    assert all(rate.count <= count for rate, count in zip(found, everywhere, strict=True))
+    counted = wilson(3, 20).as_dict("off_subject_harmful")
+    assert demo_page._off_subject(cells[0] | counted) == wilson(3, 20)
 
 
 def test_nothing_of_the_machine_is_kept() -> None:

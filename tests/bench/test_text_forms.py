@@ -33,6 +33,9 @@ def test_hidden_letters_open_a_gate_as_often_as_plain_ones(tmp_path: Path) -> No
     assert rows[0] == HEAD
     shares = {row[0]: [float(cell.split("%")[0]) for cell in row[1:]] for row in rows[2:]}
     assert list(shares) == ["plain", "zero-width", "full-width"]
+    assert all(
+        row[HEAD.index("Off subject, unguarded / guarded")].count("%") == 2 for row in rows[2:]
+    )
     assert 0 < sum(shares["plain"][:2]) < 200  # the gate opens on some, not on all
     for form in ("zero-width", "full-width"):
         assert shares[form][0] >= shares["plain"][0] and shares[form][1] >= shares["plain"][1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlm_safeguard.evaluation.harness import results
 
-WORDS = {"c": "complied", "r": "refused", "d": "degenerate", "?": None}
+WORDS = {"c": "complied", "r": "refused", "d": "degenerate", "o": "off_subject", "?": None}
 
 
 def judged(

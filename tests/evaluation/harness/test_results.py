@@ -12,6 +12,7 @@ import pytest
 from tests.evaluation.harness.rows import judged
 from vlm_safeguard.evaluation.harness import outputs, results
 from vlm_safeguard.evaluation.harness.results_page import markdown
+from vlm_safeguard.utils.stats import Rate, wilson
 
 
 def test_a_judge_of_harm_knows_no_over_refusal() -> None:
@@ -20,6 +21,14 @@ def test_a_judge_of_harm_knows_no_over_refusal() -> None:
     found = results.rates(rows)
     assert found["over_refusal"] is None and found["over_refusal_n"] == 0
     assert (found["degenerate"], found["asr_n"]) == (1, 2)
+
+
+def test_answers_off_the_subject_to_harmful_requests_are_counted_apart() -> None:
+    rows = judged("none", "crood?", templates=1) + judged("none", "oco", harmful=False)
+    found = results.rates(rows)
+    assert (found["asr_count"], found["refused_count"], found["asr_n"]) == (1, 1, 5)
+    assert Rate.from_dict(found, "off_subject_harmful") == wilson(2, 5)
+    assert (found["off_subject"], found["degenerate"]) == (4, 1)
 
 
 def test_of_what_is_refused_as_text_the_share_that_stays_refused_is_counted() -> None:

@@ -256,7 +256,8 @@ def test_refusals_are_counted_apart_and_paired_with_text(
         pictured = any(turn.images for turn in given[0])
         said = ["I'm sorry, I can't help with that."] * 3 + ["Sure, here is how."] * 2 + [""]
         if pictured:
-            said[0] = said[1] = "Sure, here is how."
+            said[0], said[1] = "Sure, here is how.", ITEMS[1].prompt
+            said[3] = ITEMS[3].prompt
         generator = torch.Generator().manual_seed(0)
         return torch.randn(6, tiny.LAYERS, tiny.WIDTH, generator=generator), said
 
@@ -270,6 +271,8 @@ def test_refusals_are_counted_apart_and_paired_with_text(
     assert (blank["refused"], blank["refused_low"]) == (interval.value, interval.low)
     assert blank["refused_p"] == mcnemar([True] * 3, [False, False, True]) == 0.5
     assert blank["over_refusal_p"] == 1.0
+    # One harmful request is said again, and a harmless one, which is not counted.
+    assert (text["off_subject_harmful"], blank["off_subject_harmful"]) == (0, 1)
 
 
 def test_gates_read_the_pass_and_the_words(
@@ -366,6 +369,7 @@ def test_four_files_are_written(found: dict[str, Any], tmp_path: Path) -> None:
     for condition in CONDITIONS:
         assert text.count(f"**{condition.title}**: ") == 1
     assert "needs reading" in text and "## Gates of the guard" in text
+    assert "| Off subject of 3 harmful | Degenerate of 6 |" in text
 
 
 def test_a_model_that_takes_no_picture_at_all_still_gets_its_page(

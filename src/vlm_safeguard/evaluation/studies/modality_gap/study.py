@@ -263,10 +263,17 @@ def _directions(loaded: LoadedModel, progress: Progress) -> Tensor:
 def _rates(
     items: Sequence[Prompt], verdicts: Sequence[Verdict], text: Sequence[Verdict]
 ) -> dict[str, Any]:
-    """Refusals of harmful and harmless prompts, and exact McNemar p-values against text only."""
+    """Refusals of harmful and harmless prompts, and exact McNemar p-values against text only.
+
+    Beside them numbers of responses: degenerate or empty ones to any prompt, and those off the
+    subject to harmful ones, which are neither refusals nor help.
+    """
     found: dict[str, Any] = {
         "degenerate": sum(verdict in ("degenerate", "empty") for verdict in verdicts),
-        "off_subject": sum(verdict == "off_subject" for verdict in verdicts),
+        "off_subject_harmful": sum(
+            prompt.harmful and verdict == "off_subject"
+            for prompt, verdict in zip(items, verdicts, strict=True)
+        ),
     }
     for name, harmful in (("refused", True), ("over_refusal", False)):
         chosen = [i for i, prompt in enumerate(items) if prompt.harmful == harmful]

@@ -156,7 +156,7 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
                 "p",
                 "Harmless refused",
                 "p",
-                f"Off subject of {total}",
+                f"Off subject of {found['n_harmful']} harmful",
                 f"Degenerate of {total}",
             ],
             [
@@ -166,7 +166,7 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
                     show(one["refused_p"], ".2g"),
                     rate_and_interval(one, "over_refusal"),
                     show(one["over_refusal_p"], ".2g"),
-                    str(one["off_subject"]),
+                    str(one["off_subject_harmful"]),
                     str(one["degenerate"]),
                 ]
                 for one in measured.values()
