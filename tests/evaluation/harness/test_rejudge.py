@@ -113,7 +113,7 @@ def test_another_judge_sees_every_response_once(folder: Path, fake: Fake) -> Non
     replayed = make_judge(f"recorded:{facts['recording']}")
     assert {j.verdict for j in replayed.judge(fake.asked)} == {"refused"}
     assert rejudge(folder, "fake", None, QUIET)["asked"] == 0
-    assert "own_malicious | text | none | 8 | 0.0% [0.0%, 49.0%]" in page(facts)
+    assert "own_malicious | text | none | 8 | 0.0% [0.0%, 49.0%] | 0 |" in page(facts)
 
 
 def test_the_same_judge_is_asked_about_the_unscored_alone(folder: Path, fake: Fake) -> None:

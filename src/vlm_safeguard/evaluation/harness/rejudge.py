@@ -140,11 +140,11 @@ def _table(rows: Sequence[Judged]) -> list[dict[str, Any]]:
 
 def page(facts: dict[str, Any]) -> str:
     """The rates as a table in Markdown, what is missing from them, and where the verdicts are."""
-    columns = ["Model", "Benchmark", "Setting", "Defence", "n", "ASR", "Over-refusal"]
-    columns += ["Unscored", "Not asked"]
+    columns = ["Model", "Benchmark", "Setting", "Defence", "n", "ASR"]
+    columns += ["Off subject, harmful", "Over-refusal", "Unscored", "Not asked"]
     rows = [
         [entry[name] for name in (*results.PLACE, "n")]
-        + [_rate(entry, "asr"), _rate(entry, "over_refusal")]
+        + [_rate(entry, "asr"), entry["off_subject_harmful_count"], _rate(entry, "over_refusal")]
         + [entry["unscored"], entry["not_asked"]]
         for entry in facts["table"]
     ]
