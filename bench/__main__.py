@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from bench.guards import RANK, gate_layers
 from bench.page import page
 from bench.subjects import Subjects, embedded
 from bench.timing import as_json
+from vlm_safeguard.utils.checkout import commit
 from vlm_safeguard.utils.files import write_whole
 
 # LLaVA-1.5, asked in so many words: 24 x 24 patches; about 1.35 tokens an English word, and eight
@@ -106,13 +106,11 @@ def _prediction(subject: Subjects) -> list[dict[str, Any]]:
 
 
 def _where() -> dict[str, Any]:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    done = subprocess.run(command, capture_output=True, text=True)
     return {
         "threads": torch.get_num_threads(),
         "machine": _processor(),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
-        "commit": done.stdout.strip() or "unknown",
+        "commit": commit() or "unknown",
     }
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from vlm_safeguard.embedded.assemble import MODELS
+from vlm_safeguard.utils import checkout
 from vlm_safeguard.utils.files import write_whole
 from vlm_safeguard.utils.markdown import table, with_block
 from vlm_safeguard.utils.stats import Rate, wilson
@@ -33,7 +33,7 @@ def main() -> None:
     chosen = parser.parse_args()
     folder: Path = chosen.report
     results = json.loads((folder / "results.json").read_text("utf-8"))
-    commit = chosen.commit or _commit()
+    commit = chosen.commit or checkout.commit() or "unknown"
     files = {
         ROOT / "README.md": readme(results, commit),
         ROOT / "docs" / "results.md": page(results, commit),
@@ -141,12 +141,6 @@ def _gate_table(sets: dict[str, Any]) -> str:
             shares = (row["guarded"]["fired_harmful"], row["guarded"]["fired_harmless"])
             rows.append([f"`own_{name}`", NAMES[setting], *(f"{share:.1%}" for share in shares)])
     return table(["Set", "Setting", "Harmful", "Harmless"], rows)
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

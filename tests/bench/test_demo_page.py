@@ -22,7 +22,7 @@ def test_the_docs_hold_the_committed_results(name: str) -> None:
     results = json.loads((demo_page.ROOT / "docs/assets/results.json").read_text("utf-8"))
     text = (demo_page.ROOT / name).read_text("utf-8")
     block = text.split(f"{demo_page.START}\n")[1].split(f"\n{demo_page.END}")[0]
-    [commit] = set(re.findall(r"commit (\w+)", block, re.IGNORECASE))
+    [commit] = set(re.findall(r"commit (\w+\+?)", block, re.IGNORECASE))
     assert block == PAGES[name](results, commit)
 
 

@@ -12,6 +12,7 @@ import pytest
 from tests.evaluation.harness.rows import judged
 from vlm_safeguard.evaluation.harness import outputs, results
 from vlm_safeguard.evaluation.harness.results_page import markdown
+from vlm_safeguard.utils import checkout
 from vlm_safeguard.utils.stats import Rate, wilson
 
 
@@ -123,19 +124,18 @@ def log(commit: str | None, dirty: bool = False) -> Any:
 
 
 @pytest.fixture
-def checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+def known_commits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Knows the commits aaa and bbb, and is at now."""
 
-    def git(command: str, *words: str) -> str | None:
-        if command == "describe":
-            return "now"
+    def git(*words: str) -> str | None:
         known = words[-1].removesuffix("^{commit}")
         return known * 2 if known in ("aaa", "bbb") else None
 
-    monkeypatch.setattr(outputs, "_git", git)
+    monkeypatch.setattr(outputs, "git", git)
+    monkeypatch.setattr(outputs, "commit", lambda: "now")
 
 
-@pytest.mark.usefixtures("checkout")
+@pytest.mark.usefixtures("known_commits")
 @pytest.mark.parametrize(
     ("logs", "commit", "named", "without", "says"),
     [
@@ -162,7 +162,7 @@ def test_the_commits_are_those_that_the_logs_record(
 
 
 def test_the_checkout_knows_its_own_commit() -> None:
-    here = outputs.commit()
+    here = checkout.commit()
     if here is None:
         pytest.skip("not in a git checkout")
     head = here.removesuffix("+")

@@ -30,6 +30,7 @@ from vlm_safeguard.evaluation.studies.modality_gap.conditions import (
     without_pictures,
 )
 from vlm_safeguard.evaluation.studies.modality_gap.study import inputs_of, observe, obstacle
+from vlm_safeguard.evaluation.studies.provenance import made_with
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.method import gate_scores
 from vlm_safeguard.model import loading
@@ -365,7 +366,7 @@ def test_four_files_are_written(found: dict[str, Any], tmp_path: Path) -> None:
         assert f"](assets/{name})" in text
         assert (folder / "assets" / name).read_bytes().startswith(b"\x89PNG")
     assert "--per-set 3 --prompts malicious --max-new-tokens 3 --guard GUARD`" in text
-    assert found["guard_sha256"][:16] in text
+    assert found["guard_sha256"][:16] in text and made_with(found["made_with"]) in text
     for condition in CONDITIONS:
         assert text.count(f"**{condition.title}**: ") == 1
     assert "needs reading" in text and "## Gates of the guard" in text

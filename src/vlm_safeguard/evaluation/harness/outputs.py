@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from vlm_safeguard.evaluation.harness.execution import Plan
 from vlm_safeguard.evaluation.harness.results_page import markdown
 from vlm_safeguard.evaluation.judges import JudgeErrors
 from vlm_safeguard.evaluation.report.labels import RESPONSE_WORDS, cut_words
+from vlm_safeguard.utils.checkout import commit, git
 from vlm_safeguard.utils.files import write_whole
 
 
@@ -83,25 +83,8 @@ def _recorded(log: EvalLog) -> str | None:
     revision = log.eval.revision
     if revision is None:
         return None
-    known = _git("rev-parse", "--verify", "--quiet", "--short=10", revision.commit + "^{commit}")
+    known = git("rev-parse", "--verify", "--quiet", "--short=10", revision.commit + "^{commit}")
     return known and known + ("+" if revision.dirty else "")
-
-
-def commit() -> str | None:
-    """The checkout's commit, with ``+`` where it was changed since; None outside a checkout."""
-    return _git("describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*")
-
-
-def _git(*words: str) -> str | None:
-    """What git says of the checkout that this file lies in; None where it knows nothing."""
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def write(facts: dict[str, Any], rows: Sequence[results.Judged], output: Path) -> None:

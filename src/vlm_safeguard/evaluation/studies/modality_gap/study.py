@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,15 +28,14 @@ from vlm_safeguard.evaluation.studies.modality_gap.conditions import (
     messages,
     without_pictures,
 )
+from vlm_safeguard.evaluation.studies.provenance import provenance
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.chat import prepare, render_conversation
-from vlm_safeguard.model.fingerprint import template_digest
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.reasoning import decoded
 from vlm_safeguard.model.recording import anchor_states, record
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import last_logits
-from vlm_safeguard.model.weights import weights_digest
 from vlm_safeguard.runtime.gate import make_gate, refusal_signs
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import mcnemar, wilson
@@ -139,13 +137,11 @@ def study(
         "model": {
             "name": Path(loaded.name).name,
             "layers": directions.shape[0],
-            "weights_sha256": weights_digest(loaded.model),
-            "template_sha256": template_digest(loaded.processor),
         },
         "guard_sha256": guard.config.tensors_sha256 if guard else None,
         "guard_reads_pictures": reads_pictures(guard),
         "data_sha256": {name: prompts.digests()[name] for name in files},
-        "version": version("vlm-safeguard"),
+        "made_with": provenance(loaded),
         "prompt_set": prompt_set,
         "n_harmful": sum(p.harmful for p in items),
         "n_harmless": sum(not p.harmful for p in items),

@@ -17,6 +17,7 @@ from vlm_safeguard.evaluation.report.labels import rate_and_interval, show
 from vlm_safeguard.evaluation.report.plots import STYLE, Look, line_over_layers, png
 from vlm_safeguard.evaluation.studies.modality_gap.conditions import MORE, ONE, WORDS
 from vlm_safeguard.evaluation.studies.modality_gap.study import FILES
+from vlm_safeguard.evaluation.studies.provenance import SHOWN, made_with
 from vlm_safeguard.utils.files import check_writable, write_whole
 from vlm_safeguard.utils.markdown import table
 
@@ -137,12 +138,12 @@ def plot_layers(found: Mapping[str, Any]) -> Figure:
 
 def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
     """The page. It states the numbers and leaves the verdict to the reader."""
-    measured, model = _measured(found), found["model"]
+    measured = _measured(found)
     values = measured["text"]["layers"]["auc"]
     layer = values.index(max(values))
     total = found["n_harmful"] + found["n_harmless"]
     parts = [
-        f"# Modality gap of {model['name']}",
+        f"# Modality gap of {found['model']['name']}",
         f"{found['n_harmful']} harmful and {found['n_harmless']} harmless requests of the "
         f"package's {SETS[found['prompt_set']]}, no guard attached, greedy, at most "
         f"{found['max_new_tokens']} new tokens. {found['note']} Intervals are 95% Wilson; "
@@ -204,9 +205,8 @@ def markdown(found: Mapping[str, Any], name: str = NAME) -> str:
         "\n".join(
             f"- **{one['title']}**: {one['description']}" for one in found["conditions"].values()
         ),
-        f"`{_command(found)}`, version {found['version']}; weights SHA-256 "
-        f"`{model['weights_sha256'][:16]}`, chat template `{model['template_sha256'][:16]}`, "
-        f"prompts `{found['data_sha256'][FILES[found['prompt_set']]][:16]}`; "
+        f"`{_command(found)}`, {made_with(found['made_with'])}, "
+        f"prompts `{found['data_sha256'][FILES[found['prompt_set']]][:SHOWN]}`; "
         f"{found['seconds']:.0f} s.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -252,6 +252,6 @@ def _gates(found: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
         "## Gates of the guard",
         "How often each gate opens, read separately in an unguarded pass. The text gate reads "
         f"the conversation without its pictures{words}. "
-        f"Guard SHA-256 `{found['guard_sha256'][:16]}`.",
+        f"Guard SHA-256 `{found['guard_sha256'][:SHOWN]}`.",
         table(["Condition", *head], rows),
     ]
