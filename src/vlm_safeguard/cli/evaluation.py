@@ -227,6 +227,7 @@ def gates(
     """Compare forms of gate on held-back prompts at equal false positives."""
     from vlm_safeguard.calibration.budget import Effort
     from vlm_safeguard.evaluation.studies import gate_forms
+    from vlm_safeguard.evaluation.studies.provenance import provenance
     from vlm_safeguard.utils.files import write_whole
 
     if output is not None:
@@ -236,10 +237,10 @@ def gates(
     progress = make_progress(quiet)
     loaded = load_model(model, options, progress)
     budget = Budget(false_positives=max_fpr)
-    rows, together = gate_forms.study(loaded, budget, Effort(), progress)
-    text = gate_forms.page(model, rows, together, budget)
+    found, made = gate_forms.study(loaded, budget, Effort(), progress), provenance(loaded)
+    text = gate_forms.page(model, found, made, budget)
     if json_:
-        print_json(gate_forms.facts(rows, together))
+        print_json(gate_forms.facts(found, made))
     else:
         print(text, end="")
     if output is not None:

@@ -2,6 +2,7 @@
 
 Every form is fitted on calibration prompts and tested on held-back ones, at the threshold that
 stops one in a hundred of the held-back harmless requests. This compares the forms at equal cost.
+The paper's gate has the threshold 0, which no prompts set, so it stands apart with both its rates.
 """
 
 from __future__ import annotations
@@ -15,27 +16,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vlm_safeguard import method
 from vlm_safeguard.calibration.attack_trials import within
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.gate_candidates import Kind
 from vlm_safeguard.calibration.gate_choice import bound_scores, fit_gates, fit_to, useful_gates
 from vlm_safeguard.calibration.gate_fitting import GateFit, auc
 from vlm_safeguard.calibration.hidden_states import record_calibration, record_signs
-from vlm_safeguard.calibration.recorded_states import States
+from vlm_safeguard.calibration.recorded_states import Recorded, States
 from vlm_safeguard.data.inputs import SETTINGS, Setting, queries
 from vlm_safeguard.data.prompts import CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
+from vlm_safeguard.evaluation.studies.provenance import made_with
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, wilson
 
 FALSE_POSITIVES = 0.01
+Source = Literal["text", "vlm"]
 
 
 @dataclass(frozen=True)
 class Form:
-    """One form of gate: which candidates it is chosen from."""
+    """One form of gate: which candidates it is chosen from. Without any, it reads the refusal
+    intent alone."""
 
     name: str
     kinds: tuple[Kind, ...]
@@ -53,6 +58,7 @@ FORMS = (
     Form("principal components, and the refusal signs", ("components",), True, intent=True),
     Form("largest margin, several layers together", ("margin",), True),
     Form("largest margin, and the refusal signs", ("margin",), True, intent=True),
+    Form("refusal intent alone", (), False, intent=True),
 )
 
 
@@ -68,14 +74,48 @@ class FormResult:
     found: Rate  # true positives at the common false-positive rate
 
 
-def study(
-    loaded: LoadedModel, budget: Budget, effort: Effort, progress: Progress
-) -> tuple[list[FormResult], dict[Setting, dict[str, Rate]]]:
-    """Every form of gate in every setting; and the default gates together, as calibrated.
+@dataclass(frozen=True)
+class PaperGate:
+    """The paper's gate (arXiv 2502.10486, section 3) on held-back prompts, read from one source in
+    one setting: layer by layer it opens where ``h_l(q) . v_1 > 0``.
 
-    Returns:
-        Rows, and for each setting what the two default gates find and let through by their own,
-        guaranteed thresholds.
+    Attributes:
+        layer: the one at which it tells the calibration prompts apart best.
+        found, stopped: its true and its false positives there.
+        mean_found, mean_stopped: the same rates, averaged over all layers.
+    """
+
+    source: str
+    setting: str
+    layer: int
+    found: Rate
+    stopped: Rate
+    mean_found: float
+    mean_stopped: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the study measures.
+
+    Attributes:
+        forms: every form of gate, from every source, in every setting.
+        paper: the paper's gate, likewise.
+        calibrated: for each setting, the rates of requests that the gates which calibration keeps
+            find, and of harmless ones that they stop, by their own, guaranteed thresholds.
+    """
+
+    forms: list[FormResult]
+    paper: list[PaperGate]
+    calibrated: dict[Setting, dict[str, Rate]]
+
+
+def study(loaded: LoadedModel, budget: Budget, effort: Effort, progress: Progress) -> Comparison:
+    """Compare every form of gate, the paper's gate, and the default gates as calibrated.
+
+    Raises:
+        CalibrationError: there are too few prompts to guarantee the budget.
+        ModelError: the hidden states are not finite.
     """
     data = CalibrationData.packaged()
     with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
@@ -87,32 +127,88 @@ def study(
             )
             for s in SETTINGS
         }
-        rows: list[FormResult] = []
+        forms: list[FormResult] = []
         for form in progress.track(FORMS, "forms of gate"):
             if form.intent and not recorded.openings:
                 continue  # no token begins this model's refusals and hardly ever its answers
-            sources: tuple[Literal["text", "vlm"], ...] = (
-                ("text",) if form.intent else ("text", "vlm")
-            )
+            sources: tuple[Source, ...] = ("text",) if form.intent else ("text", "vlm")
             for source in sources:
-                gate = fit_to(
-                    recorded,
-                    source,
-                    budget.false_positives,
-                    kinds=form.kinds,
-                    pooled=form.pooled,
-                    intent=form.intent,
-                )
-                # The text-only pass is the same in every setting: one row of it is enough.
-                for setting in SETTINGS if source == "vlm" else SETTINGS[:1]:
-                    rows.append(_judge(form.name, source, setting, gate, held[setting]))
+                gate = _fitted(form, source, recorded, budget)
+                forms += [_judge(form.name, source, s, gate, held[s]) for s in _settings(source)]
+        paper = [
+            paper_gate(source, setting, recorded, held[setting])
+            for source in ("text", "vlm")
+            for setting in _settings(source)
+        ]
         fits = fit_gates(recorded, budget)
         bound = evenly([p for p in data.bound if p.ordinary], effort.bound)
         epsilon = budget.false_positives
         scores = bound_scores(loaded, fits, bound, False, False, epsilon, folder, progress)
         gates = useful_gates(fits, scores, epsilon, recorded.found_together(fits))
-        rates = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
-    return rows, rates
+        calibrated = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
+    return Comparison(forms, paper, calibrated)
+
+
+def _settings(source: Source) -> tuple[Setting, ...]:
+    """The text-only pass is the same in every setting: one row of it is enough."""
+    return SETTINGS if source == "vlm" else SETTINGS[:1]
+
+
+def _fitted(form: Form, source: Source, recorded: Recorded, budget: Budget) -> GateFit:
+    if not form.kinds:
+        return intent_alone(recorded)
+    return fit_to(
+        recorded,
+        source,
+        budget.false_positives,
+        kinds=form.kinds,
+        pooled=form.pooled,
+        intent=form.intent,
+    )
+
+
+def intent_alone(recorded: Recorded) -> GateFit:
+    """The gate whose score is the refusal intent. It reads no layer, so nothing is fitted."""
+    none = torch.empty(0, recorded.pairs.shape[-1])
+    return GateFit((), none, 0.0, tuple(recorded.openings), (1.0, 0.0))
+
+
+def paper_gate(source: Source, setting: Setting, recorded: Recorded, held: States) -> PaperGate:
+    """The paper's gate on held-back prompts.
+
+    The layer is chosen by the largest difference of the two rates on calibration prompts.
+    """
+    fitted = recorded.text if source == "text" else recorded.vlm_states()
+    found, stopped = (
+        opened[counted].double().mean(0)
+        for opened, counted in zip(
+            _opened_at_zero(fitted, recorded.directions), fitted.split_counted(), strict=True
+        )
+    )
+    place = int((found - stopped).argmax())
+    opened = _opened_at_zero(held, recorded.directions)
+    high, low = (wilson(int(part[:, place].sum()), len(part)) for part in opened)
+    mean_high, mean_low = (part.double().mean().item() for part in opened)
+    layer = sorted(recorded.directions)[place]
+    return PaperGate(source, setting, layer, high, low, mean_high, mean_low)
+
+
+def _opened_at_zero(states: States, directions: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """On which harmful (n, L) and harmless (k, L) prompts the first safety direction of each of L
+    layers opens at threshold 0."""
+    zero = torch.zeros(1)
+    # Layer by layer, because a copy of all states is large.
+    harmful, harmless = (
+        torch.cat(
+            [
+                method.gate_scores(part[:, n : n + 1], directions[n][:1], zero) > 0
+                for n in sorted(directions)
+            ],
+            1,
+        )
+        for part in states.split()
+    )
+    return harmful, harmless
 
 
 def _held(
@@ -136,9 +232,15 @@ def _held(
 
 def _judge(form: str, source: str, setting: str, gate: GateFit, states: States) -> FormResult:
     harmful, harmless = states.scores(gate)
-    layers = f"{gate.layers[0]}-{gate.layers[-1]}" if len(gate.layers) > 1 else str(gate.layers[0])
     found = at_false_positives(harmful, harmless, FALSE_POSITIVES)
-    return FormResult(form, source, setting, layers, auc(harmful, harmless), found)
+    area = auc(harmful, harmless)
+    return FormResult(form, source, setting, _named(gate.layers), area, found)
+
+
+def _named(layers: Sequence[int]) -> str:
+    if not layers:
+        return "none"
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
 
 
 def at_false_positives(harmful: Tensor, harmless: Tensor, share: float) -> Rate:
@@ -162,41 +264,41 @@ def _together(gates: Mapping[Any, GateFit], text: States, states: States) -> dic
     }
 
 
-def facts(rows: list[FormResult], together: Mapping[Any, dict[str, Rate]]) -> dict[str, Any]:
-    """The study as plain data."""
+def facts(found: Comparison, made: Mapping[str, Any]) -> dict[str, Any]:
+    """The study as plain data; ``made``: its ``provenance``."""
     return {
-        "forms": [asdict(row) | {"found": row.found.as_dict()} for row in rows],
+        "made_with": dict(made),
+        "forms": [asdict(row) | {"found": row.found.as_dict()} for row in found.forms],
+        "paper": [
+            asdict(row) | {"found": row.found.as_dict(), "stopped": row.stopped.as_dict()}
+            for row in found.paper
+        ],
         "calibrated": {
-            s: {k: r.as_dict() for k, r in found.items()} for s, found in together.items()
+            s: {k: r.as_dict() for k, r in rates.items()} for s, rates in found.calibrated.items()
         },
     }
 
 
-def page(
-    model: str, rows: list[FormResult], together: Mapping[Any, dict[str, Rate]], budget: Budget
-) -> str:
-    """The study as Markdown."""
-    gates = [
-        [
-            row.form,
-            row.source,
-            "any" if row.source == "text" else row.setting,
-            row.layers,
-            f"{row.auc:.3f}",
-            row.found,
-        ]
-        for row in rows
-    ]
-    chosen = [[setting, one["found"], one["stopped"]] for setting, one in together.items()]
+def page(model: str, found: Comparison, made: Mapping[str, Any], budget: Budget) -> str:
+    """The study as Markdown; ``made``: its ``provenance``."""
+    chosen = [[s, rates["found"], rates["stopped"]] for s, rates in found.calibrated.items()]
     lines = [
         "# Forms of gate",
         "",
-        f"`vlm-safeguard gates {model}`: linear gates, fitted on calibration",
+        f"`vlm-safeguard gates {model}`: gates, fitted on calibration",
         "prompts and tested on held-back ones. *Found* is the share of harmful requests on which",
         f"the gate opens at {FALSE_POSITIVES:.0%} false positives, with 95% Wilson intervals. AUC",
         "is the area under the ROC curve. `text` reads the text-only pass, `vlm` the VLM's pass.",
         "",
-        table(["Gate", "Read from", "Setting", "Layers", "AUC", "Found"], gates),
+        _forms_table(found.forms),
+        "",
+        "The paper's gate ([arXiv 2502.10486](https://arxiv.org/abs/2502.10486)) is the first",
+        "safety direction with the threshold 0, which nothing fits to a false-positive rate. It",
+        "opens layer by layer. *TPR* and *FPR* are the shares of harmful and of harmless requests",
+        "on which it opens at one layer: the one at which they differ most on the calibration",
+        "prompts. The means are over all layers.",
+        "",
+        _paper_table(found.paper),
         "",
         "The gates that calibration keeps, counted if any opens, at their calibrated",
         "thresholds. These are set on separate harmless prompts so that, with 95% confidence, at",
@@ -205,5 +307,28 @@ def page(
         "those that the model itself refuses.",
         "",
         table(["Setting", "Found", "Gate open on harmless ones"], chosen),
+        "",
+        f"Made with: {made_with(made)}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _forms_table(rows: Sequence[FormResult]) -> str:
+    cells = [
+        [row.form, row.source, _setting(row), row.layers, f"{row.auc:.3f}", row.found]
+        for row in rows
+    ]
+    return table(["Gate", "Read from", "Setting", "Layers", "AUC", "Found"], cells)
+
+
+def _paper_table(rows: Sequence[PaperGate]) -> str:
+    cells = [
+        [row.source, _setting(row), row.layer, row.found, row.stopped]
+        + [f"{mean:.1%}" for mean in (row.mean_found, row.mean_stopped)]
+        for row in rows
+    ]
+    return table(["Read from", "Setting", "Layer", "TPR", "FPR", "Mean TPR", "Mean FPR"], cells)
+
+
+def _setting(row: FormResult | PaperGate) -> str:
+    return "any" if row.source == "text" else row.setting
