@@ -64,8 +64,10 @@ $(VLLM)/.installed: pyproject.toml tests/engines/torchvision_schemas.py
 # VLLM_CPU_CI_ENV: vLLM traces models and compiles nothing; tests/engines/test_vllm_apart.py does.
 IN_VLLM = OMP_NUM_THREADS=1 VLLM_CPU_CI_ENV=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1
 
+# Here alone is torchvision, which the processor of Qwen2.5-VL needs for videos.
 test-vllm: $(VLLM)/.installed  ## The guard inside vLLM and on workers of Ray, on tiny models
 	$(IN_VLLM) $(VLLM)/bin/python -m pytest tests/engines
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -k "qwen or large" tests/test_recipes.py
 
 # On a machine with a GPU. Nobody has run it yet.
 $(VLLM_GPU)/.installed: pyproject.toml

@@ -3,7 +3,7 @@
 python recipes/paper_table.py MODEL --data DATA -o OUTPUT
 
 The same command goes on where it was stopped: a guard in OUTPUT/guard is used as it is, and
-finished evaluations in OUTPUT/run are kept. See paper-table.md.
+finished evaluations in OUTPUT/run are kept. See README.md.
 """
 
 from __future__ import annotations
@@ -38,10 +38,16 @@ if TYPE_CHECKING:
     from vlm_safeguard.evaluation.harness.execution import Plan
 
 BENCHMARKS = ("malicious_instruct", "jailbreak_instructions", "mm_harmful_bench")
+COUNTS = ("garbled", "off_subject", "unscored")  # of responses
+NOTE = (
+    "Rates have 95% Wilson intervals, clustered by question, and counts. `kept` is the share "
+    "refused of the prompts that the model refuses as text without a defence. `garbled` (empty "
+    "ones too), `off subject` (the response only repeats the request) and `unscored` are numbers "
+    "of responses. Garbled responses and those off the subject are among the prompts of a rate, "
+    "and count neither as a success nor as a refusal. Unscored ones are in no rate."
+)
 DEFENCES = {"none": "no defence", "paper-formula": "paper's formula", "guard": "guard"}
-# Responses that count as no success.
-KINDS = {"off_subject": "off subject", "garbled": "garbled", "unscored": "unscored"}
-Row = dict[str, Any]  # benchmark, setting and, by the name of each defence, its attack success
+Row = dict[str, Any]  # benchmark, setting and, by the name of each defence, what it did
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -132,33 +138,33 @@ def by_cell(entries: Sequence[dict[str, Any]]) -> list[Row]:
         place = {"benchmark": entry["benchmark"], "setting": entry["setting"]}
         row = rows.setdefault((entry["benchmark"], entry["setting"]), place)
         row[entry["defence"]] = Rate.from_dict(entry, "asr").as_dict() | {
-            "off_subject": entry["off_subject_harmful_count"],
+            "kept": Rate.from_dict(entry, "kept").as_dict() if "kept" in entry else None,
             "garbled": entry["degenerate"] + entry["empty"],
+            "off_subject": entry["off_subject"],
             "unscored": entry["unscored"],
         }
     return list(rows.values())
 
 
 def markdown(model: str, dtype: str, plan: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The page: what was run, and the table."""
+    """The page: what was run, and the table, with a row for each set, setting and defence."""
     cells = [
-        [benchmark_of(row["benchmark"]).title, row["setting"], *(_cell(row[d]) for d in DEFENCES)]
+        [benchmark_of(row["benchmark"]).title, row["setting"], title, *_cells(row[defence])]
         for row in rows
+        for defence, title in DEFENCES.items()
     ]
+    head = ["set", "setting", "defence", "attack success", "kept"]
+    head += [name.replace("_", " ") for name in COUNTS]
     return (
         f"Attack success of {model} in {dtype}, answers of at most {plan['max_tokens']} "
         f"tokens, judge `{plan['judge']}`.\n\n"
-        f"{table(['set', 'setting', *DEFENCES.values()], cells)}\n\n"
-        "Rates have 95% Wilson intervals, clustered by question, and counts. Responses off the "
-        "subject, which only repeat the request, and garbled ones are counted as no success, but "
-        "they are no refusals either. Unscored ones are in no rate.\n"
+        f"{table(head, cells)}\n\n{NOTE}\n"
     )
 
 
-def _cell(facts: dict[str, Any]) -> str:
-    shown = [str(Rate.from_dict(facts))] if facts["n"] else []
-    shown += [f"{facts[kind]} {name}" for kind, name in KINDS.items() if facts[kind]]
-    return ", ".join(shown)
+def _cells(facts: dict[str, Any]) -> list[str]:
+    rates = [str(Rate.from_dict(one)) if one and one["n"] else "" for one in (facts, facts["kept"])]
+    return rates + [str(facts[name]) for name in COUNTS]
 
 
 if __name__ == "__main__":

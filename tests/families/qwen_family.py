@@ -62,14 +62,15 @@ def qwen2_vl() -> LoadedModel:
 
 
 @family("Qwen2.5-VL", markup=QWEN_MARKUP)
-def qwen2_5_vl() -> LoadedModel:
+def qwen2_5_vl(width: int = WIDTH) -> LoadedModel:
+    sections = (width // 32, width // 32, width // 16)
     config = tf.Qwen2_5_VLConfig(
-        text_config=TEXT | mrope(1, 1, 2),
+        text_config=TEXT | {"hidden_size": width, "head_dim": width // 4} | mrope(*sections),
         vision_config={
             "depth": 2,
             "hidden_size": 16,
             "intermediate_size": 24,
-            "out_hidden_size": WIDTH,
+            "out_hidden_size": width,
             "num_heads": 2,
             "patch_size": 8,
             "window_size": 16,
