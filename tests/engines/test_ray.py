@@ -158,6 +158,7 @@ def test_an_evaluation_gives_the_same_numbers(
     folder: Path, tmp_path: Path, killed: list[int]
 ) -> None:
     pytest.importorskip("inspect_ai")
+    from vlm_safeguard.evaluation.harness.engine import engine, made_once
     from vlm_safeguard.evaluation.harness.execution import Plan
     from vlm_safeguard.evaluation.harness.pipeline import Measure, evaluate
     from vlm_safeguard.utils.progress import Progress
@@ -180,6 +181,8 @@ def test_an_evaluation_gives_the_same_numbers(
         )
         facts = evaluate(plan, tmp_path / str(workers), Measure(), Progress(quiet=True))
         pages.append(facts["table"])
+        engine(str(folder), plan.loading, plan.batch, workers).close()
+    made_once.cache_clear()  # each run has workers of its own
     assert pages[0] == pages[1]
     first, second = (tmp_path / name / "responses.jsonl" for name in ("0", str(WORKERS)))
     assert first.read_text() == second.read_text()
