@@ -56,6 +56,9 @@ def test_the_first_that_shows_the_gap_is_told_cell_by_cell(
     assert said == []
     one.hear([answered(second, s, guard, REFUSAL) for s in SETTINGS])
     assert said == [f"  {setting}, guarded: {REFUSAL}" for setting in SETTINGS]
+    del said[:]
+    one.hear([answered(second, "text", None, ANSWER)])  # by another set that has it too
+    assert said == []
     assert one.summary() == {
         "prompt": second.prompt,
         "responses": {

@@ -298,19 +298,20 @@ def read_gguf(path: Path, pad_token: str) -> tuple[PretrainedConfig, dict[str, T
     Raises:
         DemoError: transformers cannot read it.
     """
-    try:
-        # transformers would also read a tokenizer's files from the folder of a user's file.
-        with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
-            (Path(folder) / path.name).symlink_to(path.resolve())
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+    name = path.name
+    # transformers would also read a tokenizer's files from the folder of a user's file.
+    with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
+        (Path(folder) / name).symlink_to(path.resolve())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
             model = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=path.name, dtype=torch.float32
+                folder, gguf_file=name, dtype=torch.float32
             )
-    except OSError as error:
-        raise DemoError(
-            f"transformers cannot read {path}: {error}. Its digest was right, so install the "
-            "versions that this package asks for: pip install 'vlm-safeguard[demo]'"
-        ) from error
+        except OSError as error:
+            raise DemoError(
+                f"transformers cannot read {path}: {error}. Its digest was right, so install the "
+                "versions that this package asks for: pip install 'vlm-safeguard[demo]'"
+            ) from error
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
     tokenizer.pad_token = pad_token

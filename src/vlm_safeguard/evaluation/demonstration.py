@@ -35,6 +35,7 @@ from vlm_safeguard.evaluation.metrics.likelihood import perplexity
 from vlm_safeguard.evaluation.metrics.timing import time_ratios
 from vlm_safeguard.evaluation.metrics.tradeoff import tradeoff
 from vlm_safeguard.evaluation.one_request import OneRequest
+from vlm_safeguard.evaluation.report.labels import RESPONSE_WORDS
 from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.model.loading import LoadedModel, multiplies_bfloat16
@@ -119,8 +120,8 @@ def run_demo(
         vqa=size.vqa,
         max_tokens=VQA_TOKENS,
     )
-    harmful = [p for p in load_benchmark(OWN_SETS[0], limit=size.per_set) if p.harmful]
-    one = OneRequest(harmful, guard, progress.say)
+    plain = load_benchmark(OWN_SETS[0], limit=size.per_set)
+    one = OneRequest([p for p in plain if p.harmful], guard, progress.say)
     rows, accuracy = answers([*plans, questions], progress, one.hear)
     rows.sort(key=lambda row: SETTINGS.index(row.setting))
     summary: dict[str, Any] = {"settings": _table(rows)}
@@ -136,7 +137,7 @@ def run_demo(
     summary["guard"] = str(guard_folder)
     summary["report"] = str(output / "report.html")
     progress.say("writing the report")
-    clouds = _clouds(loaded, guard, load_benchmark(OWN_SETS[0], limit=size.per_set), progress)
+    clouds = _clouds(loaded, guard, plain, progress)
     data = report.ReportData(
         summary=summary,
         calibration=guard.config.calibration,
@@ -322,6 +323,6 @@ def _line(row: Judged) -> str:
         "verdict": row.verdict,
         "fired": row.fired,
         "tokens": row.tokens,
-        "response": report.cut_words(row.response, 12),
+        "response": report.cut_words(row.response, RESPONSE_WORDS),
     }
     return json.dumps(facts, ensure_ascii=False) + "\n"

@@ -9,10 +9,9 @@ from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.data.inputs import SETTINGS, Query, query
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.evaluation.harness.engine import Answered
-from vlm_safeguard.evaluation.report.labels import cut_words
+from vlm_safeguard.evaluation.report.labels import RESPONSE_WORDS, cut_words
 from vlm_safeguard.guard import Guard
 
-WORDS = 12  # of a response that are shown
 SYSTEMS = ("unguarded", "guarded")
 
 
@@ -44,6 +43,8 @@ class OneRequest:
                 continue
             number, setting = place
             cell = setting, SYSTEMS[guard is not None]
+            if cell in self._said[number]:
+                continue  # a set of the user's own has the same request
             self._said[number][cell] = response.text
             if self._chosen is None and self._shows_the_gap(number):
                 self._chosen = number
@@ -61,7 +62,7 @@ class OneRequest:
         return {
             "prompt": self._prompts[number].prompt,
             "responses": {
-                setting: {system: cut_words(said[setting, system], WORDS) for system in SYSTEMS}
+                setting: {system: _cut(said[setting, system]) for system in SYSTEMS}
                 for setting in SETTINGS
             },
         }
@@ -74,7 +75,11 @@ class OneRequest:
         )
 
     def _tell(self, number: int, cell: tuple[str, str]) -> None:
-        self._say(f"  {', '.join(cell)}: {cut_words(self._said[number][cell], WORDS)}")
+        self._say(f"  {', '.join(cell)}: {_cut(self._said[number][cell])}")
+
+
+def _cut(response: str) -> str:
+    return cut_words(response, RESPONSE_WORDS)
 
 
 def _key(request: Query) -> tuple[str, bytes | None]:

@@ -25,9 +25,9 @@ from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.utils.worker import Worker
 
 GATHER = 0.15  # seconds without a newcomer after which a round begins
+ROUND = 8  # batches gathered at most before generating, so that lengths can be sorted
 # A request, the guard that it was answered under, and the answer.
 Answered = tuple[Query, Guard | None, Response]
-ROUND = 8  # batches gathered at most before generating, so that lengths can be sorted
 
 
 @dataclass
