@@ -51,6 +51,11 @@ def test_its_language_model_is_the_publishers_bit_for_bit(
     assert torch.equal(here, there)
 
 
+def test_its_configuration_names_no_folder(published: tuple[Any, Any]) -> None:
+    """Or no two assemblies would give the same files."""
+    assert published[0].config.name_or_path == ""
+
+
 def test_the_template_is_the_publishers_on_text(
     loaded: LoadedModel, published: tuple[Any, Any]
 ) -> None:

@@ -292,8 +292,8 @@ def load_llm(
 def read_gguf(path: Path, pad_token: str) -> tuple[PretrainedConfig, dict[str, Tensor], Any]:
     """Configuration, tensors (float32) and tokenizer of a GGUF file, and of nothing beside it.
 
-    The configuration comes without the record of quantisation that reading GGUF leaves: with it, a
-    saved checkpoint would be packed again on loading.
+    The configuration comes without two things that reading GGUF leaves: the record of quantisation,
+    with which a saved checkpoint would be packed again on loading, and the folder it was read in.
 
     Raises:
         DemoError: transformers cannot read it.
@@ -313,7 +313,8 @@ def read_gguf(path: Path, pad_token: str) -> tuple[PretrainedConfig, dict[str, T
                 "versions that this package asks for: pip install 'vlm-safeguard[demo]'"
             ) from error
     settings = model.config.to_dict()
-    settings.pop("quantization_config", None)
+    for left in ("quantization_config", "_name_or_path"):
+        settings.pop(left, None)
     tokenizer.pad_token = pad_token
     settings["pad_token_id"] = tokenizer.pad_token_id
     return type(model.config)(**settings), dict(model.state_dict()), tokenizer
