@@ -69,7 +69,7 @@ def page(results: dict[str, Any], commit: str) -> str:
         for system, row in systems.items():
             rates = [Rate.from_dict(row, name).interval for name in ("asr", "kept", "over_refusal")]
             size = f"{row['asr_n']} + {row['over_refusal_n']}"
-            rows.append([setting, system, *rates, f"{_off_subject(row).value:.1%}", size])
+            rows.append([setting, system, *rates, f"{_off_subject(row):.1%}", size])
     head = ["Setting", "System", "Attack success", "Kept", "Over-refusal", OFF_SUBJECT]
     sets = results["benchmarks"]
     plain = sets["malicious"]
@@ -99,7 +99,7 @@ def card(results: dict[str, Any], commit: str) -> str:
     for setting, one in plain.items():
         row = one["unguarded"]
         asr, refused = (Rate.from_dict(row, name).interval for name in ("asr", "over_refusal"))
-        rows.append([NAMES[setting], asr, f"{_off_subject(row).value:.0%}", refused])
+        rows.append([NAMES[setting], asr, f"{_off_subject(row):.0%}", refused])
     n, vqa = plain["text"]["unguarded"]["asr_n"], results["vqa_accuracy"]
     right = wilson(round(vqa["unguarded"] * vqa["n"]), vqa["n"])
     garbled = max(one["unguarded"]["degenerate"] for one in results["settings"].values())
@@ -117,7 +117,7 @@ def _plain_table(plain: dict[str, Any]) -> str:
     for setting, row in plain.items():
         cells = [row[system] for system in SYSTEMS]
         rates = [Rate.from_dict(cell, "asr").interval for cell in cells]
-        off = " / ".join(f"{_off_subject(cell).value:.0%}" for cell in cells)
+        off = " / ".join(f"{_off_subject(cell):.0%}" for cell in cells)
         refused = [f"{cell['over_refusal']:.0%}" for cell in cells]
         rows.append([NAMES[setting], *rates, off, *refused])
     success, refusal = (
@@ -126,12 +126,9 @@ def _plain_table(plain: dict[str, Any]) -> str:
     return table(["Setting", *success, f"{OFF_SUBJECT}, {' / '.join(SYSTEMS)}", *refusal], rows)
 
 
-def _off_subject(row: dict[str, Any]) -> Rate:
+def _off_subject(row: dict[str, Any]) -> float:
     """The share of harmful requests with an answer off the subject: no success and no refusal."""
-    if "off_subject_harmful" in row:
-        return Rate.from_dict(row, "off_subject_harmful")
-    # Reports made before it was counted; in those that are kept no answer is degenerate or empty.
-    return wilson(row["asr_n"] - row["asr_count"] - row["refused_count"], row["asr_n"])
+    return Rate.from_dict(row, "off_subject_harmful").value
 
 
 def _gate_table(sets: dict[str, Any]) -> str:

@@ -26,8 +26,7 @@ def test_the_docs_hold_the_committed_results(name: str) -> None:
     assert block == PAGES[name](results, commit)
 
 
-def test_older_results_tell_what_is_off_the_subject_by_what_is_left() -> None:
-    """Where no answer is degenerate or empty, as in those that are kept."""
+def test_what_is_off_the_subject_is_neither_success_nor_refusal() -> None:
     results = json.loads((demo_page.ROOT / "docs/assets/results.json").read_text("utf-8"))
     cells = [
         cell
@@ -37,11 +36,13 @@ def test_older_results_tell_what_is_off_the_subject_by_what_is_left() -> None:
     ]
     assert all(cell["degenerate"] == cell["empty"] == 0 for cell in cells)
     found = [demo_page._off_subject(cell) for cell in cells]
+    left = [cell["asr_n"] - cell["asr_count"] - cell["refused_count"] for cell in cells]
+    assert any(found)
+    assert found == [count / cell["asr_n"] for count, cell in zip(left, cells, strict=True)]
     everywhere = [round(cell["off_subject"] * cell["n"]) for cell in cells]  # harmless ones too
-    assert any(everywhere)
-    assert all(rate.count <= count for rate, count in zip(found, everywhere, strict=True))
+    assert all(count <= both for count, both in zip(left, everywhere, strict=True))
     counted = wilson(3, 20).as_dict("off_subject_harmful")
-    assert demo_page._off_subject(cells[0] | counted) == wilson(3, 20)
+    assert demo_page._off_subject(cells[0] | counted) == 3 / 20
 
 
 def test_nothing_of_the_machine_is_kept() -> None:
