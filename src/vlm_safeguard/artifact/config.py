@@ -16,6 +16,7 @@ MAX_RANK = 1024
 MAX_GATES = 16
 MAX_OPENINGS = 64
 MAX_MARKUP_TOKENS = 256  # in each of the three lists
+MAX_FRAME = 65_536  # tokens
 MAX_TOKEN_ID = 2**31 - 1
 MAX_GUARDED_TOKENS = 1_000_000
 MAX_ALPHA = 1e4
@@ -46,6 +47,8 @@ class Gate(_StrictSettings):
         kind: name of a class in ``runtime.gate.GATES``.
         source: the pass it reads: "text" is the text-only pass, "vlm" the request's own pass.
         thresholds: one for each layer, subtracted from its score.
+        reads_mean: whether it reads, beside the state at the last prompt token, the mean of the
+            states over the words of the text.
         per_layer: False: the sum of the scores opens all layers. True: each score opens its own
             layer only, as in the paper.
         openings: tokens that the LLM's refusals begin with, for the kind "intent".
@@ -58,6 +61,7 @@ class Gate(_StrictSettings):
     layers: list[_Layer] = Field(min_length=1, max_length=MAX_MODEL_LAYERS)
     thresholds: list[_Threshold] = Field(max_length=MAX_MODEL_LAYERS)
     per_layer: bool = False
+    reads_mean: bool = False
     openings: list[_TokenId] = Field(default=[], max_length=MAX_OPENINGS)
     intent_weight: float = Field(default=0.0, ge=0.0, le=MAX_MAGNITUDE, allow_inf_nan=False)
     verdict_weight: float = Field(default=0.0, ge=0.0, le=MAX_MAGNITUDE, allow_inf_nan=False)
@@ -66,6 +70,12 @@ class Gate(_StrictSettings):
     def _one_threshold_each(self) -> Gate:
         if len(self.thresholds) != len(self.layers) or len(set(self.layers)) != len(self.layers):
             raise ValueError("a gate needs one threshold per layer, each layer once")
+        return self
+
+    @model_validator(mode="after")
+    def _mean_is_of_the_text(self) -> Gate:
+        if self.reads_mean and (self.source != "text" or self.per_layer):
+            raise ValueError("a gate with reads_mean reads the text-only pass, all layers together")
         return self
 
     @model_validator(mode="after")
@@ -184,12 +194,20 @@ class ImageMarkup(_StrictSettings):
         return end
 
 
+class Frame(_StrictSettings):
+    """Numbers of tokens that the chat template writes before and behind a request's words."""
+
+    before: int = Field(ge=0, le=MAX_FRAME)
+    after: int = Field(ge=0, le=MAX_FRAME)
+
+
 class GuardConfig(_StrictSettings):
     """Everything in ``guard.json``."""
 
     schema_version: Literal[2] = 2
     model: ModelIdentity
     markup: ImageMarkup
+    frame: Frame | None = None  # for gates with ``reads_mean``
     gates: list[Gate] = Field(min_length=1, max_length=MAX_GATES)
     steering: Steering
     reads_pictures: bool = False  # the text-only pass includes the words in pictures
@@ -204,6 +222,8 @@ class GuardConfig(_StrictSettings):
         steering = self.steering
         if steering.reference == "verdict" and not any(gate.openings for gate in self.gates):
             raise ValueError("reference `verdict` needs a gate of kind intent, for verdicts")
+        if any(gate.reads_mean for gate in self.gates) != (self.frame is not None):
+            raise ValueError("gates with reads_mean need a frame, and no others do")
         for index, gate in enumerate(self.gates):
             if gate.per_layer and not set(gate.layers) & set(steering.layers):
                 raise ValueError(
@@ -237,7 +257,7 @@ class GuardConfig(_StrictSettings):
             found[f"directions.{layer}"] = (steering.rank, width)
             found[f"anchor.{layer}"] = (steering.rank,)
         for index, gate in enumerate(self.gates):
-            found[f"gate.{index}"] = (len(gate.layers), width)
+            found[f"gate.{index}"] = (len(gate.layers), (1 + gate.reads_mean) * width)
         return found
 
     def tensor_bytes(self) -> int:

@@ -48,6 +48,7 @@ from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.model.text_reader import TextReader
 from vlm_safeguard.model.weights import weights_digest
+from vlm_safeguard.model.words import find_frame
 from vlm_safeguard.utils.progress import Progress
 
 
@@ -168,7 +169,8 @@ def _separability(
         harmful, harmless = states.split()
         rows: dict[str, list[float]] = {"auc": [], "tpr_b0": [], "fpr_b0": []}
         for layer, basis in sorted(directions.items()):
-            h, s = harmful[:, layer] @ basis[0], harmless[:, layer] @ basis[0]
+            width = basis.shape[1]
+            h, s = (part[:, layer, :width] @ basis[0] for part in (harmful, harmless))
             rows["auc"].append(round(auc(h, s), 4))
             rows["tpr_b0"].append(round((h > 0).double().mean().item(), 4))
             rows["fpr_b0"].append(round((s > 0).double().mean().item(), 4))
@@ -197,7 +199,8 @@ class _Foundation:
         for layer in steering.layers:
             basis = self.directions[layer][: steering.rank].contiguous()
             tensors[f"directions.{layer}"] = basis
-            tensors[f"anchor.{layer}"] = method.coordinates(self.pairs[0, :, layer], basis).mean(0)
+            harmful = self.pairs[0, :, layer, : decoder.hidden_size]
+            tensors[f"anchor.{layer}"] = method.coordinates(harmful, basis).mean(0)
         gates: list[Gate] = []
         for name, fit in self.gates.items():
             # A pooled score has one threshold; it stands with the gate's first layer.
@@ -207,6 +210,7 @@ class _Foundation:
                 "source": "vlm" if name == "vlm" else "text",
                 "layers": list(fit.layers),
                 "thresholds": cuts,
+                "reads_mean": fit.vectors.shape[1] > decoder.hidden_size,
                 "openings": list(fit.openings),
                 "intent_weight": fit.weights[0],
                 "verdict_weight": fit.weights[1],
@@ -225,6 +229,7 @@ class _Foundation:
                 layers=len(decoder.layers),
             ),
             markup=self.markup,
+            frame=find_frame(self.loaded.processor) if any(g.reads_mean for g in gates) else None,
             gates=gates,
             steering=steering,
             reads_pictures=self.reads_pictures,

@@ -155,16 +155,25 @@ def _directions(
         # One pass gives the states and the refusal signs; gates seldom differ in their openings.
         kinds = {tuple(gate.openings) for gate in guard.config.gates if gate.openings} or {()}
         recorded = {
-            openings: record_signs(loaded, asked, openings, Path(folder), "anchors", progress)
+            openings: record_signs(
+                loaded,
+                asked,
+                openings,
+                Path(folder),
+                "anchors",
+                progress,
+                frame=guard.config.frame,
+            )
             for openings in kinds
         }
         states = next(iter(recorded.values()))[0].clone()
     harmful, harmless = states.split(len(data.anchors))
+    between = (harmful - harmless).mean(0)[:, : guard.config.model.hidden_size]  # (L, d)
     checks = []
     flipped = [
         layer
         for layer in guard.config.steering.layers
-        if ((harmful - harmless)[:, layer] @ guard.tensors[f"directions.{layer}"][0]).mean() <= 0
+        if between[layer] @ guard.tensors[f"directions.{layer}"][0] <= 0
     ]
     found = f"flipped in layers {flipped}" if flipped else "harm is positive in every layer"
     checks.append(Check("sign", not flipped, found))

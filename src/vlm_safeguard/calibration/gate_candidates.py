@@ -31,7 +31,8 @@ class LabelledStates:
     """Hidden states of harmful and harmless prompts, and their cross-validation folds.
 
     Attributes:
-        harmful, harmless: (n, L, d) and (k, L, d).
+        harmful, harmless: (n, L, d) and (k, L, d), or with means over the words behind the states
+            at the last prompt token, (n, L, 2 d) and (k, L, 2 d).
         harmful_fold, harmless_fold: (n,) and (k,); see ``gate_fitting.fit_gate``.
         directions: V_l by layer; their keys are the layers that a gate may read.
     """
@@ -41,6 +42,12 @@ class LabelledStates:
     harmful_fold: Tensor
     harmless_fold: Tensor
     directions: dict[int, Tensor]
+
+    @property
+    def views(self) -> list[slice]:
+        """Where the states at the last prompt token and, if there are any, their means stand."""
+        width = next(iter(self.directions.values())).shape[1]
+        return [slice(n, n + width) for n in range(0, self.harmful.shape[2], width)]
 
     @property
     def folds(self) -> list[int]:
@@ -57,7 +64,8 @@ class Candidate:
         layers: the layers it reads.
         tried: for each fold, scores (n,) and (k,) of all harmful and harmless prompts by the gate
             fitted without this fold.
-        vectors: fits the gate to all prompts: one vector for each layer, (layers, d).
+        vectors: fits the gate to all prompts: one vector for each layer, (layers, d), or
+            (layers, 2 d) for a gate that reads means too.
     """
 
     layers: tuple[int, ...]
@@ -81,10 +89,10 @@ def candidates(kind: Kind, data: LabelledStates, pooled: bool = True) -> Iterato
 
 def by_layer(kind: Kind, data: LabelledStates, pooled: bool) -> Iterator[Candidate]:
     """One vector fitted to each layer, alone and summed over runs of neighbouring layers."""
-    depth = sorted(data.directions)
+    depth, last = sorted(data.directions), data.views[0]
     bases, inner = {}, {}
     for n in depth:
-        x, y = data.harmful[:, n], data.harmless[:, n]
+        x, y = data.harmful[:, n, last], data.harmless[:, n, last]
         bases[n] = _basis(kind, x, y, data.directions[n])
         inner[n] = x.float() @ bases[n].T, y.float() @ bases[n].T
     tried = [
@@ -113,6 +121,10 @@ def margins(data: LabelledStates) -> Iterator[Candidate]:
     there are layers. This one weighs the layers against each other. Both labels weigh the same. It
     is solved in its dual form: there are far fewer prompts than layers times dimensions.
 
+    Where there are means over the words, there are also sums of two machines: one reads the states
+    at the last prompt token, the other the means. One machine for both finds less at low
+    false-positive rates.
+
     Raises:
         ValueError: the states are not finite.
     """
@@ -125,25 +137,30 @@ def margins(data: LabelledStates) -> Iterator[Candidate]:
         machine = SVC(C=cost, kernel="precomputed", class_weight="balanced")
         return machine.fit(kernel[known][:, known].numpy(), labels[known].numpy())
 
-    def vectors(layers: tuple[int, ...], kernel: Tensor, cost: float) -> Tensor:
-        machine = fit(kernel, torch.ones_like(labels), cost)
-        weights = torch.zeros(len(labels))
-        weights[machine.support_] = torch.from_numpy(machine.dual_coef_[0]).float()
-        parts = [(weights @ z) / spread for z, spread in (_standard(data, n) for n in layers)]
-        return torch.stack(parts) / data.harmful[0, list(layers)].numel()
+    def scores(kernel: Tensor, known: Tensor, cost: float) -> Tensor:
+        found = fit(kernel, known, cost).decision_function(kernel[:, known].numpy())
+        return torch.from_numpy(found).float()
+
+    def vectors(layers: tuple[int, ...], kernels: Sequence[Tensor], cost: float) -> Tensor:
+        found = []
+        for view, kernel in zip(data.views, kernels, strict=False):
+            machine = fit(kernel, torch.ones_like(labels), cost)
+            weights = torch.zeros(len(labels))
+            weights[machine.support_] = torch.from_numpy(machine.dual_coef_[0]).float()
+            states = [_standard(data, n, view) for n in layers]
+            parts = [(weights @ z) / spread for z, spread in states]
+            found.append(torch.stack(parts) / (len(layers) * len(parts[0])))
+        return torch.cat(found, 1)
 
     for layers in dict.fromkeys(_spaced(sorted(data.directions), *span) for span in SPANS):
-        kernel = _kernel(data, layers)
+        kernels = [_kernel(data, layers, view) for view in data.views]
         for cost in COSTS:
-            tried = []
-            for one in data.folds:
-                machine = fit(kernel, fold != one, cost)
-                scores = machine.decision_function(kernel[:, fold != one].numpy())
-                h, s = (
-                    torch.from_numpy(scores).float().split([len(data.harmful), len(data.harmless)])
-                )
-                tried.append((h, s))
-            yield Candidate(layers, tried, partial(vectors, layers, kernel, cost))
+            summed = [torch.zeros(len(labels)) for _ in data.folds]
+            for count, kernel in enumerate(kernels, 1):
+                found = [scores(kernel, fold != one, cost) for one in data.folds]
+                summed = [before + new for before, new in zip(summed, found, strict=True)]
+                tried = [(one[: len(data.harmful)], one[len(data.harmful) :]) for one in summed]
+                yield Candidate(layers, tried, partial(vectors, layers, kernels[:count], cost))
 
 
 def _spaced(depth: Sequence[int], first: float, last: float) -> tuple[int, ...]:
@@ -152,25 +169,25 @@ def _spaced(depth: Sequence[int], first: float, last: float) -> tuple[int, ...]:
     return tuple(part[:: math.ceil(len(part) / SPACED)])
 
 
-def _standard(data: LabelledStates, layer: int) -> tuple[Tensor, Tensor]:
+def _standard(data: LabelledStates, layer: int, view: slice) -> tuple[Tensor, Tensor]:
     """States (n + k, d) of a layer, every dimension with mean 0 and spread 1, and the spreads (d,).
     Without this a few dimensions with huge values, which LLMs have, would decide."""
-    states = torch.cat([data.harmful[:, layer], data.harmless[:, layer]]).float()
+    states = torch.cat([data.harmful[:, layer, view], data.harmless[:, layer, view]]).float()
     spread = states.std(0).clamp(min=1e-6)
     return (states - states.mean(0)) / spread, spread
 
 
-def _kernel(data: LabelledStates, layers: tuple[int, ...]) -> Tensor:
+def _kernel(data: LabelledStates, layers: tuple[int, ...], view: slice) -> Tensor:
     """Inner products (n + k, n + k) of the standardised states at all layers, about 1 on the
     diagonal."""
     count = len(data.harmful) + len(data.harmless)
     kernel = torch.zeros(count, count, dtype=torch.float64)
     for layer in layers:
-        z, _ = _standard(data, layer)
+        z, _ = _standard(data, layer, view)
         kernel += z @ z.T
     if not kernel.isfinite().all():
         raise ValueError("no gate can be judged: the states are not finite")
-    return kernel / data.harmful[0, list(layers)].numel()
+    return kernel / (len(layers) * (view.stop - view.start))
 
 
 def _project(

@@ -37,6 +37,7 @@ from vlm_safeguard.calibration.recorded_states import Recorded
 from vlm_safeguard.data.inputs import PICTURED, query, settings_of, spoken
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.words import find_frame
 from vlm_safeguard.utils.progress import Progress
 
 IN_VLM_SHARE = 0.1  # of the false-positive budget
@@ -151,11 +152,12 @@ def bound_scores(
     mixed = [query(p, s[n % len(s)]) for n, (p, s) in enumerate(zip(items, settings, strict=True))]
     layers = 1 + max(fits["vlm"].layers)  # no gate that sees pictures reads a layer above
     openings = next((fit.openings for fit in fits.values() if fit.openings), ())
-    text, signs = record_signs(loaded, said, openings, folder, "bound, text", progress)
+    frame = find_frame(loaded.processor)
+    text, signs = record_signs(loaded, said, openings, folder, "bound, text", progress, frame=frame)
     what = "bound, pictures"
     seen, _ = record_signs(loaded, mixed, (), folder, what, progress, layers=layers)
     texts = [one.text for one in said]
-    others = record_readings(loaded, texts, reads_sentences, openings, folder, progress)
+    others = record_readings(loaded, texts, reads_sentences, openings, frame, folder, progress)
     owner, place = others.of.T
     columns = []
     for name, fit in fits.items():

@@ -68,7 +68,7 @@ class GateFit:
 
     Attributes:
         layers: the layers it reads.
-        vectors: one vector for each layer, (n, d).
+        vectors: one vector for each layer, (n, d), or (n, 2 d) if it reads means over the words.
         openings: tokens that the LLM's refusals begin with, see ``method.refusal_intent``.
         weights: of the refusal intent and of the verdict.
         spread: standard deviation of the scores of harmless prompts, cross-validated.
@@ -99,8 +99,10 @@ class GateFit:
         return replace(self, threshold=self.threshold + shift * self.spread, unseen=unseen)
 
     def scores(self, states: Tensor, signs: Tensor | None = None) -> Tensor:
-        """Scores (k,) of states (k, L, d) and, for a gate with ``openings``, refusal signs (k, 2);
-        positive opens the gate.
+        """Scores (k,) of states (k, L, d), or with means (k, L, 2 d); positive opens the gate.
+
+        Args:
+            signs: refusal signs (k, 2), for a gate with ``openings``.
 
         Raises:
             ValueError: the gate has ``openings`` and there are no signs.
@@ -139,7 +141,7 @@ def fit_gate(
     verdict, with the weights that separate best.
 
     Args:
-        harmful, harmless: states (k, L, d) of calibration prompts.
+        harmful, harmless: states of calibration prompts, see ``LabelledStates``.
         harmful_fold, harmless_fold: fold of each prompt, (k,). Copies of a question share a fold.
             Prompts with a negative fold are used for fitting only.
         directions: V_l by layer.

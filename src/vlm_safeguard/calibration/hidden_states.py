@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm_safeguard import method
+from vlm_safeguard.artifact.config import Frame
 from vlm_safeguard.calibration.attack_trials import within
 from vlm_safeguard.calibration.budget import Effort
 from vlm_safeguard.calibration.gate_fitting import refusal_openings
@@ -30,7 +31,9 @@ from vlm_safeguard.errors import CalibrationError
 from vlm_safeguard.model.canonical_text import canonical_text
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import anchor_queries, record, record_with_logits
+from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.sentences import sentences
+from vlm_safeguard.model.words import find_frame
 from vlm_safeguard.runtime.gate import refusal_signs
 from vlm_safeguard.utils.progress import Progress
 
@@ -39,21 +42,31 @@ FOLDS = 5  # of the cross-validation that chooses a gate
 
 
 def record_anchors(
-    loaded: LoadedModel, pairs: Sequence[AnchorPair], folder: Path, progress: Progress
+    loaded: LoadedModel,
+    pairs: Sequence[AnchorPair],
+    frame: Frame | None,
+    folder: Path,
+    progress: Progress,
 ) -> tuple[Tensor, list[int]]:
     """Record the anchors as text.
 
     Returns:
-        States (2, N, L, d): harmful anchors, then their harmless partners; and the tokens that the
-        model's refusals begin with.
+        States (2, N, L, d), or (2, N, L, 2 d) with ``frame`` (see ``record``): harmful anchors,
+        then their harmless partners; and the tokens that the model's refusals begin with.
     """
     asked = anchor_queries(pairs)
     states, first = once(
         folder,
         asked,
-        ("first tokens",),
+        ("first tokens", frame),
         lambda place: record_with_logits(
-            loaded, asked, place, lambda logits: logits.argmax(1), what="anchors", progress=progress
+            loaded,
+            asked,
+            place,
+            lambda logits: logits.argmax(1),
+            what="anchors",
+            frame=frame,
+            progress=progress,
         ),
     )
     if first is None:
@@ -75,18 +88,22 @@ def record_calibration(
 
     They are memory-mapped from there.
     """
-    pairs, openings = record_anchors(loaded, data.anchors, folder, progress)
+    frame = find_frame(loaded.processor)
+    pairs, openings = record_anchors(loaded, data.anchors, frame, folder, progress)
+    width = find_decoder(loaded.model).hidden_size
     directions = {
-        layer: method.safety_directions(pairs[0, :, layer], pairs[1, :, layer], MAX_RANK)
+        layer: method.safety_directions(
+            pairs[0, :, layer, :width], pairs[1, :, layer, :width], MAX_RANK
+        )
         for layer in range(pairs.shape[2])
     }
     fit = list(data.fit)
     # Prompts whose label shows in their text: the text gate reads nothing else.
     worded = evenly([p for p in fit if told(p, reads_pictures)], effort.worded)
     said = [spoken(p, reads_pictures) for p in worded]
-    text = record_states(loaded, worded, said, "text", folder, progress, openings)
+    text = record_states(loaded, worded, said, "text", folder, progress, openings, frame)
     harmless = [one.text for p, one in zip(worded, said, strict=True) if not p.harmful]
-    others = record_readings(loaded, harmless, reads_sentences, openings, folder, progress)
+    others = record_readings(loaded, harmless, reads_sentences, openings, frame, folder, progress)
     pictured: dict[str, States] = {}
     for setting in PICTURED:
         chosen = evenly(within(fit, setting), effort.pictured)
@@ -102,6 +119,7 @@ def record_readings(
     texts: Sequence[str],
     by_sentence: bool,
     openings: Sequence[int],
+    frame: Frame | None,
     folder: Path,
     progress: Progress,
 ) -> Readings:
@@ -116,7 +134,14 @@ def record_readings(
         of += [(n, places.setdefault(one, len(places))) for one in readings]
     asked = [Query(one, None) for one in places]
     states, signs = record_signs(
-        loaded, asked, openings if asked else (), folder, "readings", progress, judged=False
+        loaded,
+        asked,
+        openings if asked else (),
+        folder,
+        "readings",
+        progress,
+        judged=False,
+        frame=frame,
     )
     signs = torch.zeros(len(asked), 2) if signs is None else signs
     return Readings(states, signs, torch.tensor(of, dtype=torch.long).reshape(-1, 2))
@@ -130,16 +155,17 @@ def record_states(
     folder: Path,
     progress: Progress,
     openings: Sequence[int] = (),
+    frame: Frame | None = None,
 ) -> States:
     """States of ``items`` when the model is given the requests ``asked``, one for each item; with
-    ``openings`` also their refusal signs.
+    ``openings`` also their refusal signs, with ``frame`` also means (see ``record``).
 
     All harmful prompts count as found. Ordinary harmless prompts count as false positives, unless
     the verdict says that the model refuses them by itself. Of a prompt that means nothing without
     its picture it says nothing.
     """
     what = f"calibration prompts, {setting}"
-    states, signs = record_signs(loaded, asked, openings, folder, what, progress)
+    states, signs = record_signs(loaded, asked, openings, folder, what, progress, frame=frame)
     fold = [hashlib.sha256(p.cluster.encode()).digest()[0] % FOLDS for p in items]
     counted = torch.tensor([p.ordinary for p in items])
     if signs is not None:
@@ -158,11 +184,12 @@ def record_signs(
     progress: Progress,
     judged: bool = True,
     layers: int | None = None,
+    frame: Frame | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """States of requests and, with ``openings``, their refusal signs; see ``refusal_signs``.
 
     ``judged``: whether these texts have a verdict. As at runtime, it is that of the canonical form.
-    With ``layers``, only states of so many layers from the first.
+    With ``layers``, only states of so many layers from the first; ``frame``: as in ``record``.
     """
 
     def signs(logits: Tensor) -> Tensor:
@@ -171,7 +198,9 @@ def record_signs(
 
     def run(place: Path) -> tuple[Tensor, Tensor | None]:
         if not openings:
-            found = record(loaded, asked, place, what=what, layers=layers, progress=progress)
+            found = record(
+                loaded, asked, place, what=what, layers=layers, frame=frame, progress=progress
+            )
             return found, None
         return record_with_logits(
             loaded,
@@ -179,10 +208,11 @@ def record_signs(
             place,
             signs,
             what=what,
+            frame=frame,
             progress=progress,
         )
 
-    states, found = once(folder, asked, (tuple(openings), judged, layers), run)
+    states, found = once(folder, asked, (tuple(openings), judged, layers, frame), run)
     if found is None or not judged:
         return states, found
     odd = {

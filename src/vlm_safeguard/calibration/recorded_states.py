@@ -14,10 +14,10 @@ from vlm_safeguard.calibration.gate_fitting import GateFit, GateName
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states (k, L, d) of k prompts at L layers, with labels and cross-validation folds."""
+    """Hidden states of k prompts at L layers, with labels and cross-validation folds."""
 
     ids: tuple[str, ...]  # k ids of prompts
-    states: Tensor
+    states: Tensor  # (k, L, d), or (k, L, 2 d) of text: with their mean over the words behind them
     harmful: Tensor  # (k,) bool
     fold: Tensor  # (k,); a question and its copy in a template share a fold
     # (k,) bool: harmful prompts that count as found, and harmless ones as false positives. To the
@@ -56,7 +56,7 @@ class Readings:
     sentences, each once. None has a verdict: that of a canonical form counts for its prompt.
 
     Attributes:
-        states: (k, L, d); k may be 0.
+        states: (k, L, d) or (k, L, 2 d), as those of the prompts; k may be 0.
         signs: refusal signs (k, 2); zero if the model's refusals have no known openings.
         of: places (m, 2) of a harmless prompt among the harmless prompts and of one of its readings
             among the readings.
@@ -72,7 +72,8 @@ class Recorded:
     """What gates are fitted to.
 
     Attributes:
-        pairs: states of the N anchor pairs, (2, N, L, d): harmful, then harmless.
+        pairs: states of the N anchor pairs as text, (2, N, L, d) or (2, N, L, 2 d): harmful, then
+            harmless.
         directions: safety directions by layer.
         openings: tokens that the model's refusals begin with; may be empty.
         text: states of the calibration prompts as text.
@@ -131,7 +132,9 @@ class Recorded:
         """States that the gate in the VLM is fitted to: prompts in all settings with a picture, and
         as text. The gate is not judged by the text, but harm lies in the same directions there, and
         many more prompts are recorded so."""
-        text = replace(self.text, counted=torch.zeros_like(self.text.counted))
+        width = next(iter(self.directions.values())).shape[1]
+        none = torch.zeros_like(self.text.counted)
+        text = replace(self.text, states=self.text.states[..., :width], counted=none)
         every = [*self.pictured.values(), text]
         return States(
             tuple(one for s in every for one in s.ids),

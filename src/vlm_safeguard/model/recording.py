@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_safeguard.artifact.config import Frame
 from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.data.prompts import AnchorPair
 from vlm_safeguard.errors import ModelError
@@ -25,6 +26,7 @@ from vlm_safeguard.model.residual_stream import (
 )
 from vlm_safeguard.model.shared_prefix import SharedPrefix
 from vlm_safeguard.model.text_only import last_logits
+from vlm_safeguard.model.words import with_mean, word_weights
 from vlm_safeguard.utils.progress import Progress
 
 
@@ -39,7 +41,9 @@ def record(
     layers: int | None = None,
     decoder: Decoder | None = None,
     read_pictures: bool = False,
-    run: Callable[[list[int]], None] | None = None,
+    frame: Frame | None = None,
+    encoded: Callable[[list[int]], dict[str, Tensor]] | None = None,
+    run: Callable[[list[int], dict[str, Tensor]], None] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Record the hidden states at the last prompt token after each decoder layer.
@@ -57,13 +61,16 @@ def record(
         decoder: the verified decoder. Required for a guarded model, because the guard does not
             allow the forward pass that verifies it.
         read_pictures: for a guard that reads pictures, see ``encode``.
-        run: runs the model on the items of a batch, given by their indices, in place of one forward
-            pass. The last pass over more than one token is recorded, so not the steps of
-            ``generate``; its inputs are padded on the left.
+        frame: where the words of a text are. With it, the mean of the states over the words stands
+            behind those at the last prompt token, if every layer puts out the states of all tokens.
+        encoded: makes the inputs, padded on the left, of the items of a batch, given by their
+            indices, in place of ``encode``.
+        run: runs the model on such a batch, in place of one forward pass. The last pass over more
+            than one token is recorded, so not the steps of ``generate``.
         progress: where progress is reported; by default nowhere.
 
     Returns:
-        States (n, L, d), float32, as a memory map.
+        States (n, L, d), or (n, L, 2 d) with means, float32, as a memory map.
 
     Raises:
         ModelError: the decoder cannot be verified, or a state is NaN or Inf.
@@ -71,7 +78,7 @@ def record(
     own_pass = decoder is None and run is None
     shared = SharedPrefix(loaded.model, loaded.processor) if own_pass else None
     decoder = decoder or verify_residual_stream(loaded.model)
-    depth, width = layers or len(decoder.layers), decoder.hidden_size
+    depth, width = layers or len(decoder.layers), (2 if frame else 1) * decoder.hidden_size
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".states", delete=False) as handle:
         path = handle.name
     size = max(1, len(items)) * depth * width
@@ -81,6 +88,19 @@ def record(
     finite = torch.ones(len(items), depth, dtype=torch.bool)  # asked batch by batch: see above
     seen: dict[int, Tensor] = {}
     prompt = False  # whether this pass is over more than one token
+    whole = True  # whether every layer puts out the states of all tokens
+    weights, lengths = torch.empty(0), torch.empty(0)
+
+    def read(hidden: Tensor, first: bool) -> Tensor:
+        nonlocal weights, whole
+        if frame is None:
+            return hidden[:, -1].float().cpu()
+        if first:
+            weights = word_weights(lengths, hidden.shape[1], frame).to(hidden.device)
+        if hidden.shape[1] != weights.shape[1]:
+            whole = False
+            return hidden[:, -1].float().repeat(1, 2).cpu()
+        return with_mean(hidden, weights).cpu()
 
     def keep(layer: int) -> Any:
         def see(output: Any) -> None:
@@ -91,15 +111,17 @@ def record(
             if layer == 0:  # higher ones may put out the last column alone
                 prompt = hidden.shape[1] > 1
             if prompt:
-                seen[layer] = hidden[:, -1].float().cpu()
+                seen[layer] = read(hidden, layer == 0)
             if layer == depth - 1 and ends:
                 raise EnoughSeen
 
         return see
 
-    def forward(group: list[int]) -> None:
+    def usual(group: list[int]) -> dict[str, Tensor]:
         texts, images = [items[i].text for i in group], [items[i].image for i in group]
-        inputs = encode(loaded, texts, images, read_pictures)
+        return encode(loaded, texts, images, read_pictures)
+
+    def forward(group: list[int], inputs: dict[str, Tensor]) -> None:
         if shared:
             shared.forward(inputs)
         else:
@@ -110,10 +132,12 @@ def record(
         groups = batches(loaded.processor.tokenizer, items, batch)
         for group in progress.track(groups, what) if progress else groups:
             seen.clear()
+            inputs = (encoded or usual)(group)
+            lengths = inputs["attention_mask"].sum(1)
             with suppress(EnoughSeen):
-                (run or forward)(group)
-            read = torch.stack([seen[layer] for layer in range(depth)], 1)
-            states[group], finite[group] = read, torch.isfinite(read).all(2)
+                (run or forward)(group, inputs)
+            found = torch.stack([seen[layer] for layer in range(depth)], 1)
+            states[group], finite[group] = found, torch.isfinite(found).all(2)
     finally:
         for hook in handles:
             hook.remove()
@@ -123,7 +147,7 @@ def record(
             f"{loaded.name}: the states after layer {int(bad[:, 1].min())} hold NaN or Inf. Its "
             "weights are damaged, or its dtype overflows (try --dtype float32)"
         )
-    return states
+    return states if whole else states[..., : decoder.hidden_size].clone()
 
 
 def record_with_logits(
@@ -133,6 +157,7 @@ def record_with_logits(
     read: Callable[[Tensor], Tensor],
     *,
     what: str = "states",
+    frame: Frame | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``record``, in the same pass also what ``read`` finds in the logits of the answer's first
@@ -143,16 +168,15 @@ def record_with_logits(
             (B, ...).
 
     Returns:
-        States (n, L, d), and what was found, (n, ...).
+        States, and what was found, (n, ...).
     """
     shared, found = SharedPrefix(loaded.model, loaded.processor), dict[int, Tensor]()
 
-    def run(group: list[int]) -> None:
-        inputs = encode(loaded, [items[i].text for i in group], [items[i].image for i in group])
+    def run(group: list[int], inputs: dict[str, Tensor]) -> None:
         logits = last_logits(shared.forward(inputs))
         found.update(zip(group, read(logits.float()).cpu(), strict=True))
 
-    states = record(loaded, items, folder, what=what, run=run, progress=progress)
+    states = record(loaded, items, folder, what=what, frame=frame, run=run, progress=progress)
     return states, torch.stack([found[place] for place in range(len(items))])
 
 

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_safeguard.artifact.config import Frame
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.kv_cache import cache_of
 from vlm_safeguard.model.residual_stream import EnoughSeen, hidden_of
 from vlm_safeguard.model.shared_prefix import SharedPrefix
 from vlm_safeguard.model.text_only import head_in_one_piece, last_logits, text_pass
+from vlm_safeguard.model.words import with_mean, word_weights
 from vlm_safeguard.runtime import validation
 from vlm_safeguard.runtime.gate import GateReading, Gates
 from vlm_safeguard.runtime.request import Request, Span
@@ -181,6 +183,7 @@ class TextPass(ForwardPass):
     """The text-only pass. It ends at the last layer that is needed.
 
     ``layers``: all guarded layers, in order. ``shared``: keys and values of what texts begin with.
+    ``frame``: where the words of a text are, for gates that read their mean.
     """
 
     def __init__(
@@ -190,9 +193,12 @@ class TextPass(ForwardPass):
         gates: Gates,
         steerer: Steerer,
         shared: SharedPrefix | None = None,
+        frame: Frame | None = None,
     ) -> None:
         super().__init__(request, layers, range(0))
-        self._shared = shared
+        self._shared, self._frame = shared, frame
+        self._lengths = torch.empty(0)
+        self._weights: Tensor | None = None
         self._gates, self._steerer = GateReading(gates, "text", any(request.judged)), steerer
         self._all = self._gates.layers | steerer.reads_text
 
@@ -204,6 +210,7 @@ class TextPass(ForwardPass):
             GuardRuntimeError: a layer did not run, or a gate score is not finite.
         """
         output = None
+        self._lengths = mask.sum(1)
         with suppress(EnoughSeen), head_in_one_piece(model):
             text = {"input_ids": ids, "attention_mask": mask}
             rest = self._shared.rest(text) if self._shared else None
@@ -215,9 +222,13 @@ class TextPass(ForwardPass):
 
     def visit(self, layer: int, output: Any) -> None:
         self.seen.append(layer)
+        hidden = hidden_of(output)
         # Copied: a view would keep all columns in memory.
-        state = hidden_of(output)[:, -1].to(torch.float32, copy=True)
-        self._gates.read(self.request, layer, state)
+        state = hidden[:, -1].to(torch.float32, copy=True)
+        if layer in self._gates.mean_layers:
+            self._gates.read(self.request, layer, with_mean(hidden, self._word_weights(hidden)))
+        else:
+            self._gates.read(self.request, layer, state)
         self._steerer.read_text(self.request, layer, state)
         if not self._gates.reads_logits and layer == max(self._needed()):
             raise EnoughSeen
@@ -235,6 +246,17 @@ class TextPass(ForwardPass):
         if self._gates.reads_logits:
             self._gates.read_logits(self.request, last_logits(output))
         self.request.text_calls.count(len(self.seen), len(expected))
+
+    def _word_weights(self, hidden: Tensor) -> Tensor:
+        """Of the words among the columns of this pass, at any layer that puts out all of them."""
+        if self._weights is None and self._frame is not None:
+            self._weights = word_weights(self._lengths, hidden.shape[1], self._frame)
+        if self._weights is None or hidden.shape[1] != self._weights.shape[1]:
+            raise GuardRuntimeError(
+                "the request is blocked: a layer of the text-only pass does not put out all of "
+                "its words, whose mean the guard reads"
+            )
+        return self._weights.to(hidden.device)
 
     def _needed(self) -> frozenset[int]:
         """Layers that the pass must reach.

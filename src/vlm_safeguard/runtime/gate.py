@@ -21,6 +21,8 @@ from vlm_safeguard.runtime.request import Request
 class LinearGate:
     """``s_l = h_l(q) . v_l - b_l``: one vector and one threshold per layer.
 
+    With ``reads_mean``, h_l(q) is followed by the mean of h_l over the words (``model.words``).
+
     Attributes:
         reads_logits: whether the logits of the first answer token add to the score (``refusal``).
             Only a gate that reads the text-only pass, all layers together, can have them.
@@ -29,7 +31,7 @@ class LinearGate:
     reads_logits = False
 
     def __init__(self, vectors: Tensor, thresholds: Tensor) -> None:
-        """``vectors``: (n, d). ``thresholds``: (n,)."""
+        """``vectors``: (n, d), or (n, 2 d) with ``reads_mean``. ``thresholds``: (n,)."""
         self.vectors, self.thresholds = vectors, thresholds
 
     @classmethod
@@ -39,11 +41,15 @@ class LinearGate:
 
     def scores(self, states: Tensor, places: slice = slice(None)) -> Tensor:
         """Scores (B, n) of states (B, n, d) at the gate's layers ``places``, one per layer. Without
-        ``per_layer``, the gate's score is their sum."""
+        ``per_layer``, the gate's score is their sum.
+
+        States with a mean behind them, (B, n, 2 d), serve gates that read none too.
+        """
         if self.vectors.device != states.device:  # once: the last layer of a gate stays in place
             self.vectors = self.vectors.to(states.device)
             self.thresholds = self.thresholds.to(states.device)
-        return method.gate_scores(states, self.vectors[places], self.thresholds[places])
+        seen = states[..., : self.vectors.shape[1]]
+        return method.gate_scores(seen, self.vectors[places], self.thresholds[places])
 
     def total(self, states: Tensor, signs: Tensor | None = None) -> Tensor:
         """Scores (B,) of states (B, n, d) at all layers of a gate without ``per_layer``.
@@ -167,9 +173,10 @@ class Gates:
         self.settings = list(gates)
         self.scorers = [make_gate(gate, tensors[f"gate.{n}"]) for n, gate in enumerate(gates)]
 
-    def layers(self, source: str) -> frozenset[int]:
-        """Layers that gates of a source read."""
-        found = [gate.layers for gate in self.settings if gate.source == source]
+    def layers(self, source: str, with_mean: bool = False) -> frozenset[int]:
+        """Layers that gates of a source read; ``with_mean``: those whose mean they read."""
+        of_source = [gate for gate in self.settings if gate.source == source]
+        found = [gate.layers for gate in of_source if gate.reads_mean or not with_mean]
         return frozenset(layer for layers in found for layer in layers)
 
 
@@ -182,6 +189,7 @@ class GateReading:
     def __init__(self, gates: Gates, source: str, any_judged: bool = True) -> None:
         self._any_judged = any_judged
         self.layers = gates.layers(source)
+        self.mean_layers = gates.layers(source, with_mean=True)
         self._gates = gates
         self._at: dict[int, list[tuple[int, int]]] = {}  # by layer: (gate, place) pairs
         for index, gate in enumerate(gates.settings):
@@ -198,6 +206,7 @@ class GateReading:
 
     def read(self, request: Request, layer: int, states: Tensor) -> None:
         """Take a layer's states (B, d) at the last prompt token and score the gates it decides.
+        At ``mean_layers`` their mean over the words stands behind them, (B, 2 d).
 
         A gate with ``per_layer`` is scored at each of its layers, others after their last layer, or
         by ``read_logits``.
@@ -207,12 +216,13 @@ class GateReading:
         """
         for index, place in self._at.get(layer, ()):
             gate, scorer = self._gates.settings[index], self._gates.scorers[index]
+            seen = states[:, : scorer.vectors.shape[1]]
             if gate.per_layer:
-                scores = scorer.scores(states[:, None], slice(place, place + 1))
+                scores = scorer.scores(seen[:, None], slice(place, place + 1))
                 request.latch(index, place, _finite(scores))
                 continue
             held = self._held.setdefault(index, {})
-            held[place] = states
+            held[place] = seen
             if len(held) == len(gate.layers):
                 stacked = torch.stack([held[n].to(states.device) for n in range(len(held))], 1)
                 del self._held[index]

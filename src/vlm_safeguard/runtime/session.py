@@ -312,7 +312,7 @@ class Session:
 
     def _text_pass(self, request: Request, ids: Tensor, mask: Tensor) -> None:
         self._pass = reading = TextPass(
-            request, self._layers, self._gates, self._steerer, self._shared
+            request, self._layers, self._gates, self._steerer, self._shared, self.config.frame
         )
         try:
             reading.run(self.model, self._hooks.forward, ids, mask)

@@ -29,6 +29,7 @@ from vlm_safeguard.data.prompts import CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.evaluation.studies.provenance import made_with
 from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.words import find_frame
 from vlm_safeguard.utils.markdown import table
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, wilson
@@ -196,12 +197,12 @@ def paper_gate(source: Source, setting: Setting, recorded: Recorded, held: State
 def _opened_at_zero(states: States, directions: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
     """On which harmful (n, L) and harmless (k, L) prompts the first safety direction of each of L
     layers opens at threshold 0."""
-    zero = torch.zeros(1)
+    zero, width = torch.zeros(1), directions[0].shape[1]
     # Layer by layer, because a copy of all states is large.
     harmful, harmless = (
         torch.cat(
             [
-                method.gate_scores(part[:, n : n + 1], directions[n][:1], zero) > 0
+                method.gate_scores(part[:, n : n + 1, :width], directions[n][:1], zero) > 0
                 for n in sorted(directions)
             ],
             1,
@@ -223,7 +224,8 @@ def _held(
     items = [p for p in held if p in within([p], "text")]
     what = f"held-back prompts, {setting}"
     asked = queries(items, setting)
-    states, signs = record_signs(loaded, asked, openings, folder, what, progress)
+    frame = find_frame(loaded.processor) if setting == "text" else None
+    states, signs = record_signs(loaded, asked, openings, folder, what, progress, frame=frame)
     harmful = torch.tensor([p.harmful for p in items])
     counted = torch.tensor([p.harmful or p.ordinary for p in items])
     ids, fold = tuple(p.id for p in items), torch.zeros(len(items), dtype=torch.long)

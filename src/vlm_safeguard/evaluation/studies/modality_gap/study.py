@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlm_safeguard import method
+from vlm_safeguard.artifact.config import Frame
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.refusals import Verdict, judge
 from vlm_safeguard.data import prompts
@@ -84,10 +85,13 @@ def study(
     if guard:
         guard.check_model(loaded.model)
     read = reader().words if reads_pictures(guard) else None
+    frame = guard.config.frame if guard else None
     progress = progress or Progress(quiet=True)
 
     def run(talks: Sequence[Talk], tokens: int, what: str) -> tuple[Tensor, list[str]]:
-        return observe(loaded, talks, max_new_tokens=tokens, what=what, progress=progress)
+        return observe(
+            loaded, talks, max_new_tokens=tokens, what=what, frame=frame, progress=progress
+        )
 
     began = time.monotonic()
     every = _every(prompt_set)
@@ -110,7 +114,8 @@ def study(
         verdicts = [judge(one, p.prompt) for one, p in zip(said, items, strict=True)]
         text = text or (states, verdicts)  # the first condition is text only
         table[condition.name] |= _rates(items, verdicts, text[1])
-        table[condition.name]["layers"] = _layers(items, states, text[0], directions)
+        seen, plain = (one[..., : directions.shape[1]] for one in (states, text[0]))
+        table[condition.name]["layers"] = _layers(items, seen, plain, directions)
         if guard:
             words = tuple(without_pictures(talk, read) for talk in talks)
             if words not in spoken:
@@ -196,17 +201,21 @@ def observe(
     max_new_tokens: int,
     batch: int = _BATCH,
     what: str = "conversations",
+    frame: Frame | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, list[str]]:
     """States h_l(q) at the last prompt token, (k, L, d) float32, and greedy responses, in order.
+    With ``frame``, states as ``record`` gives them with it.
 
     Raises:
         ModelError: a state is NaN or Inf.
     """
     said = [""] * len(talks)
 
-    def respond(group: list[int]) -> None:
-        inputs = inputs_of(loaded, [talks[i] for i in group])
+    def encoded(group: list[int]) -> dict[str, Tensor]:
+        return inputs_of(loaded, [talks[i] for i in group])
+
+    def respond(group: list[int], inputs: dict[str, Tensor]) -> None:
         out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
         for index, row in zip(group, new.tolist(), strict=True):
@@ -220,6 +229,8 @@ def observe(
             what=what,
             batch=batch,
             decoder=find_decoder(loaded.model),
+            frame=frame,
+            encoded=encoded,
             run=respond,
             progress=progress,
         )

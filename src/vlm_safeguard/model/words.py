@@ -1,0 +1,53 @@
+"""Finds a request's own words among the tokens of its text, and averages the states over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard.artifact.config import Frame
+from vlm_safeguard.errors import ModelError
+from vlm_safeguard.model.chat import process, render
+
+
+def find_frame(processor: Any) -> Frame | None:
+    """How many tokens the chat template writes before and behind a request's words.
+
+    Returns:
+        None if the template takes no request without a picture.
+    """
+    try:  # two requests that differ from their first word to their last
+        texts = [render(processor, word, 0) for word in ("a", "b")]
+        first, second = process(processor, texts, [(), ()])["input_ids"]
+    except ModelError:
+        return None
+    same = (first == second).long()
+    return Frame(before=int(same.cumprod(0).sum()), after=int(same.flip(0).cumprod(0).sum()))
+
+
+def word_weights(lengths: Tensor, width: int, frame: Frame) -> Tensor:
+    """Weights (B, width) that average over the words of each row of a pass.
+
+    They are equal for all tokens but those of the frame. A row without others, such as an empty
+    request, is averaged over all that come after the first ``frame.before``, if there are any, else
+    over the whole row.
+
+    Args:
+        lengths: number of tokens of each row, (B,).
+        width: the pass computed so many columns, the last ones of rows that are padded on the left.
+    """
+    columns = torch.arange(width, device=lengths.device)
+    place = lengths[:, None] - width + columns  # of each column's token in its row
+    behind = place >= frame.before
+    chosen = behind & (columns < width - frame.after)
+    chosen = torch.where(chosen.any(1, keepdim=True), chosen, behind)
+    chosen = torch.where(chosen.any(1, keepdim=True), chosen, place >= 0)
+    return chosen.float() / chosen.sum(1, keepdim=True)
+
+
+def with_mean(states: Tensor, weights: Tensor) -> Tensor:
+    """The last column of states (B, T, d) and their mean by weights (B, T): (B, 2 d), float32."""
+    mean = torch.bmm(weights[:, None], states.float()).squeeze(1)
+    return torch.cat([states[:, -1].float(), mean], 1)
