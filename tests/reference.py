@@ -39,12 +39,18 @@ class Reference:
             if gate.source == source and layer in gate.layers:
                 place = gate.layers.index(layer)
                 vector = self.guard.tensors[f"gate.{index}"][place]
-                score = float(state @ vector) - gate.thresholds[place]
+                score = float(state[: len(vector)] @ vector) - gate.thresholds[place]
                 self.known.scores.setdefault(index, {})[layer] = score
 
     def _witness(self):
         for layer, states in self._layers(self._embed(tiny.without_pictures(self.prompt), False)):
-            self._scores("text", layer, states[-1])
+            frame, seen = self.guard.config.frame, states[-1]
+            if frame:
+                words = states[frame.before : len(states) - frame.after]
+                if not len(words):
+                    words = states[frame.before :]
+                seen = torch.cat([seen, words.double().mean(0).float()])
+            self._scores("text", layer, seen)
             if layer in self.steer.layers:
                 self.known.text[layer] = self.guard.tensors[f"directions.{layer}"] @ states[-1]
 

@@ -214,8 +214,17 @@ def guards(draw):
             assume(weight or verdict)
             intent = {"kind": "intent", "openings": openings[:64], "intent_weight": weight}
             intent |= {"verdict_weight": verdict}
-        gates.append(Gate(source=source, layers=layers, thresholds=cuts, per_layer=alone, **intent))
-        tensors[f"gate.{index}"] = torch.randn(len(layers), width, generator=generator)
+        mean = source == "text" and not alone and draw(st.booleans())
+        gate = Gate(
+            source=source,
+            layers=layers,
+            thresholds=cuts,
+            per_layer=alone,
+            reads_mean=mean,
+            **intent,
+        )
+        gates.append(gate)
+        tensors[f"gate.{index}"] = torch.randn(len(layers), (1 + mean) * width, generator=generator)
     steering = Steering(
         mode=mode,
         layers=steered,
@@ -237,6 +246,7 @@ def guards(draw):
     inner = st.recursive(
         leaves, lambda s: st.lists(s) | st.dictionaries(st.text(letters), s), max_leaves=8
     )
+    frames = st.builds(limits.TextFrame, before=st.integers(0, 65536), after=st.integers(0, 65536))
     record = draw(st.dictionaries(st.text(letters).filter("budget".__ne__), inner, max_size=4))
     config = limits.GuardConfig(
         model=limits.ModelIdentity(
@@ -250,6 +260,7 @@ def guards(draw):
             layers=depth,
         ),
         markup=limits.ImageMarkup(token_ids=draw(st.lists(st.integers(0, 2**31 - 1), min_size=1))),
+        frame=draw(frames) if any(one.reads_mean for one in gates) else None,
         gates=gates,
         steering=steering,
         data_sha256=draw(st.dictionaries(st.text(letters, max_size=20), digest, max_size=3)),

@@ -107,8 +107,8 @@ def test_facts_are_on_the_page() -> None:
         "0",
         "the text-only pass",
         "0, 3",
-        "sum over the layers, and 1.5 times the refusal intent, and 2.5 if the model would refuse "
-        "the text by itself",
+        "sum over the layers, of the last state and of the mean over the words, and 1.5 times the "
+        "refusal intent, and 2.5 if the model would refuse the text by itself",
         "0.5",
     ]
     assert 'Guard.from_pretrained("someone/a-guard")' in page

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_what_counts_as_a_false_positive(monkeypatch: pytest.MonkeyPatch, tmp_pa
     states, signs = torch.zeros(4, 2, 3), torch.zeros(4, 2)
     signs[[0, 2], 1] = 1
     for found, counted in ((signs, [1, 1, 0, 0]), (None, [1, 1, 1, 0])):
-        monkeypatch.setattr(hidden_states, "record_signs", lambda *_, i=found: (states, i))
+        monkeypatch.setattr(hidden_states, "record_signs", lambda *_, frame, i=found: (states, i))
         made = hidden_states.record_states(None, items, [], "text", tmp_path, None)  # type: ignore[arg-type]
         assert made.counted.tolist() == [bool(n) for n in counted]
         assert [part.tolist() for part in made.split_counted()] == [
@@ -206,23 +207,26 @@ def test_gates_are_fitted_to_sentences_of_harmless_prompts_and_not_judged_by_the
         asked[what] = [item.text for item in items]
         return torch.full((len(items), 1, 2), float(len(asked)))
 
+    loaded: Any = SimpleNamespace(processor=None, model=None)
     monkeypatch.setattr(hidden_states, "MAX_RANK", 1)
     monkeypatch.setattr(hidden_states, "record", record)
     pairs = torch.randn(2, 3, 1, 2, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(hidden_states, "record_anchors", lambda *_: (pairs, []))
+    monkeypatch.setattr(hidden_states, "find_frame", lambda _: None)
+    monkeypatch.setattr(hidden_states, "find_decoder", lambda _: SimpleNamespace(hidden_size=2))
     for reads in (True, False):
         asked.clear()
         folder = tmp_path / str(reads)
         folder.mkdir()
         data = CalibrationData([], fit, [], [], {})
         found = hidden_states.record_calibration(
-            None,
+            loaded,
             data,
             Effort(),
             False,
             reads,
             folder,
-            Progress(quiet=True),  # type: ignore[arg-type]
+            Progress(quiet=True),
         )
         assert asked["readings"] == (expected if reads else [])
         made, count = found.text_only_states(), 4 if reads else 0
@@ -318,7 +322,9 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
     )
     text_gate = GateFit((0,), torch.ones(1, 1), 0.0, spread=2.0)
     in_vlm = GateFit((1,), torch.ones(1, 1), 0.0, spread=1.0)
-    quiet, loaded = Progress(quiet=True), None
+    monkeypatch.setattr(gate_choice, "find_frame", lambda _: None)
+    quiet = Progress(quiet=True)
+    loaded: Any = SimpleNamespace(processor=None)
 
     def scored(reads_sentences: bool, *recorded: torch.Tensor) -> torch.Tensor:
         states.extend(recorded)
@@ -330,7 +336,7 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
             reads_sentences,
             0.1,
             tmp_path,
-            quiet,  # type: ignore[arg-type]
+            quiet,
         )
 
     found = scored(False, text, seen)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,45 @@ def test_a_margin_is_that_of_a_linear_machine_on_all_layers() -> None:
             machine.fit(plain[fold != out], labels[fold != out])
             unseen = machine.decision_function(plain)
             assert torch.cat([h, s]).numpy() == pytest.approx(unseen, abs=2e-2)
+
+
+def test_where_there_are_means_two_machines_are_summed() -> None:
+    """One on the states, one on the means, each as it is by itself."""
+    states, means = labelled(), labelled(seed=1)
+    both = replace(
+        states,
+        harmful=torch.cat([states.harmful, means.harmful], 2),
+        harmless=torch.cat([states.harmless, means.harmless], 2),
+    )
+    found = list(candidates("margin", both))
+    apart = [list(candidates("margin", one)) for one in (states, means)]
+    assert len(found) == 2 * len(apart[0]) == 2 * len(apart[1])
+    for first, second, alone, summed in zip(*apart, found[::2], found[1::2], strict=True):
+        assert first.layers == alone.layers == summed.layers
+        torch.testing.assert_close(alone.vectors(), first.vectors())
+        torch.testing.assert_close(
+            summed.vectors(), torch.cat([first.vectors(), second.vectors()], 1)
+        )
+        for one, other, more in zip(first.tried, second.tried, summed.tried, strict=True):
+            for label in (0, 1):
+                torch.testing.assert_close(one[label] + other[label], more[label])
+
+
+def test_a_mean_finds_what_the_last_state_hides() -> None:
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(600) < 300
+    states = torch.randn(600, 4, 12, generator=generator)
+    states[:, 1:, 6:] += 1.5 * label[:, None, None]  # the means alone tell harm
+    directions = {n: torch.eye(6)[:1] for n in range(4)}
+    fold = torch.arange(300) % 5
+    wide, narrow = (
+        fit_gate(seen[label], seen[~label], fold, fold, directions, 0.02)
+        for seen in (states, states[..., :6])
+    )
+    assert wide.vectors.shape[1] == 12 and narrow.vectors.shape[1] == 6
+    assert wide.unseen_rates[0] > 0.95 > 0.3 > narrow.unseen_rates[0]
+    assert wide.scores(states).shape == narrow.scores(states).shape == (600,)
+    assert torch.equal(narrow.scores(states), narrow.scores(states[..., :6]))
 
 
 def test_layers_are_spaced_evenly_and_few() -> None:

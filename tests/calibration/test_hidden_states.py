@@ -39,6 +39,8 @@ def test_the_canonical_form_is_another_reading(tmp_path: Path) -> None:
     two = "Do I bake it? Or do I fry it?"
     quiet = Progress(quiet=True)
     for by_sentence, places in ((False, [[1, 0]]), (True, [[0, 0], [0, 1], [1, 2]])):
-        found = hidden_states.record_readings(loaded, [two, ODD], by_sentence, [1], tmp_path, quiet)
+        found = hidden_states.record_readings(
+            loaded, [two, ODD], by_sentence, [1], None, tmp_path, quiet
+        )
         assert found.of.tolist() == places
         assert found.signs[-1].tolist() == [len(ODD) - 1, 0]

@@ -72,7 +72,7 @@ def check_settings(data: bytes) -> dict[str, Any]:
     check_keys(
         raw,
         {"schema_version", "model", "markup", "gates", "steering", "tensors_sha256"},
-        {"reads_pictures", "reads_sentences", "data_sha256", "calibration"},
+        {"frame", "reads_pictures", "reads_sentences", "data_sha256", "calibration"},
         "guard.json",
     )
     must(is_int(raw["schema_version"], 1, 2), "schema version")
@@ -98,7 +98,8 @@ def check_settings(data: bytes) -> dict[str, Any]:
     gates, depth = raw["gates"], model["layers"]
     must(isinstance(gates, list) and 1 <= len(gates) <= 16, "1 to 16 gates")
     for gate in gates:
-        more = {"per_layer", "kind", "openings", "intent_weight", "verdict_weight"}
+        more = {"per_layer", "reads_mean", "kind"}
+        more |= {"openings", "intent_weight", "verdict_weight"}
         check_keys(gate, {"source", "layers", "thresholds"}, more, "gate")
         kind, openings = gate.get("kind", "linear"), gate.get("openings", [])
         must(kind in ("linear", "intent"), "kind of a gate")
@@ -115,10 +116,19 @@ def check_settings(data: bytes) -> dict[str, Any]:
         must(not openings or (gate["source"] == "text" and not alone), "intent is of the text")
         must(gate["source"] in ("text", "vlm"), "source of a gate")
         must(type(gate.get("per_layer", False)) is bool, "per_layer")
+        mean = gate.get("reads_mean", False)
+        must(type(mean) is bool, "reads_mean")
+        must(not mean or (gate["source"] == "text" and not alone), "means are of the text")
         must(layer_list(gate["layers"], depth, 1), "layers of a gate")
         cuts = gate["thresholds"]
         must(isinstance(cuts, list) and len(cuts) == len(gate["layers"]), "a threshold each")
         must(all(is_number(cut, 1e20) for cut in cuts), "thresholds")
+    frame = raw.get("frame")
+    if frame is not None:
+        check_keys(frame, {"before", "after"}, set(), "frame")
+        must(all(is_int(frame[name], 0, 65536) for name in frame), "numbers of tokens")
+    means = any(gate.get("reads_mean", False) for gate in gates)
+    must(means == (frame is not None), "a frame where means are read")
     steering = raw["steering"]
     optional = {"reference", "query", "positions", "rank", "alpha", "tokens"}
     old = {"soft"} if raw["schema_version"] == 1 else set()
@@ -194,7 +204,10 @@ def check_loaded(guard: Guard, files: Files) -> None:
     header = json.loads(blob[8 : 8 + length].decode("utf-8"), object_pairs_hook=once)
     width, steering = raw["model"]["hidden_size"], raw["steering"]
     rank = steering.get("rank", 1)
-    shapes = {f"gate.{n}": (len(gate["layers"]), width) for n, gate in enumerate(raw["gates"])}
+    shapes = {
+        f"gate.{n}": (len(gate["layers"]), (1 + gate.get("reads_mean", False)) * width)
+        for n, gate in enumerate(raw["gates"])
+    }
     for layer in steering.get("layers", []):
         shapes |= {f"directions.{layer}": (rank, width), f"anchor.{layer}": (rank,)}
     must(set(header) == set(shapes) == set(guard.tensors), "names of tensors")

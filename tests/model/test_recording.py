@@ -90,9 +90,8 @@ def test_the_requests_own_pass_is_recorded_under_guard_and_in_generate(
         guarded = record(loaded, ITEMS, tmp_path, decoder=decoder).clone()
     torch.testing.assert_close(guarded, wanted, atol=1e-3, rtol=1e-3)
 
-    def respond(group: list[int]) -> None:
-        texts, images = [ITEMS[i].text for i in group], [ITEMS[i].image for i in group]
-        model.generate(**encode(loaded, texts, images), max_new_tokens=3, do_sample=False)
+    def respond(group: list[int], inputs: dict[str, torch.Tensor]) -> None:
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
 
     generated = record(loaded, ITEMS, tmp_path, run=respond)
     torch.testing.assert_close(generated, wanted, atol=1e-3, rtol=1e-3)

@@ -34,6 +34,11 @@ GATES = {
     "text": [tiny.gate("text", 3, 1)],
     "vlm": [tiny.gate("vlm", 1, 3)],
     "both": [tiny.gate("text", 5), tiny.gate("vlm", 2)],
+    "mean": [
+        tiny.gate("text", 1, 5, reads_mean=True),
+        tiny.gate("text", 5),
+        tiny.gate("vlm", 2),
+    ],
     "per-layer": [
         tiny.gate("text", 4, 2, per_layer=True),
         tiny.gate("vlm", 4, 2, per_layer=True),
@@ -80,6 +85,7 @@ def test_forward_rows_get_what_they_get_alone(model, mode, gates, dose):
         ("both", "restore-text"),
         ("vlm", "add-pass"),
         ("text", "add-text"),
+        ("mean", "restore-text"),
         ("per-layer", "restore-text"),
         ("vlm", "erase"),
     ],

@@ -194,7 +194,7 @@ class ImageMarkup(_StrictSettings):
         return end
 
 
-class Frame(_StrictSettings):
+class TextFrame(_StrictSettings):
     """Numbers of tokens that the chat template writes before and behind a request's words."""
 
     before: int = Field(ge=0, le=MAX_FRAME)
@@ -207,7 +207,7 @@ class GuardConfig(_StrictSettings):
     schema_version: Literal[2] = 2
     model: ModelIdentity
     markup: ImageMarkup
-    frame: Frame | None = None  # for gates with ``reads_mean``
+    frame: TextFrame | None = None  # for gates with ``reads_mean``
     gates: list[Gate] = Field(min_length=1, max_length=MAX_GATES)
     steering: Steering
     reads_pictures: bool = False  # the text-only pass includes the words in pictures

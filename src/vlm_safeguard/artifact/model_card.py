@@ -138,6 +138,8 @@ def _score(gate: Gate) -> str:
     if gate.per_layer:
         return "layer by layer"
     score = "sum over the layers"
+    if gate.reads_mean:
+        score += ", of the last state and of the mean over the words"
     if gate.intent_weight:
         score += f", and {gate.intent_weight:.3g} times the refusal intent"
     if gate.verdict_weight:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm_safeguard import method
-from vlm_safeguard.artifact.config import Frame
+from vlm_safeguard.artifact.config import TextFrame
 from vlm_safeguard.calibration.attack_trials import within
 from vlm_safeguard.calibration.budget import Effort
 from vlm_safeguard.calibration.gate_fitting import refusal_openings
@@ -44,7 +44,7 @@ FOLDS = 5  # of the cross-validation that chooses a gate
 def record_anchors(
     loaded: LoadedModel,
     pairs: Sequence[AnchorPair],
-    frame: Frame | None,
+    frame: TextFrame | None,
     folder: Path,
     progress: Progress,
 ) -> tuple[Tensor, list[int]]:
@@ -119,7 +119,7 @@ def record_readings(
     texts: Sequence[str],
     by_sentence: bool,
     openings: Sequence[int],
-    frame: Frame | None,
+    frame: TextFrame | None,
     folder: Path,
     progress: Progress,
 ) -> Readings:
@@ -155,7 +155,7 @@ def record_states(
     folder: Path,
     progress: Progress,
     openings: Sequence[int] = (),
-    frame: Frame | None = None,
+    frame: TextFrame | None = None,
 ) -> States:
     """States of ``items`` when the model is given the requests ``asked``, one for each item; with
     ``openings`` also their refusal signs, with ``frame`` also means (see ``record``).
@@ -184,7 +184,7 @@ def record_signs(
     progress: Progress,
     judged: bool = True,
     layers: int | None = None,
-    frame: Frame | None = None,
+    frame: TextFrame | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """States of requests and, with ``openings``, their refusal signs; see ``refusal_signs``.
 

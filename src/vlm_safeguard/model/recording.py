@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_safeguard.artifact.config import Frame
+from vlm_safeguard.artifact.config import TextFrame
 from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.data.prompts import AnchorPair
 from vlm_safeguard.errors import ModelError
@@ -41,7 +41,7 @@ def record(
     layers: int | None = None,
     decoder: Decoder | None = None,
     read_pictures: bool = False,
-    frame: Frame | None = None,
+    frame: TextFrame | None = None,
     encoded: Callable[[list[int]], dict[str, Tensor]] | None = None,
     run: Callable[[list[int], dict[str, Tensor]], None] | None = None,
     progress: Progress | None = None,
@@ -157,7 +157,7 @@ def record_with_logits(
     read: Callable[[Tensor], Tensor],
     *,
     what: str = "states",
-    frame: Frame | None = None,
+    frame: TextFrame | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``record``, in the same pass also what ``read`` finds in the logits of the answer's first

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_safeguard.artifact.config import Frame
+from vlm_safeguard.artifact.config import TextFrame
 from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import process, render
 
 
-def find_frame(processor: Any) -> Frame | None:
+def find_frame(processor: Any) -> TextFrame | None:
     """How many tokens the chat template writes before and behind a request's words.
 
     Returns:
@@ -24,10 +24,10 @@ def find_frame(processor: Any) -> Frame | None:
     except ModelError:
         return None
     same = (first == second).long()
-    return Frame(before=int(same.cumprod(0).sum()), after=int(same.flip(0).cumprod(0).sum()))
+    return TextFrame(before=int(same.cumprod(0).sum()), after=int(same.flip(0).cumprod(0).sum()))
 
 
-def word_weights(lengths: Tensor, width: int, frame: Frame) -> Tensor:
+def word_weights(lengths: Tensor, width: int, frame: TextFrame) -> Tensor:
     """Weights (B, width) that average over the words of each row of a pass.
 
     They are equal for all tokens but those of the frame. A row without others, such as an empty
@@ -49,5 +49,7 @@ def word_weights(lengths: Tensor, width: int, frame: Frame) -> Tensor:
 
 def with_mean(states: Tensor, weights: Tensor) -> Tensor:
     """The last column of states (B, T, d) and their mean by weights (B, T): (B, 2 d), float32."""
-    mean = torch.bmm(weights[:, None], states.float()).squeeze(1)
+    # States of padding may be NaN, which a weight of zero would keep.
+    chosen = states.float().masked_fill(weights[..., None] == 0, 0.0)
+    mean = torch.bmm(weights[:, None], chosen).squeeze(1)
     return torch.cat([states[:, -1].float(), mean], 1)

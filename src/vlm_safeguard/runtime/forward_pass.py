@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_safeguard.artifact.config import Frame
+from vlm_safeguard.artifact.config import TextFrame
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.kv_cache import cache_of
 from vlm_safeguard.model.residual_stream import EnoughSeen, hidden_of
@@ -193,7 +193,7 @@ class TextPass(ForwardPass):
         gates: Gates,
         steerer: Steerer,
         shared: SharedPrefix | None = None,
-        frame: Frame | None = None,
+        frame: TextFrame | None = None,
     ) -> None:
         super().__init__(request, layers, range(0))
         self._shared, self._frame = shared, frame

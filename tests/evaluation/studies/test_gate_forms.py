@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -240,11 +241,14 @@ def test_the_study_finds_harm_where_it_is_planted(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hidden_states, "record", states)
     for module in (hidden_states, gate_choice, gate_forms):
         monkeypatch.setattr(module, "record_signs", record_signs)
+        monkeypatch.setattr(module, "find_frame", lambda _: None)
+    monkeypatch.setattr(hidden_states, "find_decoder", lambda _: SimpleNamespace(hidden_size=8))
     monkeypatch.setattr(hidden_states, "record_anchors", anchors)
     monkeypatch.setattr(hidden_states, "MAX_RANK", 4)
     monkeypatch.setattr(gate_choice, "answered", lambda _, asked, *__: [True] * len(asked))
     effort = Effort(worded=200, pictured=200, bound=200)
-    found = gate_forms.study(None, Budget(), effort, Progress(quiet=True))  # type: ignore[arg-type]
+    loaded: Any = SimpleNamespace(processor=None, model=None)
+    found = gate_forms.study(loaded, Budget(), effort, Progress(quiet=True))
     rows = found.forms
     held = [p for p in calibration("held") if "text" in settings_of(p)]
     shares = {(r.form, r.source, r.setting): r.found.count / r.found.n for r in rows}

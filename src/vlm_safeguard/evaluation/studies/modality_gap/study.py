@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlm_safeguard import method
-from vlm_safeguard.artifact.config import Frame
+from vlm_safeguard.artifact.config import TextFrame
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.refusals import Verdict, judge
 from vlm_safeguard.data import prompts
@@ -201,7 +201,7 @@ def observe(
     max_new_tokens: int,
     batch: int = _BATCH,
     what: str = "conversations",
-    frame: Frame | None = None,
+    frame: TextFrame | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, list[str]]:
     """States h_l(q) at the last prompt token, (k, L, d) float32, and greedy responses, in order.
