@@ -39,8 +39,6 @@ def test_what_is_off_the_subject_is_neither_success_nor_refusal() -> None:
     left = [cell["asr_n"] - cell["asr_count"] - cell["refused_count"] for cell in cells]
     assert any(found)
     assert found == [count / cell["asr_n"] for count, cell in zip(left, cells, strict=True)]
-    everywhere = [round(cell["off_subject"] * cell["n"]) for cell in cells]  # harmless ones too
-    assert all(count <= both for count, both in zip(left, everywhere, strict=True))
     counted = wilson(3, 20).as_dict("off_subject_harmful")
     assert demo_page._off_subject(cells[0] | counted) == 3 / 20
 

@@ -194,15 +194,11 @@ def _title(benchmark: str) -> str:
 
 
 def _table(rows: Sequence[Judged]) -> dict[str, dict[str, dict[str, Any]]]:
-    """``{setting: {system: rates}}``; responses that are off the subject, and degenerate and
-    empty ones together, as shares."""
+    """``{setting: {system: rates}}``; degenerate and empty responses together, as a share."""
     return {
         setting: {
             SYSTEMS[defence]: rates
-            | {
-                "off_subject": rates["off_subject"] / rates["n"],
-                "degenerate": (rates["degenerate"] + rates["empty"]) / rates["n"],
-            }
+            | {"degenerate": (rates["degenerate"] + rates["empty"]) / rates["n"]}
             for defence, rates in defences.items()
         }
         for setting, defences in results.by_setting(rows).items()

@@ -85,11 +85,11 @@ def test_two_questions_that_flip_in_all_templates_are_no_evidence() -> None:
 
 
 def test_rates_stand_with_their_counts_and_the_unscored_of_each_label() -> None:
-    rows = judged("guard", "crrrrrrr??", templates=1) + judged("guard", "ccr?", harmful=False)
+    rows = judged("guard", "crrrrrro??", templates=1) + judged("guard", "cor?", harmful=False)
     [[asr, kept, over_refusal, off_subject, degenerate, unscored]] = cells(page(rows), "guard")
     assert asr.startswith("12.5% [") and asr.endswith("] 1/8") and not kept
     assert over_refusal.startswith("33.3% [") and over_refusal.endswith("] 1/3")
-    assert (off_subject, degenerate, unscored) == ("0", "0", "2 harmful, 1 harmless")
+    assert (off_subject, degenerate, unscored) == ("1", "0", "2 harmful, 1 harmless")
     assert "Differences" not in page(rows)  # from what?
 
 

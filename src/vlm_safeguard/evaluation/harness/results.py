@@ -157,7 +157,7 @@ def rates(
     With ``errors`` also attack success corrected for the judge's. ``kept`` is the share refused of
     the prompts in ``known``, see ``refused_as_text``: what a picture should take nothing from.
     ``off_subject`` counts responses to all prompts, ``off_subject_harmful`` is the share of the
-    harmful ones.
+    harmful ones, which tables show.
     """
     scored = [r for r in rows if r.verdict is not None]
     harmful = [r for r in scored if r.harmful]

@@ -98,7 +98,7 @@ def _success(entries: Sequence[Entry], reference: str | None, corrected: bool) -
         row.append(_counted(entry, "kept"))
         row.append(_counted(entry, "over_refusal") + _mark(_test(entry, reference, "over_refusal")))
         garbled = entry["degenerate"] + entry["empty"]
-        row += [str(entry["off_subject"]), str(garbled), _unscored(entry)]
+        row += [str(entry["off_subject_harmful_count"]), str(garbled), _unscored(entry)]
         rows.append(row)
     return table(head, rows)
 

@@ -76,7 +76,7 @@ def rates_table(settings: Mapping[str, Any]) -> Table:
             rate_and_interval(values, "asr"),
             rate_and_interval(values, "kept"),
             rate_and_interval(values, "over_refusal"),
-            percent(values.get("off_subject")),
+            percent(values.get("off_subject_harmful")),
             percent(values.get("degenerate")),
         ]
         for name in known_settings(settings)
