@@ -284,8 +284,9 @@ def _headline(summary: dict[str, Any]) -> None:
         for system, row in systems.items():
             print(
                 f"{setting:8} {system:10} ASR {row['asr']:6.1%} [{row['asr_low']:.1%}, "
-                f"{row['asr_high']:.1%}]  over-refusal {row['over_refusal']:6.1%}  off subject "
-                f"{row['off_subject_harmful']:.1%}  degenerate {row['degenerate']:.1%}  n = {row['n']}"
+                f"{row['asr_high']:.1%}]  over-refusal {row['over_refusal']:6.1%}  "
+                f"off subject {row['off_subject_harmful']:.1%}  "
+                f"degenerate {row['degenerate']:.1%}  n = {row['n']}"
             )
     accuracy = summary["vqa_accuracy"]
     print(f"easy-vqa accuracy {accuracy['unguarded']:.1%} -> {accuracy['guarded']:.1%}")
