@@ -17,7 +17,14 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlm_safeguard.artifact.config import Gate, GuardConfig, ImageMarkup, ModelIdentity, Steering
+from vlm_safeguard.artifact.config import (
+    Frame,
+    Gate,
+    GuardConfig,
+    ImageMarkup,
+    ModelIdentity,
+    Steering,
+)
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.fingerprint import config_digest
 from vlm_safeguard.model.residual_stream import find_decoder
@@ -160,14 +167,29 @@ def generate(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> tuple[
 # -- guards ------------------------------------------------------------------------------------
 
 
-def gate(source: str, *layers: int, per_layer: bool = False, threshold: float = 0.0) -> Gate:
+def gate(
+    source: str,
+    *layers: int,
+    per_layer: bool = False,
+    threshold: float = 0.0,
+    reads_mean: bool = False,
+) -> Gate:
     return Gate(
-        source=source, layers=layers, thresholds=[threshold] * len(layers), per_layer=per_layer
+        source=source,
+        layers=layers,
+        thresholds=[threshold] * len(layers),
+        per_layer=per_layer,
+        reads_mean=reads_mean,
     )
 
 
 def guard(
-    model: Any, gates: Sequence[Gate], seed: int = 0, name: str = "tiny", **steering: Any
+    model: Any,
+    gates: Sequence[Gate],
+    seed: int = 0,
+    name: str = "tiny",
+    frame: Frame | None = None,
+    **steering: Any,
 ) -> Guard:
     """A guard with random directions and gates; ``steering`` as in ``Steering``."""
     settings = {"mode": "restore", "layers": [2, 4], "rank": 3, "alpha": 0.5} | steering
@@ -182,7 +204,8 @@ def guard(
         tensors[f"directions.{layer}"] = rows.float().contiguous()
         tensors[f"anchor.{layer}"] = 2 * torch.randn(steer.rank, generator=generator)
     for index, one in enumerate(gates):
-        vectors = torch.randn(len(one.layers), size, generator=generator)
+        width = (1 + one.reads_mean) * size
+        vectors = torch.randn(len(one.layers), width, generator=generator)
         tensors[f"gate.{index}"] = vectors / vectors.norm(dim=1, keepdim=True)
     config = GuardConfig(
         model=ModelIdentity(
@@ -194,6 +217,7 @@ def guard(
             layers=len(decoder.layers),
         ),
         markup=ImageMarkup(token_ids=[IMAGE], after=[NEWLINE], pad_id=PAD),
+        frame=frame,
         gates=list(gates),
         steering=steer,
     )
