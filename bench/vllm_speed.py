@@ -212,11 +212,12 @@ def on_layers(
     )
     steering = shipped.config.steering.model_copy(update={"layers": layers, "tokens": tokens})
     names = [f"{kind}.{layer}" for layer in layers for kind in ("directions", "anchor")]
+    # What it may read of the mean over the words is left out: only texts have one.
+    vectors = shipped.tensors["gate.0"][places, : shipped.config.model.hidden_size].contiguous()
     return _changed(
         shipped,
-        {"gates": [gate], "steering": steering, "reads_sentences": False},
-        {name: shipped.tensors[name] for name in names}
-        | {"gate.0": shipped.tensors["gate.0"][places]},
+        {"gates": [gate], "frame": None, "steering": steering, "reads_sentences": False},
+        {name: shipped.tensors[name] for name in names} | {"gate.0": vectors},
     )
 
 

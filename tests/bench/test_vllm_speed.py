@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import timing, vllm_speed
 from bench.vllm_engine import Answers, Variant, in_lockstep
+from vlm_safeguard.artifact.config import TextFrame
 from vlm_safeguard.guard import Guard, reads_text
 
 
@@ -41,6 +43,23 @@ def test_a_variant_guards_its_layers_and_reads_no_text(tmp_path, name):
     assert set(made.config.gates[0].layers) == {n for n in layers if n % 2 == 0 and 4 <= n <= 22}
     assert sum(made.config.gates[0].thresholds) == -5.0
     assert not reads_text(made) and not made.config.reads_pictures
+
+
+def test_a_gate_in_a_requests_own_pass_reads_no_mean(tmp_path):
+    shipped = Guard.from_pretrained("embedded")
+    first, *others = shipped.config.gates
+    vectors = shipped.tensors["gate.0"]
+    changes = {
+        "gates": [first.model_copy(update={"reads_mean": True}), *others],
+        "frame": TextFrame(before=1, after=1),
+    }
+    tensors = shipped.tensors | {"gate.0": torch.cat([vectors, vectors + 1], 1)}
+    made = Guard(shipped.config.model_copy(update=changes), tensors)
+    vllm_speed.on_layers(made, [4, 6], 0.0).save_pretrained(tmp_path)
+    saved = Guard.from_pretrained(tmp_path)
+    assert saved.config.frame is None and not saved.config.gates[0].reads_mean
+    places = vllm_speed.gate_places(shipped, [4, 6])
+    assert torch.equal(saved.tensors["gate.0"], vectors[places])
 
 
 def test_a_shut_threshold_opens_on_a_harmful_question_alone():

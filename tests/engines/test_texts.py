@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests import checkpoint, tiny
-from vlm_safeguard.artifact.config import ImageMarkup
+from vlm_safeguard.artifact.config import ImageMarkup, TextFrame
 from vlm_safeguard.engines.vllm.texts import TextForms
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.guard import Guard
@@ -133,6 +133,18 @@ def test_a_guard_that_reads_no_text_orders_none(loaded: LoadedModel) -> None:
     assert TextForms(made, loaded.processor).order([20, 30], [], []).texts == []
     made = tiny.guard(loaded.model, [tiny.gate("vlm", 2)], reference="text")
     assert TextForms(made, loaded.processor).order([20, 30], [], []).texts == [[20, 30]]
+
+
+def test_texts_whose_mean_is_read_take_nothing_from_the_prefix_cache(
+    loaded: LoadedModel, guard: Guard
+) -> None:
+    frame = TextFrame(before=2, after=1)
+    made = tiny.guard(loaded.model, [tiny.gate("text", 2, reads_mean=True)], frame=frame)
+    made = tiny.changed(made, markup=guard.config.markup)
+    for content in ([said("Hello?")], [picture(20), said("")]):
+        ids = chat.prepare(loaded.processor, [[user(*content)]])["input_ids"][0].tolist()
+        assert TextForms(made, loaded.processor).order(ids, runs(ids), []).uncached
+        assert not TextForms(guard, loaded.processor).order(ids, runs(ids), []).uncached
 
 
 def test_each_sentence_is_a_text(

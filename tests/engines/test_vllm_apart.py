@@ -29,6 +29,10 @@ def test_compiled_models_are_guarded_and_kept_apart_by_their_layers(tmp_path: Pa
         passes(tmp_path, "compiled.py", 3, LAYERS=layers)
 
 
+def test_means_over_words_are_those_of_transformers(tmp_path: Path) -> None:
+    passes(tmp_path, "means.py", 4)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each rank needs a GPU")
 def test_each_rank_is_guarded(tmp_path: Path) -> None:
     passes(tmp_path, "ranks.py", 2)

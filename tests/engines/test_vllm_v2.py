@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tests import tiny
 from tests.engines import tiny_vllm
+from vlm_safeguard.artifact.config import TextFrame
 from vlm_safeguard.engines.vllm import arming_runners
 from vlm_safeguard.engines.vllm.arming import armed
 from vlm_safeguard.engines.vllm.arming_runners import arm_v2
@@ -199,10 +200,16 @@ def runner(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnCpu]:
 
 @pytest.fixture
 def guard(model: Any) -> Guard:
-    """Its text gate opens on some texts, and steering moves the states a lot."""
+    """Its first text gate opens on some texts, its second on none, and steering moves the states a
+    lot."""
     return tiny.guard(
         model,
-        [tiny_vllm.text_gate(threshold=-2.0), tiny.gate("vlm", 4, threshold=1.6)],
+        [
+            tiny_vllm.text_gate(threshold=-2.0),
+            tiny.gate("vlm", 4, threshold=1.6),
+            tiny.gate("text", 1, 4, threshold=10.0, reads_mean=True),
+        ],
+        frame=TextFrame(before=0, after=0),
         layers=list(range(tiny.LAYERS)),
         rank=8,
         tokens=3,
@@ -289,8 +296,12 @@ def test_requests_together_in_chunks_and_preempted_answer_as_alone(
         new(f"{name}#text0", prompt[-2:], role(guard, name, 0, len(prompt)))
         for name, prompt in PROMPTS.items()
     ]
-    _, reports = step(runner, {text.req_id: 2 for text in texts}, texts)
-    assert set(reports) == {text.req_id for text in texts}
+    # Preempted after their first tokens, they come again as new ones, and once more in parts.
+    ids = [text.req_id for text in texts]
+    assert not step(runner, dict.fromkeys(ids, 1), texts)[1]
+    assert not step(runner, dict.fromkeys(ids, 1), texts, preempted=ids)[1]
+    _, reports = step(runner, dict.fromkeys(ids, 1), cached=dict.fromkeys(ids, 1))
+    assert set(reports) == set(ids)
     found: dict[str, list[int]] = {name: [] for name in PROMPTS}
     told: dict[str, Report] = {}
 
@@ -301,9 +312,7 @@ def test_requests_together_in_chunks_and_preempted_answer_as_alone(
         told.update(result[1])
 
     news = [new(name, prompt, role(guard)) for name, prompt in PROMPTS.items()]
-    take(
-        step(runner, {"a": 3, "b": 4, "c": 2}, news, finished=[text.req_id for text in texts]), "c"
-    )
+    take(step(runner, {"a": 3, "b": 4, "c": 2}, news, finished=ids), "c")
     take(step(runner, {"a": 1, "b": 1, "c": 3}, cached={"a": 3, "b": 4, "c": 2}))
     # All are preempted and come again, as V2 does it: as new ones, with their answers so far.
     resumed = {name: PROMPTS[name] + found[name] for name in PROMPTS}

@@ -29,6 +29,8 @@ class Order:
         sentences: how many of the texts, at the end, are single sentences.
         wordless: whether the text says nothing, so that text gates stay shut.
         canary: whether to report how far steering moved the states (the self-check).
+        uncached: whether texts take no states from the prefix cache, because a gate reads the mean
+            of all.
     """
 
     guard: str
@@ -36,6 +38,7 @@ class Order:
     sentences: int = 0
     wordless: bool = False
     canary: bool = False
+    uncached: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from vlm_safeguard.engines.vllm import layer_operator
 from vlm_safeguard.engines.vllm.messages import Report, Role, guard_digest, role_of
 from vlm_safeguard.engines.vllm.step import BatchRow, Step
 from vlm_safeguard.engines.vllm.watched import Texts, Watched
+from vlm_safeguard.engines.vllm.word_sums import WordSums
 from vlm_safeguard.errors import GuardError, GuardRuntimeError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.runtime.gate import Gates
@@ -172,7 +173,9 @@ class RunnerGuard:
                     failed = str(error)
             watched = Watched(name, role, request, width, failed=failed)
         else:
-            watched = Watched(name, role, self._fresh(role.width, role), width)
+            frame = self._config.frame
+            words = WordSums(width, frame) if frame is not None else None
+            watched = Watched(name, role, self._fresh(role.width, role), width, words)
         if role.guard != self._digest:
             watched.fail("this worker has another guard than the front end")
         return watched

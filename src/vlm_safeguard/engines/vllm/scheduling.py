@@ -1,8 +1,8 @@
 """Schedules a request's text-only passes first and holds back its tokens until gates decide.
 
 The text-only pass of a request is a request of its own, of one token, in the same batch as others
-and with the same prefix cache. The request itself waits outside of the scheduler until the workers
-have reported on its texts.
+and with the same prefix cache, which it only fills where the guard reads means over words. The
+request itself waits outside of the scheduler until the workers have reported on its texts.
 """
 
 from __future__ import annotations
@@ -103,7 +103,12 @@ class GuardedScheduling(_Scheduler):
         return super()._free_request(request, *args, **kwargs)
 
     def _text_request(self, request: Any, order: Order, form: int, ids: list[int]) -> Any:
-        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            skip_reading_prefix_cache=order.uncached,
+        )
         whole = len(order.texts) - order.sentences  # the text, and its canonical form
         role = Role(
             order.guard,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlm_safeguard import method
 from vlm_safeguard.engines.vllm.watched import Watched
+from vlm_safeguard.engines.vllm.word_sums import WordReading
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.runtime.gate import GateReading, Gates
 from vlm_safeguard.runtime.request import Dose
@@ -80,6 +81,7 @@ class Step:
         self._seen: list[int] = []
         self._broken: set[int] = set()  # numbers of rows
         self._texts: list[_Reading] = []
+        self._words = WordReading()
         self._prompts: list[_Reading] = []
         self._places: list[_Place] = []
         self.read = False  # whether ``read_logits`` was called
@@ -89,21 +91,20 @@ class Step:
             if row.watched.failed:
                 continue
             if row.watched.is_text:
-                if row.ends_prompt:
-                    reading = GateReading(gates, "text", row.watched.role.judged)
-                    self._texts.append(_Reading(row, reading))
+                self._add_text(row, gates)
                 continue
             if row.ends_prompt:
                 self._prompts.append(_Reading(row, GateReading(gates, "vlm")))
             if row.ends_prompt or row.watched.request.any_open:
                 self._places += self._steerable(row)
         self._text_layers = gates.layers("text") | steerer.reads_text
+        self._mean_layers = gates.layers("text", with_mean=True)
         self._prompt_layers = gates.layers("vlm") | steerer.reads_pass
 
     @property
     def idle(self) -> bool:
         """Whether nothing is read or steered."""
-        return not (self._texts or self._prompts or self._places)
+        return not (self._texts or self._words or self._prompts or self._places)
 
     def visit(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         """Called after each guarded layer with its output (``parts_of``), which is changed in
@@ -113,7 +114,10 @@ class Step:
             return
         stream = _ResidualStream(hidden, residual)
         if layer in self._text_layers:
-            self._read(self._texts, layer, stream)
+            means = None
+            if self._words and layer in self._mean_layers:
+                means = self._words.means(layer, stream.at, stream.device)
+            self._read(self._texts, layer, stream, means)
         if layer in self._prompt_layers:
             self._read(self._prompts, layer, stream)
         if self._places and layer in self._steerer.layers:
@@ -179,6 +183,14 @@ class Step:
                 watched.decided = True
         return ended
 
+    def _add_text(self, row: BatchRow, gates: Gates) -> None:
+        watched = row.watched
+        if watched.words is not None and not watched.decided:
+            with _Failing(watched):
+                self._words.add(watched.words, row.start, row.columns, row.ends_prompt)
+        if row.ends_prompt and not watched.failed:
+            self._texts.append(_Reading(row, GateReading(gates, "text", watched.role.judged)))
+
     def _steerable(self, row: BatchRow) -> list[_Place]:
         found = []
         for span in self._steerer.spans(row.watched.request, row.columns):
@@ -187,16 +199,24 @@ class Step:
                 found.append(_Place(row, row.start + first, stop - first, span.at_prompt))
         return found
 
-    def _read(self, readings: list[_Reading], layer: int, stream: _ResidualStream) -> None:
+    def _read(
+        self,
+        readings: list[_Reading],
+        layer: int,
+        stream: _ResidualStream,
+        means: Tensor | None = None,
+    ) -> None:
+        """``means``: over the words of the texts that are read, (b, d)."""
         if not readings:
             return
         states = stream.at([reading.row.last for reading in readings]).float()
+        seen = states if means is None else torch.cat([states, means], 1)
         for number, reading in enumerate(readings):
             watched, state = reading.row.watched, states[number : number + 1]
             if watched.failed:
                 continue
             with _Failing(watched):
-                reading.gates.read(watched.request, layer, state)
+                reading.gates.read(watched.request, layer, seen[number : number + 1])
                 if watched.is_text:
                     self._steerer.read_text(watched.request, layer, state)
                 else:
@@ -273,7 +293,7 @@ class _ResidualStream:
     def device(self) -> torch.device:
         return self._hidden.device
 
-    def at(self, places: list[int]) -> Tensor:
+    def at(self, places: list[int] | Tensor) -> Tensor:
         """The states (b, d) of some tokens."""
         index = self._index(places)
         hidden = self._hidden.index_select(0, index)
@@ -286,8 +306,8 @@ class _ResidualStream:
         if self._residual is not None:
             self._residual.index_fill_(0, index, 0)
 
-    def _index(self, places: list[int]) -> Tensor:
-        return torch.tensor(places, device=self._hidden.device)
+    def _index(self, places: list[int] | Tensor) -> Tensor:
+        return torch.as_tensor(places, device=self._hidden.device)
 
 
 class _Failing:

@@ -30,6 +30,7 @@ class TextForms:
         has_text_gates = any(gate.source == "text" for gate in config.gates)
         self._reads_text = reads_text(guard)
         self._by_sentence = config.reads_sentences
+        self._reads_means = config.frame is not None
         self._reader = TextReader(processor) if has_text_gates else None
         self._turn_end = render(processor, PROBE).rpartition(PROBE)[2]
 
@@ -68,11 +69,19 @@ class TextForms:
         if self._reader is None:
             return Order(self._digest, [text], canary=canary)
         if pictures and not self._reader.has_words(text):
-            return Order(self._digest, [text], wordless=True, canary=canary)
+            return Order(
+                self._digest, [text], wordless=True, canary=canary, uncached=self._reads_means
+            )
         canonical = self._reader.other_form(text)
         whole = [text] if canonical is None else [text, canonical]
         single = self._reader.sentences(text) if self._by_sentence else []
-        return Order(self._digest, whole + single, sentences=len(single), canary=canary)
+        return Order(
+            self._digest,
+            whole + single,
+            sentences=len(single),
+            canary=canary,
+            uncached=self._reads_means,
+        )
 
     def _check_image_tokens(self, ids: list[int], pictures: Sequence[range]) -> None:
         inside = {place for picture in pictures for place in picture}

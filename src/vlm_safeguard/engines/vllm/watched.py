@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vlm_safeguard.engines.vllm.messages import Report, Role
+from vlm_safeguard.engines.vllm.word_sums import WordSums
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.runtime.attestation import decisions_of
 from vlm_safeguard.runtime.request import Request
@@ -19,6 +20,7 @@ class Watched:
         role: what it is.
         request: its gates, coordinates and doses. Of a text: those of the request it is read for.
         width: number of its own prompt tokens.
+        words: of a text whose words a gate reads the mean of: the sums so far.
         decided: whether its prompt was read to the end. What was decided stays, also where vLLM
             computes the prompt again.
         failed: why there will be no answer; "" if nothing went wrong.
@@ -29,6 +31,7 @@ class Watched:
     role: Role
     request: Request
     width: int
+    words: WordSums | None = None
     decided: bool = False
     failed: str = ""
     moved: dict[str, float] = field(default_factory=dict)
