@@ -23,7 +23,7 @@ SHRINKAGE = 0.05  # of the within-class covariance towards a multiple of the ide
 # The first sixth holds words rather than meaning.
 SPANS = ((1 / 6, 1.0), (1 / 6, 2 / 3))
 SPACED = 10
-COSTS = (3.0, 10.0, 30.0)  # of a prompt within the margin, relative to the margin's width
+COSTS = (3.0, 10.0, 30.0, 100.0)  # of a prompt within the margin, relative to the margin's width
 
 
 @dataclass(frozen=True)
