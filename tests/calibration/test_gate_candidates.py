@@ -11,6 +11,7 @@ from sklearn.svm import SVC
 
 from vlm_safeguard.calibration.gate_candidates import COSTS, SPACED, LabelledStates, candidates
 from vlm_safeguard.calibration.gate_fitting import fit_gate
+from vlm_safeguard.calibration.stacked_states import StackedStates
 
 
 def labelled(layers: int = 6, seed: int = 0) -> LabelledStates:
@@ -22,7 +23,14 @@ def labelled(layers: int = 6, seed: int = 0) -> LabelledStates:
     for states in (harmful, harmless):
         states[..., 5] = states[..., 5] * 1000 + 5000
     directions = {n: torch.eye(8)[:2] for n in range(layers)}
-    return LabelledStates(harmful, harmless, torch.arange(60) % 3, torch.arange(90) % 3, directions)
+    stacked = StackedStates.of(harmful), StackedStates.of(harmless)
+    return LabelledStates(*stacked, torch.arange(60) % 3, torch.arange(90) % 3, directions)
+
+
+def together(*states: StackedStates) -> torch.Tensor:
+    """All states side by side, (k, L, d)."""
+    every = StackedStates.of(*states)
+    return torch.stack([every.layer(n) for n in range(every.parts[0][0].shape[1])], 1)
 
 
 def test_a_margin_is_that_of_a_linear_machine_on_all_layers() -> None:
@@ -30,7 +38,7 @@ def test_a_margin_is_that_of_a_linear_machine_on_all_layers() -> None:
     data = labelled()
     found = list(candidates("margin", data))
     assert [one.layers for one in found[: len(COSTS)]] == [(1, 2, 3, 4, 5)] * len(COSTS)
-    states = torch.cat([data.harmful, data.harmless])[:, [1, 2, 3, 4, 5]].double().numpy()
+    states = together(data.harmful, data.harmless)[:, [1, 2, 3, 4, 5]].double().numpy()
     plain = (states - states.mean(0)) / states.std(0, ddof=1)
     plain = plain.reshape(len(plain), -1) / np.sqrt(plain[0].size)
     labels = np.arange(len(plain)) < 60
@@ -52,8 +60,12 @@ def test_where_there_are_means_two_machines_are_summed() -> None:
     states, means = labelled(), labelled(seed=1)
     both = replace(
         states,
-        harmful=torch.cat([states.harmful, means.harmful], 2),
-        harmless=torch.cat([states.harmless, means.harmless], 2),
+        **{
+            label: StackedStates.of(
+                torch.cat([together(getattr(one, label)) for one in (states, means)], 2)
+            )
+            for label in ("harmful", "harmless")
+        },
     )
     found = list(candidates("margin", both))
     apart = [list(candidates("margin", one)) for one in (states, means)]
@@ -115,6 +127,6 @@ def test_layers_are_weighed_against_each_other() -> None:
 
 def test_states_that_are_not_finite_are_refused() -> None:
     data = labelled()
-    data.harmful[3, 2, 1] = float("nan")
+    data.harmful.parts[0][0][3, 2, 1] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         next(candidates("margin", data))

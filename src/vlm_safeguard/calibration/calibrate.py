@@ -170,7 +170,7 @@ def _separability(
         rows: dict[str, list[float]] = {"auc": [], "tpr_b0": [], "fpr_b0": []}
         for layer, basis in sorted(directions.items()):
             width = basis.shape[1]
-            h, s = (part[:, layer, :width] @ basis[0] for part in (harmful, harmless))
+            h, s = (part.layer(layer, slice(width)) @ basis[0] for part in (harmful, harmless))
             rows["auc"].append(round(auc(h, s), 4))
             rows["tpr_b0"].append(round((h > 0).double().mean().item(), 4))
             rows["fpr_b0"].append(round((s > 0).double().mean().item(), 4))

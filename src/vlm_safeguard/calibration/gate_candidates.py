@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from vlm_safeguard.calibration.stacked_states import StackedStates
 
 Kind = Literal["first", "discriminant", "components", "margin"]
 
@@ -37,8 +40,8 @@ class LabelledStates:
         directions: V_l by layer; their keys are the layers that a gate may read.
     """
 
-    harmful: Tensor
-    harmless: Tensor
+    harmful: StackedStates
+    harmless: StackedStates
     harmful_fold: Tensor
     harmless_fold: Tensor
     directions: dict[int, Tensor]
@@ -47,7 +50,7 @@ class LabelledStates:
     def views(self) -> list[slice]:
         """Where the states at the last prompt token and, if there are any, their means stand."""
         width = next(iter(self.directions.values())).shape[1]
-        return [slice(n, n + width) for n in range(0, self.harmful.shape[2], width)]
+        return [slice(n, n + width) for n in range(0, self.harmful.width, width)]
 
     @property
     def folds(self) -> list[int]:
@@ -92,7 +95,7 @@ def by_layer(kind: Kind, data: LabelledStates, pooled: bool) -> Iterator[Candida
     depth, last = sorted(data.directions), data.views[0]
     bases, inner = {}, {}
     for n in depth:
-        x, y = data.harmful[:, n, last], data.harmless[:, n, last]
+        x, y = data.harmful.layer(n, last), data.harmless.layer(n, last)
         bases[n] = _basis(kind, x, y, data.directions[n])
         inner[n] = x.float() @ bases[n].T, y.float() @ bases[n].T
     tried = [
@@ -121,6 +124,10 @@ def margins(data: LabelledStates) -> Iterator[Candidate]:
     there are layers. This one weighs the layers against each other. Both labels weigh the same. It
     is solved in its dual form: there are far fewer prompts than layers times dimensions.
 
+    A kernel is large, so one is held at a time, and made again for the gate that is chosen. It is
+    numpy's: where freed memory is kept (``utils.allocator``), torch's aligned blocks seldom fit in
+    what was freed, and memory would grow with every copy.
+
     Where there are means over the words, there are also sums of two machines: one reads the states
     at the last prompt token, the other the means. One machine for both finds less at low
     false-positive rates.
@@ -130,37 +137,48 @@ def margins(data: LabelledStates) -> Iterator[Candidate]:
     """
     from sklearn.svm import SVC  # takes a second to import
 
-    labels = torch.arange(len(data.harmful) + len(data.harmless)) < len(data.harmful)
+    labels = np.arange(len(data.harmful) + len(data.harmless)) < len(data.harmful)
     fold = torch.cat([data.harmful_fold, data.harmless_fold])
 
-    def fit(kernel: Tensor, known: Tensor, cost: float) -> SVC:
+    def fit(kernel: np.ndarray, known: np.ndarray, cost: float) -> SVC:
         machine = SVC(C=cost, kernel="precomputed", class_weight="balanced")
-        return machine.fit(kernel[known][:, known].numpy(), labels[known].numpy())
+        return machine.fit(kernel, labels[known])
 
-    def scores(kernel: Tensor, known: Tensor, cost: float) -> Tensor:
-        found = fit(kernel, known, cost).decision_function(kernel[:, known].numpy())
-        return torch.from_numpy(found).float()
+    def tried(layers: tuple[int, ...], view: slice) -> Tensor:
+        """For each cost and fold, scores of all prompts by the machine fitted without this fold,
+        (costs, folds, n + k)."""
+        kernel = _kernel(data, layers, view)
+        found = torch.empty(len(COSTS), len(data.folds), len(labels))
+        for n, one in enumerate(data.folds):
+            known = (fold != one).nonzero()[:, 0].numpy()
+            part = kernel[np.ix_(known, known)]
+            machines = [fit(part, known, cost) for cost in COSTS]
+            del part  # each copy goes before the next is made
+            part = kernel.take(known, 1)
+            for scores, machine in zip(found[:, n], machines, strict=True):
+                scores.copy_(torch.from_numpy(machine.decision_function(part)))
+            del part
+        return found
 
-    def vectors(layers: tuple[int, ...], kernels: Sequence[Tensor], cost: float) -> Tensor:
+    def vectors(layers: tuple[int, ...], views: Sequence[slice], cost: float) -> Tensor:
         found = []
-        for view, kernel in zip(data.views, kernels, strict=False):
-            machine = fit(kernel, torch.ones_like(labels), cost)
+        for view in views:
+            machine = fit(_kernel(data, layers, view), np.arange(len(labels)), cost)
             weights = torch.zeros(len(labels))
             weights[machine.support_] = torch.from_numpy(machine.dual_coef_[0]).float()
-            states = [_standard(data, n, view) for n in layers]
+            states = (_standard(data, n, view) for n in layers)
             parts = [(weights @ z) / spread for z, spread in states]
             found.append(torch.stack(parts) / (len(layers) * len(parts[0])))
         return torch.cat(found, 1)
 
     for layers in dict.fromkeys(_spaced(sorted(data.directions), *span) for span in SPANS):
-        kernels = [_kernel(data, layers, view) for view in data.views]
-        for cost in COSTS:
+        by_view = [tried(layers, view) for view in data.views]
+        for cost, *found in zip(COSTS, *by_view, strict=True):
             summed = [torch.zeros(len(labels)) for _ in data.folds]
-            for count, kernel in enumerate(kernels, 1):
-                found = [scores(kernel, fold != one, cost) for one in data.folds]
-                summed = [before + new for before, new in zip(summed, found, strict=True)]
-                tried = [(one[: len(data.harmful)], one[len(data.harmful) :]) for one in summed]
-                yield Candidate(layers, tried, partial(vectors, layers, kernels[:count], cost))
+            for count, more in enumerate(found, 1):
+                summed = [before + new for before, new in zip(summed, more, strict=True)]
+                pairs = [(one[: len(data.harmful)], one[len(data.harmful) :]) for one in summed]
+                yield Candidate(layers, pairs, partial(vectors, layers, data.views[:count], cost))
 
 
 def _spaced(depth: Sequence[int], first: float, last: float) -> tuple[int, ...]:
@@ -172,22 +190,23 @@ def _spaced(depth: Sequence[int], first: float, last: float) -> tuple[int, ...]:
 def _standard(data: LabelledStates, layer: int, view: slice) -> tuple[Tensor, Tensor]:
     """States (n + k, d) of a layer, every dimension with mean 0 and spread 1, and the spreads (d,).
     Without this a few dimensions with huge values, which LLMs have, would decide."""
-    states = torch.cat([data.harmful[:, layer, view], data.harmless[:, layer, view]]).float()
+    states = torch.cat([part.layer(layer, view) for part in (data.harmful, data.harmless)]).float()
     spread = states.std(0).clamp(min=1e-6)
-    return (states - states.mean(0)) / spread, spread
+    return states.sub_(states.mean(0)).div_(spread), spread
 
 
-def _kernel(data: LabelledStates, layers: tuple[int, ...], view: slice) -> Tensor:
-    """Inner products (n + k, n + k) of the standardised states at all layers, about 1 on the
-    diagonal."""
+def _kernel(data: LabelledStates, layers: tuple[int, ...], view: slice) -> np.ndarray:
+    """Inner products (n + k, n + k), float64, of the standardised states at all layers, about 1 on
+    the diagonal."""
     count = len(data.harmful) + len(data.harmless)
-    kernel = torch.zeros(count, count, dtype=torch.float64)
+    kernel = np.zeros((count, count))
     for layer in layers:
         z, _ = _standard(data, layer, view)
-        kernel += z @ z.T
-    if not kernel.isfinite().all():
+        kernel += (z @ z.T).numpy()
+    if not np.isfinite(kernel.sum()):  # NaN and Inf show in the sum, which takes no memory
         raise ValueError("no gate can be judged: the states are not finite")
-    return kernel / (len(layers) * (view.stop - view.start))
+    kernel /= len(layers) * (view.stop - view.start)
+    return kernel
 
 
 def _project(

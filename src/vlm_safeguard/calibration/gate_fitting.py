@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlm_safeguard.artifact.config import MAX_OPENINGS
 from vlm_safeguard.calibration.gate_candidates import Kind, LabelledStates, candidates
+from vlm_safeguard.calibration.stacked_states import StackedStates
 from vlm_safeguard.runtime.gate import IntentGate, LinearGate
 
 GateName = Literal["text", "refused", "vlm"]  # see ``gate_choice``
@@ -98,7 +99,7 @@ class GateFit:
         unseen = harmful - shift, harmless - shift
         return replace(self, threshold=self.threshold + shift * self.spread, unseen=unseen)
 
-    def scores(self, states: Tensor, signs: Tensor | None = None) -> Tensor:
+    def scores(self, states: Tensor | StackedStates, signs: Tensor | None = None) -> Tensor:
         """Scores (k,) of states (k, L, d), or with means (k, L, 2 d); positive opens the gate.
 
         Args:
@@ -112,12 +113,17 @@ class GateFit:
         if self.openings:
             openings, weights = torch.tensor(self.openings), torch.tensor(self.weights)
             gate = IntentGate(self.vectors, none, openings, weights)
-        return gate.total(states[:, list(self.layers)], signs) - self.threshold
+        every, width = StackedStates.of(states), self.vectors.shape[1]
+        found = torch.zeros(len(every), len(self.layers))
+        for n, layer in enumerate(self.layers):
+            seen = every.layer(layer, slice(width))[:, None]
+            found[:, n] = gate.scores(seen, slice(n, n + 1))[:, 0]
+        return gate.summed(found, signs) - self.threshold
 
 
 def fit_gate(
-    harmful: Tensor,
-    harmless: Tensor,
+    harmful: Tensor | StackedStates,
+    harmless: Tensor | StackedStates,
     harmful_fold: Tensor,
     harmless_fold: Tensor,
     directions: dict[int, Tensor],
@@ -141,7 +147,7 @@ def fit_gate(
     verdict, with the weights that separate best.
 
     Args:
-        harmful, harmless: states of calibration prompts, see ``LabelledStates``.
+        harmful, harmless: states of calibration prompts, see ``LabelledStates``; also as tensors.
         harmful_fold, harmless_fold: fold of each prompt, (k,). Copies of a question share a fold.
             Prompts with a negative fold are used for fitting only.
         directions: V_l by layer.
@@ -159,7 +165,8 @@ def fit_gate(
     Raises:
         ValueError: the scores are not finite.
     """
-    data = LabelledStates(harmful, harmless, harmful_fold, harmless_fold, directions)
+    stacked = StackedStates.of(harmful), StackedStates.of(harmless)
+    data = LabelledStates(*stacked, harmful_fold, harmless_fold, directions)
     folds = torch.tensor(data.folds)
     known_harmful = torch.isin(harmful_fold, folds)
     judged = torch.isin(harmless_fold, folds)
@@ -193,7 +200,7 @@ def fit_gate(
     # Threshold and spread are in units of the spread of the harmless scores in each fold: convert
     # them to that of the final vectors.
     best = replace(best, vectors=vectors())
-    seen = replace(best, threshold=0.0).scores(harmless[judged])
+    seen = replace(best, threshold=0.0).scores(data.harmless.chosen(judged))
     scale = float(seen.std()) * best_unit
     used = tuple(known_harmful.tolist())
     best = replace(best, spread=best.spread * scale, judged=used)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlm_safeguard.calibration.gate_fitting import GateFit, GateName
+from vlm_safeguard.calibration.stacked_states import StackedStates
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class States:
     """Hidden states of k prompts at L layers, with labels and cross-validation folds."""
 
     ids: tuple[str, ...]  # k ids of prompts
-    states: Tensor  # (k, L, d), or (k, L, 2 d) of text: with their mean over the words behind them
+    # (k, L, d), or (k, L, 2 d) of text: with their mean over the words behind them
+    states: Tensor | StackedStates
     harmful: Tensor  # (k,) bool
     fold: Tensor  # (k,); a question and its copy in a template share a fold
     # (k,) bool: harmful prompts that count as found, and harmless ones as false positives. To the
@@ -25,9 +27,10 @@ class States:
     counted: Tensor
     signs: Tensor | None = None  # (k, 2) refusal signs (``runtime.gate``), of text
 
-    def split(self) -> tuple[Tensor, Tensor]:
+    def split(self) -> tuple[StackedStates, StackedStates]:
         """States of the harmful and of the harmless prompts."""
-        return self.states[self.harmful], self.states[~self.harmful]
+        every = StackedStates.of(self.states)
+        return every.chosen(self.harmful), every.chosen(~self.harmful)
 
     def split_signs(self) -> tuple[Tensor, Tensor] | None:
         """Refusal signs of the harmful and of the harmless prompts, if they were recorded."""
@@ -97,11 +100,25 @@ class Recorded:
 
         Without sentences of harmless prompts the gate opens on some that are no request by
         themselves, such as the beginning of a story.
+
+        Anchors and readings get a negative fold: the gate is fitted to them but not judged by them.
+        The directions come from the anchors and separate them better than other prompts, and a
+        sentence is no request.
         """
-        harmful, harmless = self.pairs
-        none = torch.zeros(len(harmful) + len(harmless), 2)
-        others = with_others(self.text, harmful, harmless, none)
-        return with_others(others, harmful[:0], self.readings.states, self.readings.signs)
+        text, (harmful, harmless), more = self.text, self.pairs, self.readings
+        count = len(harmful) + len(harmless)
+        labels = torch.arange(count + len(more.states)) < len(harmful)
+        signs = None
+        if text.signs is not None:
+            signs = torch.cat([text.signs, torch.zeros(count, 2), more.signs])
+        return States(
+            text.ids + ("",) * len(labels),
+            StackedStates.of(text.states, harmful, harmless, more.states),
+            torch.cat([text.harmful, labels]),
+            torch.cat([text.fold, torch.full((len(labels),), -1)]),
+            torch.cat([text.counted, torch.ones_like(labels)]),
+            signs,
+        )
 
     def parts(self) -> Tensor:
         """Where the other readings stand in ``text_only_states``, for ``fit_gate``."""
@@ -121,7 +138,7 @@ class Recorded:
         used = text.harmful | torch.tensor([one in self.about_picture for one in text.ids])
         return States(
             tuple(one for one, chosen in zip(text.ids, used.tolist(), strict=True) if chosen),
-            text.states[used],
+            StackedStates.of(text.states).chosen(used),
             text.harmful[used],
             text.fold[used],
             (text.counted & (text.signs[:, 1] > 0))[used],
@@ -134,14 +151,13 @@ class Recorded:
         many more prompts are recorded so."""
         width = next(iter(self.directions.values())).shape[1]
         none = torch.zeros_like(self.text.counted)
-        text = replace(self.text, states=self.text.states[..., :width], counted=none)
-        every = [*self.pictured.values(), text]
+        every = [*self.pictured.values(), replace(self.text, counted=none)]
         return States(
             tuple(one for s in every for one in s.ids),
-            *(
-                torch.cat([getattr(s, name) for s in every])
-                for name in ("states", "harmful", "fold", "counted")
-            ),
+            StackedStates.of(*(s.states for s in every)).narrowed(width),
+            torch.cat([s.harmful for s in every]),
+            torch.cat([s.fold for s in every]),
+            torch.cat([s.counted for s in every]),
         )
 
     def found_together(self, fits: Mapping[GateName, GateFit]) -> Tensor:
@@ -177,22 +193,3 @@ def _judged_scores(parts: Iterable[States], gate: GateFit) -> list[tuple[str, fl
     ]
     judged = [one for one, used in zip(ids, gate.judged, strict=False) if used]
     return list(zip(judged, gate.unseen[0].tolist(), strict=True))
-
-
-def with_others(text: States, harmful: Tensor, harmless: Tensor, signs: Tensor) -> States:
-    """States of the text prompts together with other states (k, L, d) and their refusal signs.
-
-    The others get a negative fold: gates are fitted to them but not judged by them. The directions
-    come from the anchors and separate them better than other prompts, and a sentence is no request.
-    """
-    labels = torch.arange(len(harmful) + len(harmless)) < len(harmful)
-    folds = torch.full((len(labels),), -1)
-    together = None if text.signs is None else torch.cat([text.signs, signs])
-    return States(
-        text.ids + ("",) * len(labels),
-        torch.cat([text.states, harmful, harmless]),
-        torch.cat([text.harmful, labels]),
-        torch.cat([text.fold, folds]),
-        torch.cat([text.counted, torch.ones_like(labels)]),
-        together,
-    )

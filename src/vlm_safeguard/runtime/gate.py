@@ -57,7 +57,11 @@ class LinearGate:
         Args:
             signs: refusal signs (B, 2), for a gate that reads them.
         """
-        return self.scores(states).sum(1)
+        return self.summed(self.scores(states), signs)
+
+    def summed(self, scores: Tensor, signs: Tensor | None = None) -> Tensor:
+        """The ``total`` (B,), of the scores (B, n) at all layers."""
+        return scores.sum(1)
 
     def needs_logits(self, any_judged: bool) -> bool:
         """Whether logits may add to the score; ``any_judged``: whether any text has a verdict, see
@@ -101,10 +105,10 @@ class IntentGate(LinearGate):
         weights = torch.tensor([gate.intent_weight, gate.verdict_weight])
         return cls(vectors, thresholds, openings, weights)
 
-    def total(self, states: Tensor, signs: Tensor | None = None) -> Tensor:
+    def summed(self, scores: Tensor, signs: Tensor | None = None) -> Tensor:
         if signs is None:
             raise ValueError("this gate reads the refusal intent too")
-        return super().total(states) + signs @ self.weights
+        return super().summed(scores) + signs @ self.weights
 
     def needs_logits(self, any_judged: bool) -> bool:
         return any_judged or float(self.weights[0]) > 0

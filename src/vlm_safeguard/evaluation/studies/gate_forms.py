@@ -24,6 +24,7 @@ from vlm_safeguard.calibration.gate_choice import bound_scores, fit_gates, fit_t
 from vlm_safeguard.calibration.gate_fitting import GateFit, auc
 from vlm_safeguard.calibration.hidden_states import record_calibration, record_signs
 from vlm_safeguard.calibration.recorded_states import Recorded, States
+from vlm_safeguard.calibration.stacked_states import StackedStates
 from vlm_safeguard.data.inputs import SETTINGS, Setting, queries
 from vlm_safeguard.data.prompts import CalibrationData, Prompt
 from vlm_safeguard.data.sampling import evenly
@@ -198,15 +199,13 @@ def _opened_at_zero(states: States, directions: Mapping[int, Tensor]) -> tuple[T
     """On which harmful (n, L) and harmless (k, L) prompts the first safety direction of each of L
     layers opens at threshold 0."""
     zero, width = torch.zeros(1), directions[0].shape[1]
-    # Layer by layer, because a copy of all states is large.
+
+    def opened(states: StackedStates, layer: int) -> Tensor:
+        seen = states.layer(layer, slice(width))[:, None]
+        return method.gate_scores(seen, directions[layer][:1], zero) > 0
+
     harmful, harmless = (
-        torch.cat(
-            [
-                method.gate_scores(part[:, n : n + 1, :width], directions[n][:1], zero) > 0
-                for n in sorted(directions)
-            ],
-            1,
-        )
+        torch.cat([opened(part, layer) for layer in sorted(directions)], 1)
         for part in states.split()
     )
     return harmful, harmless
