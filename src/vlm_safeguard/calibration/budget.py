@@ -45,10 +45,3 @@ class Effort:
         the guard finds less.
         """
         return cls(pictured=160, scan=64, search=8, tokens=8)
-
-    @classmethod
-    def brief(cls) -> Effort:
-        """For a demonstration, in minutes: the guard finds clearly less."""
-        return cls(
-            worded=1200, pictured=64, bound=700, scan=48, search=8, final=8, proof=24, tokens=8
-        )
