@@ -211,10 +211,10 @@ def test_the_doctor_knows_good_directions_from_flipped_ones(
 ) -> None:
     record, states = doctor.record_signs, {}
 
-    def once(loaded: LoadedModel, asked: Any, openings: Any, *rest: Any) -> Any:
+    def once(loaded: LoadedModel, asked: Any, openings: Any, *rest: Any, **named: Any) -> Any:
         """Both guards are looked at by the states of one pass."""
         if openings not in states:
-            found, signs = record(loaded, asked, openings, *rest)
+            found, signs = record(loaded, asked, openings, *rest, **named)
             states[openings] = found.clone(), signs
         return states[openings]
 
