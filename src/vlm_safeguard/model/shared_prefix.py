@@ -11,13 +11,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from vlm_safeguard.errors import ModelError
-from vlm_safeguard.model.chat import process, render
 from vlm_safeguard.model.kv_cache import NAME, cache_of
 from vlm_safeguard.model.positions import rescales
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import head_in_one_piece
 from vlm_safeguard.model.weights import input_device
+from vlm_safeguard.model.words import unlike_requests
 
 SHORTEST = 8  # tokens; a shorter beginning is not worth a cache
 PLAIN = {"input_ids", "attention_mask", "pixel_values"}  # inputs that a prefix can be cut from
@@ -39,10 +38,8 @@ class SharedPrefix:
         self._model = model
         self._layers: list[tuple[Tensor, Tensor]] = []
         self.tokens = torch.empty(0)
-        try:  # two requests that differ from their first word on
-            texts = [render(processor, word, 0) for word in ("a", "b")]
-            inputs = process(processor, texts, [(), ()])
-        except ModelError:  # a family that takes no request without a picture
+        inputs = unlike_requests(processor)
+        if inputs is None:
             return
         same = (inputs["input_ids"][0] == inputs["input_ids"][1]).long().cumprod(0)
         begin = inputs["input_ids"][0, : int(same.sum())]

@@ -12,17 +12,28 @@ from vlm_safeguard.errors import ModelError
 from vlm_safeguard.model.chat import process, render
 
 
+def unlike_requests(processor: Any) -> dict[str, Tensor] | None:
+    """Inputs of two requests that differ in all of their words: what they share is the template's.
+
+    Returns:
+        None if the template takes no request without a picture.
+    """
+    try:
+        return process(processor, [render(processor, word, 0) for word in ("a", "b")], [(), ()])
+    except ModelError:
+        return None
+
+
 def find_frame(processor: Any) -> TextFrame | None:
     """How many tokens the chat template writes before and behind a request's words.
 
     Returns:
         None if the template takes no request without a picture.
     """
-    try:  # two requests that differ from their first word to their last
-        texts = [render(processor, word, 0) for word in ("a", "b")]
-        first, second = process(processor, texts, [(), ()])["input_ids"]
-    except ModelError:
+    inputs = unlike_requests(processor)
+    if inputs is None:
         return None
+    first, second = inputs["input_ids"]
     same = (first == second).long()
     return TextFrame(before=int(same.cumprod(0).sum()), after=int(same.flip(0).cumprod(0).sum()))
 
