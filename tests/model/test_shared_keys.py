@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import families
+from tests import families, tiny
 from tests.families import FAMILIES
 from tests.model.family_helpers import PROMPTS, decoder_of, guard_for, last_states
 from tests.reference import close
@@ -17,6 +17,7 @@ from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.chat import encode, process, render
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import record
+from vlm_safeguard.model.words import find_frame
 
 ONE = FAMILIES["gemma4"]
 SHARED = 2  # the first layer that computes the last column alone
@@ -47,6 +48,22 @@ def test_states_are_recorded_where_only_the_last_column_is_computed(
         ids = gemma.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         expected = last_states(ONE, gemma, ids)
         close(states[row], torch.stack([expected[n] for n in range(families.LAYERS)]))
+
+
+def test_no_means_are_recorded_where_a_layer_does_not_put_out_all_words(
+    gemma: LoadedModel, tmp_path: Path
+) -> None:
+    items, frame = [Query(prompt, None) for prompt in PROMPTS], find_frame(gemma.processor)
+    plain = record(gemma, items, tmp_path).clone()
+    assert torch.equal(record(gemma, items, tmp_path, frame=frame), plain)
+    gate = tiny.gate("text", SHARED, reads_mean=True)
+    made = tiny.guard(gemma.model, [gate], frame=frame, layers=[1])
+    made = tiny.changed(made, markup=guard_for(ONE, gemma).config.markup)
+    with (
+        made.attach(gemma.model),
+        pytest.raises(GuardRuntimeError, match="does not put out all of its words"),
+    ):
+        gemma.model(**encode(gemma, PROMPTS[:1], [None]))
 
 
 def test_a_row_whose_last_token_is_left_out_is_refused(gemma: LoadedModel) -> None:

@@ -197,7 +197,6 @@ class TextPass(ForwardPass):
     ) -> None:
         super().__init__(request, layers, range(0))
         self._shared, self._frame = shared, frame
-        self._lengths = torch.empty(0)
         self._weights: Tensor | None = None
         self._gates, self._steerer = GateReading(gates, "text", any(request.judged)), steerer
         self._all = self._gates.layers | steerer.reads_text
@@ -210,10 +209,12 @@ class TextPass(ForwardPass):
             GuardRuntimeError: a layer did not run, or a gate score is not finite.
         """
         output = None
-        self._lengths = mask.sum(1)
         with suppress(EnoughSeen), head_in_one_piece(model):
             text = {"input_ids": ids, "attention_mask": mask}
             rest = self._shared.rest(text) if self._shared else None
+            if self._frame is not None:
+                columns = (rest or text)["input_ids"].shape[1]
+                self._weights = word_weights(mask.sum(1), columns, self._frame)
             if rest:
                 output = forward(**rest, logits_to_keep=1)
             else:
@@ -248,9 +249,7 @@ class TextPass(ForwardPass):
         self.request.text_calls.count(len(self.seen), len(expected))
 
     def _word_weights(self, hidden: Tensor) -> Tensor:
-        """Of the words among the columns of this pass, at any layer that puts out all of them."""
-        if self._weights is None and self._frame is not None:
-            self._weights = word_weights(self._lengths, hidden.shape[1], self._frame)
+        """Of the words among the columns of this pass, at a layer that puts out all of them."""
         if self._weights is None or hidden.shape[1] != self._weights.shape[1]:
             raise GuardRuntimeError(
                 "the request is blocked: a layer of the text-only pass does not put out all of "
