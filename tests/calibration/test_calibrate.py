@@ -22,6 +22,7 @@ from vlm_safeguard.calibration import (
 )
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.calibrate import calibrate
+from vlm_safeguard.calibration.gate_choice import FittedGates
 from vlm_safeguard.calibration.gate_fitting import GateFit, auc, fit_gate, threshold
 from vlm_safeguard.calibration.generation import Response
 from vlm_safeguard.calibration.recognition import BY_PHRASES
@@ -330,7 +331,7 @@ def test_scores_that_set_the_thresholds(monkeypatch: pytest.MonkeyPatch, tmp_pat
         states.extend(recorded)
         return gate_choice.bound_scores(
             loaded,
-            {"text": text_gate, "vlm": in_vlm},
+            FittedGates([text_gate], in_vlm),
             items,
             False,
             reads_sentences,

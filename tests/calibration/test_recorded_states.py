@@ -37,10 +37,12 @@ def test_scores_of_both_gates_are_of_the_same_harmful_prompt() -> None:
             "picture": states("cbu", [True, True, True]),
         },
         frozenset("u"),
-        frozenset(),
     )
     # Behind a, b and c come three anchors, which judge nothing; b had no fold of its own either.
     text = gate([True, False, True, False, False, False], 1.0, 3.0)
     in_vlm = gate([True] * 5, 10.0, 20.0, 30.0, 40.0, 50.0)  # a, w, c, b, u
-    found = recorded.found_together({"text": text, "vlm": in_vlm})
-    assert found.tolist() == [[1.0, 10.0], [3.0, 30.0], [-math.inf, 50.0]]
+    other = gate([True, True, False, False, False, False], 5.0, 7.0)  # judged by b, not by c
+    found = recorded.found_together([text, text], in_vlm)
+    assert found.tolist() == [[1.0, 1.0, 10.0], [3.0, 3.0, 30.0], [-math.inf, -math.inf, 50.0]]
+    found = recorded.found_together([text, other], in_vlm)
+    assert found.tolist() == [[1.0, 5.0, 10.0], [-math.inf, -math.inf, 50.0]]

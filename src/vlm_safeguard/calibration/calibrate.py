@@ -113,7 +113,8 @@ def calibrate(
             progress,
             refusals,
         )
-        fitted = useful_gates(fits, scores, epsilon, recorded.found_together(fits))
+        together = recorded.found_together(fits.texts, fits.vlm)
+        fitted = useful_gates(fits, scores, epsilon, together)
         table = _separability(text, pictured, directions)
         gates = [
             _gate_rates(name, gate, pictured if name == "vlm" else {"text": text})

@@ -1,16 +1,15 @@
 """Fits the gates of a guard, and chooses their thresholds and which of them to keep.
 
-- "text" reads the text-only pass: what harm looks like.
-- "refused" reads it too, and opens only where the verdict says that the LLM would refuse the text.
-  The verdict alone would stop harmless questions about a picture, which the LLM refuses because it
-  sees none.
+- "text" reads the text-only pass: what harm looks like, and whether the LLM would refuse the text
+  (the verdict). The verdict alone would stop harmless questions about a picture, which the LLM
+  refuses because it sees none.
 - "vlm" reads the request's own pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +24,6 @@ from vlm_safeguard.calibration.gate_fitting import (
     INTENT,
     INTENT_AND_VERDICT,
     KINDS,
-    VERDICT_ALONE,
     GateFit,
     GateName,
     Weights,
@@ -42,30 +40,37 @@ from vlm_safeguard.utils.progress import Progress
 
 IN_VLM_SHARE = 0.1  # of the false-positive budget
 IN_VLM_DEPTH = 2 / 3  # of the decoder, that the gate in the VLM may read
-# Of the harmless questions about a picture that the LLM would refuse as text, that the gate on
-# refused texts may open for; and how many of them it needs.
-REFUSED_SHARE, REFUSED_LEAST = 0.05, 10
+# What the verdict may add to the score of the text gate, in units of its spread.
+VERDICTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
+# Share of the harmful requests which the LLM refuses as text that must open a gate, so that it also
+# refuses them beside a picture; and how many of them it takes to tell.
+KEPT, REFUSED_LEAST = 0.98, 10
 # The model is asked the highest threshold-setting prompts: this many times those that a gate may
 # open for.
 ASKED = 3
 
 
-def fit_gates(recorded: Recorded, budget: Budget) -> dict[GateName, GateFit]:
-    """Fit the text gate, the gate on refused texts if there is enough to fit it to, and the gate in
+@dataclass(frozen=True)
+class FittedGates:
+    """Gates to choose from: the text gate with each weight of the verdict, and that in the VLM."""
+
+    texts: list[GateFit]
+    vlm: GateFit
+
+
+def fit_gates(recorded: Recorded, budget: Budget) -> FittedGates:
+    """Fit the text gate, with several weights of the verdict where there is one, and the gate in
     the VLM.
 
     The text gate gets 90% of the false-positive budget, because it finds nearly all harmful
     requests.
     """
     epsilon = budget.false_positives
-    refused = _refused(recorded)
-    weights = INTENT_AND_VERDICT if refused is None else INTENT
-    fits: dict[GateName, GateFit] = {
-        "text": fit_to(recorded, "text", epsilon * (1 - IN_VLM_SHARE), weights=weights)
-    }
-    if refused is not None:
-        fits["refused"] = refused
-    return fits | {"vlm": fit_to(recorded, "vlm", epsilon * IN_VLM_SHARE)}
+    text = fit_to(recorded, "text", epsilon * (1 - IN_VLM_SHARE), weights=INTENT)
+    texts = [text]
+    if recorded.openings:
+        texts += [text.heeding(weight, recorded.openings) for weight in VERDICTS[1:]]
+    return FittedGates(texts, fit_to(recorded, "vlm", epsilon * IN_VLM_SHARE))
 
 
 def fit_to(
@@ -103,26 +108,9 @@ def fit_to(
     )
 
 
-def _refused(recorded: Recorded) -> GateFit | None:
-    """The gate on refused texts, or None where too few texts are refused to judge it by."""
-    states = recorded.refused_states()
-    if states is None or min(int(one.sum()) for one in states.split_counted()) < REFUSED_LEAST:
-        return None
-    return fit_gate(
-        *states.split(),
-        *states.folds(),
-        recorded.directions,
-        REFUSED_SHARE,
-        counted=states.split_counted(),
-        signs=states.split_signs(),
-        weights=VERDICT_ALONE,
-        openings=recorded.openings,
-    )
-
-
 def bound_scores(
     loaded: LoadedModel,
-    fits: Mapping[GateName, GateFit],
+    fits: FittedGates,
     items: Sequence[Prompt],
     reads_pictures: bool,
     reads_sentences: bool,
@@ -138,20 +126,21 @@ def bound_scores(
     refuses a prompt by itself, no gate stops it, so it gets the lowest score.
 
     Args:
-        fits: the gates, "vlm" among them.
+        fits: the gates.
         items: harmless prompts that no gate was fitted to.
         reads_pictures: whether text gates also read the words in pictures.
         reads_sentences: whether text gates also read each sentence by itself.
         epsilon: the false-positive rate that thresholds are set for.
 
     Returns:
-        Scores (k, n) of k questions by the n gates, each in units of its ``spread``.
+        Scores (k, n) of k questions by the text gates and by the gate in the VLM, which comes
+        last, each in units of its ``spread``.
     """
     said = [spoken(p, reads_pictures) for p in items]
     settings = [tuple(s for s in PICTURED if s in settings_of(p)) for p in items]
     mixed = [query(p, s[n % len(s)]) for n, (p, s) in enumerate(zip(items, settings, strict=True))]
-    layers = 1 + max(fits["vlm"].layers)  # no gate that sees pictures reads a layer above
-    openings = next((fit.openings for fit in fits.values() if fit.openings), ())
+    layers = 1 + max(fits.vlm.layers)  # no gate that sees pictures reads a layer above
+    openings = next((fit.openings for fit in fits.texts if fit.openings), ())
     frame = find_frame(loaded.processor)
     text, signs = record_signs(loaded, said, openings, folder, "bound, text", progress, frame=frame)
     what = "bound, pictures"
@@ -160,14 +149,12 @@ def bound_scores(
     others = record_readings(loaded, texts, reads_sentences, openings, frame, folder, progress)
     owner, place = others.of.T
     columns = []
-    for name, fit in fits.items():
-        if name == "vlm":
-            found = torch.maximum(fit.scores(text), fit.scores(seen))
-        else:
-            of_others = fit.scores(others.states, others.signs)[place]
-            found = fit.scores(text, signs).scatter_reduce(0, owner, of_others, "amax")
-        columns.append(found / fit.spread)
-    scores = torch.stack(columns, 1)
+    for fit in fits.texts:
+        of_others = fit.scores(others.states, others.signs)[place]
+        columns.append(fit.scores(text, signs).scatter_reduce(0, owner, of_others, "amax"))
+    columns.append(torch.maximum(fits.vlm.scores(text), fits.vlm.scores(seen)))
+    every = zip(columns, [*fits.texts, fits.vlm], strict=True)
+    scores = torch.stack([found / fit.spread for found, fit in every], 1)
     _lower_refused(loaded, items, scores, ASKED * epsilon, recogniser)
     highest: dict[str, Tensor] = {}
     for prompt, score in zip(items, scores, strict=True):
@@ -196,34 +183,54 @@ def _lower_refused(
 
 
 def useful_gates(
-    fits: Mapping[GateName, GateFit], scores: Tensor, epsilon: float, harmful: Tensor
+    fits: FittedGates, scores: Tensor, epsilon: float, harmful: Tensor
 ) -> dict[GateName, GateFit]:
-    """The gates of a guard with their final thresholds: the text gate, and others that help.
+    """The gates of a guard with their final thresholds: the text gate, and that in the VLM if it
+    helps.
+
+    What the LLM refuses as text should be refused beside a picture too. So the verdict gets a
+    weight with which a share ``KEPT`` of such harmful requests opens the text gate; if there is
+    none, one with which most do. Among these weights, with and without the gate in the VLM, the
+    gates are taken that find most harmful requests with a picture.
 
     Thresholds move until the false-positive rate of all gates is within a bound: each by the same
     number of ``spread`` units of its gate. ``spread`` is cross-validated, because an overfitted
     gate scores unseen prompts far more widely than those it was fitted to, and would otherwise
     raise the thresholds of the other gates too.
 
-    Gates share one false-positive budget, so another gate raises the threshold of the first. It is
-    left out unless more harmful requests with a picture then open a gate.
+    Gates share one false-positive budget, so the verdict and another gate raise the threshold for
+    all other requests: no more is taken of them than helps.
 
     Args:
-        fits: the fitted gates, "text" first.
-        scores: the highest score of each gate for each harmless question, (k, n), in units of the
-            gate's spread. No gate was fitted to these questions.
+        fits: the fitted gates.
+        scores: the highest score of each gate for each harmless question, (k, n), as in
+            ``bound_scores``. No gate was fitted to these questions.
         epsilon: highest rate of harmless requests on which any gate opens, with the confidence of
             ``conformal.CONFIDENCE``.
         harmful: cross-validated scores (m, n) of the same harmful requests by each gate, as in
             ``GateFit.unseen``.
     """
-    names = list(fits)
-    most, kept, shift = -1, names[:1], 0.0
-    for others in range(len(names)):
-        for added in combinations(range(1, len(names)), others):
-            columns = [0, *added]
+    in_vlm, best = len(fits.texts), (-1.0, -1)
+    chosen: dict[GateName, GateFit] = {}
+    for place, text in enumerate(fits.texts):
+        for columns in ([place], [place, in_vlm]):
             cut = conformal_threshold(scores[:, columns].max(1).values, epsilon)
             found = int((harmful[:, columns].max(1).values > cut).sum())
-            if found > most:
-                most, kept, shift = found, [names[n] for n in columns], cut
-    return {name: fits[name].moved(shift) for name in kept}
+            rank = min(_refused_kept(text, cut), KEPT), found
+            if rank > best:
+                best = rank
+                chosen = {"text": text.moved(cut)}
+                if in_vlm in columns:
+                    chosen["vlm"] = fits.vlm.moved(cut)
+    return chosen
+
+
+def _refused_kept(text: GateFit, cut: float) -> float:
+    """The share of the harmful requests that the LLM refuses as text on which the text gate opens,
+    cross-validated, with its threshold moved by ``cut``; 1 if they are too few to tell."""
+    if text.verdicts is None:
+        return 1.0
+    refused = text.verdicts[0] > 0
+    if int(refused.sum()) < REFUSED_LEAST:
+        return 1.0
+    return float((text.unseen[0][refused] > cut).double().mean())

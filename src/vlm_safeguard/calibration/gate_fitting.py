@@ -15,7 +15,7 @@ from vlm_safeguard.calibration.gate_candidates import Kind, LabelledStates, cand
 from vlm_safeguard.calibration.stacked_states import StackedStates
 from vlm_safeguard.runtime.gate import IntentGate, LinearGate
 
-GateName = Literal["text", "refused", "vlm"]  # see ``gate_choice``
+GateName = Literal["text", "vlm"]  # see ``gate_choice``
 KINDS: tuple[Kind, ...] = ("margin",)
 OFTEN, CONTRAST = 0.03, 4.0
 # False-positive rate up to which candidates are compared. At the budget itself, two or three
@@ -28,7 +28,6 @@ INTENT: Weights = [(intent, 0.0) for intent in (0.0, 0.25, 0.5, 1.0)]
 INTENT_AND_VERDICT: Weights = [
     (intent, verdict) for intent, _ in INTENT for verdict in (0.0, 0.5, 1.0, 2.0, 20.0)
 ]
-VERDICT_ALONE: Weights = [(0.0, 20.0)]
 
 
 def auc(harmful: Tensor, harmless: Tensor, max_fpr: float | None = None) -> float:
@@ -76,6 +75,7 @@ class GateFit:
         unseen: cross-validated scores of harmful and harmless prompts, minus the threshold and
             divided by ``spread``.
         judged: which of the harmful prompts ``unseen`` is about.
+        verdicts: those of the prompts that ``unseen`` is about; None if they were not recorded.
     """
 
     layers: tuple[int, ...]
@@ -86,12 +86,34 @@ class GateFit:
     spread: float = 1.0
     unseen: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
     judged: tuple[bool, ...] = ()
+    verdicts: tuple[Tensor, Tensor] | None = None
 
     @property
     def unseen_rates(self) -> tuple[float, float]:
         """Cross-validated true- and false-positive rates."""
         harmful, harmless = ((scores > 0).double().mean().item() for scores in self.unseen)
         return harmful, harmless
+
+    def heeding(self, weight: float, openings: Sequence[int]) -> GateFit:
+        """The gate with the verdict added to its score: ``weight`` units of ``spread`` where the
+        LLM would refuse the text.
+
+        Args:
+            openings: the tokens that the verdict is about.
+
+        Raises:
+            ValueError: the gate has no ``verdicts``.
+        """
+        if self.verdicts is None:
+            raise ValueError("no verdicts were recorded of the prompts that the gate was fitted to")
+        harmful, harmless = (
+            # A harmless prompt may score highest in a sentence, which has no verdict: then this is
+            # too high, and so is the false-positive rate.
+            scores + weight * said
+            for scores, said in zip(self.unseen, self.verdicts, strict=True)
+        )
+        weights = self.weights[0], self.weights[1] + weight * self.spread
+        return replace(self, openings=tuple(openings), weights=weights, unseen=(harmful, harmless))
 
     def moved(self, shift: float) -> GateFit:
         """The gate with its threshold moved up by ``shift`` units of ``spread``."""
@@ -202,8 +224,11 @@ def fit_gate(
     best = replace(best, vectors=vectors())
     seen = replace(best, threshold=0.0).scores(data.harmless.chosen(judged))
     scale = float(seen.std()) * best_unit
+    verdicts = None
+    if signs is not None:
+        verdicts = signs[0][known_harmful, 1], signs[1][judged, 1]
     used = tuple(known_harmful.tolist())
-    best = replace(best, spread=best.spread * scale, judged=used)
+    best = replace(best, spread=best.spread * scale, judged=used, verdicts=verdicts)
     cut = float(seen.mean()) + best.threshold * scale
     if not any(best_weights):
         return replace(best, threshold=cut)

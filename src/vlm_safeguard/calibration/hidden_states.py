@@ -110,8 +110,7 @@ def record_calibration(
         seen = queries(chosen, setting)
         pictured[setting] = record_states(loaded, chosen, seen, setting, folder, progress)
     untold = frozenset(p.id for p in fit if not told(p, reads_pictures))
-    about = frozenset(p.id for p in fit if p.form == "picture")
-    return Recorded(pairs, directions, openings, text, others, pictured, untold, about)
+    return Recorded(pairs, directions, openings, text, others, pictured, untold)
 
 
 def record_readings(

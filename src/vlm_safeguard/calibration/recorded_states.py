@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vlm_safeguard.calibration.gate_fitting import GateFit, GateName
+from vlm_safeguard.calibration.gate_fitting import GateFit
 from vlm_safeguard.calibration.stacked_states import StackedStates
 
 
@@ -83,7 +83,6 @@ class Recorded:
         readings: others of the harmless ones of these prompts.
         pictured: states with a blank image and with a picture, by setting.
         untold: ids of prompts whose label does not show in what the text gate reads.
-        about_picture: ids of prompts about their picture.
     """
 
     pairs: Tensor
@@ -93,7 +92,6 @@ class Recorded:
     readings: Readings
     pictured: dict[str, States]
     untold: frozenset[str]
-    about_picture: frozenset[str]
 
     def text_only_states(self) -> States:
         """States that the text gate is fitted to: prompts as text, anchors, and other readings.
@@ -125,26 +123,6 @@ class Recorded:
         first = int((~self.text.harmful).sum()) + self.pairs.shape[1]
         return self.readings.of + torch.tensor([0, first])
 
-    def refused_states(self) -> States | None:
-        """States that the gate on refused texts is fitted to: harmful prompts, and harmless ones
-        about a picture, as text. It is judged by those that the model would refuse, by the verdict.
-
-        Returns:
-            None if no tokens are known to begin the model's refusals.
-        """
-        text = self.text
-        if text.signs is None:
-            return None
-        used = text.harmful | torch.tensor([one in self.about_picture for one in text.ids])
-        return States(
-            tuple(one for one, chosen in zip(text.ids, used.tolist(), strict=True) if chosen),
-            StackedStates.of(text.states).chosen(used),
-            text.harmful[used],
-            text.fold[used],
-            (text.counted & (text.signs[:, 1] > 0))[used],
-            text.signs[used],
-        )
-
     def vlm_states(self) -> States:
         """States that the gate in the VLM is fitted to: prompts in all settings with a picture, and
         as text. The gate is not judged by the text, but harm lies in the same directions there, and
@@ -160,26 +138,21 @@ class Recorded:
             torch.cat([s.counted for s in every]),
         )
 
-    def found_together(self, fits: Mapping[GateName, GateFit]) -> Tensor:
-        """Cross-validated scores (m, n) of the harmful prompts with a picture by n gates, "text"
-        and "vlm" among them, for ``useful_gates``.
+    def found_together(self, texts: Sequence[GateFit], vlm: GateFit) -> Tensor:
+        """Cross-validated scores (m, n) of the harmful prompts with a picture by text gates and by
+        the gate in the VLM, which comes last; for ``useful_gates``.
 
-        The text gate does not open on a prompt that it cannot tell from a harmless one, and the
-        gate on refused texts only on those.
+        A text gate does not open on a prompt that it cannot tell from a harmless one.
         """
         # All were fitted to the harmful prompts of ``text`` first, in this order.
-        by = {
-            name: dict(_judged_scores([self.text], fit))
-            for name, fit in fits.items()
-            if name != "vlm"
-        }
-        by["text"] = dict.fromkeys(self.untold, -math.inf) | by["text"]
+        untold = dict.fromkeys(self.untold, -math.inf)
+        by = [untold | dict(_judged_scores([self.text], fit)) for fit in texts]
         rows = [
-            [score if name == "vlm" else by[name].get(one, -math.inf) for name in fits]
-            for one, score in _judged_scores(self.pictured.values(), fits["vlm"])
-            if one in by["text"]
+            [*(scores[one] for scores in by), score]
+            for one, score in _judged_scores(self.pictured.values(), vlm)
+            if all(one in scores for scores in by)
         ]
-        return torch.tensor(rows).reshape(-1, len(fits))
+        return torch.tensor(rows).reshape(-1, len(texts) + 1)
 
 
 def _judged_scores(parts: Iterable[States], gate: GateFit) -> list[tuple[str, float]]:

@@ -21,7 +21,7 @@ from tests.command import run
 from vlm_safeguard.calibration import gate_choice, hidden_states
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.conformal import allowed_exceedances, conformal_threshold
-from vlm_safeguard.calibration.gate_choice import useful_gates
+from vlm_safeguard.calibration.gate_choice import FittedGates, useful_gates
 from vlm_safeguard.calibration.gate_fitting import GateFit
 from vlm_safeguard.calibration.recorded_states import Readings, Recorded, States
 from vlm_safeguard.data.inputs import SETTINGS, Query, settings_of
@@ -94,7 +94,7 @@ def test_a_gate_in_the_vlm_stays_if_it_finds_more_than_it_costs(
     text, in_vlm = (GateFit((layer,), torch.ones(1, 1), 0.0) for layer in (0, 1))
     harmful = torch.stack([torch.linspace(0, 2, 100), torch.full((100,), -9.0)], 1)
     harmful[found_in_vlm, 1] = 9.0
-    gates = useful_gates({"text": text, "vlm": in_vlm}, harmless, 0.02, harmful)
+    gates = useful_gates(FittedGates([text], in_vlm), harmless, 0.02, harmful)
     assert list(gates) == kept
     allowed = allowed_exceedances(1000, 0.02)
     highest = harmless[:, : len(kept)].max(1).values.sort(descending=True).values
@@ -120,9 +120,7 @@ def recorded(text: States, pictured: dict[str, States], openings: list[int]) -> 
     directions[1] = torch.eye(6)[[2, 0, 1]]
     none = Readings(torch.empty(0, 3, 6), torch.empty(0, 2), torch.empty(0, 2, dtype=torch.long))
     pairs = torch.zeros(2, 4, 3, 6)
-    return Recorded(
-        pairs, directions, openings, text, none, pictured, frozenset[str](), frozenset[str]()
-    )
+    return Recorded(pairs, directions, openings, text, none, pictured, frozenset[str]())
 
 
 def rate_at_zero(parts: Sequence[States], layer: int, vector: torch.Tensor, label: bool) -> Rate:

@@ -101,7 +101,7 @@ def layers_table(table: Mapping[str, Any]) -> Table:
 
 
 def gates_table(gates: Sequence[Mapping[str, Any]]) -> Table:
-    sources = {"text": "text-only pass", "refused": "refused texts", "vlm": "own pass"}
+    sources = {"text": "text-only pass", "vlm": "own pass"}
     rows = [
         [
             sources.get(gate["source"], str(gate["source"])),

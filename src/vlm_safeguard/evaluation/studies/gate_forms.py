@@ -146,7 +146,7 @@ def study(loaded: LoadedModel, budget: Budget, effort: Effort, progress: Progres
         bound = evenly([p for p in data.bound if p.ordinary], effort.bound)
         epsilon = budget.false_positives
         scores = bound_scores(loaded, fits, bound, False, False, epsilon, folder, progress)
-        gates = useful_gates(fits, scores, epsilon, recorded.found_together(fits))
+        gates = useful_gates(fits, scores, epsilon, recorded.found_together(fits.texts, fits.vlm))
         calibrated = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
     return Comparison(forms, paper, calibrated)
 
