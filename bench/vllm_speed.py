@@ -200,7 +200,8 @@ def gate_places(shipped: Guard, layers: Sequence[int]) -> list[int]:
 def on_layers(
     shipped: Guard, layers: Sequence[int], threshold: float, tokens: int | None = 1
 ) -> Guard:
-    """The guard that ships, on some layers, with its first gate in the request's own pass.
+    """The guard that ships, on some layers, with its first gate in the request's own pass, and
+    steered towards the anchors.
 
     Nothing reads a request as text then, so no text-only request is made.
     """
@@ -210,7 +211,9 @@ def on_layers(
         layers=[shipped.config.gates[0].layers[place] for place in places],
         thresholds=[threshold] + [0.0] * (len(places) - 1),
     )
-    steering = shipped.config.steering.model_copy(update={"layers": layers, "tokens": tokens})
+    steering = shipped.config.steering.model_copy(
+        update={"layers": layers, "tokens": tokens, "reference": "anchor"}
+    )
     names = [f"{kind}.{layer}" for layer in layers for kind in ("directions", "anchor")]
     # What it may read of the mean over the words is left out: only texts have one.
     vectors = shipped.tensors["gate.0"][places, : shipped.config.model.hidden_size].contiguous()

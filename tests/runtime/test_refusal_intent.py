@@ -27,10 +27,9 @@ def intent_gate(threshold=0.0, layers=(1, 3), weight=WEIGHT):
     )
 
 
-def expected(model, guard, prompt):
-    """The score by its formula, from a pass over the text alone without a guard."""
-    [gate] = guard.config.gates
-    openings, weight = gate.openings, gate.intent_weight
+def read_text(model, layers, prompt):
+    """States at the last token by layer, and logits, of a pass over the text alone without a guard,
+    in float64."""
     ids = torch.tensor([tiny.without_pictures(prompt)])
     states = {}
     handles = [
@@ -41,12 +40,20 @@ def expected(model, guard, prompt):
                 layer, (out if torch.is_tensor(out) else out[0])[0, -1].double()
             )
         )
-        for layer in gate.layers
+        for layer in layers
     ]
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, -1].double()
     for handle in handles:
         handle.remove()
+    return states, logits
+
+
+def expected(model, guard, prompt):
+    """The score by its formula."""
+    [gate] = guard.config.gates
+    openings, weight = gate.openings, gate.intent_weight
+    states, logits = read_text(model, gate.layers, prompt)
     vectors = guard.tensors["gate.0"].double()
     linear = sum(states[n] @ v for n, v in zip(gate.layers, vectors, strict=True))
     refuses = int(logits.argmax()) in openings
@@ -101,27 +108,39 @@ def test_an_open_gate_steers_as_a_linear_one_does(model):
     assert torch.equal(shut, tiny.generate(model, inputs)[1])
 
 
-def test_each_rows_own_text_is_restored_where_its_verdict_is_a_refusal(model):
-    """In the same batch as rows that get the anchors' mean, and for each returned sequence."""
-    inputs = tiny.batch(tiny.PROMPTS)
-    firsts = []
-    for prompt in tiny.PROMPTS:
-        ids = torch.tensor([tiny.without_pictures(prompt)])
-        with torch.no_grad():
-            firsts.append(int(model(input_ids=ids).logits[0, -1].argmax()))
+def test_where_a_texts_verdict_is_a_refusal_the_middle_is_restored(model):
+    """Between its own coordinates and the anchors' mean, in the same batch as rows that get the
+    anchors' mean alone, and for each returned sequence."""
+    firsts = [int(read_text(model, (), prompt)[1].argmax()) for prompt in tiny.PROMPTS]
     openings = sorted(set(firsts))[::2]
     refused = [first in openings for first in firsts]
     assert 0 < sum(refused) < len(refused)
     gate = intent_gate(-1e6).model_copy(update={"openings": openings})
-    found = {}
-    for reference in ("text", "anchor", "verdict"):
-        with tiny.guard(model, [gate], reference=reference, rank=2).attach(model):
-            found[reference] = tiny.generate(model, inputs, num_return_sequences=2, num_beams=2)[1]
-    for row, is_refused in enumerate(refused):
-        own, other = ("text", "anchor") if is_refused else ("anchor", "text")
-        for copy in (2 * row, 2 * row + 1):
-            assert torch.equal(found["verdict"][copy], found[own][copy])
-            assert not torch.equal(found["verdict"][copy], found[other][copy])
+
+    def answered(guard, prompts):
+        with guard.attach(model):
+            inputs = tiny.batch(prompts)
+            return tiny.generate(model, inputs, num_return_sequences=2, num_beams=2)[1]
+
+    guards = {
+        reference: tiny.guard(model, [gate], reference=reference, rank=2)
+        for reference in ("text", "anchor", "verdict")
+    }
+    found = {reference: answered(guard, tiny.PROMPTS) for reference, guard in guards.items()}
+    for row, (prompt, is_refused) in enumerate(zip(tiny.PROMPTS, refused, strict=True)):
+        copies = slice(2 * row, 2 * row + 2)
+        if not is_refused:
+            assert torch.equal(found["verdict"][copies], found["anchor"][copies])
+            continue
+        for other in ("text", "anchor"):
+            assert not torch.allclose(found["verdict"][copies], found[other][copies], atol=1e-2)
+        anchored = guards["anchor"]
+        layers, tensors = anchored.config.steering.layers, dict(anchored.tensors)
+        for layer, state in read_text(model, layers, prompt)[0].items():
+            own = tensors[f"directions.{layer}"].double() @ state
+            tensors[f"anchor.{layer}"] = ((own + tensors[f"anchor.{layer}"]) / 2).float()
+        middle = answered(Guard(anchored.config, tensors), [prompt])
+        torch.testing.assert_close(found["verdict"][copies], middle, atol=1e-4, rtol=1e-4)
 
 
 def test_verdicts_need_a_gate_that_gives_them(model):

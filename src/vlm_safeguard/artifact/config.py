@@ -97,8 +97,8 @@ class Steering(_StrictSettings):
     Attributes:
         mode: name of a class in ``runtime.steering.MODES``.
         reference: what ``restore`` restores: the coordinates of the text-only pass ("text"), the
-            mean of the harmful anchors ("anchor"), or the former where the verdict says that the
-            LLM would refuse the text, and the latter elsewhere ("verdict").
+            mean of the harmful anchors ("anchor"), or the middle between both where the verdict
+            says that the LLM would refuse the text, and the anchors' mean elsewhere ("verdict").
         query: the pass whose coordinates ``add`` adds: the request's own, or the text-only pass.
         positions: "generated" steers the last prompt token and what follows, "all" also the rest of
             the prompt.

@@ -163,7 +163,8 @@ _MODES = {
 _REFERENCES = {
     "text": "the request's own text",
     "anchor": "harmful anchors' mean",
-    "verdict": "the request's own text where the LLM would refuse it, else harmful anchors' mean",
+    "verdict": "harmful anchors' mean; half of it the request's own text where the LLM would "
+    "refuse it",
 }
 
 

@@ -29,8 +29,8 @@ def candidates(depth: int, verdict: bool) -> list[Steering]:
     """Steering settings to try, from the strongest to the one closest to the paper. ``verdict``:
     whether a gate tells which texts the LLM would refuse.
 
-    Of equally good candidates the first is taken. A request's own text coordinates cannot undo a
-    refusal of its text, so they stand before the mean of the anchors.
+    Of equally good candidates the first is taken. A request's own text coordinates hardly undo a
+    refusal of its text, so those with them stand before the mean of the anchors alone.
 
     Most `restore` candidates guard the last prompt token only, because their coordinates come from
     there. At generated tokens, the same coordinates make the model repeat its first word.

@@ -59,7 +59,9 @@ class Restore(SteeringMode):
     def _reference(self, request: Request, layer: int) -> Tensor:
         """The coordinates to restore. With a text gate, rows that it did not open get the anchors'
         mean, because their text is harmless and holds no harm to restore. With reference "verdict"
-        so do rows whose text the LLM would answer, because its own coordinates make no refusal."""
+        so do rows whose text the LLM would answer, because its own coordinates make no refusal.
+        Other rows then get the middle between both: the own coordinates alone do not always carry
+        a refusal over to a picture, and the anchors' mean alone ends some refusals."""
         anchor = self.anchor[layer].expand(request.rows, -1)
         if not self.needs_text:
             return anchor
@@ -68,12 +70,13 @@ class Restore(SteeringMode):
         if layer not in request.text_coordinates:  # no row was opened by its text
             return anchor
         text, by_text = request.text_coordinates[layer], request.open_at(layer, "text")
+        anchor = anchor.to(text.device)
         if self.settings.reference == "verdict":
             by_text = [a and b for a, b in zip(by_text, request.refused, strict=True)]
+            text = (text + anchor) / 2
         if all(by_text):
             return text
-        rows = torch.tensor(by_text, device=text.device)[:, None]
-        return torch.where(rows, text, anchor.to(text.device))
+        return torch.where(torch.tensor(by_text, device=text.device)[:, None], text, anchor)
 
 
 class Erase(SteeringMode):
