@@ -163,8 +163,8 @@ _MODES = {
 _REFERENCES = {
     "text": "the request's own text",
     "anchor": "harmful anchors' mean",
-    "verdict": "harmful anchors' mean; half of it the request's own text where the LLM would "
-    "refuse it",
+    "verdict": "harmful anchors' mean; the middle between it and the request's own text where the "
+    "LLM would refuse the text",
 }
 
 
