@@ -148,13 +148,14 @@ def bound_scores(
     texts = [one.text for one in said]
     others = record_readings(loaded, texts, reads_sentences, openings, frame, folder, progress)
     owner, place = others.of.T
-    columns = []
-    for fit in fits.texts:
-        of_others = fit.scores(others.states, others.signs)[place]
-        columns.append(fit.scores(text, signs).scatter_reduce(0, owner, of_others, "amax"))
-    columns.append(torch.maximum(fits.vlm.scores(text), fits.vlm.scores(seen)))
-    every = zip(columns, [*fits.texts, fits.vlm], strict=True)
-    scores = torch.stack([found / fit.spread for found, fit in every], 1)
+    # The text gates differ in the weight of the verdict, and other readings have none.
+    of_others = fits.texts[0].scores(others.states, others.signs)[place]
+    columns = [
+        fit.scores(text, signs).scatter_reduce(0, owner, of_others, "amax") / fit.spread
+        for fit in fits.texts
+    ]
+    in_vlm = torch.maximum(fits.vlm.scores(text), fits.vlm.scores(seen))
+    scores = torch.stack([*columns, in_vlm / fits.vlm.spread], 1)
     _lower_refused(loaded, items, scores, ASKED * epsilon, recogniser)
     highest: dict[str, Tensor] = {}
     for prompt, score in zip(items, scores, strict=True):
