@@ -57,8 +57,9 @@ wrote this page and [bench-vllm.json](assets/bench-vllm.json): vLLM {version} on
   tokens, {picture} of them the picture's. Every answer has {tokens} tokens. The time is that of
   `LLM.generate`, with the reading of the prompts. The prefix cache is off for all, because rounds
   repeat their prompts. All pictures are the same one, which vLLM encodes once.
-- Guards are made from the one that ships, on 1, half or all of its layers. Their gate reads the
-  request's own pass, so no text-only request is made. Its threshold keeps it shut or open. If it
+- Guards are made from the one that ships, on 1, half or all of its layers. Their gate is the
+  paper's: it reads the first safety direction in the request's own pass, so no text-only request is
+  made. Its threshold keeps it shut or open. If it
   is open, the first token is steered, as by the guard that ships, or every token. At the prompt,
   steering begins at the last layer that the gate reads, because it is not decided below.
 - *As it ships* makes text-only requests: each prompt as text, and each of its {questions} sentences
@@ -200,23 +201,23 @@ def gate_places(shipped: Guard, layers: Sequence[int]) -> list[int]:
 def on_layers(
     shipped: Guard, layers: Sequence[int], threshold: float, tokens: int | None = 1
 ) -> Guard:
-    """The guard that ships, on some layers, with its first gate in the request's own pass, and
-    steered towards the anchors.
+    """The guard that ships, on some layers, with the paper's gate on those that its first gate
+    reads, and steered towards the anchors.
 
     Nothing reads a request as text then, so no text-only request is made.
     """
     places = gate_places(shipped, layers)
+    read = [shipped.config.gates[0].layers[place] for place in places]
     gate = Gate(
         source="vlm",
-        layers=[shipped.config.gates[0].layers[place] for place in places],
+        layers=read,
         thresholds=[threshold] + [0.0] * (len(places) - 1),
     )
     steering = shipped.config.steering.model_copy(
         update={"layers": layers, "tokens": tokens, "reference": "anchor"}
     )
     names = [f"{kind}.{layer}" for layer in layers for kind in ("directions", "anchor")]
-    # What it may read of the mean over the words is left out: only texts have one.
-    vectors = shipped.tensors["gate.0"][places, : shipped.config.model.hidden_size].contiguous()
+    vectors = torch.stack([shipped.tensors[f"directions.{layer}"][0] for layer in read])
     return _changed(
         shipped,
         {"gates": [gate], "frame": None, "steering": steering, "reads_sentences": False},
