@@ -181,7 +181,7 @@ def make_variants(load: Load, folder: Path, peers: Path | None) -> Iterator[Vari
         yield guarded(f"{name}, open, every token", on_layers(shipped, layers, -FAR, tokens=None))
     yield guarded("all, open, first token", on_layers(shipped, sets["all"], -FAR))
     yield guarded(
-        "as it ships, without single sentences", _changed(shipped, {"reads_sentences": False})
+        "without single sentences, else as it ships", _changed(shipped, {"reads_sentences": False})
     )
     yield guarded("as it ships", _changed(shipped, {}))
     for name, layers in sets.items() if peers is not None else ():

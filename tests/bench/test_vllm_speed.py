@@ -44,15 +44,13 @@ def test_a_variant_guards_its_layers_and_reads_no_text(tmp_path, name):
     assert not reads_text(made) and not made.config.reads_pictures
 
 
-def test_a_gate_in_a_requests_own_pass_reads_no_mean(tmp_path):
+def test_a_gate_in_a_requests_own_pass_is_the_papers(tmp_path):
     shipped = Guard.from_pretrained("embedded")
-    assert shipped.config.gates[0].reads_mean
-    vectors = shipped.tensors["gate.0"][:, : shipped.config.model.hidden_size]
     vllm_speed.on_layers(shipped, [4, 6], 0.0).save_pretrained(tmp_path)
     saved = Guard.from_pretrained(tmp_path)
     assert saved.config.frame is None and not saved.config.gates[0].reads_mean
-    places = vllm_speed.gate_places(shipped, [4, 6])
-    assert torch.equal(saved.tensors["gate.0"], vectors[places])
+    first = [shipped.tensors[f"directions.{layer}"][0] for layer in (4, 6)]
+    assert torch.equal(saved.tensors["gate.0"], torch.stack(first))
 
 
 def test_a_shut_threshold_opens_on_a_harmful_question_alone():
