@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from vlm_safeguard.cli.commands import app
-from vlm_safeguard.errors import ModelError
+from vlm_safeguard.cli.options import read_guard
+from vlm_safeguard.data import ocr
+from vlm_safeguard.errors import ModelError, SafeguardError
 from vlm_safeguard.model import loading
 
 FLAGS = {
@@ -75,3 +79,31 @@ def test_options_reach_load(
     monkeypatch.setattr(loading, "load", load)
     result = CliRunner().invoke(app, ["doctor", "someone/model", *arguments])
     assert isinstance(result.exception, ModelError) and given == expected
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["calibrate", "nowhere", "--read-pictures", "-o", "made"],
+        ["doctor", "nowhere", "embedded"],
+        ["generate", "nowhere", "--guard", "embedded", "--prompt", "Hi", "--image", "dot.png"],
+        ["gap", "nowhere", "--guard", "embedded", "-o", "made"],
+        ["playground", "nowhere", "--guard", "embedded", "--port", "0"],
+    ],
+)
+def test_missing_ocr_is_found_before_a_model_is_loaded(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ocr, "find_spec", lambda _: None)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("dot.png")
+    found = CliRunner().invoke(app, arguments)
+    assert isinstance(found.exception, SafeguardError)
+    assert "pip install 'vlm-safeguard[ocr]'" in str(found.exception)
+
+
+def test_a_question_without_a_picture_needs_no_ocr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ocr, "find_spec", lambda _: None)
+    guard = read_guard("embedded", pictures=False)
+    assert guard.config.reads_pictures

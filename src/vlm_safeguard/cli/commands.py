@@ -27,6 +27,7 @@ from vlm_safeguard.cli.options import (
     loads_models,
     make_progress,
     print_json,
+    read_guard,
 )
 from vlm_safeguard.errors import Interrupted, SafeguardError
 from vlm_safeguard.model.load_options import LoadOptions
@@ -114,6 +115,7 @@ def calibrate(
     from vlm_safeguard.calibration.calibrate import calibrate as run
     from vlm_safeguard.calibration.conformal import least_bound
     from vlm_safeguard.cli.calibrating import own_files, recogniser_of
+    from vlm_safeguard.data.ocr import check_installed
     from vlm_safeguard.data.own_prompts import own_data
     from vlm_safeguard.data.prompts import CalibrationData
 
@@ -130,6 +132,8 @@ def calibrate(
     if files is not None:
         own = own_data(files, least_bound(max_false_positives))
     recogniser = recogniser_of(refusals)
+    if read_pictures:
+        check_installed()
     loaded = load_model(model, options, progress)
     guard = run(
         loaded,
@@ -169,10 +173,9 @@ def doctor(
 ) -> None:
     """Check MODEL and, if given, a guard on it; exit code 1 if a check fails."""
     from vlm_safeguard.calibration.doctor import describe, diagnose, examine
-    from vlm_safeguard.guard import Guard
 
     progress = make_progress(quiet)
-    artifact = Guard.from_pretrained(guard) if guard else None
+    artifact = read_guard(guard) if guard else None
     loaded = load_model(model, options, progress)
     found = describe(loaded)
     checks = diagnose(loaded, artifact, progress=progress) if artifact else examine(found)
@@ -232,13 +235,12 @@ def generate(
     """Answer one prompt, streaming, with or without a guard."""
     from vlm_safeguard.cli.streaming import stream
     from vlm_safeguard.data.image_io import open_image
-    from vlm_safeguard.guard import Guard
 
     if not prompt.strip():
         raise SafeguardError("the prompt is empty: say what to ask with --prompt")
     progress = make_progress(quiet)
     picture = open_image(image) if image else None
-    artifact = Guard.from_pretrained(guard) if guard else None
+    artifact = read_guard(guard, image is not None) if guard else None
     loaded = load_model(model, options, progress)
     text, fired = stream(loaded, prompt, picture, artifact, max_new_tokens, None if json_ else _put)
     if json_:

@@ -22,6 +22,7 @@ from vlm_safeguard.cli.options import (
     make_progress,
     print_json,
     ray_workers,
+    read_guard,
 )
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.model.load_options import LoadOptions
@@ -188,12 +189,11 @@ def gap(
 ) -> None:
     """Measure which pictures weaken refusals and shift hidden states, and by how much."""
     from vlm_safeguard.evaluation.studies.modality_gap import study, write
-    from vlm_safeguard.guard import Guard
 
     if Path(name).name != name:
         raise SafeguardError(f"--name {name!r} is not a file name: set the folder with -o")
     progress = make_progress(quiet)
-    artifact = Guard.from_pretrained(guard) if guard else None
+    artifact = read_guard(guard) if guard else None
     loaded = load_model(model, options, progress)
     check_folder(output)
     found = study(

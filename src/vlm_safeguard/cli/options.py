@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.utils.files import check_writable
+
+if TYPE_CHECKING:  # imports torch, and --help needs none
+    from vlm_safeguard.guard import Guard
 
 Model = Annotated[str, typer.Argument(help="Folder, hub name, or 'embedded'.")]
 GuardName = Annotated[
@@ -71,6 +74,24 @@ def load_model(model: str, options: LoadOptions, progress: Any) -> Any:
     name = resolve(model, progress.say)
     progress.say(f"loading {model}")
     return loading.load(name, **options.given())
+
+
+def read_guard(folder: str | Path, pictures: bool = True) -> Guard:
+    """Read a guard, and check that it can be used before a model is loaded for it.
+
+    Args:
+        pictures: whether it will read words in pictures, if it does.
+
+    Raises:
+        SafeguardError: it cannot be read, or the OCR library that it needs is missing.
+    """
+    from vlm_safeguard.data.ocr import check_installed
+    from vlm_safeguard.guard import Guard, reads_pictures
+
+    guard = Guard.from_pretrained(folder)
+    if pictures and reads_pictures(guard):
+        check_installed()
+    return guard
 
 
 def guard_or_default(model: str, guard: str | None) -> str:

@@ -17,6 +17,7 @@ from vlm_safeguard.cli.options import (
     load_model,
     loads_models,
     make_progress,
+    read_guard,
 )
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.model.load_options import LoadOptions
@@ -43,7 +44,6 @@ def playground(
     It is for this machine only: it listens on loopback, loads nothing from elsewhere and keeps no
     requests.
     """
-    from vlm_safeguard.guard import Guard
     from vlm_safeguard.utils.network import LOOPBACK, address, listen
 
     with extra_needed("the playground", "playground", ()):
@@ -60,7 +60,7 @@ def playground(
         )
     with listen(host, port) as listener:  # before long work: a taken port shows at once
         progress = make_progress(quiet)
-        artifact = Guard.from_pretrained(guard)
+        artifact = read_guard(guard)
         loaded = load_model(model, options, progress)
         artifact.check_model(loaded.model, loaded.processor)
         answerer = Answerer(loaded, artifact, max_new_tokens)

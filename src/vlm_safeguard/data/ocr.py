@@ -81,10 +81,8 @@ def _less_narrow(pixels: np.ndarray) -> np.ndarray:
     return wider
 
 
-@lru_cache
-def reader() -> Reader:
-    """The reader of this process. Its models come with rapidocr and are loaded once; nothing is
-    downloaded.
+def check_installed() -> None:
+    """Check, before long work, that words in pictures can be read.
 
     Raises:
         SafeguardError: rapidocr is not installed.
@@ -93,6 +91,17 @@ def reader() -> Reader:
         raise SafeguardError(
             "reading the words in pictures needs rapidocr: pip install 'vlm-safeguard[ocr]'"
         )
+
+
+@lru_cache
+def reader() -> Reader:
+    """The reader of this process. Its models come with rapidocr and are loaded once; nothing is
+    downloaded.
+
+    Raises:
+        SafeguardError: rapidocr is not installed.
+    """
+    check_installed()
     from rapidocr import RapidOCR
 
     return Reader(
