@@ -212,7 +212,8 @@ def test_gates_are_fitted_to_sentences_of_harmless_prompts_and_not_judged_by_the
     monkeypatch.setattr(hidden_states, "MAX_RANK", 1)
     monkeypatch.setattr(hidden_states, "record", record)
     pairs = torch.randn(2, 3, 1, 2, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(hidden_states, "record_anchors", lambda *_: (pairs, []))
+    monkeypatch.setattr(hidden_states, "record_anchors", lambda *_: (pairs, None))
+    monkeypatch.setattr(hidden_states, "learn_openings", lambda *_: [])
     monkeypatch.setattr(hidden_states, "find_frame", lambda _: None)
     monkeypatch.setattr(hidden_states, "find_decoder", lambda _: SimpleNamespace(hidden_size=2))
     for reads in (True, False):

@@ -3,14 +3,7 @@
 import pytest
 import torch
 
-from vlm_safeguard.calibration.gate_fitting import fit_gate, refusal_openings
-
-
-def test_openings_begin_refusals_and_hardly_any_answer() -> None:
-    harmful = torch.tensor([7] * 60 + [9] * 20 + [4] * 18 + [5] * 2)
-    harmless = torch.tensor([7] * 10 + [9] * 20 + [4] * 70)
-    assert refusal_openings(harmful, harmless) == [7]  # 9 begins as many answers, 5 is too rare
-    assert refusal_openings(harmless, harmless) == []
+from vlm_safeguard.calibration.gate_fitting import fit_gate
 
 
 def test_the_gate_adds_what_the_intent_knows() -> None:

@@ -96,7 +96,7 @@ def calibrate(
     with states_folder(states, loaded) as folder:
         reads_sentences = TextReader(loaded.processor).framed
         recorded = record_calibration(
-            loaded, data, effort, reads_pictures, reads_sentences, folder, progress
+            loaded, data, effort, reads_pictures, reads_sentences, folder, progress, refusals
         )
         pairs, directions = recorded.pairs, recorded.directions
         text, pictured = recorded.text, recorded.pictured

@@ -10,14 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlm_safeguard.artifact.config import MAX_OPENINGS
 from vlm_safeguard.calibration.gate_candidates import Kind, LabelledStates, candidates
 from vlm_safeguard.calibration.stacked_states import StackedStates
 from vlm_safeguard.runtime.gate import IntentGate, LinearGate
 
 GateName = Literal["text", "vlm"]  # see ``gate_choice``
 KINDS: tuple[Kind, ...] = ("margin",)
-OFTEN, CONTRAST = 0.03, 4.0
 # False-positive rate up to which candidates are compared. At the budget itself, two or three
 # harmless prompts would decide between them.
 COMPARED = 0.05
@@ -294,18 +292,3 @@ def _highest(scores: Tensor, parts: Tensor | None) -> Tensor:
     if parts is None:
         return scores
     return scores.scatter_reduce(0, parts[:, 0], scores[parts[:, 1]], "amax")
-
-
-def refusal_openings(harmful: Tensor, harmless: Tensor) -> list[int]:
-    """Tokens that the model's refusals begin with, learned from its most likely first token of the
-    answer to each anchor, (n,) each: no phrase list is needed, in any language.
-
-    An opening begins at least ``OFTEN`` of the answers to harmful anchors, ``CONTRAST`` times as
-    many as to harmless ones.
-    """
-    found = []
-    for token in harmful.unique().tolist():
-        often, seldom = (float((part == token).double().mean()) for part in (harmful, harmless))
-        if often >= OFTEN and often >= CONTRAST * seldom:
-            found.append(int(token))
-    return found[:MAX_OPENINGS]

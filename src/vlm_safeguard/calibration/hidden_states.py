@@ -14,8 +14,9 @@ from vlm_safeguard import method
 from vlm_safeguard.artifact.config import TextFrame
 from vlm_safeguard.calibration.attack_trials import within
 from vlm_safeguard.calibration.budget import Effort
-from vlm_safeguard.calibration.gate_fitting import refusal_openings
 from vlm_safeguard.calibration.kept_states import once
+from vlm_safeguard.calibration.openings import learn_openings
+from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.calibration.recorded_states import Readings, Recorded, States
 from vlm_safeguard.data.inputs import (
     PICTURED,
@@ -47,12 +48,12 @@ def record_anchors(
     frame: TextFrame | None,
     folder: Path,
     progress: Progress,
-) -> tuple[Tensor, list[int]]:
+) -> tuple[Tensor, Tensor]:
     """Record the anchors as text.
 
     Returns:
         States (2, N, L, d), or (2, N, L, 2 d) with ``frame`` (see ``record``): harmful anchors,
-        then their harmless partners; and the tokens that the model's refusals begin with.
+        then their harmless partners; and the most likely first tokens of their answers, (2 N,).
     """
     asked = anchor_queries(pairs)
     states, first = once(
@@ -71,8 +72,7 @@ def record_anchors(
     )
     if first is None:
         raise CalibrationError(f"the states of the anchors in {folder} are damaged: delete it")
-    openings = refusal_openings(first[: len(pairs)], first[len(pairs) :])
-    return states.view(2, len(pairs), *states.shape[1:]), openings
+    return states.view(2, len(pairs), *states.shape[1:]), first
 
 
 def record_calibration(
@@ -83,13 +83,16 @@ def record_calibration(
     reads_sentences: bool,
     folder: Path,
     progress: Progress,
+    refusals: Recogniser = BY_PHRASES,
 ) -> Recorded:
     """Record the states that gates are fitted to, or take what was recorded in ``folder`` before.
 
     They are memory-mapped from there.
     """
     frame = find_frame(loaded.processor)
-    pairs, openings = record_anchors(loaded, data.anchors, frame, folder, progress)
+    pairs, first = record_anchors(loaded, data.anchors, frame, folder, progress)
+    asked = anchor_queries(data.anchors)
+    openings = learn_openings(loaded, asked, first, refusals, progress)
     width = find_decoder(loaded.model).hidden_size
     directions = {
         layer: method.safety_directions(

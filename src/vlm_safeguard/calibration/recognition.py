@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from vlm_safeguard.calibration.gate_fitting import refusal_openings
+from vlm_safeguard.artifact.config import MAX_OPENINGS
 from vlm_safeguard.calibration.generation import Response, respond
 from vlm_safeguard.calibration.refusal_phrases import BUILT_IN, RefusalPhrases
 from vlm_safeguard.calibration.refusals import judge
@@ -34,6 +35,9 @@ SHOWN, WORDS, CHARACTERS = 5, 12, 80  # answers that are shown, and how much of 
 ENOUGH = 24  # tokens of an answer that is asked for to be shown
 LIKELY = 0.5  # probability of the refusals' first tokens from which an answer is a refusal
 ANCHORS = 160  # pairs from which these tokens are learned
+# They begin at least this share of the answers to harmful anchors, and this many times as many as
+# to harmless ones.
+OFTEN, CONTRAST = 0.03, 4.0
 
 
 class Recogniser(Protocol):
@@ -102,7 +106,7 @@ class ByTokens:
             progress=progress,
         )
         first = torch.tensor([one.first for one in said])
-        found = refusal_openings(first[: len(pairs)], first[len(pairs) :])
+        found = contrasting(first[: len(pairs)], first[len(pairs) :])
         if not found:
             asked = [Query(pair.harmful, None) for pair in spaced(pairs, SHOWN)]
             what = "answers to show"
@@ -170,6 +174,21 @@ class ByJudge:
 
 
 BY_PHRASES = ByPhrases()
+
+
+def contrasting(harmful: Tensor, harmless: Tensor) -> list[int]:
+    """Tokens that begin answers to harmful anchors often, and far more often than answers to
+    harmless ones: no phrase list is needed, in any language.
+
+    Args:
+        harmful, harmless: the most likely first token of the answer to each anchor, (n,) each.
+    """
+    found = []
+    for token in harmful.unique().tolist():
+        often, seldom = (float((part == token).double().mean()) for part in (harmful, harmless))
+        if often >= OFTEN and often >= CONTRAST * seldom:
+            found.append(int(token))
+    return found[:MAX_OPENINGS]
 
 
 def ask(

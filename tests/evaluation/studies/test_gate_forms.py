@@ -224,10 +224,10 @@ def test_the_study_finds_harm_where_it_is_planted(monkeypatch: pytest.MonkeyPatc
             found[row, 1, 0] += 8 * (one.text in harmful and not blank)
         return found
 
-    def anchors(*_: object) -> tuple[torch.Tensor, list[int]]:
+    def anchors(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
         found = torch.randn(2, 60, 4, 8, generator=generator)
         found[0, :, 1, 0] += 8
-        return found, [5]
+        return found, torch.zeros(120, dtype=torch.long)
 
     def record_signs(
         loaded: object, asked: list[Query], openings: list[int], *_: object, **__: object
@@ -242,6 +242,7 @@ def test_the_study_finds_harm_where_it_is_planted(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(module, "find_frame", lambda _: None)
     monkeypatch.setattr(hidden_states, "find_decoder", lambda _: SimpleNamespace(hidden_size=8))
     monkeypatch.setattr(hidden_states, "record_anchors", anchors)
+    monkeypatch.setattr(hidden_states, "learn_openings", lambda *_: [5])
     monkeypatch.setattr(hidden_states, "MAX_RANK", 4)
     monkeypatch.setattr(gate_choice, "answered", lambda _, asked, *__: [True] * len(asked))
     effort = Effort(worded=200, pictured=200, bound=200)
