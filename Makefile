@@ -166,7 +166,7 @@ $(VLLM)/peers/.installed: $(VLLM)/.installed
 
 # Two engines at once take 12 GB, so buffers are given back to the kernel here. What is compiled is
 # compiled as for users, not as for tests.
-bench-vllm: $(VLLM)/peers/.installed  ## What a guard costs in vLLM: docs/bench-vllm.md (about four hours)
+bench-vllm: $(VLLM)/peers/.installed  ## What a guard costs in vLLM: docs/bench-vllm.md (about six hours)
 	$(IN_VLLM) OMP_NUM_THREADS=2 VLLM_CPU_CI_ENV=0 env -u MALLOC_MMAP_THRESHOLD_ -u MALLOC_TRIM_THRESHOLD_ \
 	  $(VLLM)/bin/python -m bench.vllm_speed --peers $(VLLM)/peers
 

@@ -3,6 +3,9 @@
 A guard is armed for a whole process, so variants cannot share one. Engines that are compared answer
 in lockstep: each waits in front of each of its steps until it is its turn, so that a machine that
 slows down slows all of them down.
+
+Two processes that do the same work differ in speed by up to 4%, as their memory happens to lie. So
+an engine can also take its guard off and put it on again, and engines change roles.
 """
 
 from __future__ import annotations
@@ -71,9 +74,9 @@ class Engine:
     def __init__(self, name: str, connection: Connection) -> None:
         self.name, self._connection = name, connection
 
-    def ask(self, prompts: Sequence[str], tokens: int, picture: bool) -> None:
+    def ask(self, prompts: Sequence[str], tokens: int, picture: bool, guarded: bool) -> None:
         """See ``in_lockstep``. The engine does nothing before its first turn."""
-        self._connection.send((list(prompts), tokens, picture))
+        self._connection.send((list(prompts), tokens, picture, guarded))
 
     def turn(self) -> Answers | None:
         """Let it take the prompts in, or make a step; the answers if that was the last one."""
@@ -94,7 +97,11 @@ class Engine:
 
 
 def in_lockstep(
-    engines: Sequence[Engine], prompts: Sequence[str], tokens: int, picture: bool = True
+    engines: Sequence[Engine],
+    prompts: Sequence[str],
+    tokens: int,
+    picture: bool = True,
+    bare: Engine | None = None,
 ) -> list[Answers]:
     """The answers of each engine to prompts that come all at once.
 
@@ -103,10 +110,11 @@ def in_lockstep(
         prompts: rendered.
         tokens: of each answer, which is greedy and does not end before.
         picture: whether a blank picture comes with each prompt.
+        bare: an engine that answers without its guard.
     """
     found: dict[Engine, Answers] = {}
     for engine in engines:
-        engine.ask(prompts, tokens, picture)
+        engine.ask(prompts, tokens, picture, engine is not bare)
     while len(found) < len(engines):
         for engine in engines:
             if engine not in found and (answers := engine.turn()) is not None:
@@ -136,7 +144,9 @@ def _serve(variant: Variant, model: Path, connection: Connection) -> None:
     """Answer until the other side closes the connection."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | _QUIET
     os.environ.pop("VLM_SAFEGUARD", None)
+    switch = Switch()
     if variant.guard is not None:
+        switch.record()
         os.environ["VLM_SAFEGUARD"] = str(variant.guard)
     if variant.lens is not None:
         sys.path.insert(0, str(variant.lens))  # vLLM finds the plugin there
@@ -165,11 +175,80 @@ def _serve(variant: Variant, model: Path, connection: Connection) -> None:
         return own_step()
 
     llm.llm_engine.step = step
+    if variant.guard is not None:
+        switch.find(llm)
     connection.send("ready")
     with suppress(EOFError):
         while True:
-            prompts, tokens, picture = connection.recv()
-            connection.send(_answer(llm, variant, clock, prompts, tokens, picture))
+            prompts, tokens, picture, guarded = connection.recv()
+            switch.turn(guarded)
+            guarded = guarded and variant.guard is not None
+            connection.send(_answer(llm, variant, clock, prompts, tokens, picture, guarded))
+
+
+class _Nothing:
+    """Stands in the place of what the guard adds to vLLM's scheduler."""
+
+
+class Switch:
+    """Takes the guard of this process off and puts it on again, between requests.
+
+    In a compiled model its operator stays, and does nothing then.
+    """
+
+    def __init__(self) -> None:
+        self._methods: list[tuple[Any, str, Any, Any]] = []  # vLLM's own, and the guard's
+        self._hooks: list[tuple[dict, dict]] = []  # of each layer: those in use, and all
+        self._scheduler: Any = None
+        self._classes: tuple[type, type] = object, object  # of the scheduler, likewise
+        self._model: Any = None
+        self._logits: Any = None
+        self._on = True
+
+    def record(self) -> None:
+        """Note from now on what the guard puts in the place of vLLM's methods."""
+        from vlm_safeguard.engines.vllm import patching
+
+        own_replace = patching.replace
+
+        def replace(owner: Any, name: str, make: Any) -> None:
+            own = vars(owner)[name]
+            own_replace(owner, name, make)
+            self._methods.append((owner, name, own, vars(owner)[name]))
+
+        patching.replace = replace
+
+    def find(self, llm: Any) -> None:
+        """Find the guard's parts of an engine in this process."""
+        from vlm_safeguard.engines.vllm import layer_operator
+
+        core = llm.llm_engine.engine_core.engine_core
+        self._scheduler = core.scheduler
+        guarded = type(core.scheduler)
+        # An object may change to a class of the same layout only: one with as many bases.
+        bare = type("Bare", (_Nothing, guarded.__bases__[-1]), {})
+        self._classes = bare, guarded
+        self._model = core.model_executor.driver_worker.worker.model_runner.model
+        self._logits = vars(self._model)["compute_logits"]
+        for module in self._model.modules():
+            hooks = module._forward_hooks
+            if any(getattr(hook, "func", None) is layer_operator.show for hook in hooks.values()):
+                self._hooks.append((hooks, dict(hooks)))
+
+    def turn(self, on: bool) -> None:
+        """Put the guard on, or take it off."""
+        if on == self._on or self._scheduler is None:
+            return
+        self._on = on
+        for owner, name, own, guarded in self._methods:
+            setattr(owner, name, guarded if on else own)
+        self._scheduler.__class__ = self._classes[on]
+        vars(self._model).pop("compute_logits", None)
+        if on:
+            vars(self._model)["compute_logits"] = self._logits
+        for used, every in self._hooks:
+            used.clear()
+            used.update(every if on else {})
 
 
 class _Clock:
@@ -190,12 +269,18 @@ class _Clock:
 
 
 def _answer(
-    llm: Any, variant: Variant, clock: _Clock, texts: list[str], tokens: int, picture: bool
+    llm: Any,
+    variant: Variant,
+    clock: _Clock,
+    texts: list[str],
+    tokens: int,
+    picture: bool,
+    guarded: bool,
 ) -> Answers:
     from vllm import SamplingParams
 
     from vlm_safeguard.data import drawings
-    from vlm_safeguard.engines.vllm.front_end import decisions
+    from vlm_safeguard.engines.vllm.front_end import decisions, is_decided
 
     extra = {} if variant.lens is None else {"apply_steering_vectors": [_vector(llm, variant)]}
     params = SamplingParams(
@@ -208,7 +293,9 @@ def _answer(
     clock.start()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     clock.stop()
-    decided = [] if variant.guard is None else [decisions(output)[0] for output in outputs]
+    if not guarded and any(is_decided(output) for output in outputs):
+        raise RuntimeError("the guard was not taken off")
+    decided = [decisions(output)[0] for output in outputs] if guarded else []
     answered = [list(output.outputs[0].token_ids) for output in outputs]
     if any(len(ids) != tokens for ids in answered):
         raise RuntimeError("an answer has another length than it was asked for")

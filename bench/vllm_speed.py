@@ -1,14 +1,16 @@
 """`python -m bench.vllm_speed`: tokens a second in vLLM, guarded / unguarded.
 
-Runs in the environment of `make test-vllm`. Each engine has a process of its own, and is measured
-beside an unguarded one: both answer the same requests in lockstep, step by step. `make bench-vllm`
-also measures vllm-lens, a library that adds vectors in vLLM, under the same load.
+Runs in the environment of `make test-vllm`. Two engines, each in a process of its own, answer the
+same requests in lockstep, step by step: one under a guard, the other without, and then the other
+way round. `make bench-vllm` also measures vllm-lens, a library that adds vectors in vLLM, under the
+same load.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,13 +48,16 @@ HEAD = """\
 wrote this page and [bench-vllm.json](assets/bench-vllm.json): vLLM {version} on a CPU with
 {threads} threads, the embedded model in float32.
 
-- Figures are tokens a second over those of the unguarded engine, so 0.99 costs one percent. There
-  are {rounds} rounds of the largest batch, {fewer} of the others. Figures are the median, with
-  quartiles, over all steps, each weighted by the time it takes; where the engine makes requests of
-  its own, and so other steps, over the rounds.
-- Each engine has a process of its own. It answers the same requests as an unguarded one in
-  lockstep, step by step, and they take turns in going first. *Unguarded again* is another process
-  without a guard: the noise.
+- Figures are tokens a second over those without a guard, so 0.99 costs one percent. Two processes
+  answer the same requests in lockstep, step by step, one under the guard and one without; then they
+  change roles, because processes that do the same work differ by up to 4%. The figure is the
+  geometric mean of both. There are {rounds} such pairs of rounds of the largest batch, {fewer} of
+  the others.
+- Figures are the median, with quartiles, over all steps, each weighted by the time it takes; where
+  the guard makes requests of its own, and so other steps, over the pairs of rounds. *Unguarded
+  twice* compares two processes without a guard in the same way: the noise.
+- vllm-lens, and *compiled* beside eager, cannot change roles: there the difference of processes
+  counts too. In a compiled model the guard's operator stays, and does nothing, without the guard.
 - Requests come all at once: harmless questions with a blank picture, {shortest} to {longest}
   tokens, {picture} of them the picture's. Every answer has {tokens} tokens. The time is that of
   `LLM.generate`, with the reading of the prompts. The prefix cache is off for all, because rounds
@@ -87,7 +92,7 @@ class Load:
         harmful: the questions of the guard's self-check, which are text.
         batches: how many requests come at once.
         tokens: of each answer.
-        rounds: with the largest batch; smaller ones get twice as many.
+        rounds: pairs of rounds with the largest batch; smaller ones get twice as many.
     """
 
     model: Path
@@ -134,6 +139,9 @@ def main() -> None:
             for variant in make_variants(load, Path(folder), given.peers)
             if variant.name.startswith(tuple(given.only))
         ]
+        for name in given.only:
+            if not any(variant.name.startswith(name) for variant in variants):
+                parser.error(f"no variant begins with {name!r}")
         for mode in given.modes:
             found[mode] = measure(load, variants, mode == "compiled")
             facts = json.dumps(
@@ -172,7 +180,7 @@ def make_variants(load: Load, folder: Path, peers: Path | None) -> Iterator[Vari
 
     shipped = Guard.from_pretrained("embedded")
     sets = layer_sets(shipped.config.model.layers)
-    yield Variant("unguarded again")
+    yield Variant("unguarded twice")
     yield Variant("unguarded, compiled", compiled=True)
     scores = read_scores(load, guarded("to read scores", on_layers(shipped, sets["all"], -FAR)))
     for name, layers in sets.items():
@@ -268,21 +276,28 @@ def shut_threshold(scores: tuple[Scores, Scores], places: Sequence[int]) -> floa
 
 
 def measure(load: Load, variants: Sequence[Variant], compiled: bool) -> Found:
-    """Every variant beside the unguarded engine."""
+    """Every variant, in two processes that take its guard off in turn; or, where there is none to
+    take off, beside an unguarded one."""
     found = Found()
-    with running(Variant("unguarded", compiled), load.model) as unguarded:
-        for variant in variants:
-            # vllm-lens turns compilation off, and what is compiled anyway has been measured.
-            if compiled and (variant.lens is not None or variant.compiled):
-                continue
-            variant = replace(variant, compiled=compiled or variant.compiled)
-            with running(variant, load.model) as engine:
-                _compare(unguarded, engine, variant, load, found)
+    for variant in variants:
+        # vllm-lens turns compilation off, and what is compiled anyway has been measured.
+        if compiled and (variant.lens is not None or variant.compiled):
+            continue
+        alike = variant.lens is None and not variant.compiled
+        other = variant if alike else Variant("unguarded")
+        variant, other = (
+            replace(one, compiled=compiled or one.compiled) for one in (variant, other)
+        )
+        with running(variant, load.model) as engine, running(other, load.model) as second:
+            _compare(engine, second, variant, load, found, alike)
     return found
 
 
-def _compare(unguarded: Engine, engine: Engine, variant: Variant, load: Load, found: Found) -> None:
-    """Both engines in lockstep, after one round that does not count.
+def _compare(
+    engine: Engine, other: Engine, variant: Variant, load: Load, found: Found, alike: bool
+) -> None:
+    """Both engines in lockstep, after two rounds that do not count. If they are ``alike``, they
+    change roles after each round.
 
     Raises:
         RuntimeError: vllm-lens changes no answer, so its time would mean nothing.
@@ -290,13 +305,16 @@ def _compare(unguarded: Engine, engine: Engine, variant: Variant, load: Load, fo
     found.rows[variant.name] = {}
     for batch in load.batches:
         pairs: list[tuple[Answers, Answers]] = []
-        rounds = load.rounds * (1 if batch == max(load.batches) else 2)
-        for number in range(rounds + 1):
-            order = [unguarded, engine] if number % 2 else [engine, unguarded]
-            both = in_lockstep(order, load.questions[:batch], load.tokens)
+        rounds = 2 * load.rounds * (1 if batch == max(load.batches) else 2)
+        for number in range(-2, rounds):
+            bare = engine if alike and number % 2 else other
+            # Two rounds in one order, then two in the other.
+            order = [engine, other] if number // 2 % 2 else [other, engine]
+            both = in_lockstep(order, load.questions[:batch], load.tokens, bare=bare)
             answers = dict(zip(order, both, strict=True))
-            plain, guarded = answers[unguarded], answers[engine]
-            pairs += [(plain, guarded)] if number else []
+            plain = answers.pop(bare)
+            (guarded,) = answers.values()
+            pairs += [(plain, guarded)] if number >= 0 else []
         if variant.lens is not None and guarded.tokens == plain.tokens:
             raise RuntimeError("vllm-lens does not steer")
         if variant.guard is not None:
@@ -310,16 +328,22 @@ def _compare(unguarded: Engine, engine: Engine, variant: Variant, load: Load, fo
 
 
 def speed_ratio(pairs: Sequence[tuple[Answers, Answers]]) -> Spread:
-    """Speed of an engine over that of the unguarded one, from pairs of rounds of both.
+    """Speed under a guard over that without, from rounds (without, under) whose engines change
+    roles: the geometric mean of two rounds that follow each other, in which the difference of two
+    processes cancels out.
 
     Engines that take the same steps are compared step by step, each of which counts as long as it
     takes: a moment in which the machine is busy spoils one step, and not a round. An engine that
     makes requests of its own takes other steps, and whole rounds are compared.
     """
-    if any(len(plain.turns) != len(other.turns) for plain, other in pairs):
-        return spread([plain.seconds / other.seconds for plain, other in pairs])
-    steps = [both for plain, other in pairs for both in zip(plain.turns, other.turns, strict=True)]
-    return weighted_spread([plain / other for plain, other in steps], [plain for plain, _ in steps])
+    by_turns = len({len(one.turns) for both in pairs for one in both}) == 1
+    values, weights = [], []
+    for pair in zip(pairs[::2], pairs[1::2], strict=True):
+        turns = [(one.turns if by_turns else [one.seconds]) for both in pair for one in both]
+        for plain, guarded, plain_again, guarded_again in zip(*turns, strict=True):
+            values.append(math.sqrt(plain / guarded * plain_again / guarded_again))
+            weights.append(plain + plain_again)
+    return weighted_spread(values, weights) if by_turns else spread(values)
 
 
 def _facts(found: Found) -> dict[str, Any]:

@@ -83,8 +83,8 @@ def refusal_intent(logits: Tensor, openings: Tensor) -> Tensor:
 
 
 def refusal_verdict(logits: Tensor, openings: Tensor) -> Tensor:
-    """Whether the LLM itself would refuse: 1 if its most probable token is one of ``openings``,
-    else 0.
+    """Whether the LLM itself would refuse, as far as the first token tells: 1 if its most probable
+    token is one of ``openings``, else 0.
 
     Args and Returns: as in ``refusal_intent``.
     """

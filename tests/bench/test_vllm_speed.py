@@ -1,6 +1,7 @@
 """Speed in vLLM: the variants of the guard, the order of steps and the page; no engine runs."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,12 +14,17 @@ from vlm_safeguard.guard import Guard, reads_text
 class Said:
     """An engine that takes ``turns`` to say what it is told to; ``log`` is shared."""
 
-    def __init__(self, name, seconds, tokens, log, opened=0, turns=3):
-        self.name, self.seconds, self.tokens, self.log = name, seconds, tokens, log
-        self.opened, self.turns = opened, turns
+    asked: ClassVar = []
 
-    def ask(self, prompts, tokens, picture):
+    def __init__(self, name, seconds, tokens, log, opened=0, turns=3, guard=1.0):
+        self.name, self.own, self.tokens, self.log = name, seconds, tokens, log
+        self.opened, self.turns, self.guard = opened, turns, guard
+        Said.asked = []
+
+    def ask(self, prompts, tokens, picture, guarded):
         self.count, self.left = len(prompts), self.turns
+        self.seconds = self.own * (self.guard if guarded else 1)
+        Said.asked.append((self, guarded))
 
     def turn(self):
         self.log.append(self.name)
@@ -67,19 +73,28 @@ def test_engines_go_in_lockstep_and_the_others_last_steps_are_its_own():
     assert "".join(log) == "ababab" + "bb" and [one.seconds for one in found] == [1.0, 2.0]
 
 
-def test_engines_take_turns_in_going_first_and_one_round_does_not_count():
+def test_engines_change_roles_and_one_round_does_not_count():
+    """The first of two alike takes twice as long as the other, and the guard a quarter more."""
     log, found = [], vllm_speed.Found()
-    plain = Said("unguarded", 1.0, [[1]], log, turns=1)
-    guarded = Said("x", 1.25, [[1]], log, opened=2, turns=1)
-    variant = Variant("x", guard=Path("guard"))
-    vllm_speed._compare(plain, guarded, variant, load(), found)
-    assert log[-6:] == ["x", "unguarded", "unguarded", "x", "x", "unguarded"]
-    assert found.plain == {1: [4.0] * 4, 2: [4.0] * 2}
-    assert found.rows["x"][2].median == 0.8 and found.rows["x"][1].count == 4
+    slow = Said("x", 2.0, [[1]], log, opened=2, turns=1, guard=1.25)
+    fast = Said("x", 1.0, [[1]], log, opened=2, turns=1, guard=1.25)
+    vllm_speed._compare(slow, fast, Variant("x", guard=Path("guard")), load(), found, True)
+    bare = [engine for engine, guarded in Said.asked if not guarded]
+    assert bare[:6] == [fast, slow] * 3 and len(bare) == 10 + 6
+    assert found.plain == {1: [4.0, 2.0] * 4, 2: [4.0, 2.0] * 2}
+    assert found.rows["x"][2].median == pytest.approx(0.8) and found.rows["x"][1].count == 4
     facts = timing.as_json(vllm_speed._facts(found))
     assert facts["ratios"]["x"]["2"]["median"] == 0.8 and facts["opened"] == {"x": 2}
     page = vllm_speed.page({"eager": found}, load())
     assert "| x | 2 of 2 | 0.800 [0.800, 0.800] | 0.800 [0.800, 0.800] |" in page
+
+
+def test_a_peer_keeps_its_role():
+    found = vllm_speed.Found()
+    lens, plain = Said("lens", 2.0, [[1]], [], turns=1), Said("unguarded", 1.0, [[2]], [], turns=1)
+    vllm_speed._compare(lens, plain, Variant("lens", lens=Path("peers")), load(), found, False)
+    assert found.rows["lens"][2].median == 0.5
+    assert {engine for engine, guarded in Said.asked if guarded} == {lens}
 
 
 def test_engines_are_compared_step_by_step_where_they_take_the_same_steps():
@@ -90,13 +105,13 @@ def test_engines_are_compared_step_by_step_where_they_take_the_same_steps():
         (said(1.0, 8.0, 1.0), said(2.0, 10.0, 1.0)),
         (said(1.0, 8.0, 1.0), said(9.0, 10.0, 1.0)),
     ]
-    assert vllm_speed.speed_ratio(pairs) == timing.Spread(0.8, 0.8, 0.8, 6)
-    others = [(said(1.0, 8.0, 1.0), said(1.0, 4.0))]
-    assert vllm_speed.speed_ratio(others).median == 2.0
+    assert vllm_speed.speed_ratio(pairs) == timing.Spread(0.8, 0.8, 0.8, 3)
+    others = [(said(1.0, 8.0, 1.0), said(1.0, 4.0)), (said(1.0, 8.0, 1.0), said(10.0, 10.0))]
+    assert vllm_speed.speed_ratio(others).median == 1.0
 
 
 def test_a_peer_that_changes_no_answer_is_not_measured():
     plain, peer = Said("unguarded", 1.0, [[1]], []), Said("lens", 1.0, [[1]], [])
     variant = Variant("lens", lens=Path("peers"))
     with pytest.raises(RuntimeError, match="does not steer"):
-        vllm_speed._compare(plain, peer, variant, load(), vllm_speed.Found())
+        vllm_speed._compare(peer, plain, variant, load(), vllm_speed.Found(), False)

@@ -34,7 +34,7 @@ def test_a_token_of_refusals_and_answers_is_an_opening_if_a_third_are_refusals(
     def ask(_: Any, __: None, chosen: list[Query], *___: Any, **____: Any) -> list[Response]:
         heard.extend(one.text for one in chosen)
         texts = {asked[n].text: REFUSAL for n in nines[:refuse]}
-        return [Response(texts.get(one.text, ANSWER), 9, True, None) for one in chosen]
+        return [Response(texts.get(one.text, ANSWER), 9, True, None, first=9) for one in chosen]
 
     monkeypatch.setattr(openings, "ask", ask)
     monkeypatch.setattr(openings, "ASKED", 18)
@@ -50,7 +50,7 @@ def test_no_more_answers_are_asked_for_than_tell(monkeypatch: pytest.MonkeyPatch
 
     def ask(_: Any, __: None, chosen: list[Query], *___: Any, **____: Any) -> list[Response]:
         heard.extend(int(one.text) for one in chosen)
-        return [Response(ANSWER, 9, True, None)] * len(chosen)
+        return [Response(ANSWER, 9, True, None, first=9)] * len(chosen)
 
     monkeypatch.setattr(openings, "ask", ask)
     asked, loaded = [Query(str(n), None) for n in range(800)], cast(Any, None)
@@ -59,11 +59,23 @@ def test_no_more_answers_are_asked_for_than_tell(monkeypatch: pytest.MonkeyPatch
     assert len(heard) == openings.ASKED and min(heard) == 100 and max(heard) > 760
 
 
-def test_without_phrases_openings_are_those_that_contrast(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = torch.tensor([7] * 40 + [9] * 60 + [9] * 100)
-    asked = [Query(f"question {n}", None) for n in range(200)]
-    said = Response(REFUSAL, 9, True, None)
+@pytest.mark.parametrize(("likely", "found"), [(0.9, [7, 9]), (0.1, [7])])
+def test_refusals_may_be_recognised_by_their_tokens(
+    monkeypatch: pytest.MonkeyPatch, likely: float, found: list[int]
+) -> None:
+    first = torch.tensor([7] * 40 + [9] * 9 + [4] * 51 + [9] * 9 + [4] * 91)
+    asked, loaded = [Query(str(n), None) for n in range(200)], cast(Any, None)
+    said = Response(ANSWER, 9, True, None, first=9, opening=likely)
     monkeypatch.setattr(openings, "ask", lambda _, __, chosen, *___, **____: [said] * len(chosen))
-    loaded = cast(Any, None)
-    by_tokens = ByTokens((7,))
-    assert openings.learn_openings(loaded, asked, first, by_tokens, Progress(quiet=True)) == [7]
+    made = openings.learn_openings(loaded, asked, first, ByTokens((7,)), Progress(quiet=True))
+    assert made == found
+
+
+def test_an_answer_that_begins_otherwise_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a repetition penalty changes what is said first."""
+    first = torch.tensor([7] * 40 + [9] * 9 + [4] * 51 + [9] * 9 + [4] * 91)
+    asked, loaded = [Query(str(n), None) for n in range(200)], cast(Any, None)
+    said = Response(REFUSAL, 9, True, None, first=7)
+    monkeypatch.setattr(openings, "ask", lambda _, __, chosen, *___, **____: [said] * len(chosen))
+    made = openings.learn_openings(loaded, asked, first, BY_PHRASES, Progress(quiet=True))
+    assert made == [7]

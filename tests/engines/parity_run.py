@@ -169,6 +169,9 @@ def compare(reference: dict[str, Any], other: dict[str, Any]) -> list[str]:
                 faults.append(fault)
         wrong += bool(faults)
         lines += [f"{name}: {fault}" for fault in faults]
+    lost = sorted(set(reference) - set(other))
+    lines += [f"{name}: no answer in vLLM" for name in lost]
+    wrong += len(lost)
     batches = [own["batch"] for name, own in other.items() if not name.endswith(" alone")]
     head = (
         f"{len(other)} requests: {wrong} differ, {ties} ties; gate scores at most {furthest:.2g} "

@@ -162,6 +162,39 @@ def test_a_request_whose_numbers_are_not_finite_fails_alone(
     assert broken.failed == ("" if missed else "its last state or its logits are NaN or Inf")
 
 
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("bad", range(4))
+def test_logits_are_read_where_a_prompt_ends(guard: Guard, bad: int, place: int) -> None:
+    """Of four requests the one at ``place`` has ended its prompt before, and its gate is shut."""
+    shut = tiny.with_thresholds(guard, [[1e9]])
+    before = watched(shut, 3, "before")
+    step = step_of(shut, rows_of([before], [range(3)]))
+    for layer, output in enumerate(streams(0, 3)):
+        step.visit(layer, *output)
+    step.read_logits(torch.zeros(1, 8), torch.zeros(1, 9))
+    step.finish()
+    requests = [watched(shut, 3, name) for name in ("first", "second", "third")]
+    columns = [range(3)] * 3
+    requests.insert(place, before)
+    columns.insert(place, range(3, 4))
+    step = step_of(shut, rows_of(requests, columns))
+    for layer, output in enumerate(streams(1, 10)):
+        step.visit(layer, *output)
+    logits = torch.zeros(4, 9)
+    logits[bad, 2] = torch.nan
+    step.read_logits(torch.zeros(4, 8), logits)
+    step.finish()
+    assert [bool(request.failed) for request in requests] == [
+        n == bad and n != place for n in range(4)
+    ]
+
+
+def test_logits_of_other_rows_are_refused(guard: Guard) -> None:
+    step = step_of(guard, rows_of([watched(guard, 3, "a"), watched(guard, 3, "b")], [range(3)] * 2))
+    with pytest.raises(GuardRuntimeError, match="1 rows of logits at the head for 2 rows"):
+        step.read_logits(torch.zeros(2, 8), torch.zeros(1, 9))
+
+
 def test_texts_are_taken_once_and_only_whole(guard: Guard) -> None:
     texts = Texts()
     text = watched(guard, 4, "a#text0")

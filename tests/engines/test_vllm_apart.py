@@ -33,6 +33,10 @@ def test_means_over_words_are_those_of_transformers(tmp_path: Path) -> None:
     passes(tmp_path, "means.py", 4)
 
 
+def test_words_in_pictures_and_verdicts_are_those_of_transformers(tmp_path: Path) -> None:
+    passes(tmp_path, "pictures.py", 3)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each rank needs a GPU")
 def test_each_rank_is_guarded(tmp_path: Path) -> None:
     passes(tmp_path, "ranks.py", 2)

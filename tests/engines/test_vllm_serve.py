@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from tests import tiny
 from tests.engines.conftest import NEW, Reference
@@ -100,6 +101,16 @@ def test_another_guard_on_the_same_server_decides_otherwise(
     for reply in replies:
         assert reply.json()["choices"][0]["message"]["content"] == "No."
         assert reply.json()["choices"][0]["finish_reason"] == "content_filter"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each rank needs a GPU")
+def test_two_ranks_answer_as_one(reference: Reference, tmp_path: Path) -> None:
+    with serving(reference, reference.guard, tmp_path, "--tensor-parallel", "2") as client:
+        replies = [ask(client, content) for content in contents(reference)[:6]]
+    for reply, (tokens, decision) in zip(replies, reference.answers, strict=False):
+        own = reference.loaded.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert reply.json()["choices"][0]["message"]["content"] == own
+        assert reply.json()["safeguard"]["gates"] == list(decision.sources)
 
 
 def test_monitor_answers_as_the_model_does(reference: Reference, tmp_path: Path) -> None:

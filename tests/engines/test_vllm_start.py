@@ -59,8 +59,9 @@ def settings(reference: Reference) -> Any:
     """Those of a `VllmConfig` that are looked at, as they should be."""
     identity = reference.guard.config.model
     model = SimpleNamespace(
-        model="vlm", is_multimodal_model=True, runner_type="generate", quantization=None,
-        hf_overrides={}, is_encoder_decoder=False, enable_prompt_embeds=False,
+        model="vlm", tokenizer="vlm", tokenizer_mode="auto", tokenizer_revision=None,
+        revision=None, hf_config_path=None, is_multimodal_model=True, runner_type="generate",
+        quantization=None, hf_overrides={}, is_encoder_decoder=False, enable_prompt_embeds=False,
         enable_sleep_mode=False, is_diffusion=False, enable_trace_replay=False,
         dtype=f"torch.{identity.dtype}", get_hidden_size=lambda: identity.hidden_size,
         get_total_num_hidden_layers=lambda: identity.layers,
@@ -95,6 +96,10 @@ def settings(reference: Reference) -> Any:
         ("cache_config.kv_sharing_fast_prefill", True, "fast prefill"),
         ("model_config.enable_trace_replay", True, "trace replay"),
         ("model_config.hf_overrides", {"a": 1}, "hf_overrides"),
+        ("model_config.tokenizer", "other", "another tokenizer"),
+        ("model_config.tokenizer_revision", "v2", "another revision of the tokenizer"),
+        ("model_config.tokenizer_mode", "mistral", "the tokenizer mode mistral"),
+        ("model_config.hf_config_path", "other", "another configuration"),
         ("model_config.quantization", "fp8", "quantised weights"),
         ("scheduler_config.scheduler_cls", "own.Scheduler", "a scheduler of its own"),
         ("load_config.load_format", "gguf", "the load format gguf"),
@@ -277,6 +282,87 @@ def test_a_guard_that_cannot_be_loaded_stops_vllm(name: str, reason: str) -> Non
     assert ran.returncode != 0
     assert reason in ran.stderr
     assert "went on" not in ran.stdout
+
+
+TWO_TRIES = """
+import os, sys
+from vllm.engine.arg_utils import EngineArgs
+for guard in {guards}:
+    os.environ.pop("VLM_SAFEGUARD", None)
+    if guard:
+        os.environ["VLM_SAFEGUARD"] = guard
+    try:
+        EngineArgs(model=sys.argv[1])
+    except Exception as error:
+        print(type(error).__name__)
+    else:
+        arming = sys.modules.get("vlm_safeguard.engines.vllm.arming")
+        print(arming.armed() if arming else "bare")
+"""
+ARMED = str(("embedded", "enforce"))
+
+
+@pytest.mark.parametrize(
+    ("guards", "said"),
+    [
+        (["no/such/guard", "no/such/guard"], ["GuardError", "GuardError"]),
+        (["no/such/guard", "embedded"], ["GuardError", ARMED]),
+        (["", "embedded"], ["bare", ARMED]),
+        (["", "no/such/guard"], ["bare", "GuardError"]),
+        (["embedded", "no/such/guard"], [ARMED, "GuardError"]),
+        (["embedded", ""], [ARMED, "GuardError"]),
+    ],
+)
+def test_the_variable_counts_for_each_engine_of_a_process(
+    guards: list[str], said: list[str], reference: Reference
+) -> None:
+    """vLLM asks its plugins once in a process, also where they fail."""
+    bare = {key: value for key, value in os.environ.items() if key != "VLM_SAFEGUARD"}
+    ran = subprocess.run(
+        [sys.executable, "-c", TWO_TRIES.format(guards=guards), str(reference.folder)],
+        env=bare,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.split("\n")[-3:-1] == said, ran.stderr
+
+
+def test_a_plugin_that_fails_before_ours_leaves_no_engine_unguarded() -> None:
+    program = """
+import importlib.metadata
+from vllm.engine.arg_utils import EngineArgs
+
+class Failing:
+    name = "failing"
+    value = "failing:fail"
+
+    def load(self):
+        def fail():
+            raise RuntimeError("another plugin failed")
+        return fail
+
+every = importlib.metadata.entry_points
+importlib.metadata.entry_points = lambda **given: [Failing(), *every(**given)]
+for _ in range(2):
+    try:
+        EngineArgs(model="some/model")
+    except Exception as error:
+        print(type(error).__name__)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "VLM_SAFEGUARD": "no/such/guard"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.split("\n")[-3:-1] == ["RuntimeError", "GuardError"], ran.stderr
+
+
+def test_a_method_that_vllm_does_not_have_stops_it() -> None:
+    from vlm_safeguard.engines.vllm.patching import replace
+
+    with pytest.raises(GuardError, match="Other has no method: this version is not supported"):
+        replace(type("Other", (), {}), "method", lambda own: own)
 
 
 def test_without_a_guard_the_plugin_does_nothing() -> None:

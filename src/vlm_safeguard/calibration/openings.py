@@ -32,8 +32,8 @@ def learn_openings(
 
     They begin answers to harmful anchors far more often than to harmless ones (``contrasting``), or
     a share ``REFUSALS`` of the answers that begin with them are refusals: "As an AI language model,
-    I cannot" refuses, and "As an AI language model, I have no body" does not. Of these, none begins
-    more than ``SELDOM`` of the answers to harmless anchors.
+    I cannot" refuses, and "As an AI language model, I have no body" does not. The latter begin at
+    most ``SELDOM`` of the answers to harmless anchors.
 
     Args:
         asked: the harmful anchors, then as many harmless ones, (2 N).
@@ -55,10 +55,10 @@ def learn_openings(
     what = "beginnings of refusals"
     answers = ask(loaded, None, chosen, TOKENS, recogniser, what=what, progress=progress)
     refused = torch.tensor(recogniser.refused(chosen, answers), dtype=torch.double)
-    begins = first[places]
+    begins = torch.tensor([answer.first for answer in answers])
     found += [
         token
-        for token in begins.unique().tolist()
-        if float(refused[begins == token].mean()) >= REFUSALS
+        for token in first[places].unique().tolist()
+        if (begins == token).any() and float(refused[begins == token].mean()) >= REFUSALS
     ]
     return found[:MAX_OPENINGS]

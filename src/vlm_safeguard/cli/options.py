@@ -80,7 +80,7 @@ def read_guard(folder: str | Path, pictures: bool = True) -> Guard:
     """Read a guard, and check that it can be used before a model is loaded for it.
 
     Args:
-        pictures: whether it will read words in pictures, if it does.
+        pictures: whether pictures will come. Without them OCR is not needed.
 
     Raises:
         SafeguardError: it cannot be read, or the OCR library that it needs is missing.

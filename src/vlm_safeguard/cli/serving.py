@@ -42,6 +42,9 @@ def serve(
         Literal["transformers", "vllm"],
         typer.Option(help="What runs the model (vLLM has an environment of its own)."),
     ] = "transformers",
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="GPUs that share the model (--engine vllm).")
+    ] = 1,
     served_name: Annotated[
         str | None, typer.Option(help="Model name in the API (default: MODEL).")
     ] = None,
@@ -82,6 +85,8 @@ def serve(
         from vlm_safeguard.server.telemetry import JsonFormatter
 
     guard = guard_or_default(model, guard)
+    if tensor_parallel > 1 and engine != "vllm":
+        raise SafeguardError("--tensor-parallel is for --engine vllm: leave it out, or choose that")
     if audit_content and audit is None:
         raise SafeguardError("--audit-content needs --audit FILE")
     settings = Settings(
@@ -107,7 +112,9 @@ def serve(
         handler = logging.StreamHandler()
         handler.setFormatter(JsonFormatter())
         logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
-        running = start_engine(engine, model, guard, options, settings, progress.say)
+        running = start_engine(
+            engine, model, guard, options, settings, progress.say, tensor_parallel
+        )
         progress.say(f"ready: {address(listener, host)}/v1 ({settings.model}, mode {mode})")
         server = uvicorn.Server(uvicorn_config(create_app(running, log), settings))
         with suppress(KeyboardInterrupt):  # uvicorn has shut down in order by then

@@ -23,6 +23,7 @@ def start_engine(
     options: LoadOptions,
     settings: Settings,
     say: Callable[[str], None],
+    ranks: int = 1,
 ) -> InferenceThread:
     """Load a model, put a guard to work on it, and start the thread.
 
@@ -33,6 +34,7 @@ def start_engine(
         options: how the model is loaded.
         settings: mode and limits.
         say: takes what is being done.
+        ranks: GPUs that share the model, in vLLM.
 
     Raises:
         SafeguardError: model or guard cannot be loaded or do not belong together, vLLM is missing
@@ -56,6 +58,7 @@ def start_engine(
             max_len=settings.max_prompt_tokens + settings.max_tokens,
             batch=settings.batch,
             images=settings.max_images,
+            ranks=ranks,
         )
         made = VllmEngine(llm, artifact.config.reads_pictures, settings, Telemetry())
     else:

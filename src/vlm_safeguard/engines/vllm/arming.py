@@ -25,6 +25,7 @@ from vlm_safeguard.errors import GuardError, SafeguardError
 from vlm_safeguard.guard import Guard
 
 _MODES = ("enforce", "monitor")
+_CHECKED = "_vlm_safeguard_checked"  # on an engine core
 _armed: list[tuple[str, str]] = []
 
 
@@ -41,7 +42,10 @@ def arm(name: str, mode: str = "enforce") -> None:
     """
     if _armed:
         if _armed != [(name, mode)]:
-            raise GuardError(f"the guard {_armed[0][0]} is armed in this process already")
+            raise GuardError(
+                f"the guard {_armed[0][0]} is armed in this process already, in mode "
+                f"{_armed[0][1]}: start another process"
+            )
         return
     import vllm
 
@@ -57,6 +61,19 @@ def arm(name: str, mode: str = "enforce") -> None:
     _arm_engine_core(guard, monitor)
     arm_workers(guard, monitor)
     _armed.append((name, mode))
+
+
+def check_unarmed() -> None:
+    """Refuse to go on without a guard where one is armed.
+
+    Raises:
+        GuardError: names it.
+    """
+    if _armed:
+        raise GuardError(
+            f"the guard {_armed[0][0]} is armed in this process, and VLM_SAFEGUARD is unset: start "
+            "another process for an engine without a guard"
+        )
 
 
 def armed() -> tuple[str, str] | None:
@@ -150,7 +167,9 @@ def _arm_front_end(guard: Guard) -> None:
 
 def _arm_engine_core(guard: Guard, monitor: bool) -> None:
     from vllm.config import SchedulerConfig
-    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine import core
+
+    begun: list[Any] = []  # the engine core that is being made
 
     def get_scheduler_cls(own: Callable) -> Callable:
         @wraps(own)
@@ -161,18 +180,43 @@ def _arm_engine_core(guard: Guard, monitor: bool) -> None:
 
         return guarded_class
 
-    def start(own: Callable) -> Callable:
+    # A core in a process of its own is armed within its own `__init__`. So the check stands in what
+    # that calls: a method in its midst, and a function at its end.
+    def begin(own: Callable) -> Callable:
         @wraps(own)
-        def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
+        def guarded(self: Any) -> Any:
+            begun[:] = [self]
+            return own(self)
+
+        return guarded
+
+    def end(own: Callable) -> Callable:
+        @wraps(own)
+        def guarded() -> None:
             from vlm_safeguard.engines.vllm.self_check import check_engine
 
-            own(self, *args, **kwargs)
-            check_engine(guard, self, monitor)
+            if begun:
+                made = begun.pop()
+                check_engine(guard, made, monitor)
+                setattr(made, _CHECKED, True)
+            own()
+
+        return guarded
+
+    def serve(own: Callable) -> Callable:
+        @wraps(own)
+        def guarded(self: Any) -> Any:
+            if not hasattr(self, _CHECKED):
+                raise GuardError("the engine core was not checked before it takes requests")
+            return own(self)
 
         return guarded
 
     replace(SchedulerConfig, "get_scheduler_cls", get_scheduler_cls)
-    replace(EngineCore, "__init__", start)
+    replace(core.EngineCore, "_initialize_effective_attention_block_size", begin)
+    replace(core, "enable_envs_cache", end)
+    for kind in (core.EngineCoreProc, core.DPEngineCoreProc):
+        replace(kind, "run_busy_loop", serve)
 
 
 class _Refusing:

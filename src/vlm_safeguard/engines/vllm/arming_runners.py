@@ -6,6 +6,7 @@ the logits come, ``end`` closes the books, and the reports leave with the sample
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -18,7 +19,13 @@ from vlm_safeguard.engines.vllm.runner import RunnerGuard
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.guard import Guard
 
+logger = logging.getLogger(__name__)
+
 _GUARD = "_vlm_safeguard"  # on a model runner
+_UNTRIED = (
+    "the guard runs in vLLM's V2 model runner, which was only tested without a GPU. Set "
+    "VLLM_USE_V2_MODEL_RUNNER=0 for V1, which ran all tests"
+)
 _CARRIED = ("_model_runner_output", "model_runner_output")
 
 
@@ -37,6 +44,8 @@ def arm_workers(guard: Guard, monitor: bool) -> None:
             check_settings(guard, self.vllm_config)
             check_graphs(self.vllm_config)
             own(self, *args, **kwargs)
+            if isinstance(self, V2ModelRunner):
+                logger.warning(_UNTRIED)
             is_heard = get_tensor_model_parallel_rank() == 0
             setattr(self, _GUARD, RunnerGuard(guard, self.model, monitor, is_heard))
 

@@ -163,15 +163,20 @@ class FrontEnd:
             setattr(output, _ATTRIBUTE, dict(_reports(state)))
 
 
+def is_decided(output: Any) -> bool:
+    """Whether a ``RequestOutput`` comes from a guarded engine."""
+    return hasattr(output, _ATTRIBUTE)
+
+
 def decisions(output: Any) -> list[Decision]:
     """What the guard decided on the answers in a ``RequestOutput``, in order.
 
     Raises:
         GuardRuntimeError: the output did not come from a guarded engine, or the guard blocked it.
     """
-    reports: dict[int, Report] | None = getattr(output, _ATTRIBUTE, None)
-    if reports is None:
+    if not is_decided(output):
         raise GuardRuntimeError("this output does not come from a guarded engine")
+    reports: dict[int, Report] = getattr(output, _ATTRIBUTE)
     blocked = next((report.failed for report in reports.values() if report.failed), "")
     if blocked:
         raise GuardRuntimeError(f"the request is blocked: {blocked}")

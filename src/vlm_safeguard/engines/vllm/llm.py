@@ -24,6 +24,7 @@ def load_in_vllm(
     batch: int = 8,
     images: int = 1,
     memory: float | None = None,
+    ranks: int = 1,
 ) -> Any:
     """Start vLLM in this process, which must not have imported it before.
 
@@ -36,6 +37,7 @@ def load_in_vllm(
         batch: requests that are answered together, at most.
         images: pictures of a request, at most.
         memory: share of the GPU's memory; None: vLLM's own choice.
+        ranks: GPUs over which each layer is divided (tensor parallelism).
 
     Returns:
         The ``vllm.LLM``.
@@ -49,7 +51,7 @@ def load_in_vllm(
     if memory is not None:
         chosen["gpu_memory_utilization"] = memory
     if guard is None:
-        os.environ.pop(VARIABLE, None)
+        os.environ.pop(VARIABLE, None)  # where a guard is armed, the plugin refuses this
     else:
         os.environ |= {VARIABLE: guard, MODE: mode}
     for name, value in _QUIET.items():
@@ -66,6 +68,7 @@ def load_in_vllm(
             max_model_len=max_len,
             max_num_seqs=2 * batch,  # a request and its text
             limit_mm_per_prompt={"image": images},
+            tensor_parallel_size=ranks,
             seed=0,
             **chosen,
         )

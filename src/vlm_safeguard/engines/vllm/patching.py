@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 from vlm_safeguard.errors import GuardError
 
 
-def replace(owner: type, name: str, make: Callable[[Callable], Callable]) -> None:
-    """Put what ``make`` makes of a class's own method in its place.
+def replace(owner: type | ModuleType, name: str, make: Callable[[Callable], Callable]) -> None:
+    """Put what ``make`` makes of a class's own method, or of a module's function, in its place.
 
     Raises:
-        GuardError: the class has no such method.
+        GuardError: there is no such method or function.
     """
     if name not in vars(owner):
         raise GuardError(f"vLLM's {owner.__name__} has no {name}: this version is not supported")

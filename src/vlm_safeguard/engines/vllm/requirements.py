@@ -12,6 +12,7 @@ from vlm_safeguard.guard import Guard
 logger = logging.getLogger(__name__)
 
 SUPPORTED = ("0.32.0",)  # versions that the tests run
+_TOKENIZERS = ("auto", "hf", "slow")  # modes that give the same tokens as transformers
 _LOADERS = ("auto", "hf", "safetensors")  # that take the weights from the checkpoint as they are
 
 
@@ -71,6 +72,10 @@ def check_settings(guard: Guard, config: Any) -> None:
         "fast prefill with a shared KV cache": bool(config.cache_config.kv_sharing_fast_prefill),
         "trace replay": bool(getattr(model, "enable_trace_replay", False)),
         "hf_overrides": bool(model.hf_overrides),
+        "another tokenizer": model.tokenizer != model.model,
+        "another revision of the tokenizer": model.tokenizer_revision != model.revision,
+        f"the tokenizer mode {model.tokenizer_mode}": model.tokenizer_mode not in _TOKENIZERS,
+        "another configuration": model.hf_config_path not in (None, model.model),
         "quantised weights": model.quantization is not None,
         "a scheduler of its own": scheduler.scheduler_cls is not None,
         f"the load format {config.load_config.load_format}": (

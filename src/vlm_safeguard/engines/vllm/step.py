@@ -133,8 +133,11 @@ class Step:
         Raises:
             GuardRuntimeError: these are not the rows of the batch.
         """
-        if len(states) != len(self.rows):
-            raise GuardRuntimeError(f"{len(states)} states at the head for {len(self.rows)} rows")
+        for what, found in (("states", states), ("rows of logits", logits)):
+            if found is not None and len(found) != len(self.rows):
+                raise GuardRuntimeError(
+                    f"{len(found)} {what} at the head for {len(self.rows)} rows of the batch"
+                )
         self.read = True
         self._check_finite(states, logits)
         for reading in self._texts:
@@ -151,8 +154,12 @@ class Step:
         finite = states.isfinite().all(1)
         rows = [reading.row for reading in (*self._texts, *self._prompts)]
         rows += [place.row for place in self._places]
-        if logits is not None and rows:
-            index = torch.tensor(sorted({row.number for row in rows}), device=states.device)
+        numbers = sorted({row.number for row in rows})
+        if logits is not None and numbers:
+            first, stop = numbers[0], numbers[-1] + 1
+            # The rows mostly follow one another. A slice reads them in place; an index copies them.
+            in_a_row = stop - first == len(numbers)
+            index = slice(first, stop) if in_a_row else torch.tensor(numbers, device=states.device)
             finite[index] &= logits[index].amax(1).isfinite()
         for row, is_finite in zip(self.rows, finite.tolist(), strict=True):
             if not is_finite:

@@ -18,6 +18,7 @@ from inspect_ai.log import EvalLog, read_eval_log
 from inspect_ai.model import Model, get_model
 
 from vlm_safeguard.data.inputs import SETTINGS, Query
+from vlm_safeguard.data.ocr import check_installed
 from vlm_safeguard.embedded.assemble import guard_folder
 from vlm_safeguard.errors import DataError, ImageError, Interrupted, SafeguardError
 from vlm_safeguard.evaluation.attacks import TYPOGRAPHY, attack_file, make_attack
@@ -35,6 +36,7 @@ from vlm_safeguard.evaluation.harness.run_identity import claim, file_digest, pr
 from vlm_safeguard.evaluation.harness.scorers import shared_judge
 from vlm_safeguard.evaluation.harness.tasks import make_task
 from vlm_safeguard.evaluation.judges.factory import judge_file
+from vlm_safeguard.guard import reads_pictures
 from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.utils.locks import held
 
@@ -82,6 +84,7 @@ class Plan:
                 if name not in known and not (kind == "benchmark" and name.startswith(PROMPTS)):
                     raise DataError(f"unknown {kind} {name!r}: use one of {', '.join(known)}")
         self._check_vllm()
+        self._check_ocr()
         shared_judge(self.judge)
         pairs: list[tuple[str, str]] = []
         for name in self.benchmarks:
@@ -108,6 +111,11 @@ class Plan:
                     f"the defence {name} needs hooks in transformers: leave it out, or leave out "
                     "--engine vllm"
                 )
+
+    def _check_ocr(self) -> None:
+        for name in self.defences:
+            if name in BY_GUARD and self.guard and reads_pictures(self.defence(name).guard):
+                check_installed()
 
     def _check_texts(self) -> None:
         for name, file in self.defence_texts:

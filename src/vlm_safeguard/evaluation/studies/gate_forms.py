@@ -132,7 +132,7 @@ def study(loaded: LoadedModel, budget: Budget, effort: Effort, progress: Progres
         forms: list[FormResult] = []
         for form in progress.track(FORMS, "forms of gate"):
             if form.intent and not recorded.openings:
-                continue  # no token begins this model's refusals and hardly ever its answers
+                continue  # no token is known to begin this model's refusals
             sources: tuple[Source, ...] = ("text",) if form.intent else ("text", "vlm")
             for source in sources:
                 gate = _fitted(form, source, recorded, budget)
