@@ -4,7 +4,7 @@ A guard is armed for a whole process, so variants cannot share one. Engines that
 in lockstep: each waits in front of each of its steps until it is its turn, so that a machine that
 slows down slows all of them down.
 
-Two processes that do the same work differ in speed by up to 4%, as their memory happens to lie. So
+Two processes that do the same work differ in speed by up to 10%, as their memory happens to lie. So
 an engine can also take its guard off and put it on again, and engines change roles.
 """
 

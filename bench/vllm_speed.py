@@ -50,7 +50,7 @@ wrote this page and [bench-vllm.json](assets/bench-vllm.json): vLLM {version} on
 
 - Figures are tokens a second over those without a guard, so 0.99 costs one percent. Two processes
   answer the same requests in lockstep, step by step, one under the guard and one without; then they
-  change roles, because processes that do the same work differ by up to 4%. The figure is the
+  change roles, because processes that do the same work differ by up to 10%. The figure is the
   geometric mean of both. There are {rounds} such pairs of rounds of the largest batch, {fewer} of
   the others.
 - Figures are the median, with quartiles, over all steps, each weighted by the time it takes; where

@@ -84,7 +84,6 @@ class Plan:
                 if name not in known and not (kind == "benchmark" and name.startswith(PROMPTS)):
                     raise DataError(f"unknown {kind} {name!r}: use one of {', '.join(known)}")
         self._check_vllm()
-        self._check_ocr()
         shared_judge(self.judge)
         pairs: list[tuple[str, str]] = []
         for name in self.benchmarks:
@@ -111,11 +110,6 @@ class Plan:
                     f"the defence {name} needs hooks in transformers: leave it out, or leave out "
                     "--engine vllm"
                 )
-
-    def _check_ocr(self) -> None:
-        for name in self.defences:
-            if name in BY_GUARD and self.guard and reads_pictures(self.defence(name).guard):
-                check_installed()
 
     def _check_texts(self) -> None:
         for name, file in self.defence_texts:
@@ -176,6 +170,8 @@ def running(
             models or data, or a task failed; ``Interrupted`` where it was stopped.
     """
     pairs = plan.check()
+    if any(reads_pictures(plan.defence(name).guard) for name in plan.defences):
+        check_installed()
     models = list(_models(plan))  # a model or guard that cannot be read leaves no folder behind
     busy = f"another run is at work in {output}: wait for it or name another folder"
     with held(output / LOCK, busy):
