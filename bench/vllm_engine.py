@@ -4,8 +4,8 @@ A guard is armed for a whole process, so variants cannot share one. Engines that
 in lockstep: each waits in front of each of its steps until it is its turn, so that a machine that
 slows down slows all of them down.
 
-Two processes that do the same work differ in speed by up to 10%, as their memory happens to lie. So
-an engine can also take its guard off and put it on again, and engines change roles.
+Two processes that do the same work differ in speed by several percent, as their memory happens to
+lie. So an engine can also take its guard off and put it on again, and engines change roles.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ wrote this page and [bench-vllm.json](assets/bench-vllm.json): vLLM {version} on
 
 - Figures are tokens a second over those without a guard, so 0.99 costs one percent. Two processes
   answer the same requests in lockstep, step by step, one under the guard and one without; then they
-  change roles, because processes that do the same work differ by up to 10%. The figure is the
+  change roles, because processes that do the same work differ by several percent. The figure is the
   geometric mean of both. There are {rounds} such pairs of rounds of the largest batch, {fewer} of
   the others.
 - Figures are the median, with quartiles, over all steps, each weighted by the time it takes; where
@@ -64,9 +64,9 @@ wrote this page and [bench-vllm.json](assets/bench-vllm.json): vLLM {version} on
   repeat their prompts. All pictures are the same one, which vLLM encodes once.
 - Guards are made from the one that ships, on 1, half or all of its layers. Their gate is the
   paper's: it reads the first safety direction in the request's own pass, so no text-only request is
-  made. Its threshold keeps it shut or open. If it
-  is open, the first token is steered, as by the guard that ships, or every token. At the prompt,
-  steering begins at the last layer that the gate reads, because it is not decided below.
+  made. Its threshold keeps it shut or open. If it is open, the first token is steered, as by the
+  guard that ships, or every token. At the prompt, steering begins at the last layer that the gate
+  reads, because it is not decided below.
 - *As it ships* makes text-only requests: each prompt as text, and each of its {questions} sentences
   by itself. No guard here reads words in pictures, which costs what OCR costs."""
 

@@ -73,7 +73,7 @@ def test_engines_go_in_lockstep_and_the_others_last_steps_are_its_own():
     assert "".join(log) == "ababab" + "bb" and [one.seconds for one in found] == [1.0, 2.0]
 
 
-def test_engines_change_roles_and_one_round_does_not_count():
+def test_engines_change_roles_and_take_turns_in_going_first_and_two_rounds_do_not_count():
     """The first of two alike takes twice as long as the other, and the guard a quarter more."""
     log, found = [], vllm_speed.Found()
     slow = Said("x", 2.0, [[1]], log, opened=2, turns=1, guard=1.25)
@@ -81,6 +81,8 @@ def test_engines_change_roles_and_one_round_does_not_count():
     vllm_speed._compare(slow, fast, Variant("x", guard=Path("guard")), load(), found, True)
     bare = [engine for engine, guarded in Said.asked if not guarded]
     assert bare[:6] == [fast, slow] * 3 and len(bare) == 10 + 6
+    first = [engine for engine, _ in Said.asked[::2]]
+    assert first[:6] == [slow, slow, fast, fast, slow, slow]
     assert found.plain == {1: [4.0, 2.0] * 4, 2: [4.0, 2.0] * 2}
     assert found.rows["x"][2].median == pytest.approx(0.8) and found.rows["x"][1].count == 4
     facts = timing.as_json(vllm_speed._facts(found))

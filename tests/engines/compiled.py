@@ -25,7 +25,6 @@ pytest.importorskip("vllm")
 @pytest.fixture(scope="module")
 def compiled(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An engine whose model is compiled, under a guard on ``LAYERS`` of the reference's."""
-    folder = tmp_path_factory.mktemp("guard")
     layers = json.loads(os.environ.get("LAYERS", "[0, 1, 2, 3, 4, 5]"))
     guard = reference.guard
     steering = guard.config.steering.model_copy(update={"layers": layers})
@@ -34,9 +33,8 @@ def compiled(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> 
     tensors = {name: tensor for name, tensor in guard.tensors.items() if name not in names}
     reference.guard = Guard(guard.config.model_copy(update={"steering": steering}), tensors)
     reference.answers = [reference.answer(request) for request in reference.requests]
-    reference.guard.save_pretrained(folder)
-    os.environ["VLM_SAFEGUARD"] = str(folder)
-    return tiny_vllm.engine(reference.folder, enforce_eager=False, max_num_batched_tokens=64)
+    place = tmp_path_factory.mktemp("guard")
+    return tiny_vllm.engine(reference.folder, reference.guard, place, enforce_eager=False)
 
 
 def runner_of(engine: Any) -> Any:

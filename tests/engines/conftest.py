@@ -98,10 +98,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def engine(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """vLLM with little room: prompts come in chunks, and requests are preempted."""
     pytest.importorskip("vllm")
-    folder = tmp_path_factory.mktemp("guard")
-    reference.guard.save_pretrained(folder)
-    os.environ["VLM_SAFEGUARD"] = str(folder)
-    yield tiny_vllm.engine(reference.folder, max_num_batched_tokens=64, num_gpu_blocks_override=24)
+    place = tmp_path_factory.mktemp("guard")
+    yield tiny_vllm.engine(reference.folder, reference.guard, place, num_gpu_blocks_override=24)
     del os.environ["VLM_SAFEGUARD"]
 
 

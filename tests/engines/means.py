@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -46,10 +45,8 @@ def means(reference: Reference) -> Reference:
 @pytest.fixture(scope="module")
 def engine(means: Reference, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """vLLM with little room: prompts come in chunks, and requests are preempted."""
-    folder = tmp_path_factory.mktemp("guard")
-    means.guard.save_pretrained(folder)
-    os.environ["VLM_SAFEGUARD"] = str(folder)
-    return tiny_vllm.engine(means.folder, max_num_batched_tokens=64, num_gpu_blocks_override=24)
+    place = tmp_path_factory.mktemp("guard")
+    return tiny_vllm.engine(means.folder, means.guard, place, num_gpu_blocks_override=24)
 
 
 def test_the_gate_opens_on_some_requests_and_not_on_others(means: Reference) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -81,10 +80,8 @@ def _first_token(reference: Reference, question: str, words: str) -> int:
 
 @pytest.fixture(scope="module")
 def engine(reading: Reference, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("guard")
-    reading.guard.save_pretrained(folder)
-    os.environ["VLM_SAFEGUARD"] = str(folder)
-    return tiny_vllm.engine(reading.folder, max_num_batched_tokens=64, num_gpu_blocks_override=24)
+    place = tmp_path_factory.mktemp("guard")
+    return tiny_vllm.engine(reading.folder, reading.guard, place, num_gpu_blocks_override=24)
 
 
 def test_the_words_are_read_and_some_texts_refused(reading: Reference) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -20,12 +19,10 @@ pytest.importorskip("vllm")
 @pytest.fixture(scope="module")
 def parallel(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An engine on two ranks, whose prompts come in chunks."""
-    folder = tmp_path_factory.mktemp("guard")
-    reference.guard.save_pretrained(folder)
-    os.environ["VLM_SAFEGUARD"] = str(folder)
     return tiny_vllm.engine(
         reference.folder,
-        max_num_batched_tokens=64,
+        reference.guard,
+        tmp_path_factory.mktemp("guard"),
         tensor_parallel_size=2,
         distributed_executor_backend="mp",
     )

@@ -251,20 +251,26 @@ def test_another_decoder_is_refused(engine: Any, reference: Reference, runner: A
         decoder_layers(model.model_runner.model, tiny.LAYERS + 1)
 
 
+def ran(program: str, *arguments: str, guard: str | None = None) -> Any:
+    """A program's process, with ``VLM_SAFEGUARD`` set to ``guard`` or unset, when it has ended."""
+    own = {name: value for name, value in os.environ.items() if name != "VLM_SAFEGUARD"}
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=own | ({} if guard is None else {"VLM_SAFEGUARD": guard}),
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_another_version_stops_vllm(tmp_path: Path) -> None:
     program = (
         "import vllm; vllm.__version__ = '0.26.0';"
         "from vllm.plugins import load_general_plugins as load; load(); print('went on')"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "VLM_SAFEGUARD": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode != 0
-    assert "vLLM 0.26.0 is not supported" in ran.stderr
-    assert "went on" not in ran.stdout
+    ended = ran(program, guard=str(tmp_path))
+    assert ended.returncode != 0
+    assert "vLLM 0.26.0 is not supported" in ended.stderr
+    assert "went on" not in ended.stdout
 
 
 @pytest.mark.parametrize(
@@ -273,15 +279,10 @@ def test_another_version_stops_vllm(tmp_path: Path) -> None:
 )
 def test_a_guard_that_cannot_be_loaded_stops_vllm(name: str, reason: str) -> None:
     program = "from vllm.plugins import load_general_plugins as load; load(); print('went on')"
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "VLM_SAFEGUARD": name},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode != 0
-    assert reason in ran.stderr
-    assert "went on" not in ran.stdout
+    ended = ran(program, guard=name)
+    assert ended.returncode != 0
+    assert reason in ended.stderr
+    assert "went on" not in ended.stdout
 
 
 TWO_TRIES = """
@@ -317,14 +318,8 @@ def test_the_variable_counts_for_each_engine_of_a_process(
     guards: list[str], said: list[str], reference: Reference
 ) -> None:
     """vLLM asks its plugins once in a process, also where they fail."""
-    bare = {key: value for key, value in os.environ.items() if key != "VLM_SAFEGUARD"}
-    ran = subprocess.run(
-        [sys.executable, "-c", TWO_TRIES.format(guards=guards), str(reference.folder)],
-        env=bare,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.stdout.split("\n")[-3:-1] == said, ran.stderr
+    ended = ran(TWO_TRIES.format(guards=guards), str(reference.folder))
+    assert ended.stdout.split("\n")[-3:-1] == said, ended.stderr
 
 
 def test_a_plugin_that_fails_before_ours_leaves_no_engine_unguarded() -> None:
@@ -349,13 +344,8 @@ for _ in range(2):
     except Exception as error:
         print(type(error).__name__)
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "VLM_SAFEGUARD": "no/such/guard"},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.stdout.split("\n")[-3:-1] == ["RuntimeError", "GuardError"], ran.stderr
+    ended = ran(program, guard="no/such/guard")
+    assert ended.stdout.split("\n")[-3:-1] == ["RuntimeError", "GuardError"], ended.stderr
 
 
 def test_a_method_that_vllm_does_not_have_stops_it() -> None:
@@ -370,6 +360,5 @@ def test_without_a_guard_the_plugin_does_nothing() -> None:
         "import sys; from vllm.plugins import load_general_plugins as load; load();"
         "print('vlm_safeguard.engines.vllm.arming' in sys.modules)"
     )
-    bare = {key: value for key, value in os.environ.items() if key != "VLM_SAFEGUARD"}
-    ran = subprocess.run([sys.executable, "-c", program], env=bare, capture_output=True, text=True)
-    assert ran.stdout.strip().endswith("False"), ran.stderr
+    ended = ran(program)
+    assert ended.stdout.strip().endswith("False"), ended.stderr

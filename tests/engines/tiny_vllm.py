@@ -116,12 +116,15 @@ def openai(part: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
-def engine(folder: Path, **options: Any) -> Any:
-    """vLLM on the checkpoint, in this process, under the guard that ``VLM_SAFEGUARD`` names."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+def engine(folder: Path, guard: Guard, place: Path, **options: Any) -> Any:
+    """vLLM on the checkpoint, in this process, under a guard that is saved in ``place``. Prompts
+    come in chunks."""
+    guard.save_pretrained(place)
+    os.environ |= {"VLM_SAFEGUARD": str(place), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM
 
     settings: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 16, "block_size": 32}
+    settings["max_num_batched_tokens"] = 64
     if torch.cuda.is_available():
         settings["gpu_memory_utilization"] = 0.2  # some tests have two engines
     settings["enforce_eager"] = True  # tests/engines/test_vllm_apart.py compiles

@@ -42,12 +42,11 @@ def learn_openings(
     """
     half = len(asked) // 2
     found = contrasting(first[:half], first[half:])
-    begun = {
-        int(t): (first == t).nonzero()[:, 0].tolist() for t in first.unique() if t not in found
-    }
+    others = [token for token in first.unique().tolist() if token not in found]
+    begun = [(first == token).nonzero()[:, 0].tolist() for token in others]
     places = [
         place
-        for every in begun.values()
+        for every in begun
         if len(every) >= BEGUN and sum(n >= half for n in every) <= SELDOM * half
         for place in spaced(every, ASKED)
     ]

@@ -19,7 +19,7 @@ from vlm_safeguard.calibration.budget import Effort
 from vlm_safeguard.calibration.calibrate import calibrate
 from vlm_safeguard.calibration.refusals import NOTE
 from vlm_safeguard.data.inputs import SETTINGS, queries
-from vlm_safeguard.data.ocr import reader
+from vlm_safeguard.data.ocr import check_installed
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import evenly, spaced
 from vlm_safeguard.embedded.assemble import assemble
@@ -85,7 +85,7 @@ def run_demo(
         raise DemoError("the demonstration needs easy-vqa: pip install 'vlm-safeguard[demo]'")
     given = Guard.from_pretrained(guard_folder) if guard_folder else None
     if given is None or reads_pictures(given):
-        reader()  # found missing now, not after minutes
+        check_installed()
     extra_sets = _extra_sets(extra)
     folder = assemble(progress=progress.say)
     progress.say("loading the embedded model")
