@@ -43,13 +43,17 @@ class Reference:
                 self.known.scores.setdefault(index, {})[layer] = score
 
     def _witness(self):
-        for layer, states in self._layers(self._embed(tiny.without_pictures(self.prompt), False)):
-            frame, seen = self.guard.config.frame, states[-1]
+        frame, text = self.guard.config.frame, tiny.without_pictures(self.prompt)
+        probe = frame.probe if frame else []
+        for layer, every in self._layers(self._embed(text + probe, False)):
+            states = every[: len(text)]
+            seen = states[-1]
             if frame:
                 words = states[frame.before : len(states) - frame.after]
                 if not len(words):
                     words = states[frame.before :]
-                seen = torch.cat([seen, words.double().mean(0).float()])
+                end = every[len(text) :][-1:].flatten()  # of the probe, if there is one
+                seen = torch.cat([seen, words.double().mean(0).float(), end])
             self._scores("text", layer, seen)
             if layer in self.steer.layers:
                 self.known.text[layer] = self.guard.tensors[f"directions.{layer}"] @ states[-1]

@@ -173,13 +173,15 @@ def gate(
     per_layer: bool = False,
     threshold: float = 0.0,
     reads_mean: bool = False,
+    reads_probe: bool = False,
 ) -> Gate:
     return Gate(
         source=source,
         layers=layers,
         thresholds=[threshold] * len(layers),
         per_layer=per_layer,
-        reads_mean=reads_mean,
+        reads_mean=reads_mean or reads_probe,
+        reads_probe=reads_probe,
     )
 
 
@@ -193,7 +195,8 @@ def guard(
 ) -> Guard:
     """A guard with random directions and gates; ``steering`` as in ``Steering``."""
     if frame is None and any(one.reads_mean for one in gates):
-        frame = TextFrame(before=2, after=1)
+        probe = [11, 12, 13] if any(one.reads_probe for one in gates) else []
+        frame = TextFrame(before=2, after=1, probe=probe)
     settings = {"mode": "restore", "layers": [2, 4], "rank": 3, "alpha": 0.5} | steering
     steer = Steering(**settings)
     generator = torch.Generator().manual_seed(seed)
@@ -206,8 +209,7 @@ def guard(
         tensors[f"directions.{layer}"] = rows.float().contiguous()
         tensors[f"anchor.{layer}"] = 2 * torch.randn(steer.rank, generator=generator)
     for index, one in enumerate(gates):
-        width = (1 + one.reads_mean) * size
-        vectors = torch.randn(len(one.layers), width, generator=generator)
+        vectors = torch.randn(len(one.layers), one.states_read * size, generator=generator)
         tensors[f"gate.{index}"] = vectors / vectors.norm(dim=1, keepdim=True)
     config = GuardConfig(
         model=ModelIdentity(

@@ -261,6 +261,12 @@ class Guard:
                 f"this guard reads the probability of token {max(openings)}, and the model has "
                 f"only {known} tokens: its guard.json was changed, calibrate again"
             )
+        probe = self.config.frame.probe if self.config.frame else []
+        if max(probe, default=0) >= known:
+            raise GuardError(
+                f"this guard adds token {max(probe)} to a text, and the model has only {known} "
+                "tokens: its guard.json was changed, calibrate again"
+            )
         if processor is not None and own.template_sha256:
             self._check_template(processor)
             self._check_markup(model, processor)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from tests import tiny
 from tests.artifact.files import GATES, edit
-from vlm_safeguard.artifact.config import Gate, Steering
+from vlm_safeguard.artifact.config import Gate, Steering, TextFrame
 from vlm_safeguard.errors import GuardError
 from vlm_safeguard.guard import Guard
 
@@ -31,6 +31,9 @@ from vlm_safeguard.guard import Guard
         {"steering": {"mode": "restore", "layers": [2, 99], "rank": 3}},
         {"steering": {"mode": "restore", "layers": [2, 4], "rank": 3, "tokens": 0}},
         {"markup": {"token_ids": []}},
+        {"frame": {"before": 1, "after": 1}},
+        {"gates": [{"source": "text", "layers": [1], "thresholds": [0.0], "reads_mean": True}]},
+        {"gates": [{"source": "text", "layers": [1], "thresholds": [0.0], "reads_probe": True}]},
     ],
     ids=lambda changes: json.dumps(changes)[:70],
 )
@@ -38,6 +41,19 @@ def test_settings_that_make_no_sense_are_refused(folder, changes):
     edit(folder, **changes)
     with pytest.raises(GuardError):
         Guard.from_pretrained(folder)
+
+
+def test_a_probe_is_read_and_holds_no_picture(model):
+    probe = {"before": 1, "after": 1, "probe": [5]}
+    read, unread = (tiny.gate("text", 1, reads_mean=True, reads_probe=one) for one in (True, False))
+    tiny.guard(model, [read], frame=TextFrame(**probe))
+    for gate, frame in (
+        (read, TextFrame(before=1, after=1)),
+        (unread, TextFrame(**probe)),
+        (read, TextFrame(**probe | {"probe": [5, tiny.IMAGE]})),
+    ):
+        with pytest.raises(ValidationError, match="probe"):
+            tiny.guard(model, [gate], frame=frame)
 
 
 @pytest.mark.parametrize("reference", ["text", "anchor"])

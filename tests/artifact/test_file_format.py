@@ -215,16 +215,19 @@ def guards(draw):
             intent = {"kind": "intent", "openings": openings[:64], "intent_weight": weight}
             intent |= {"verdict_weight": verdict}
         mean = source == "text" and not alone and draw(st.booleans())
+        probe = mean and draw(st.booleans())
         gate = Gate(
             source=source,
             layers=layers,
             thresholds=cuts,
             per_layer=alone,
             reads_mean=mean,
+            reads_probe=probe,
             **intent,
         )
         gates.append(gate)
-        tensors[f"gate.{index}"] = torch.randn(len(layers), (1 + mean) * width, generator=generator)
+        wide = (1 + mean + probe) * width
+        tensors[f"gate.{index}"] = torch.randn(len(layers), wide, generator=generator)
     steering = Steering(
         mode=mode,
         layers=steered,
@@ -246,7 +249,13 @@ def guards(draw):
     inner = st.recursive(
         leaves, lambda s: st.lists(s) | st.dictionaries(st.text(letters), s), max_leaves=8
     )
-    frames = st.builds(limits.TextFrame, before=st.integers(0, 65536), after=st.integers(0, 65536))
+    probed = any(one.reads_probe for one in gates)
+    frames = st.builds(
+        limits.TextFrame,
+        before=st.integers(0, 65536),
+        after=st.integers(0, 65536),
+        probe=st.lists(st.integers(0, 2**31 - 1), min_size=probed, max_size=256 * probed),
+    )
     record = draw(st.dictionaries(st.text(letters).filter("budget".__ne__), inner, max_size=4))
     config = limits.GuardConfig(
         model=limits.ModelIdentity(

@@ -9,8 +9,15 @@ import pytest
 import torch
 from sklearn.svm import SVC
 
-from vlm_safeguard.calibration.gate_candidates import COSTS, SPACED, LabelledStates, candidates
-from vlm_safeguard.calibration.gate_fitting import fit_gate
+from vlm_safeguard.calibration.gate_candidates import (
+    COSTS,
+    SPACED,
+    SUMS,
+    Candidate,
+    LabelledStates,
+    candidates,
+)
+from vlm_safeguard.calibration.gate_fitting import _Compared, _simplest, auc, fit_gate
 from vlm_safeguard.calibration.stacked_states import StackedStates
 
 
@@ -79,6 +86,51 @@ def test_where_there_are_means_two_machines_are_summed() -> None:
         for one, other, more in zip(first.tried, second.tried, summed.tried, strict=True):
             for label in (0, 1):
                 torch.testing.assert_close(one[label] + other[label], more[label])
+
+
+def test_a_machine_on_a_probe_is_summed_with_the_others() -> None:
+    """With that on the means alone, too: the last state then counts for nothing."""
+    parts = [labelled(seed=seed) for seed in range(3)]
+    every = replace(
+        parts[0],
+        **{
+            label: StackedStates.of(torch.cat([together(getattr(one, label)) for one in parts], 2))
+            for label in ("harmful", "harmless")
+        },
+    )
+    apart = [next(candidates("margin", one)) for one in parts]
+    found = [one for one, _ in zip(candidates("margin", every), SUMS, strict=False)]
+    assert {one.cost for one in found} == {COSTS[0]}
+    for one, chosen in zip(found, SUMS, strict=True):
+        vectors = [
+            apart[n].vectors() if n in chosen else torch.zeros_like(apart[n].vectors())
+            for n in range(max(chosen) + 1)
+        ]
+        torch.testing.assert_close(one.vectors(), torch.cat(vectors, 1))
+        for out, pair in enumerate(one.tried):
+            for label in (0, 1):
+                summed = sum(apart[n].tried[out][label] for n in chosen)
+                torch.testing.assert_close(pair[label], summed)
+
+
+def test_the_simplest_of_those_near_the_best_is_chosen() -> None:
+    """Near is within the standard error of the best one's mean over folds."""
+    generator = torch.Generator().manual_seed(0)
+    fold = torch.arange(200) % 5
+    noise, harmless = torch.randn(2, 200, generator=generator)
+
+    def compared(cost: float, distance: float) -> _Compared:
+        value = auc(noise + distance, harmless, 0.05)
+        candidate = Candidate((0,), [], lambda: torch.empty(0), cost)
+        return _Compared(candidate, (0.0, 0.0), 1.0, noise + distance, harmless, value)
+
+    best = compared(10.0, 2.0)
+    by_fold = [auc(best.harmful[fold == n], best.harmless[fold == n], 0.05) for n in range(5)]
+    error = float(torch.tensor(by_fold).std()) / 5**0.5
+    near, low, far = compared(3.0, 1.96), compared(3.0, 1.94), compared(1.0, 1.0)
+    assert best.value > near.value > low.value > best.value - error > far.value
+    assert _simplest([far, low, near, best], fold, fold, 0.05) is near
+    assert _simplest([far, best], fold, fold, 0.05) is best
 
 
 def test_a_mean_finds_what_the_last_state_hides() -> None:

@@ -15,6 +15,7 @@ import torch
 from tests.engines import tiny_vllm
 from tests.engines.comparing import chat, same
 from tests.engines.conftest import Reference
+from tests.engines.probed import probed
 from vlm_safeguard.engines.vllm import layer_operator
 from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.guard import Guard
@@ -26,7 +27,7 @@ pytest.importorskip("vllm")
 def compiled(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An engine whose model is compiled, under a guard on ``LAYERS`` of the reference's."""
     layers = json.loads(os.environ.get("LAYERS", "[0, 1, 2, 3, 4, 5]"))
-    guard = reference.guard
+    guard = probed(reference).guard
     steering = guard.config.steering.model_copy(update={"layers": layers})
     gone = [n for n in guard.config.steering.layers if n not in layers]
     names = {f"{kind}.{layer}" for layer in gone for kind in ("directions", "anchor")}

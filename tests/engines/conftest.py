@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -86,10 +85,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
         alpha=0.0,
     )
     scores = [decision.scores for _, decision in _answers(loaded, guard, requests)]
-    middle = [
-        [median(row[name][0] for row in scores if row[name][0] == row[name][0])]
-        for name in ("text.0", "vlm.1")
-    ]
+    middle = [[tiny_vllm.middle(row[name][0] for row in scores)] for name in ("text.0", "vlm.1")]
     guard = tiny.with_thresholds(guard, middle)
     return Reference(folder, loaded, guard, requests, _answers(loaded, guard, requests))
 

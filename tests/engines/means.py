@@ -1,4 +1,5 @@
-"""A guard with a gate that reads the mean over a text's words, in vLLM as in transformers.
+"""A guard with a gate that reads the mean over a text's words and a probe behind it, in vLLM as in
+transformers.
 
 ``test_vllm_apart`` runs these in a process of their own.
 """
@@ -6,40 +7,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 import pytest
 
-from tests import tiny
 from tests.engines import tiny_vllm
 from tests.engines.comparing import chat, same
 from tests.engines.conftest import Reference
+from tests.engines.probed import probed
 from vlm_safeguard.engines.vllm.texts import TextForms
 from vlm_safeguard.errors import GuardRuntimeError
-from vlm_safeguard.model.words import find_frame
 
 pytest.importorskip("vllm")
 
 
 @pytest.fixture(scope="module")
 def means(reference: Reference) -> Reference:
-    """The reference with one more gate, which opens on half of the requests, and which also reads
-    sentences."""
-    config, processor = reference.guard.config, reference.loaded.processor
-    guard = tiny_vllm.guard(
-        reference.loaded,
-        [*config.gates, tiny.gate("text", 1, 4, reads_mean=True)],
-        frame=find_frame(processor),
-        **config.steering.model_dump(),
-    )
-    guard = tiny.changed(guard, reads_sentences=True)
-    cuts = [gate.thresholds for gate in config.gates]
-    shut = replace(reference, guard=tiny.with_thresholds(guard, [*cuts, [0.0, 0.0]]))
-    scores = [shut.answer(request)[1].scores["text.2"][0] for request in reference.requests]
-    found = replace(shut, guard=tiny.with_thresholds(guard, [*cuts, [median(scores), 0.0]]))
-    found.answers = [found.answer(request) for request in found.requests]
-    return found
+    return probed(reference)
 
 
 @pytest.fixture(scope="module")

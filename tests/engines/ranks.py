@@ -12,6 +12,7 @@ import pytest
 from tests.engines import tiny_vllm
 from tests.engines.comparing import chat, same
 from tests.engines.conftest import Reference
+from tests.engines.probed import probed
 
 pytest.importorskip("vllm")
 
@@ -19,6 +20,8 @@ pytest.importorskip("vllm")
 @pytest.fixture(scope="module")
 def parallel(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An engine on two ranks, whose prompts come in chunks."""
+    made = probed(reference)
+    reference.guard, reference.answers = made.guard, made.answers
     return tiny_vllm.engine(
         reference.folder,
         reference.guard,

@@ -37,7 +37,8 @@ def rows_of(requests: list[Watched], columns: list[range]) -> list[BatchRow]:
 
 def step_of(guard: Guard, rows: list[BatchRow]) -> Step:
     steerer = Steerer(guard.config.steering, guard.tensors, False)
-    return Step(rows, list(LAYERS), Gates(guard.config.gates, guard.tensors), steerer)
+    gates, frame = Gates(guard.config.gates, guard.tensors), guard.config.frame
+    return Step(rows, list(LAYERS), gates, steerer, len(frame.probe) if frame else 0)
 
 
 def streams(seed: int, tokens: int) -> list[tuple[Tensor, Tensor]]:

@@ -147,6 +147,27 @@ def test_texts_whose_mean_is_read_take_nothing_from_the_prefix_cache(
         assert not TextForms(guard, loaded.processor).order(ids, runs(ids), []).uncached
 
 
+def test_a_probe_stands_behind_every_text(
+    loaded: LoadedModel, guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a text without words, of one with another form, and of sentences."""
+    monkeypatch.setattr(chat, "reader", _Reader)
+    frame = TextFrame(before=2, after=1, probe=[41, 42])
+    made = tiny.guard(loaded.model, [tiny.gate("text", 2, reads_probe=True)], frame=frame)
+    made = tiny.changed(made, markup=guard.config.markup, reads_sentences=True)
+    plain = TextForms(tiny.changed(guard, reads_sentences=True), loaded.processor)
+    for content in (
+        [picture(20), said("")],
+        [picture(20), said("ba\u200bke \uff42read")],
+        [said("Let us play a game. Who eats the bread?")],
+    ):
+        ids = chat.prepare(loaded.processor, [[user(*content)]])["input_ids"][0].tolist()
+        words = [""] * len(runs(ids))
+        texts = plain.order(ids, runs(ids), words).texts
+        found = TextForms(made, loaded.processor).order(ids, runs(ids), words).texts
+        assert found == [[*text, 41, 42] for text in texts]
+
+
 def test_each_sentence_is_a_text(
     loaded: LoadedModel, guard: Guard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

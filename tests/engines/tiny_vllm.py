@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,14 @@ def text_gate(threshold: float = 0.0) -> Gate:
         intent_weight=0.5,
         verdict_weight=4.0,
     )
+
+
+def middle(scores: Iterable[float]) -> float:
+    """A threshold that about half of the scores are above, and none is near, NaN apart."""
+    ranked = sorted(score for score in scores if not math.isnan(score))
+    places = range(len(ranked) // 3, 2 * len(ranked) // 3)
+    low = max(places, key=lambda place: ranked[place + 1] - ranked[place])
+    return (ranked[low] + ranked[low + 1]) / 2
 
 
 def conversation(question: str, *pictures: Image.Image) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ from vlm_safeguard.evaluation.defenses import DEFENCES, make_defence
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("guard")
-    tiny.guard(tiny.llava(), [tiny.gate("text", 2)], rank=2).save_pretrained(target)
+    gate = tiny.gate("text", 2, reads_probe=True)
+    tiny.guard(tiny.llava(), [gate], rank=2).save_pretrained(target)
     return target
 
 

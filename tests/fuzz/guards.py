@@ -53,6 +53,7 @@ def sound(kind: str, seed: int = 0) -> Files:
             "intent_weight": 1.5,
             "verdict_weight": 2.5,
             "reads_mean": True,
+            "reads_probe": bool(seed % 2),
         }
     if kind == "add":
         steering |= {"alpha": 0.5, "query": "pass", "positions": "all", "tokens": None}
@@ -65,9 +66,10 @@ def sound(kind: str, seed: int = 0) -> Files:
         tensors[f"directions.{layer}"] = rows
         tensors[f"anchor.{layer}"] = chance.normal(size=rank)
     for index, gate in enumerate(gates):
-        wide = (1 + gate.get("reads_mean", False)) * width
+        wide = (1 + gate.get("reads_mean", False) + gate.get("reads_probe", False)) * width
         tensors[f"gate.{index}"] = chance.normal(size=(len(gate["layers"]), wide))
     digests = [hashlib.sha256(f"{kind}{seed}{n}".encode()).hexdigest() for n in range(4)]
+    frame = {"before": 4, "after": 0, **({"probe": [30, 31]} if seed % 2 else {})}
     settings = {
         "schema_version": 1 if kind == "old" else 2,
         "model": {
@@ -80,7 +82,7 @@ def sound(kind: str, seed: int = 0) -> Files:
             "layers": 6,
         },
         "markup": {"token_ids": [258], "before": [], "after": [3], "inner": [], "pad_id": 0},
-        **({"frame": {"before": 4, "after": 0}} if kind == "restore" else {}),
+        **({"frame": frame} if kind == "restore" else {}),
         "gates": gates,
         "steering": steering,
         "data_sha256": {"anchors.jsonl": digests[3]},

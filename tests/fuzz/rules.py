@@ -98,7 +98,7 @@ def check_settings(data: bytes) -> dict[str, Any]:
     gates, depth = raw["gates"], model["layers"]
     must(isinstance(gates, list) and 1 <= len(gates) <= 16, "1 to 16 gates")
     for gate in gates:
-        more = {"per_layer", "reads_mean", "kind"}
+        more = {"per_layer", "reads_mean", "reads_probe", "kind"}
         more |= {"openings", "intent_weight", "verdict_weight"}
         check_keys(gate, {"source", "layers", "thresholds"}, more, "gate")
         kind, openings = gate.get("kind", "linear"), gate.get("openings", [])
@@ -119,16 +119,26 @@ def check_settings(data: bytes) -> dict[str, Any]:
         mean = gate.get("reads_mean", False)
         must(type(mean) is bool, "reads_mean")
         must(not mean or (gate["source"] == "text" and not alone), "means are of the text")
+        probe = gate.get("reads_probe", False)
+        must(type(probe) is bool, "reads_probe")
+        must(mean or not probe, "a probe beside a mean")
         must(layer_list(gate["layers"], depth, 1), "layers of a gate")
         cuts = gate["thresholds"]
         must(isinstance(cuts, list) and len(cuts) == len(gate["layers"]), "a threshold each")
         must(all(is_number(cut, 1e20) for cut in cuts), "thresholds")
     frame = raw.get("frame")
     if frame is not None:
-        check_keys(frame, {"before", "after"}, set(), "frame")
-        must(all(is_int(frame[name], 0, 65536) for name in frame), "numbers of tokens")
+        check_keys(frame, {"before", "after"}, {"probe"}, "frame")
+        edges = [frame["before"], frame["after"]]
+        must(all(is_int(n, 0, 65536) for n in edges), "numbers of tokens")
+        ids = frame.get("probe", [])
+        must(isinstance(ids, list) and len(ids) <= 256, "a probe is a short list")
+        must(all(is_int(n, 0, 2**31 - 1) for n in ids), "a probe holds token ids")
+        must(not set(ids) & set(markup["token_ids"]), "a probe holds no picture")
     means = any(gate.get("reads_mean", False) for gate in gates)
     must(means == (frame is not None), "a frame where means are read")
+    probed = any(gate.get("reads_probe", False) for gate in gates)
+    must(probed == bool((frame or {}).get("probe")), "a probe where one is read")
     steering = raw["steering"]
     optional = {"reference", "query", "positions", "rank", "alpha", "tokens"}
     old = {"soft"} if raw["schema_version"] == 1 else set()
@@ -194,7 +204,7 @@ def check_loaded(guard: Guard, files: Files) -> None:
     for key, value in raw.items():
         expected = [value] if isinstance(value, dict) else value
         got = [found[key]] if isinstance(value, dict) else found[key]
-        if key in ("model", "markup", "steering", "gates"):
+        if key in ("model", "markup", "frame", "steering", "gates") and value is not None:
             for one, other in zip(expected, got, strict=True):
                 must(all(other[name] == part for name, part in one.items()), f"same {key}")
         else:
@@ -205,7 +215,10 @@ def check_loaded(guard: Guard, files: Files) -> None:
     width, steering = raw["model"]["hidden_size"], raw["steering"]
     rank = steering.get("rank", 1)
     shapes = {
-        f"gate.{n}": (len(gate["layers"]), (1 + gate.get("reads_mean", False)) * width)
+        f"gate.{n}": (
+            len(gate["layers"]),
+            (1 + gate.get("reads_mean", False) + gate.get("reads_probe", False)) * width,
+        )
         for n, gate in enumerate(raw["gates"])
     }
     for layer in steering.get("layers", []):

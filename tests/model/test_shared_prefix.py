@@ -16,6 +16,8 @@ from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.kv_cache import NAME
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import record, record_with_logits
+from vlm_safeguard.model.text_only import last_logits
+from vlm_safeguard.model.words import with_probe
 
 TEXTS = ("Hi", "How do I water the plants on my balcony?", "Tell me more.", "")
 ITEMS = [Query(text, None) for text in TEXTS]
@@ -122,6 +124,11 @@ def test_a_row_that_ends_with_the_beginning_is_run_whole(tiny_loaded: LoadedMode
         "attention_mask": torch.cat([inputs["attention_mask"], told]),
     }
     assert shared.rest(inputs) and shared.rest(both) is None
+    # What comes behind the text, such as a probe, is none of its tokens.
+    both, inputs = (with_probe(one, [30, 31]) for one in (both, inputs))
+    assert shared.rest(inputs, 2) and shared.rest(both) and shared.rest(both, 2) is None
+    whole = tiny_loaded.model(**both, use_cache=False).logits[:, -3]
+    torch.testing.assert_close(last_logits(shared.forward(both, 2), 2), whole, atol=1e-4, rtol=1e-3)
 
 
 def test_nothing_of_a_call_is_kept(tiny_loaded: LoadedModel) -> None:

@@ -29,7 +29,8 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     folder = tmp_path_factory.mktemp("playground")
     path = checkpoint.save(folder / "model")
     loaded = load(path)
-    gates = [tiny.gate("text", 1, 3, threshold=-1e3), tiny.gate("vlm", 3, threshold=1e3)]
+    text = tiny.gate("text", 1, 3, threshold=-1e3, reads_probe=True)
+    gates = [text, tiny.gate("vlm", 3, threshold=1e3)]
     # The markup of this processor, not of the token ids that other tests write by hand.
     artifact = tiny.changed(tiny.guard(loaded.model, gates), markup=find_markup(loaded))
     artifact.save_pretrained(folder / "guard")

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from tests import tiny
 from vlm_safeguard import method
-from vlm_safeguard.artifact.config import Gate
+from vlm_safeguard.artifact.config import Gate, TextFrame
 from vlm_safeguard.errors import GuardError, GuardRuntimeError, ModelError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.text_only import last_logits
@@ -80,6 +80,37 @@ def test_the_score_is_that_of_the_formula_in_every_row(model, side, weight, tmp_
         model(**tiny.batch(tiny.PROMPTS, side), use_cache=False)
         opened = [d.fired for d in session.decisions]
     assert opened == [score > middle for score in wanted]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_behind_a_probe_the_signs_are_those_of_the_text(model, side):
+    """The probe's end is only one more state that the gate reads."""
+    gate = intent_gate().model_copy(update={"reads_mean": True, "reads_probe": True})
+    plain, made = tiny.guard(model, [intent_gate()]), tiny.guard(model, [gate])
+    probed = []
+    for guard in (plain, made):
+        with guard.attach(model) as session, torch.no_grad():
+            model(**tiny.batch(tiny.PROMPTS, side), use_cache=False)
+            probed.append([d.parts["text.0"][-1] for d in session.decisions])
+    assert probed[0] == pytest.approx(probed[1], abs=1e-4)
+    tokens = made.config.frame.probe
+    with made.attach(model) as session, torch.no_grad():
+        model(**tiny.batch(tiny.PROMPTS, side), use_cache=False)
+        scores = [d.scores["text.0"][0] for d in session.decisions]
+    size = model.get_decoder().config.hidden_size
+    vectors = made.tensors["gate.0"].double().split(size, 1)
+    before, after = made.config.frame.before, made.config.frame.after
+    for prompt, score, signs in zip(tiny.PROMPTS, scores, probed[0], strict=True):
+        text = tiny.without_pictures(prompt)
+        ends = [read_text(model, gate.layers, text[: n + 1])[0] for n in range(len(text))]
+        words = ends[before : len(text) - after] or ends[before:]
+        end, _ = read_text(model, gate.layers, text + tokens)
+        total = signs
+        for place, layer in enumerate(gate.layers):
+            mean = torch.stack([states[layer] for states in words]).mean(0)
+            seen = (ends[-1][layer], mean, end[layer])
+            total += sum(float(s @ v[place]) for s, v in zip(seen, vectors, strict=True))
+        assert score == pytest.approx(total, abs=1e-3)
 
 
 def test_the_text_pass_hands_its_head_states_in_one_piece(model):
@@ -173,10 +204,14 @@ def test_without_finite_logits_the_request_is_blocked(model):
         last_logits((torch.zeros(1, 1, 4),))
 
 
-def test_openings_beyond_the_vocabulary_are_refused(model):
+def test_tokens_beyond_the_vocabulary_are_refused(model):
     gate = intent_gate().model_copy(update={"openings": [10**6]})
-    with pytest.raises(GuardError, match="1000000"):
+    with pytest.raises(GuardError, match="the probability of token 1000000"):
         tiny.guard(model, [gate]).attach(model)
+    frame = TextFrame(before=1, after=1, probe=[5, 10**6])
+    made = tiny.guard(model, [tiny.gate("text", 1, reads_probe=True)], frame=frame)
+    with pytest.raises(GuardError, match="adds token 1000000 to a text"):
+        made.attach(model)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ GATES = {
         tiny.gate("text", 5),
         tiny.gate("vlm", 2),
     ],
+    "probe": [tiny.gate("text", 1, 5, reads_probe=True), tiny.gate("text", 5), tiny.gate("vlm", 2)],
     "per-layer": [
         tiny.gate("text", 4, 2, per_layer=True),
         tiny.gate("vlm", 4, 2, per_layer=True),
@@ -86,6 +87,7 @@ def test_forward_rows_get_what_they_get_alone(model, mode, gates, dose):
         ("vlm", "add-pass"),
         ("text", "add-text"),
         ("mean", "restore-text"),
+        ("probe", "restore-text"),
         ("per-layer", "restore-text"),
         ("vlm", "erase"),
     ],

@@ -17,6 +17,7 @@ MAX_GATES = 16
 MAX_OPENINGS = 64
 MAX_MARKUP_TOKENS = 256  # in each of the three lists
 MAX_FRAME = 65_536  # tokens
+MAX_PROBE = 256  # tokens
 MAX_TOKEN_ID = 2**31 - 1
 MAX_GUARDED_TOKENS = 1_000_000
 MAX_ALPHA = 1e4
@@ -49,6 +50,7 @@ class Gate(_StrictSettings):
         thresholds: one for each layer, subtracted from its score.
         reads_mean: whether it reads, beside the state at the last prompt token, the mean of the
             states over the words of the text.
+        reads_probe: whether it reads the state at the end of the probe too (``TextFrame``).
         per_layer: False: the sum of the scores opens all layers. True: each score opens its own
             layer only, as in the paper.
         openings: tokens that the LLM's refusals begin with, for the kind "intent".
@@ -62,6 +64,7 @@ class Gate(_StrictSettings):
     thresholds: list[_Threshold] = Field(max_length=MAX_MODEL_LAYERS)
     per_layer: bool = False
     reads_mean: bool = False
+    reads_probe: bool = False
     openings: list[_TokenId] = Field(default=[], max_length=MAX_OPENINGS)
     intent_weight: float = Field(default=0.0, ge=0.0, le=MAX_MAGNITUDE, allow_inf_nan=False)
     verdict_weight: float = Field(default=0.0, ge=0.0, le=MAX_MAGNITUDE, allow_inf_nan=False)
@@ -76,7 +79,14 @@ class Gate(_StrictSettings):
     def _mean_is_of_the_text(self) -> Gate:
         if self.reads_mean and (self.source != "text" or self.per_layer):
             raise ValueError("a gate with reads_mean reads the text-only pass, all layers together")
+        if self.reads_probe and not self.reads_mean:
+            raise ValueError("a gate with reads_probe has reads_mean too")
         return self
+
+    @property
+    def states_read(self) -> int:
+        """How many states of a layer it reads, one behind the other."""
+        return 1 + self.reads_mean + self.reads_probe
 
     @model_validator(mode="after")
     def _intent_is_of_the_text(self) -> Gate:
@@ -195,10 +205,18 @@ class ImageMarkup(_StrictSettings):
 
 
 class TextFrame(_StrictSettings):
-    """Numbers of tokens that the chat template writes before and behind a request's words."""
+    """What stands around a request's words in the text-only pass.
+
+    Attributes:
+        before, after: numbers of tokens that the chat template writes before and behind them.
+        probe: tokens that the guard adds behind the text: the beginning of an answer that says
+            what the request would do. They are no part of the text: its last token is that before
+            them.
+    """
 
     before: int = Field(ge=0, le=MAX_FRAME)
     after: int = Field(ge=0, le=MAX_FRAME)
+    probe: list[_TokenId] = Field(default=[], max_length=MAX_PROBE)
 
 
 class GuardConfig(_StrictSettings):
@@ -224,6 +242,11 @@ class GuardConfig(_StrictSettings):
             raise ValueError("reference `verdict` needs a gate of kind intent, for verdicts")
         if any(gate.reads_mean for gate in self.gates) != (self.frame is not None):
             raise ValueError("gates with reads_mean need a frame, and no others do")
+        probe = self.frame.probe if self.frame else []
+        if any(gate.reads_probe for gate in self.gates) != bool(probe):
+            raise ValueError("gates with reads_probe need a frame with a probe, and no others do")
+        if set(probe) & set(self.markup.token_ids):
+            raise ValueError("a probe holds no image tokens")
         for index, gate in enumerate(self.gates):
             if gate.per_layer and not set(gate.layers) & set(steering.layers):
                 raise ValueError(
@@ -257,7 +280,7 @@ class GuardConfig(_StrictSettings):
             found[f"directions.{layer}"] = (steering.rank, width)
             found[f"anchor.{layer}"] = (steering.rank,)
         for index, gate in enumerate(self.gates):
-            found[f"gate.{index}"] = (len(gate.layers), (1 + gate.reads_mean) * width)
+            found[f"gate.{index}"] = (len(gate.layers), gate.states_read * width)
         return found
 
     def tensor_bytes(self) -> int:

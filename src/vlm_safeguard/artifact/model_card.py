@@ -139,7 +139,8 @@ def _score(gate: Gate) -> str:
         return "layer by layer"
     score = "sum over the layers"
     if gate.reads_mean:
-        score += ", of the last state and of the mean over the words"
+        probe = ", of the probe's" if gate.reads_probe else ""
+        score += f", of the last state{probe} and of the mean over the words"
     if gate.intent_weight:
         score += f", and {gate.intent_weight:.3g} times the refusal intent"
     if gate.verdict_weight:

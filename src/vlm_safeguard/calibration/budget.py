@@ -45,3 +45,11 @@ class Effort:
         the guard finds less.
         """
         return cls(pictured=160, scan=64, search=8, tokens=8)
+
+    @classmethod
+    def brief(cls) -> Effort:
+        """For a demonstration: a guard that shows what one does, in a fifth of the time. It finds
+        less."""
+        return cls(
+            worded=1200, pictured=64, bound=700, scan=48, search=8, final=8, proof=24, tokens=8
+        )

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vlm_safeguard import method
-from vlm_safeguard.artifact.config import Gate, GuardConfig, ImageMarkup, ModelIdentity, Steering
+from vlm_safeguard.artifact.config import (
+    Gate,
+    GuardConfig,
+    ImageMarkup,
+    ModelIdentity,
+    Steering,
+    TextFrame,
+)
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.conformal import CONFIDENCE, check_enough
 from vlm_safeguard.calibration.gate_choice import bound_scores, fit_gates, useful_gates
@@ -212,6 +219,7 @@ class _Foundation:
                 "layers": list(fit.layers),
                 "thresholds": cuts,
                 "reads_mean": fit.vectors.shape[1] > decoder.hidden_size,
+                "reads_probe": fit.vectors.shape[1] > 2 * decoder.hidden_size,
                 "openings": list(fit.openings),
                 "intent_weight": fit.weights[0],
                 "verdict_weight": fit.weights[1],
@@ -230,7 +238,7 @@ class _Foundation:
                 layers=len(decoder.layers),
             ),
             markup=self.markup,
-            frame=find_frame(self.loaded.processor) if any(g.reads_mean for g in gates) else None,
+            frame=self._frame(gates),
             gates=gates,
             steering=steering,
             reads_pictures=self.reads_pictures,
@@ -238,3 +246,10 @@ class _Foundation:
             data_sha256=dict(self.data_sha256),
         )
         return Guard(config, tensors)
+
+    def _frame(self, gates: Sequence[Gate]) -> TextFrame | None:
+        """What stands around the words of a text, as far as these gates need it."""
+        frame = find_frame(self.loaded) if any(gate.reads_mean for gate in gates) else None
+        if frame is None or any(gate.reads_probe for gate in gates):
+            return frame
+        return frame.model_copy(update={"probe": []})

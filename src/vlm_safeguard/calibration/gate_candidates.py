@@ -26,7 +26,10 @@ SHRINKAGE = 0.05  # of the within-class covariance towards a multiple of the ide
 # The first sixth holds words rather than meaning.
 SPANS = ((1 / 6, 1.0), (1 / 6, 2 / 3))
 SPACED = 10
-COSTS = (3.0, 10.0, 30.0, 100.0)  # of a prompt within the margin, relative to the margin's width
+COSTS = (1.0, 3.0, 10.0, 30.0)  # of a prompt within the margin, relative to the margin's width
+# Which of the states that are read of a text (``model.words.readings``) each have a machine of
+# their own, whose scores are summed: the last one, its mean over the words, and the probe's.
+SUMS = ((0,), (0, 1), (1, 2), (0, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class LabelledStates:
     """Hidden states of harmful and harmless prompts, and their cross-validation folds.
 
     Attributes:
-        harmful, harmless: (n, L, d) and (k, L, d), or with means over the words behind the states
-            at the last prompt token, (n, L, 2 d) and (k, L, 2 d).
+        harmful, harmless: (n, L, d) and (k, L, d), or of text with all that is read of it, one
+            behind the other: up to (n, L, 3 d) and (k, L, 3 d), see ``model.words.readings``.
         harmful_fold, harmless_fold: (n,) and (k,); see ``gate_fitting.fit_gate``.
         directions: V_l by layer; their keys are the layers that a gate may read.
     """
@@ -48,7 +51,7 @@ class LabelledStates:
 
     @property
     def views(self) -> list[slice]:
-        """Where the states at the last prompt token and, if there are any, their means stand."""
+        """Where the states at the last prompt token stand, and what else is read of a text."""
         width = next(iter(self.directions.values())).shape[1]
         return [slice(n, n + width) for n in range(0, self.harmful.width, width)]
 
@@ -67,13 +70,15 @@ class Candidate:
         layers: the layers it reads.
         tried: for each fold, scores (n,) and (k,) of all harmful and harmless prompts by the gate
             fitted without this fold.
-        vectors: fits the gate to all prompts: one vector for each layer, (layers, d), or
-            (layers, 2 d) for a gate that reads means too.
+        vectors: fits the gate to all prompts: one vector for each layer, (layers, d), or of the
+            width of all that it reads, up to (layers, 3 d).
+        cost: what it pays for prompts within its margin: the lower, the simpler it is.
     """
 
     layers: tuple[int, ...]
     tried: list[tuple[Tensor, Tensor]]
     vectors: Callable[[], Tensor]
+    cost: float = 0.0
 
 
 def candidates(kind: Kind, data: LabelledStates, pooled: bool = True) -> Iterator[Candidate]:
@@ -128,9 +133,8 @@ def margins(data: LabelledStates) -> Iterator[Candidate]:
     numpy's: where freed memory is kept (``utils.allocator``), torch's aligned blocks seldom fit in
     what was freed, and memory would grow with every copy.
 
-    Where there are means over the words, there are also sums of two machines: one reads the states
-    at the last prompt token, the other the means. One machine for both finds less at low
-    false-positive rates.
+    Where more is read of a text than its last state, there are also sums of machines, one for each
+    of ``SUMS``. One machine for all finds less at low false-positive rates.
 
     Raises:
         ValueError: the states are not finite.
@@ -160,9 +164,12 @@ def margins(data: LabelledStates) -> Iterator[Candidate]:
             del part
         return found
 
-    def vectors(layers: tuple[int, ...], views: Sequence[slice], cost: float) -> Tensor:
+    def vectors(layers: tuple[int, ...], chosen: Sequence[int], cost: float) -> Tensor:
         found = []
-        for view in views:
+        for number, view in enumerate(data.views[: max(chosen) + 1]):
+            if number not in chosen:
+                found.append(torch.zeros(len(layers), view.stop - view.start))
+                continue
             machine = fit(_kernel(data, layers, view), np.arange(len(labels)), cost)
             weights = torch.zeros(len(labels))
             weights[machine.support_] = torch.from_numpy(machine.dual_coef_[0]).float()
@@ -174,11 +181,11 @@ def margins(data: LabelledStates) -> Iterator[Candidate]:
     for layers in dict.fromkeys(_spaced(sorted(data.directions), *span) for span in SPANS):
         by_view = [tried(layers, view) for view in data.views]
         for cost, *found in zip(COSTS, *by_view, strict=True):
-            summed = [torch.zeros(len(labels)) for _ in data.folds]
-            for count, more in enumerate(found, 1):
-                summed = [before + new for before, new in zip(summed, more, strict=True)]
-                pairs = [(one[: len(data.harmful)], one[len(data.harmful) :]) for one in summed]
-                yield Candidate(layers, pairs, partial(vectors, layers, data.views[:count], cost))
+            for chosen in SUMS:
+                if max(chosen) < len(found):
+                    summed = torch.stack([found[view] for view in chosen]).sum(0)
+                    pairs = [(one[: len(data.harmful)], one[len(data.harmful) :]) for one in summed]
+                    yield Candidate(layers, pairs, partial(vectors, layers, chosen, cost), cost)
 
 
 def _spaced(depth: Sequence[int], first: float, last: float) -> tuple[int, ...]:

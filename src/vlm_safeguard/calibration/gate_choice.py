@@ -141,7 +141,7 @@ def bound_scores(
     mixed = [query(p, s[n % len(s)]) for n, (p, s) in enumerate(zip(items, settings, strict=True))]
     layers = 1 + max(fits.vlm.layers)  # no gate that sees pictures reads a layer above
     openings = next((fit.openings for fit in fits.texts if fit.openings), ())
-    frame = find_frame(loaded.processor)
+    frame = find_frame(loaded)
     text, signs = record_signs(loaded, said, openings, folder, "bound, text", progress, frame=frame)
     what = "bound, pictures"
     seen, _ = record_signs(loaded, mixed, (), folder, what, progress, layers=layers)

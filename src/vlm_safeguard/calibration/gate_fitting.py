@@ -3,6 +3,7 @@ threshold."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,7 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlm_safeguard.calibration.gate_candidates import Kind, LabelledStates, candidates
+from vlm_safeguard.calibration.gate_candidates import (
+    Candidate,
+    Kind,
+    LabelledStates,
+    candidates,
+)
 from vlm_safeguard.calibration.stacked_states import StackedStates
 from vlm_safeguard.runtime.gate import IntentGate, LinearGate
 
@@ -66,7 +72,8 @@ class GateFit:
 
     Attributes:
         layers: the layers it reads.
-        vectors: one vector for each layer, (n, d), or (n, 2 d) if it reads means over the words.
+        vectors: one vector for each layer, (n, d), or as wide as all that it reads of a text, up
+            to (n, 3 d).
         openings: tokens that the LLM's refusals begin with, see ``method.refusal_intent``.
         weights: of the refusal intent and of the verdict.
         spread: standard deviation of the scores of harmless prompts, cross-validated.
@@ -120,7 +127,8 @@ class GateFit:
         return replace(self, threshold=self.threshold + shift * self.spread, unseen=unseen)
 
     def scores(self, states: Tensor | StackedStates, signs: Tensor | None = None) -> Tensor:
-        """Scores (k,) of states (k, L, d), or with means (k, L, 2 d); positive opens the gate.
+        """Scores (k,) of states (k, L, d), or of all that is read of a text, up to (k, L, 3 d);
+        positive opens the gate.
 
         Args:
             signs: refusal signs (k, 2), for a gate with ``openings``.
@@ -161,7 +169,8 @@ def fit_gate(
 
     Candidates (``gate_candidates``) are compared, and the threshold is set, by cross-validation: on
     the prompts that vectors are fitted to, harmful and harmless scores are further apart than on
-    others.
+    others. Of those within one standard error of the best, the simplest is taken, and of these the
+    best (Breiman et al. 1984): prompts of another kind than these are then separated better.
 
     With ``signs`` the score is the sum of the linear score, of the refusal intent and of the
     verdict, with the weights that separate best.
@@ -194,8 +203,7 @@ def fit_gate(
         known_harmful, judged = known_harmful & counted[0], judged & counted[1]
     said = _Said.of(signs, judged)
     weighed: Weights = [(0.0, 0.0)] if signs is None else weights
-    best: GateFit | None = None
-    best_value, best_weights, best_unit = -1.0, (0.0, 0.0), 1.0
+    compared: list[_Compared] = []
     for candidate in (one for kind in kinds for one in candidates(kind, data, pooled)):
         tried = []
         for fold, (h, s) in zip(data.folds, candidate.tried, strict=True):
@@ -207,19 +215,23 @@ def fit_gate(
             h, s = _out_of_fold([said.added(*one, unit, pair, parts) for one in tried], data)
             h, s = h[known_harmful], s[judged]
             value = auc(h, s, max(COMPARED, budget))
-            if value > best_value:
-                cut, spread = threshold(h, s, budget), s.std().clamp(min=1e-12)
-                best_value, best_weights, best_unit = value, pair, unit
-                margins = (h - cut) / spread, (s - cut) / spread
-                best = GateFit(
-                    candidate.layers, torch.empty(0), cut, spread=float(spread), unseen=margins
-                )
-                vectors = candidate.vectors
-    if best is None:
+            if not math.isnan(value):
+                compared.append(_Compared(candidate, pair, unit, h, s, value))
+    if not compared:
         raise ValueError("no gate can be judged: scores of the states are not finite")
+    in_fold = harmful_fold[known_harmful], harmless_fold[judged]
+    chosen = _simplest(compared, *in_fold, max(COMPARED, budget))
+    h, s, best_weights, best_unit = chosen.harmful, chosen.harmless, chosen.weights, chosen.unit
+    cut, spread = threshold(h, s, budget), s.std().clamp(min=1e-12)
     # Threshold and spread are in units of the spread of the harmless scores in each fold: convert
     # them to that of the final vectors.
-    best = replace(best, vectors=vectors())
+    best = GateFit(
+        chosen.candidate.layers,
+        chosen.candidate.vectors(),
+        cut,
+        spread=float(spread),
+        unseen=((h - cut) / spread, (s - cut) / spread),
+    )
     seen = replace(best, threshold=0.0).scores(data.harmless.chosen(judged))
     scale = float(seen.std()) * best_unit
     verdicts = None
@@ -233,6 +245,43 @@ def fit_gate(
     final = best_weights[0] * scale / said.unit, best_weights[1] * scale
     cut += final[0] * said.centre
     return replace(best, threshold=cut, openings=tuple(openings), weights=final)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A candidate with weights of the refusal signs, and how it does: its cross-validated scores
+    (n,) and (k,) of the prompts that it is judged by, in units of ``unit``, and their AUC."""
+
+    candidate: Candidate
+    weights: tuple[float, float]
+    unit: float
+    harmful: Tensor
+    harmless: Tensor
+    value: float
+
+
+def _simplest(
+    compared: Sequence[_Compared], harmful_fold: Tensor, harmless_fold: Tensor, max_fpr: float
+) -> _Compared:
+    """Of what is within one standard error of the best, the best of those with the lowest cost.
+
+    The error is that of the mean over folds. A gate without a margin is simpler than any with one.
+
+    Args:
+        harmful_fold, harmless_fold: of each score, (n,) and (k,).
+        max_fpr: as in ``auc``.
+    """
+    best = max(compared, key=lambda one: one.value)
+    by_fold = torch.tensor(
+        [
+            auc(best.harmful[harmful_fold == n], best.harmless[harmless_fold == n], max_fpr)
+            for n in sorted(set(harmful_fold.tolist()) & set(harmless_fold.tolist()))
+        ]
+    )
+    error = float(by_fold.std() / math.sqrt(len(by_fold))) if len(by_fold) > 1 else 0.0
+    near = [one for one in compared if one.value >= best.value - error]
+    lowest = min(one.candidate.cost for one in near)
+    return max((one for one in near if one.candidate.cost == lowest), key=lambda one: one.value)
 
 
 def _out_of_fold(

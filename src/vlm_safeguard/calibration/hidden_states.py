@@ -52,7 +52,7 @@ def record_anchors(
     """Record the anchors as text.
 
     Returns:
-        States (2, N, L, d), or (2, N, L, 2 d) with ``frame`` (see ``record``): harmful anchors,
+        States (2, N, L, d), or wider with ``frame`` (see ``record``): harmful anchors,
         then their harmless partners; and the most likely first tokens of their answers, (2 N,).
     """
     asked = anchor_queries(pairs)
@@ -89,7 +89,7 @@ def record_calibration(
 
     They are memory-mapped from there.
     """
-    frame = find_frame(loaded.processor)
+    frame = find_frame(loaded)
     pairs, first = record_anchors(loaded, data.anchors, frame, folder, progress)
     asked = anchor_queries(data.anchors)
     openings = learn_openings(loaded, asked, first, refusals, progress)

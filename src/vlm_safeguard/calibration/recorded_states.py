@@ -18,7 +18,7 @@ class States:
     """Hidden states of k prompts at L layers, with labels and cross-validation folds."""
 
     ids: tuple[str, ...]  # k ids of prompts
-    # (k, L, d), or (k, L, 2 d) of text: with their mean over the words behind them
+    # (k, L, d); of text up to (k, L, 3 d), with all that is read of it (``model.words.readings``)
     states: Tensor | StackedStates
     harmful: Tensor  # (k,) bool
     fold: Tensor  # (k,); a question and its copy in a template share a fold
@@ -59,7 +59,7 @@ class Readings:
     sentences, each once. None has a verdict: that of a canonical form counts for its prompt.
 
     Attributes:
-        states: (k, L, d) or (k, L, 2 d), as those of the prompts; k may be 0.
+        states: as those of the prompts as text; k may be 0.
         signs: refusal signs (k, 2); zero if the model's refusals have no known openings.
         of: places (m, 2) of a harmless prompt among the harmless prompts and of one of its readings
             among the readings.
@@ -75,8 +75,7 @@ class Recorded:
     """What gates are fitted to.
 
     Attributes:
-        pairs: states of the N anchor pairs as text, (2, N, L, d) or (2, N, L, 2 d): harmful, then
-            harmless.
+        pairs: states of the N anchor pairs as text, (2, N, L, d) or wider: harmful, then harmless.
         directions: safety directions by layer.
         openings: tokens that the model's refusals begin with; may be empty.
         text: states of the calibration prompts as text.

@@ -65,7 +65,7 @@ EXTRA = 30  # prompts of a user's file, where not all are taken
 BATCH = 64  # rows: a decoding step then takes far less than two of 32
 VQA_TOKENS = 18
 OUTPUTS = ("report.html", "gap.png", "tradeoff.png", "results.json", "responses.jsonl")
-QUICK = Size(per_set=20, vqa=100, tokens=16, perplexity=32, pairs=7, effort=Effort.quick())
+QUICK = Size(per_set=20, vqa=100, tokens=16, perplexity=32, pairs=7, effort=Effort.brief())
 FULL = Size(per_set=None, vqa=2000, tokens=32, perplexity=300, pairs=25, effort=Effort())
 
 

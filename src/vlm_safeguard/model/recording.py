@@ -26,7 +26,7 @@ from vlm_safeguard.model.residual_stream import (
 )
 from vlm_safeguard.model.shared_prefix import SharedPrefix
 from vlm_safeguard.model.text_only import last_logits
-from vlm_safeguard.model.words import with_mean, word_weights
+from vlm_safeguard.model.words import readings, with_probe, word_weights
 from vlm_safeguard.utils.progress import Progress
 
 
@@ -61,8 +61,10 @@ def record(
         decoder: the verified decoder. Required for a guarded model, because the guard does not
             allow the forward pass that verifies it.
         read_pictures: for a guard that reads pictures, see ``encode``.
-        frame: where the words of a text are. With it, the mean of the states over the words stands
-            behind those at the last prompt token, if every layer puts out the states of all tokens.
+        frame: where the words of a text are, and the probe that is put behind each. With it, the
+            mean of the states over the words stands behind those at the last prompt token, and then
+            the states at the end of the probe (``readings``). Not for a ``run`` that writes an
+            answer.
         encoded: makes the inputs, padded on the left, of the items of a batch, given by their
             indices, in place of ``encode``.
         run: runs the model on such a batch, in place of one forward pass. The last pass over more
@@ -70,15 +72,19 @@ def record(
         progress: where progress is reported; by default nowhere.
 
     Returns:
-        States (n, L, d), or (n, L, 2 d) with means, float32, as a memory map.
+        States (n, L, d), or (n, L, 2 d) with means and (n, L, 3 d) with a probe, float32, as a
+        memory map.
 
     Raises:
-        ModelError: the decoder cannot be verified, or a state is NaN or Inf.
+        ModelError: the decoder cannot be verified, a state is NaN or Inf, or there is a ``frame``
+            and a layer does not put out the states of all tokens.
     """
     own_pass = decoder is None and run is None
     shared = SharedPrefix(loaded.model, loaded.processor) if own_pass else None
     decoder = decoder or verify_residual_stream(loaded.model)
-    depth, width = layers or len(decoder.layers), (2 if frame else 1) * decoder.hidden_size
+    probe = frame.probe if frame else []
+    count = 1 + (frame is not None) + bool(probe)  # of states that are recorded of a layer
+    depth, width = layers or len(decoder.layers), count * decoder.hidden_size
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".states", delete=False) as handle:
         path = handle.name
     size = max(1, len(items)) * depth * width
@@ -88,19 +94,20 @@ def record(
     finite = torch.ones(len(items), depth, dtype=torch.bool)  # asked batch by batch: see above
     seen: dict[int, Tensor] = {}
     prompt = False  # whether this pass is over more than one token
-    whole = True  # whether every layer puts out the states of all tokens
     weights, lengths = torch.empty(0), torch.empty(0)
 
     def read(hidden: Tensor, first: bool) -> Tensor:
-        nonlocal weights, whole
+        nonlocal weights
         if frame is None:
             return hidden[:, -1].float().cpu()
         if first:
-            weights = word_weights(lengths, hidden.shape[1], frame).to(hidden.device)
+            weights = word_weights(lengths, hidden.shape[1], frame)
         if hidden.shape[1] != weights.shape[1]:
-            whole = False
-            return hidden[:, -1].float().repeat(1, 2).cpu()
-        return with_mean(hidden, weights).cpu()
+            raise ModelError(
+                f"{loaded.name}: a layer does not put out the states of all words of a text, so "
+                "their mean cannot be recorded"
+            )
+        return readings(hidden, weights.to(hidden.device), len(probe)).cpu()
 
     def keep(layer: int) -> Any:
         def see(output: Any) -> None:
@@ -123,7 +130,7 @@ def record(
 
     def forward(group: list[int], inputs: dict[str, Tensor]) -> None:
         if shared:
-            shared.forward(inputs)
+            shared.forward(inputs, len(probe))
         else:
             loaded.model(**inputs, use_cache=False, logits_to_keep=1)
 
@@ -132,7 +139,7 @@ def record(
         groups = batches(loaded.processor.tokenizer, items, batch)
         for group in progress.track(groups, what) if progress else groups:
             seen.clear()
-            inputs = (encoded or usual)(group)
+            inputs = with_probe((encoded or usual)(group), probe)
             lengths = inputs["attention_mask"].sum(1)
             with suppress(EnoughSeen):
                 (run or forward)(group, inputs)
@@ -147,7 +154,7 @@ def record(
             f"{loaded.name}: the states after layer {int(bad[:, 1].min())} hold NaN or Inf. Its "
             "weights are damaged, or its dtype overflows (try --dtype float32)"
         )
-    return states if whole else states[..., : decoder.hidden_size].clone()
+    return states
 
 
 def record_with_logits(
@@ -171,9 +178,10 @@ def record_with_logits(
         States, and what was found, (n, ...).
     """
     shared, found = SharedPrefix(loaded.model, loaded.processor), dict[int, Tensor]()
+    probe = len(frame.probe) if frame else 0
 
     def run(group: list[int], inputs: dict[str, Tensor]) -> None:
-        logits = last_logits(shared.forward(inputs))
+        logits = last_logits(shared.forward(inputs, probe), probe)
         found.update(zip(group, read(logits.float()).cpu(), strict=True))
 
     states = record(loaded, items, folder, what=what, frame=frame, run=run, progress=progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +25,8 @@ class Decoder:
         path: its name inside the model.
         skipped: layers that a request without a picture skips, because they attend to the picture
             only. The residual stream bypasses them unchanged.
+        whole: whether every layer puts out the states of all tokens, and none its last ones alone;
+            known of a verified decoder.
     """
 
     module: nn.Module
@@ -32,6 +34,7 @@ class Decoder:
     path: str
     hidden_size: int
     skipped: frozenset[int] = frozenset()
+    whole: bool = True
 
 
 def find_decoder(model: Any) -> Decoder:
@@ -233,7 +236,7 @@ def verify_residual_stream(model: Any) -> Decoder:
                 f"cannot verify the decoder of {name}: what layer {layer} puts out is not what "
                 f"layer {following} takes in, so there is no residual stream to steer"
             )
-    return decoder
+    return replace(decoder, whole=all(out.shape[1] == ids.shape[1] for out in left.values()))
 
 
 def _plain_ids(model: Any) -> Tensor:

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from vlm_safeguard.model.kv_cache import NAME, cache_of
 from vlm_safeguard.model.positions import rescales
 from vlm_safeguard.model.residual_stream import find_decoder
-from vlm_safeguard.model.text_only import head_in_one_piece
+from vlm_safeguard.model.text_only import head_in_one_piece, kept_column
 from vlm_safeguard.model.weights import input_device
 from vlm_safeguard.model.words import unlike_requests
 
@@ -70,35 +70,36 @@ class SharedPrefix:
             self._layers = [(layer.keys, layer.values) for layer in cache.layers]
             self._weights = _versions(model)
 
-    def forward(self, inputs: dict[str, Tensor]) -> Any:
+    def forward(self, inputs: dict[str, Tensor], behind: int = 0) -> Any:
         """The model's output for inputs padded on the left, of the columns after the beginning
-        where it is shared. Logits are those of the last column."""
+        where it is shared. Logits are those of the last column, or of that with ``behind`` more
+        after it."""
         with head_in_one_piece(self._model):
-            rest = self.rest(inputs) or inputs | {"use_cache": False}
-            return self._model(**rest, logits_to_keep=1)
+            rest = self.rest(inputs, behind) or inputs | {"use_cache": False}
+            return self._model(**rest, logits_to_keep=kept_column(behind))
 
-    def rest(self, inputs: dict[str, Tensor]) -> dict[str, Any] | None:
-        """What the model's forward takes for inputs padded on the left, after the beginning; None
-        where the beginning is not shared."""
-        cut = self._cut(inputs)
+    def rest(self, inputs: dict[str, Tensor], behind: int = 0) -> dict[str, Any] | None:
+        """What the model's forward takes for inputs padded on the left, after the beginning, with
+        logits as in ``forward``; None where the beginning is not shared."""
+        cut = self._cut(inputs, behind)
         if cut is None:
             return None
         cache = DynamicCache()
         cache.layers = [_Begun(*layer, len(cut["input_ids"])) for layer in self._layers]
         return cut | {NAME: cache, "use_cache": True}
 
-    def _cut(self, inputs: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    def _cut(self, inputs: dict[str, Tensor], behind: int) -> dict[str, Tensor] | None:
         """The inputs without the common beginning; None where they cannot be cut."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool().long()
-        length = len(self.tokens)
-        if not self._layers or not set(inputs) <= PLAIN or ids.shape[1] <= length + 1:
+        length, width = len(self.tokens), ids.shape[1] - behind
+        if not self._layers or not set(inputs) <= PLAIN or width <= length + 1:
             return None
         if self._model.training or _versions(self._model) != self._weights:
             return None
         begin = ids.shape[1] - mask.sum(1, keepdim=True)  # (B, 1): first column of each row
         columns = begin + torch.arange(length, device=ids.device)
-        # A row needs a token behind the beginning.
-        if (begin + length >= ids.shape[1]).any() or (ids.gather(1, columns) != self.tokens).any():
+        # A row needs a token between the beginning and those that come ``behind``.
+        if (begin + length >= width).any() or (ids.gather(1, columns) != self.tokens).any():
             return None
         # Every row gives up its first ``length`` tokens; padding moves between them and the rest.
         kept = mask[:, length:].clone()

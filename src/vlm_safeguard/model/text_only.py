@@ -228,7 +228,11 @@ def positions_of(attention_mask: Tensor) -> Tensor:
 
 
 def text_pass(
-    model: Any, ids: Tensor, mask: Tensor, forward: Callable[..., Any] | None = None
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    forward: Callable[..., Any] | None = None,
+    behind: int = 0,
 ) -> Any:
     """Run the model on text, so that hooks on its decoder layers can read the hidden states.
 
@@ -239,11 +243,12 @@ def text_pass(
         model: the whole VLM.
         ids, mask: token ids and attention mask (B, T), padded on either side.
         forward: the model's own ``forward``, if a guard has replaced it.
+        behind: how many columns come behind that whose logits are computed.
     """
     known = inspect.signature(type(model).forward).parameters
     options: dict[str, Any] = {"position_ids": positions_of(mask), "use_cache": False}
     if "logits_to_keep" in known:
-        options["logits_to_keep"] = 1
+        options["logits_to_keep"] = kept_column(behind)
     if "token_type_ids" in known:  # 0 is text, 1 what comes after it (PaliGemma) or a picture
         options["token_type_ids"] = torch.zeros_like(ids)
     return (forward or model.forward)(input_ids=ids, attention_mask=mask, **options)
@@ -269,8 +274,15 @@ def head_in_one_piece(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-def last_logits(output: Any) -> Tensor:
-    """The logits (B, vocabulary) at the last column of what ``text_pass`` returned.
+def kept_column(behind: int) -> int | slice:
+    """What a model's ``logits_to_keep`` is told, for the logits at one column with ``behind`` more
+    after it. Models take a tensor of columns too, but it would have to be where the states are."""
+    return slice(-1 - behind, -behind) if behind else 1
+
+
+def last_logits(output: Any, behind: int = 0) -> Tensor:
+    """The logits (B, vocabulary) at the last column of what a pass returned, or at that with
+    ``behind`` more after it, of all or alone (``kept_column``).
 
     Raises:
         ModelError: the model returns no logits.
@@ -281,4 +293,4 @@ def last_logits(output: Any) -> Tensor:
             "the model's forward returns no `logits`, which the guard's text gate reads: load the "
             "model with its language modelling head"
         )
-    return logits[:, -1]
+    return logits[:, -1] if logits.shape[1] == 1 else logits[:, -1 - behind]

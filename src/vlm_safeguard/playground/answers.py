@@ -78,6 +78,7 @@ class Answerer:
     def __init__(self, loaded: LoadedModel, guard: Guard, max_new_tokens: int) -> None:
         self.loaded, self.guard, self.max_new_tokens = loaded, guard, max_new_tokens
         self.layer = state_layer(guard.config)
+        self._probe = len(guard.config.frame.probe) if guard.config.frame else 0
 
     @torch.inference_mode()
     def answer(self, query: Query, tell: Callable[[Event], None], stopped: Flag) -> None:
@@ -121,8 +122,9 @@ class Answerer:
 
             def begun() -> None:
                 if states is not None:
-                    as_text = states[0] if query.image is not None and len(states) > 1 else None
-                    tell(Decided(session.decisions[0], as_text, states[-1]))
+                    whole = query.image is not None and len(states) > 1
+                    as_text = states[0][-1 - self._probe] if whole else None
+                    tell(Decided(session.decisions[0], as_text, states[-1][-1]))
 
             output = model.generate(
                 **inputs,
@@ -136,14 +138,15 @@ class Answerer:
 
     @contextmanager
     def _watched(self) -> Iterator[list[Tensor]]:
-        """States at the last prompt token after ``layer``, of each pass over a whole prompt: first
-        the text-only pass, if it gets there, then the request's own."""
+        """States (n, d) at the last tokens after ``layer``, of each pass over a whole prompt: first
+        the text-only pass, if it gets there, with the guard's probe at its end, then the request's
+        own."""
         seen: list[Tensor] = []
 
         def see(output: Any) -> None:
             hidden = hidden_of(output)
             if hidden.shape[1] > 1:  # decoding steps are one column wide
-                seen.append(hidden[0, -1].float().cpu())
+                seen.append(hidden[0, -1 - self._probe :].float().cpu())
 
         # Before the guard's own hooks: the text-only pass ends at the last of them.
         hook = watch_layer(find_decoder(self.loaded.model), self.layer, see)

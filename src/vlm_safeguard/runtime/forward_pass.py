@@ -23,8 +23,13 @@ from vlm_safeguard.errors import GuardRuntimeError
 from vlm_safeguard.model.kv_cache import cache_of
 from vlm_safeguard.model.residual_stream import EnoughSeen, hidden_of
 from vlm_safeguard.model.shared_prefix import SharedPrefix
-from vlm_safeguard.model.text_only import head_in_one_piece, last_logits, text_pass
-from vlm_safeguard.model.words import with_mean, word_weights
+from vlm_safeguard.model.text_only import (
+    head_in_one_piece,
+    kept_column,
+    last_logits,
+    text_pass,
+)
+from vlm_safeguard.model.words import readings, word_weights
 from vlm_safeguard.runtime import validation
 from vlm_safeguard.runtime.gate import GateReading, Gates
 from vlm_safeguard.runtime.request import Request, Span
@@ -183,7 +188,8 @@ class TextPass(ForwardPass):
     """The text-only pass. It ends at the last layer that is needed.
 
     ``layers``: all guarded layers, in order. ``shared``: keys and values of what texts begin with.
-    ``frame``: where the words of a text are, for gates that read their mean.
+    ``frame``: where the words of a text are, for gates that read their mean, and the probe behind
+    it.
     """
 
     def __init__(
@@ -197,39 +203,43 @@ class TextPass(ForwardPass):
     ) -> None:
         super().__init__(request, layers, range(0))
         self._shared, self._frame = shared, frame
+        self._probe = len(frame.probe) if frame else 0
         self._weights: Tensor | None = None
         self._gates, self._steerer = GateReading(gates, "text", any(request.judged)), steerer
         self._all = self._gates.layers | steerer.reads_text
 
     @torch.no_grad()
     def run(self, model: Any, forward: Any, ids: Tensor, mask: Tensor) -> None:
-        """Run the text-only version of the request: ``ids`` and ``mask`` (B, T), left-padded.
+        """Run the text-only version of the request: ``ids`` and ``mask`` (B, T), left-padded, with
+        the probe of the frame behind it.
 
         Raises:
             GuardRuntimeError: a layer did not run, or a gate score is not finite.
         """
         output = None
+        text = {"input_ids": ids, "attention_mask": mask}
         with suppress(EnoughSeen), head_in_one_piece(model):
-            text = {"input_ids": ids, "attention_mask": mask}
-            rest = self._shared.rest(text) if self._shared else None
+            rest = self._shared.rest(text, self._probe) if self._shared else None
+            given = (rest or text)["input_ids"]
             if self._frame is not None:
-                columns = (rest or text)["input_ids"].shape[1]
-                self._weights = word_weights(mask.sum(1), columns, self._frame)
+                self._weights = word_weights(mask.sum(1), given.shape[1], self._frame)
             if rest:
-                output = forward(**rest, logits_to_keep=1)
+                output = forward(**rest, logits_to_keep=kept_column(self._probe))
             else:
-                output = text_pass(model, ids, mask, forward)
+                output = text_pass(model, ids, mask, forward, self._probe)
         self.finish(output)
 
     def visit(self, layer: int, output: Any) -> None:
         self.seen.append(layer)
         hidden = hidden_of(output)
+        if self._probe:
+            self._check_whole(hidden)
         # Copied: a view would keep all columns in memory.
-        state = hidden[:, -1].to(torch.float32, copy=True)
+        state = hidden[:, -1 - self._probe].to(torch.float32, copy=True)
+        seen = state
         if layer in self._gates.mean_layers:
-            self._gates.read(self.request, layer, with_mean(hidden, self._word_weights(hidden)))
-        else:
-            self._gates.read(self.request, layer, state)
+            seen = readings(hidden, self._check_whole(hidden), self._probe)
+        self._gates.read(self.request, layer, seen)
         self._steerer.read_text(self.request, layer, state)
         if not self._gates.reads_logits and layer == max(self._needed()):
             raise EnoughSeen
@@ -245,11 +255,12 @@ class TextPass(ForwardPass):
                 "removed or bypassed"
             )
         if self._gates.reads_logits:
-            self._gates.read_logits(self.request, last_logits(output))
+            self._gates.read_logits(self.request, last_logits(output, self._probe))
         self.request.text_calls.count(len(self.seen), len(expected))
 
-    def _word_weights(self, hidden: Tensor) -> Tensor:
-        """Of the words among the columns of this pass, at a layer that puts out all of them."""
+    def _check_whole(self, hidden: Tensor) -> Tensor:
+        """Check that a layer puts out all columns of this pass; the weights of the words among
+        them."""
         if self._weights is None or hidden.shape[1] != self._weights.shape[1]:
             raise GuardRuntimeError(
                 "the request is blocked: a layer of the text-only pass does not put out all of "

@@ -21,7 +21,8 @@ from vlm_safeguard.runtime.request import Request
 class LinearGate:
     """``s_l = h_l(q) . v_l - b_l``: one vector and one threshold per layer.
 
-    With ``reads_mean``, h_l(q) is followed by the mean of h_l over the words (``model.words``).
+    With ``reads_mean``, h_l(q) is followed by the mean of h_l over the words, and with
+    ``reads_probe`` by the state at the end of the probe (``model.words.readings``).
 
     Attributes:
         reads_logits: whether the logits of the first answer token add to the score (``refusal``).
@@ -31,7 +32,7 @@ class LinearGate:
     reads_logits = False
 
     def __init__(self, vectors: Tensor, thresholds: Tensor) -> None:
-        """``vectors``: (n, d), or (n, 2 d) with ``reads_mean``. ``thresholds``: (n,)."""
+        """``vectors``: (n, d), or (n, k d) where k states are read. ``thresholds``: (n,)."""
         self.vectors, self.thresholds = vectors, thresholds
 
     @classmethod
@@ -43,7 +44,7 @@ class LinearGate:
         """Scores (B, n) of states (B, n, d) at the gate's layers ``places``, one per layer. Without
         ``per_layer``, the gate's score is their sum.
 
-        States with a mean behind them, (B, n, 2 d), serve gates that read none too.
+        States with others behind them, (B, n, k d), serve gates that read fewer too.
         """
         if self.vectors.device != states.device:  # once: the last layer of a gate stays in place
             self.vectors = self.vectors.to(states.device)
@@ -210,7 +211,7 @@ class GateReading:
 
     def read(self, request: Request, layer: int, states: Tensor) -> None:
         """Take a layer's states (B, d) at the last prompt token and score the gates it decides.
-        At ``mean_layers`` their mean over the words stands behind them, (B, 2 d).
+        At ``mean_layers`` all that is read of a text stands behind them, (B, k d).
 
         A gate with ``per_layer`` is scored at each of its layers, others after their last layer, or
         by ``read_logits``.

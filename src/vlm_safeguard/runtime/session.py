@@ -23,6 +23,7 @@ from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.shared_prefix import SharedPrefix
 from vlm_safeguard.model.text_only import padded, rows_of, with_pictures
 from vlm_safeguard.model.text_reader import TextReader
+from vlm_safeguard.model.words import with_probe
 from vlm_safeguard.runtime import media, prompt_inputs, validation
 from vlm_safeguard.runtime.attestation import Attestation, Decision, attest, decisions_of
 from vlm_safeguard.runtime.compiling import uncompiled, untraced
@@ -268,8 +269,6 @@ class Session:
                     self.model, self.config.markup, ids, mask, options.get("inputs_embeds")
                 )
             validation.check_rows(request, text)
-            told = "the request as text"
-            validation.check_length(self.model, *text, self.config.markup, told)
             self._read_text(request, ids, *text)
         self._request = request
         return request
@@ -296,7 +295,7 @@ class Session:
                 if self.config.reads_sentences:
                     single += [(row, one) for one in self._reader.sentences(text)]
         request.verdictless = frozenset(row for row, _ in canonical)
-        self._text_pass(request, ids, mask)
+        self._text_pass(request, ids, mask, "the request as text")
         for readings in (canonical, single):
             readings.sort(key=lambda reading: len(reading[1]))  # less padding
             for start in range(0, len(readings), READINGS):
@@ -306,13 +305,18 @@ class Session:
                 texts = [ids.new_tensor(reading) for _, reading in some]
                 batch = padded(texts, self.config.markup.pad_id)
                 told = "the request's text in canonical form"  # NFKC may make it longer
-                validation.check_length(self.model, *batch, self.config.markup, told)
-                self._text_pass(part, *batch)
+                self._text_pass(part, *batch, told)
                 request.take_worse(rows, part)
 
-    def _text_pass(self, request: Request, ids: Tensor, mask: Tensor) -> None:
+    def _text_pass(self, request: Request, ids: Tensor, mask: Tensor, told: str) -> None:
+        frame = self.config.frame
+        if frame is not None and frame.probe:
+            text = with_probe({"input_ids": ids, "attention_mask": mask}, frame.probe)
+            ids, mask = text["input_ids"], text["attention_mask"]
+            told += " with the guard's probe behind it"
+        validation.check_length(self.model, ids, mask, self.config.markup, told)
         self._pass = reading = TextPass(
-            request, self._layers, self._gates, self._steerer, self._shared, self.config.frame
+            request, self._layers, self._gates, self._steerer, self._shared, frame
         )
         try:
             reading.run(self.model, self._hooks.forward, ids, mask)

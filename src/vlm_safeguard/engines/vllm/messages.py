@@ -25,7 +25,8 @@ class Order:
     Attributes:
         guard: digest of the guard.
         texts: token ids of the request as text, of its canonical form if that differs, and of
-            each of its sentences if the guard reads those; none if the guard reads no text.
+            each of its sentences if the guard reads those, all with the guard's probe behind them;
+            none if the guard reads no text.
         sentences: how many of the texts, at the end, are single sentences.
         wordless: whether the text says nothing, so that text gates stay shut.
         canary: whether to report how far steering moved the states (the self-check).

@@ -58,7 +58,7 @@ class RunnerGuard:
             layers[layer].register_forward_hook(partial(layer_operator.show, number=layer))
             for layer in self._layers
         ]
-        self._watch_logits(model)
+        self._watch_head(model)
 
     # -- one step of the runner --------------------------------------------------------------------
 
@@ -155,7 +155,9 @@ class RunnerGuard:
             )
             for number, name in enumerate(ids)
         ]
-        self._run(Step(rows, self._layers, self._gates, self._steerer))
+        frame = self._config.frame
+        probe = len(frame.probe) if frame is not None else 0
+        self._run(Step(rows, self._layers, self._gates, self._steerer, probe))
 
     def _run(self, step: Step | None) -> None:
         self._step = step
@@ -191,7 +193,7 @@ class RunnerGuard:
             verdictless=none if role.judged else row,
         )
 
-    def _watch_logits(self, model: nn.Module) -> None:
+    def _watch_head(self, model: nn.Module) -> None:
         own: Callable[..., Tensor | None] = getattr(model, _LOGITS)
 
         def compute_logits(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -200,7 +202,12 @@ class RunnerGuard:
                 self._step.read_logits(hidden_states, logits)
             return logits
 
+        def see(_: nn.Module, __: Any, output: Any) -> None:
+            if self._step is not None:
+                self._step.read_states(output[0] if isinstance(output, tuple) else output, own)
+
         setattr(model, _LOGITS, compute_logits)
+        model.register_forward_hook(see)
 
 
 def guarded_layers(guard: Guard, monitor: bool) -> list[int]:

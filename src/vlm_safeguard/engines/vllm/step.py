@@ -6,7 +6,7 @@ returns that as two tensors, whose sum is the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,16 +72,23 @@ class Step:
         rows: all rows of the batch, in order.
         layers: the guarded layers, in order.
         gates, steerer: the guard's.
+        probe: so many tokens stand behind each text (``TextFrame``).
     """
 
     def __init__(
-        self, rows: Sequence[BatchRow], layers: Sequence[int], gates: Gates, steerer: Steerer
+        self,
+        rows: Sequence[BatchRow],
+        layers: Sequence[int],
+        gates: Gates,
+        steerer: Steerer,
+        probe: int = 0,
     ) -> None:
-        self.rows, self._layers, self._steerer = rows, layers, steerer
+        self.rows, self._layers, self._steerer, self._probe = rows, layers, steerer, probe
         self._seen: list[int] = []
         self._broken: set[int] = set()  # numbers of rows
         self._texts: list[_Reading] = []
         self._words = WordReading()
+        self._said: list[tuple[Watched, int]] = []  # texts, and the place of their last token
         self._prompts: list[_Reading] = []
         self._places: list[_Place] = []
         self.read = False  # whether ``read_logits`` was called
@@ -114,14 +121,28 @@ class Step:
             return
         stream = _ResidualStream(hidden, residual)
         if layer in self._text_layers:
-            means = None
-            if self._words and layer in self._mean_layers:
-                means = self._words.means(layer, stream.at, stream.device)
-            self._read(self._texts, layer, stream, means)
-        if layer in self._prompt_layers:
-            self._read(self._prompts, layer, stream)
+            self._read_texts(layer, stream)
+        if layer in self._prompt_layers and self._prompts:
+            states = stream.at([reading.row.last for reading in self._prompts]).float()
+            self._read(self._prompts, layer, states, states)
         if self._places and layer in self._steerer.layers:
             self._steer(layer, stream)
+
+    def read_states(self, states: Tensor, head: Callable[[Tensor], Tensor | None]) -> None:
+        """Take the logits at the last token of texts with a probe behind it, of which vLLM asks no
+        logits.
+
+        Args:
+            states: what the model puts out for all tokens of the batch, (T, d).
+            head: makes logits (b, vocabulary) of some of them; none on some ranks.
+        """
+        if not self._said:
+            return
+        places = torch.tensor([place for _, place in self._said], device=states.device)
+        logits = head(states.index_select(0, places))
+        for number, (watched, _) in enumerate(self._said):
+            # Copied: a view would keep those of all texts in memory.
+            watched.logits = None if logits is None else logits[number : number + 1].clone()
 
     def read_logits(self, states: Tensor, logits: Tensor | None) -> None:
         """Take the logits (requests, vocabulary) at each row's last token of this pass, and the
@@ -141,14 +162,17 @@ class Step:
         self.read = True
         self._check_finite(states, logits)
         for reading in self._texts:
-            if not reading.gates.reads_logits or reading.row.watched.failed:
+            watched, number = reading.row.watched, reading.row.number
+            if not reading.gates.reads_logits or watched.failed:
                 continue
-            if logits is None:
-                reading.row.watched.fail("the logits of its text are not on this worker")
+            found = None if logits is None else logits[number : number + 1]
+            if self._probe:
+                found, watched.logits = watched.logits, None
+            if found is None:
+                watched.fail("the logits of its text are not on this worker")
                 continue
-            with _Failing(reading.row.watched):
-                number = reading.row.number
-                reading.gates.read_logits(reading.row.watched.request, logits[number : number + 1])
+            with _Failing(watched):
+                reading.gates.read_logits(watched.request, found)
 
     def _check_finite(self, states: Tensor, logits: Tensor | None) -> None:
         finite = states.isfinite().all(1)
@@ -195,8 +219,14 @@ class Step:
         if watched.words is not None and not watched.decided:
             with _Failing(watched):
                 self._words.add(watched.words, row.start, row.columns, row.ends_prompt)
-        if row.ends_prompt and not watched.failed:
-            self._texts.append(_Reading(row, GateReading(gates, "text", watched.role.judged)))
+        if watched.failed or watched.decided:
+            return
+        reading = _Reading(row, GateReading(gates, "text", watched.role.judged))
+        last = watched.width - 1 - self._probe
+        if self._probe and reading.gates.reads_logits and last in row.columns:
+            self._said.append((watched, row.start + last - row.columns.start))
+        if row.ends_prompt:
+            self._texts.append(reading)
 
     def _steerable(self, row: BatchRow) -> list[_Place]:
         found = []
@@ -206,18 +236,25 @@ class Step:
                 found.append(_Place(row, row.start + first, stop - first, span.at_prompt))
         return found
 
-    def _read(
-        self,
-        readings: list[_Reading],
-        layer: int,
-        stream: _ResidualStream,
-        means: Tensor | None = None,
-    ) -> None:
-        """``means``: over the words of the texts that are read, (b, d)."""
-        if not readings:
+    def _read_texts(self, layer: int, stream: _ResidualStream) -> None:
+        words = layer in self._mean_layers
+        sums = None
+        if self._words and (words or self._probe):
+            sums = self._words.read(layer, stream.at, stream.device, words)  # (b, k, d)
+        if not self._texts:
             return
-        states = stream.at([reading.row.last for reading in readings]).float()
-        seen = states if means is None else torch.cat([states, means], 1)
+        ends = stream.at([reading.row.last for reading in self._texts]).float()
+        if sums is None:
+            self._read(self._texts, layer, ends, ends)
+        elif self._probe:
+            seen = torch.cat([sums.flatten(1), ends], 1)
+            self._read(self._texts, layer, sums[:, 0], seen)
+        else:
+            self._read(self._texts, layer, ends, torch.cat([ends, sums.flatten(1)], 1))
+
+    def _read(self, readings: list[_Reading], layer: int, states: Tensor, seen: Tensor) -> None:
+        """Take the states (b, d) at the last token of each prompt or text, and all that gates may
+        see of it (``model.words.readings``), which begins with them."""
         for number, reading in enumerate(readings):
             watched, state = reading.row.watched, states[number : number + 1]
             if watched.failed:

@@ -31,6 +31,7 @@ class TextForms:
         self._reads_text = reads_text(guard)
         self._by_sentence = config.reads_sentences
         self._reads_means = config.frame is not None
+        self._probe = list(config.frame.probe) if config.frame is not None else []
         self._reader = TextReader(processor) if has_text_gates else None
         self._turn_end = render(processor, PROBE).rpartition(PROBE)[2]
 
@@ -66,19 +67,17 @@ class TextForms:
             # The number of kept tokens in front of each picture.
             places = [sum(place < picture.start for place in kept) for picture in pictures]
             text = self._with_words(text, places, words)
-        if self._reader is None:
-            return Order(self._digest, [text], canary=canary)
-        if pictures and not self._reader.has_words(text):
-            return Order(
-                self._digest, [text], wordless=True, canary=canary, uncached=self._reads_means
-            )
-        canonical = self._reader.other_form(text)
-        whole = [text] if canonical is None else [text, canonical]
-        single = self._reader.sentences(text) if self._by_sentence else []
+        whole, single = [text], list[list[int]]()
+        wordless = bool(pictures) and not (self._reader is None or self._reader.has_words(text))
+        if self._reader is not None and not wordless:
+            canonical = self._reader.other_form(text)
+            whole += [] if canonical is None else [canonical]
+            single = self._reader.sentences(text) if self._by_sentence else []
         return Order(
             self._digest,
-            whole + single,
+            [one + self._probe for one in whole + single],
             sentences=len(single),
+            wordless=wordless,
             canary=canary,
             uncached=self._reads_means,
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from vlm_safeguard.engines.vllm.messages import Report, Role
 from vlm_safeguard.engines.vllm.word_sums import WordSums
 from vlm_safeguard.errors import GuardRuntimeError
@@ -21,6 +23,8 @@ class Watched:
         request: its gates, coordinates and doses. Of a text: those of the request it is read for.
         width: number of its own prompt tokens.
         words: of a text whose words a gate reads the mean of: the sums so far.
+        logits: of a text with a probe behind it: those at its last token, (1, vocabulary), until
+            its gates read them.
         decided: whether its prompt was read to the end. What was decided stays, also where vLLM
             computes the prompt again.
         failed: why there will be no answer; "" if nothing went wrong.
@@ -32,6 +36,7 @@ class Watched:
     request: Request
     width: int
     words: WordSums | None = None
+    logits: Tensor | None = None
     decided: bool = False
     failed: str = ""
     moved: dict[str, float] = field(default_factory=dict)

@@ -27,5 +27,7 @@ def build(guard: Guard) -> Defence:
         tensors[f"anchor.{layer}"] = guard.tensors[f"anchor.{layer}"][:1].contiguous()
     tensors["gate.0"] = torch.cat([tensors[f"directions.{n}"] for n in layers])
     gate = Gate(source="vlm", layers=layers, thresholds=[0.0] * len(layers), per_layer=True)
-    made = changed(guard, tensors, steering=steering, gates=[gate], reads_pictures=False)
+    made = changed(
+        guard, tensors, steering=steering, gates=[gate], frame=None, reads_pictures=False
+    )
     return Defence("paper-formula", guard=made)

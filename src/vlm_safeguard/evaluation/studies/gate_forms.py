@@ -223,7 +223,7 @@ def _held(
     items = [p for p in held if p in within([p], "text")]
     what = f"held-back prompts, {setting}"
     asked = queries(items, setting)
-    frame = find_frame(loaded.processor) if setting == "text" else None
+    frame = find_frame(loaded) if setting == "text" else None
     states, signs = record_signs(loaded, asked, openings, folder, what, progress, frame=frame)
     harmful = torch.tensor([p.harmful for p in items])
     counted = torch.tensor([p.harmful or p.ordinary for p in items])

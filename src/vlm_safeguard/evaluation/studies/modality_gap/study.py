@@ -85,13 +85,7 @@ def study(
     if guard:
         guard.check_model(loaded.model)
     read = reader().words if reads_pictures(guard) else None
-    frame = guard.config.frame if guard else None
     progress = progress or Progress(quiet=True)
-
-    def run(talks: Sequence[Talk], tokens: int, what: str) -> tuple[Tensor, list[str]]:
-        return observe(
-            loaded, talks, max_new_tokens=tokens, what=what, frame=frame, progress=progress
-        )
 
     began = time.monotonic()
     every = _every(prompt_set)
@@ -110,16 +104,18 @@ def study(
         if reason:
             progress.say(f"{condition.title}: not applicable, {reason}")
             continue
-        states, said = run(talks, max_new_tokens, condition.title)
+        what = condition.title
+        states, said = observe(
+            loaded, talks, max_new_tokens=max_new_tokens, what=what, progress=progress
+        )
         verdicts = [judge(one, p.prompt) for one, p in zip(said, items, strict=True)]
         text = text or (states, verdicts)  # the first condition is text only
         table[condition.name] |= _rates(items, verdicts, text[1])
-        seen, plain = (one[..., : directions.shape[1]] for one in (states, text[0]))
-        table[condition.name]["layers"] = _layers(items, seen, plain, directions)
+        table[condition.name]["layers"] = _layers(items, states, text[0], directions)
         if guard:
             words = tuple(without_pictures(talk, read) for talk in talks)
             if words not in spoken:
-                spoken[words] = states if words == tuple(talks) else run(words, 1, "words alone")[0]
+                spoken[words] = read_texts(loaded, words, guard.config.frame, progress)
                 signs[words] = {
                     tokens: signs_of(loaded, words, tokens)
                     for tokens in {tuple(g.openings) for g in guard.config.gates if g.openings}
@@ -201,11 +197,9 @@ def observe(
     max_new_tokens: int,
     batch: int = _BATCH,
     what: str = "conversations",
-    frame: TextFrame | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, list[str]]:
     """States h_l(q) at the last prompt token, (k, L, d) float32, and greedy responses, in order.
-    With ``frame``, states as ``record`` gives them with it.
 
     Raises:
         ModelError: a state is NaN or Inf.
@@ -229,12 +223,33 @@ def observe(
             what=what,
             batch=batch,
             decoder=find_decoder(loaded.model),
-            frame=frame,
             encoded=encoded,
             run=respond,
             progress=progress,
         )
         return states.clone(), said
+
+
+def read_texts(
+    loaded: LoadedModel, talks: Sequence[Talk], frame: TextFrame | None, progress: Progress
+) -> Tensor:
+    """What text gates read of conversations without pictures, as ``record`` gives it.
+
+    Raises:
+        ModelError: a state is NaN or Inf.
+    """
+    with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as folder:
+        states = record(
+            loaded,
+            [_as_request(talk) for talk in talks],
+            Path(folder),
+            what="words alone",
+            batch=_BATCH,
+            frame=frame,
+            encoded=lambda group: inputs_of(loaded, [talks[i] for i in group]),
+            progress=progress,
+        )
+        return states.clone()
 
 
 @torch.inference_mode()
