@@ -65,7 +65,9 @@ EXTRA = 30  # prompts of a user's file, where not all are taken
 BATCH = 64  # rows: a decoding step then takes far less than two of 32
 VQA_TOKENS = 18
 OUTPUTS = ("report.html", "gap.png", "tradeoff.png", "results.json", "responses.jsonl")
-QUICK = Size(per_set=20, vqa=100, tokens=16, perplexity=32, pairs=7, effort=Effort.brief())
+# With a calibration before it, and of a guard that is given.
+QUICK = Size(per_set=12, vqa=40, tokens=16, perplexity=16, pairs=5, effort=Effort.brief())
+GIVEN = Size(per_set=20, vqa=100, tokens=16, perplexity=32, pairs=7, effort=Effort.brief())
 FULL = Size(per_set=None, vqa=2000, tokens=32, perplexity=300, pairs=25, effort=Effort())
 
 
@@ -80,7 +82,7 @@ def run_demo(
         DemoError: ``output`` cannot be written; found out before the work, not after.
     """
     _writable(output)
-    size = FULL if full else QUICK
+    size = FULL if full else GIVEN if guard_folder else QUICK
     if find_spec("easy_vqa") is None:
         raise DemoError("the demonstration needs easy-vqa: pip install 'vlm-safeguard[demo]'")
     given = Guard.from_pretrained(guard_folder) if guard_folder else None
