@@ -47,20 +47,20 @@ def requests(count: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
                 yield f"{prompt.id}/{setting}", [{"role": "user", "content": content}]
 
 
-def in_transformers(count: int, tokens: int) -> dict[str, dict[str, Any]]:
-    """Tokens, margins and decisions of the transformers path, one request after the other."""
+def in_transformers(name: str, count: int, tokens: int) -> dict[str, dict[str, Any]]:
+    """Tokens, margins and decisions of the transformers path, one request after the other.
+
+    ``name``: of the guard.
+    """
     import torch
 
     from vlm_safeguard.guard import Guard
     from vlm_safeguard.model.loading import load
 
-    loaded, guard = (
-        load(assemble(), dtype="float32", device="cpu"),
-        Guard.from_pretrained("embedded"),
-    )
+    loaded, guard = load(assemble(), dtype="float32", device="cpu"), Guard.from_pretrained(name)
     found = {}
     with guard.attach(loaded.model, loaded.processor) as session, torch.inference_mode():
-        for name, conversation in Progress().track(list(requests(count)), "in transformers"):
+        for request, conversation in Progress().track(list(requests(count)), "in transformers"):
             inputs = guard.prepare(loaded.processor, conversation)
             out = loaded.model.generate(
                 **inputs,
@@ -71,7 +71,7 @@ def in_transformers(count: int, tokens: int) -> dict[str, dict[str, Any]]:
             )
             width = inputs["input_ids"].shape[1]
             best = [logits[0].topk(2).values for logits in out.logits]
-            found[name] = {
+            found[request] = {
                 "prompt": width,
                 "tokens": out.sequences[0, width:].tolist(),
                 "margins": [float(first - second) for first, second in best],
@@ -81,13 +81,13 @@ def in_transformers(count: int, tokens: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def in_vllm(count: int, tokens: int, alone: int) -> dict[str, dict[str, Any]]:
+def in_vllm(guard: str, count: int, tokens: int, alone: int) -> dict[str, dict[str, Any]]:
     """The same of vLLM: requests that arrive at random, then ``alone`` of them one by one.
 
     Each says how many ran in the batch in which it ended, without those that the guard reads texts
     by.
     """
-    os.environ |= {"VLM_SAFEGUARD": "embedded", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    os.environ |= {"VLM_SAFEGUARD": guard, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM, SamplingParams
 
     from vlm_safeguard.engines.vllm.front_end import decisions
@@ -196,6 +196,7 @@ def _first_difference(left: list[int], right: list[int]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--guard", default="embedded")
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--alone", type=int, default=60)
@@ -206,9 +207,9 @@ def main() -> int:
     files = {side: given.output / f"{side}.json" for side in ("transformers", "vllm")}
     if given.side:
         found = (
-            in_transformers(given.count, given.tokens)
+            in_transformers(given.guard, given.count, given.tokens)
             if given.side == "transformers"
-            else in_vllm(given.count, given.tokens, given.alone)
+            else in_vllm(given.guard, given.count, given.tokens, given.alone)
         )
         files[given.side].write_text(json.dumps(found))
         return 0
