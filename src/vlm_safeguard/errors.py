@@ -39,8 +39,8 @@ class TextTooLong(PromptTooLong):
 
     def __init__(self, tokens: int, most: int) -> None:
         super().__init__(
-            "the prompt, as the guard reads it, with the words in its pictures and what it adds to a "
-            f"text, has {tokens} tokens; at most {most} are accepted"
+            "the prompt, as the guard reads it, with the words in its pictures and what it adds "
+            f"itself, has {tokens} tokens; at most {most} are accepted"
         )
         self.tokens, self.most = tokens, most
 
