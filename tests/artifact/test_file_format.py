@@ -249,12 +249,14 @@ def guards(draw):
     inner = st.recursive(
         leaves, lambda s: st.lists(s) | st.dictionaries(st.text(letters), s), max_leaves=8
     )
+    pictures = draw(st.lists(st.integers(0, 2**31 - 1), min_size=1))
+    said = st.integers(0, 2**31 - 1).filter(lambda token: token not in pictures)
     probed = any(one.reads_probe for one in gates)
     frames = st.builds(
         limits.TextFrame,
         before=st.integers(0, 65536),
         after=st.integers(0, 65536),
-        probe=st.lists(st.integers(0, 2**31 - 1), min_size=probed, max_size=256 * probed),
+        probe=st.lists(said, min_size=probed, max_size=256 * probed),
     )
     record = draw(st.dictionaries(st.text(letters).filter("budget".__ne__), inner, max_size=4))
     config = limits.GuardConfig(
@@ -268,7 +270,7 @@ def guards(draw):
             hidden_size=width,
             layers=depth,
         ),
-        markup=limits.ImageMarkup(token_ids=draw(st.lists(st.integers(0, 2**31 - 1), min_size=1))),
+        markup=limits.ImageMarkup(token_ids=pictures),
         frame=draw(frames) if any(one.reads_mean for one in gates) else None,
         gates=gates,
         steering=steering,
