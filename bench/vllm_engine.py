@@ -198,7 +198,7 @@ class Switch:
 
     def __init__(self) -> None:
         self._methods: list[tuple[Any, str, Any, Any]] = []  # vLLM's own, and the guard's
-        self._hooks: list[tuple[dict, dict]] = []  # of each layer: those in use, and all
+        self._hooks: list[tuple[dict, dict]] = []  # of each module: those in use, and all
         self._scheduler: Any = None
         self._classes: tuple[type, type] = object, object  # of the scheduler, likewise
         self._model: Any = None
@@ -232,7 +232,10 @@ class Switch:
         self._logits = vars(self._model)["compute_logits"]
         for module in self._model.modules():
             hooks = module._forward_hooks
-            if any(getattr(hook, "func", None) is layer_operator.show for hook in hooks.values()):
+            on_layer = any(
+                getattr(hook, "func", None) is layer_operator.show for hook in hooks.values()
+            )
+            if on_layer or module is self._model:  # which has no other hook than the guard's
                 self._hooks.append((hooks, dict(hooks)))
 
     def turn(self, on: bool) -> None:

@@ -249,24 +249,19 @@ class Guard:
                 "its thresholds were set on states of that type. Load the model with "
                 f'dtype="{own.dtype}" (--dtype {own.dtype}), or calibrate on this one'
             )
-        pad, known = self.config.markup.pad_id, len(model.get_input_embeddings().weight)
-        if pad >= known:
-            raise GuardError(
-                f"this guard pads with token {pad}, and the model has only {known} tokens: its "
-                "guard.json was changed, calibrate again"
-            )
+        known = len(model.get_input_embeddings().weight)
         openings = [token for gate in self.config.gates for token in gate.openings]
-        if max(openings, default=0) >= known:
-            raise GuardError(
-                f"this guard reads the probability of token {max(openings)}, and the model has "
-                f"only {known} tokens: its guard.json was changed, calibrate again"
-            )
-        probe = self.config.frame.probe if self.config.frame else []
-        if max(probe, default=0) >= known:
-            raise GuardError(
-                f"this guard adds token {max(probe)} to a text, and the model has only {known} "
-                "tokens: its guard.json was changed, calibrate again"
-            )
+        used = {
+            "pads with token {}": self.config.markup.pad_id,
+            "reads the probability of token {}": max(openings, default=0),
+            "adds token {} to a text": max(self.config.probe, default=0),
+        }
+        for use, token in used.items():
+            if token >= known:
+                raise GuardError(
+                    f"this guard {use.format(token)}, and the model has only {known} tokens: its "
+                    "guard.json was changed, calibrate again"
+                )
         if processor is not None and own.template_sha256:
             self._check_template(processor)
             self._check_markup(model, processor)

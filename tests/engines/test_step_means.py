@@ -13,6 +13,7 @@ from tests import tiny
 from tests.engines.test_step import LAYERS, rows_of, step_of, streams
 from vlm_safeguard.artifact.config import Gate, TextFrame
 from vlm_safeguard.engines.vllm.messages import Role
+from vlm_safeguard.engines.vllm.step import Step
 from vlm_safeguard.engines.vllm.watched import Watched
 from vlm_safeguard.engines.vllm.word_sums import WordSums
 from vlm_safeguard.guard import Guard
@@ -56,8 +57,8 @@ def text(guard: Guard, seed: int = 0, width: int = WIDTH) -> Row:
     return Row(watched, streams(seed, width))
 
 
-def run(guard: Guard, rows: Sequence[Row], columns: Sequence[range]) -> list[Watched]:
-    """One pass over these columns of each. Returns the requests whose prompt has ended."""
+def visited(guard: Guard, rows: Sequence[Row], columns: Sequence[range]) -> Step:
+    """A pass over these columns of each, whose layers have run."""
     step = step_of(guard, rows_of([row.watched for row in rows], list(columns)))
     for layer in LAYERS:
         parts = [
@@ -66,7 +67,12 @@ def run(guard: Guard, rows: Sequence[Row], columns: Sequence[range]) -> list[Wat
         ]
         hidden, residual = (torch.cat(halves) for halves in zip(*parts, strict=True))
         step.visit(layer, hidden, residual)
-    return step.finish()
+    return step
+
+
+def run(guard: Guard, rows: Sequence[Row], columns: Sequence[range]) -> list[Watched]:
+    """One such pass. Returns the requests whose prompt has ended."""
+    return visited(guard, rows, columns).finish()
 
 
 def words_of(guard: Guard, width: int) -> range:
@@ -196,9 +202,9 @@ class Head:
         return states @ self.weight
 
 
-@pytest.mark.parametrize("cut", range(1, WIDTH + 2))
-def test_the_verdict_is_on_the_last_token_of_the_text(model, cut: int) -> None:
-    """Not on that of the probe, also where the two are computed in different passes."""
+@pytest.fixture
+def verdict_guard(model) -> Guard:
+    """Its one gate reads the refusal signs, and a probe."""
     gate = Gate(
         kind="intent",
         source="text",
@@ -211,29 +217,28 @@ def test_the_verdict_is_on_the_last_token_of_the_text(model, cut: int) -> None:
         verdict_weight=0.5,
     )
     frame = FRAMES["probe"]
-    guard = tiny.guard(model, [gate], frame=frame, layers=list(LAYERS), reference="anchor")
-    rows, head = [text(guard, seed) for seed in range(2)], Head()
+    return tiny.guard(model, [gate], frame=frame, layers=list(LAYERS), reference="anchor")
+
+
+@pytest.mark.parametrize("cut", range(1, WIDTH + 2))
+def test_the_verdict_is_on_the_last_token_of_the_text(verdict_guard: Guard, cut: int) -> None:
+    """Not on that of the probe, also where the two are computed in different passes."""
+    rows, head = [text(verdict_guard, seed) for seed in range(2)], Head()
     width = rows[0].watched.width
     generator = torch.Generator().manual_seed(8)
     outs = torch.randn(2, width, tiny.WIDTH, generator=generator).unbind()
     for part in (range(cut), range(cut, width)):
-        step = step_of(guard, rows_of([row.watched for row in rows], [part, part]))
-        for layer in LAYERS:
-            halves = [
-                torch.cat([row.states[layer][half][part.start : part.stop] for row in rows])
-                for half in range(2)
-            ]
-            step.visit(layer, *halves)
+        step = visited(verdict_guard, rows, [part, part])
         states = torch.cat([out[part.start : part.stop] for out in outs])
         step.read_states(states, head)
         last = states.view(2, len(part), -1)[:, -1]
         step.read_logits(last, last @ head.weight)
         ended = step.finish()
     assert ended == [row.watched for row in rows] and head.rows == 2
-    vector = guard.tensors["gate.0"][0].double()
+    vector = verdict_guard.tensors["gate.0"][0].double()
     for row, out in zip(rows, outs, strict=True):
         states = sum(half.double() for half in row.states[1])
-        words = words_of(guard, WIDTH)
+        words = words_of(verdict_guard, WIDTH)
         seen = [states[WIDTH - 1], states[words.start : words.stop].mean(0), states[width - 1]]
         logits = (out[WIDTH - 1] @ head.weight).double()
         said = logits.log_softmax(0)[[4, 9]].logsumexp(0)
@@ -243,26 +248,12 @@ def test_the_verdict_is_on_the_last_token_of_the_text(model, cut: int) -> None:
         assert row.watched.logits is None
 
 
-def test_a_text_whose_logits_did_not_come_fails(model) -> None:
+def test_a_text_whose_logits_did_not_come_fails(verdict_guard: Guard) -> None:
     """On a rank that computes none, or where the model was not seen to run."""
-    gate = Gate(
-        kind="intent",
-        source="text",
-        layers=[1],
-        thresholds=[0.0],
-        reads_mean=True,
-        reads_probe=True,
-        openings=[4],
-        verdict_weight=0.5,
-    )
-    frame = FRAMES["probe"]
-    guard = tiny.guard(model, [gate], frame=frame, layers=list(LAYERS), reference="anchor")
     for unseen in (True, False):
-        row = text(guard)
+        row = text(verdict_guard)
         width = row.watched.width
-        step = step_of(guard, rows_of([row.watched], [range(width)]))
-        for layer in LAYERS:
-            step.visit(layer, *(half.clone() for half in row.states[layer]))
+        step = visited(verdict_guard, [row], [range(width)])
         if not unseen:
             step.read_states(torch.zeros(width, tiny.WIDTH), lambda _: None)
         step.read_logits(torch.zeros(1, tiny.WIDTH), torch.zeros(1, 40))

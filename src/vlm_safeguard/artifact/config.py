@@ -234,6 +234,11 @@ class GuardConfig(_StrictSettings):
     calibration: dict[str, Any] = {}
     tensors_sha256: _Sha256OrNone = ""  # "" while a guard is made; no file is without it
 
+    @property
+    def probe(self) -> list[int]:
+        """The tokens that the guard adds behind a text; may be none."""
+        return self.frame.probe if self.frame else []
+
     @model_validator(mode="after")
     def _gates_reach_layers(self) -> GuardConfig:
         """Refuse a gate that could open without steering anything (see ``Request.open_at``)."""
@@ -242,10 +247,9 @@ class GuardConfig(_StrictSettings):
             raise ValueError("reference `verdict` needs a gate of kind intent, for verdicts")
         if any(gate.reads_mean for gate in self.gates) != (self.frame is not None):
             raise ValueError("gates with reads_mean need a frame, and no others do")
-        probe = self.frame.probe if self.frame else []
-        if any(gate.reads_probe for gate in self.gates) != bool(probe):
+        if any(gate.reads_probe for gate in self.gates) != bool(self.probe):
             raise ValueError("gates with reads_probe need a frame with a probe, and no others do")
-        if set(probe) & set(self.markup.token_ids):
+        if set(self.probe) & set(self.markup.token_ids):
             raise ValueError("a probe holds no image tokens")
         for index, gate in enumerate(self.gates):
             if gate.per_layer and not set(gate.layers) & set(steering.layers):

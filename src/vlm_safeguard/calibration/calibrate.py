@@ -133,6 +133,7 @@ def calibrate(
             pairs,
             markup,
             fitted,
+            find_frame(loaded),
             reads_pictures,
             reads_sentences,
             data.sha256,
@@ -188,13 +189,14 @@ def _separability(
 
 @dataclass(frozen=True)
 class _Foundation:
-    """What all steering candidates share: directions, gates, markup and data."""
+    """What all steering candidates share: directions, gates, markup, frame and data."""
 
     loaded: LoadedModel
     directions: dict[int, Tensor]
     pairs: Tensor
     markup: ImageMarkup
     gates: Mapping[GateName, GateFit]
+    frame: TextFrame | None
     reads_pictures: bool
     reads_sentences: bool
     data_sha256: Mapping[str, str]
@@ -238,7 +240,7 @@ class _Foundation:
                 layers=len(decoder.layers),
             ),
             markup=self.markup,
-            frame=self._frame(gates),
+            frame=self._needed(gates),
             gates=gates,
             steering=steering,
             reads_pictures=self.reads_pictures,
@@ -247,9 +249,10 @@ class _Foundation:
         )
         return Guard(config, tensors)
 
-    def _frame(self, gates: Sequence[Gate]) -> TextFrame | None:
-        """What stands around the words of a text, as far as these gates need it."""
-        frame = find_frame(self.loaded) if any(gate.reads_mean for gate in gates) else None
-        if frame is None or any(gate.reads_probe for gate in gates):
-            return frame
-        return frame.model_copy(update={"probe": []})
+    def _needed(self, gates: Sequence[Gate]) -> TextFrame | None:
+        """The frame, as far as these gates need it."""
+        if self.frame is None or not any(gate.reads_mean for gate in gates):
+            return None
+        if any(gate.reads_probe for gate in gates):
+            return self.frame
+        return self.frame.model_copy(update={"probe": []})

@@ -67,7 +67,7 @@ VQA_TOKENS = 18
 OUTPUTS = ("report.html", "gap.png", "tradeoff.png", "results.json", "responses.jsonl")
 # With a calibration before it, and of a guard that is given.
 QUICK = Size(per_set=12, vqa=40, tokens=16, perplexity=16, pairs=5, effort=Effort.brief())
-GIVEN = Size(per_set=20, vqa=100, tokens=16, perplexity=32, pairs=7, effort=Effort.brief())
+GIVEN = replace(QUICK, per_set=20, vqa=100, perplexity=32, pairs=7)
 FULL = Size(per_set=None, vqa=2000, tokens=32, perplexity=300, pairs=25, effort=Effort())
 
 

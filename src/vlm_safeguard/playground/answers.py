@@ -78,7 +78,7 @@ class Answerer:
     def __init__(self, loaded: LoadedModel, guard: Guard, max_new_tokens: int) -> None:
         self.loaded, self.guard, self.max_new_tokens = loaded, guard, max_new_tokens
         self.layer = state_layer(guard.config)
-        self._probe = len(guard.config.frame.probe) if guard.config.frame else 0
+        self._probe = len(guard.config.probe)
 
     @torch.inference_mode()
     def answer(self, query: Query, tell: Callable[[Event], None], stopped: Flag) -> None:

@@ -232,13 +232,13 @@ class TextPass(ForwardPass):
     def visit(self, layer: int, output: Any) -> None:
         self.seen.append(layer)
         hidden = hidden_of(output)
-        if self._probe:
-            self._check_whole(hidden)
+        read_whole = bool(self._probe) or layer in self._gates.mean_layers
+        weights = self._check_whole(hidden) if read_whole else None
         # Copied: a view would keep all columns in memory.
         state = hidden[:, -1 - self._probe].to(torch.float32, copy=True)
         seen = state
-        if layer in self._gates.mean_layers:
-            seen = readings(hidden, self._check_whole(hidden), self._probe)
+        if weights is not None and layer in self._gates.mean_layers:
+            seen = readings(hidden, weights, self._probe)
         self._gates.read(self.request, layer, seen)
         self._steerer.read_text(self.request, layer, state)
         if not self._gates.reads_logits and layer == max(self._needed()):

@@ -309,14 +309,13 @@ class Session:
                 request.take_worse(rows, part)
 
     def _text_pass(self, request: Request, ids: Tensor, mask: Tensor, told: str) -> None:
-        frame = self.config.frame
-        if frame is not None and frame.probe:
-            text = with_probe({"input_ids": ids, "attention_mask": mask}, frame.probe)
+        if self.config.probe:
+            text = with_probe({"input_ids": ids, "attention_mask": mask}, self.config.probe)
             ids, mask = text["input_ids"], text["attention_mask"]
             told += " with the guard's probe behind it"
         validation.check_length(self.model, ids, mask, self.config.markup, told)
         self._pass = reading = TextPass(
-            request, self._layers, self._gates, self._steerer, self._shared, frame
+            request, self._layers, self._gates, self._steerer, self._shared, self.config.frame
         )
         try:
             reading.run(self.model, self._hooks.forward, ids, mask)

@@ -155,8 +155,7 @@ class RunnerGuard:
             )
             for number, name in enumerate(ids)
         ]
-        frame = self._config.frame
-        probe = len(frame.probe) if frame is not None else 0
+        probe = len(self._config.probe)
         self._run(Step(rows, self._layers, self._gates, self._steerer, probe))
 
     def _run(self, step: Step | None) -> None:

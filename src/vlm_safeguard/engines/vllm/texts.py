@@ -31,7 +31,7 @@ class TextForms:
         self._reads_text = reads_text(guard)
         self._by_sentence = config.reads_sentences
         self._reads_means = config.frame is not None
-        self._probe = list(config.frame.probe) if config.frame is not None else []
+        self._probe = config.probe
         self._reader = TextReader(processor) if has_text_gates else None
         self._turn_end = render(processor, PROBE).rpartition(PROBE)[2]
 
