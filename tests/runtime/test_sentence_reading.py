@@ -12,7 +12,7 @@ from vlm_safeguard.errors import GuardError
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.sentences import sentences
-from vlm_safeguard.runtime import session as sessions
+from vlm_safeguard.runtime import further_readings
 
 PHOTO = Image.new("RGB", (24, 24), "red")
 LONG = "Tell me a story. It is about bread and water. Who eats it in the end?"
@@ -23,7 +23,7 @@ SHORT = "How is it made?"
 def test_the_highest_score_of_all_parts_counts(
     loaded: LoadedModel, picture: Image.Image | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "READINGS", 2)  # several passes
+    monkeypatch.setattr(further_readings, "ROWS", 2)  # several passes
     highest = set()
     for seed in range(6):
         plain = tiny.guard(loaded.model, [tiny.gate("text", 2, 4)], seed)

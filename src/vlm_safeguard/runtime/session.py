@@ -21,21 +21,20 @@ from vlm_safeguard.model.kv_cache import cache_given
 from vlm_safeguard.model.picture_inputs import picture_inputs, usual_inputs
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.shared_prefix import SharedPrefix
-from vlm_safeguard.model.text_only import padded, rows_of, with_pictures
+from vlm_safeguard.model.text_only import rows_of, with_pictures
 from vlm_safeguard.model.text_reader import TextReader
 from vlm_safeguard.model.words import with_probe
 from vlm_safeguard.runtime import media, prompt_inputs, validation
 from vlm_safeguard.runtime.attestation import Attestation, Decision, attest, decisions_of
 from vlm_safeguard.runtime.compiling import uncompiled, untraced
 from vlm_safeguard.runtime.forward_pass import ForwardPass, TextPass, begin_pass
+from vlm_safeguard.runtime.further_readings import FurtherReadings, find_readings
 from vlm_safeguard.runtime.gate import Gates
 from vlm_safeguard.runtime.hooks import Hooks
 from vlm_safeguard.runtime.owner_thread import OwnerThread
 from vlm_safeguard.runtime.request import Request
 from vlm_safeguard.runtime.steering import NoSteering, Steerer
 from vlm_safeguard.runtime.streams import end_of_caller, ended_on_error
-
-READINGS = 32  # rows in a pass over further readings of texts
 
 
 class _OfThread(threading.local):
@@ -276,37 +275,24 @@ class Session:
     def _read_text(
         self, request: Request, prompt: Tensor | None, ids: Tensor, mask: Tensor
     ) -> None:
-        """Run the text-only pass, and others over further readings of the text: its canonical form,
-        and each of its sentences. Where there is a canonical form, the verdict is on that.
+        """Run the text-only pass, and others over further readings of the text. Where there is a
+        canonical form, the verdict is on that.
 
         ``prompt``: ids (B, T) of the whole prompt. ``ids``, ``mask`` (B, T'): of its text.
         """
-        # Row, and ids of another reading.
-        canonical: list[tuple[int, list[int]]] = []
-        single: list[tuple[int, list[int]]] = []
+        further = FurtherReadings()
         if self._reader is not None:
             pictured = with_pictures(prompt, self.config.markup, request.rows)
-            for row, text in enumerate(rows_of(ids, mask)):
-                if pictured[row] and not self._reader.has_words(text):
-                    request.wordless |= {row}
-                    continue
-                found = self._reader.other_form(text)
-                canonical += [] if found is None else [(row, found)]
-                if self.config.reads_sentences:
-                    single += [(row, one) for one in self._reader.sentences(text)]
-        request.verdictless = frozenset(row for row, _ in canonical)
+            further = find_readings(
+                self._reader, rows_of(ids, mask), pictured, self.config.reads_sentences
+            )
+        request.wordless = frozenset(further.wordless)
+        request.verdictless = frozenset(reading.row for reading in further.canonical)
         self._text_pass(request, ids, mask, "the request as text")
-        for readings in (canonical, single):
-            readings.sort(key=lambda reading: len(reading[1]))  # less padding
-            for start in range(0, len(readings), READINGS):
-                some = readings[start : start + READINGS]
-                rows = [row for row, _ in some]
-                part = request.part(rows, judged=readings is canonical)
-                texts = [ids.new_tensor(reading) for _, reading in some]
-                batch = padded(texts, self.config.markup.pad_id)
-                told = "the request's text in canonical form"  # NFKC may make it longer
-                self._text_pass(part, *batch, told)
-                request.take_worse(rows, part)
+        for rows, part, batch in further.batches(request, ids, self.config.markup.pad_id):
+            # NFKC may make it longer.
+            self._text_pass(part, *batch, "the request's text in canonical form")
+            request.take_worse(rows, part)
 
     def _text_pass(self, request: Request, ids: Tensor, mask: Tensor, told: str) -> None:
         if self.config.probe:

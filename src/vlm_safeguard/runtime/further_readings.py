@@ -1,0 +1,71 @@
+"""Further readings of a request's text, which the gates score too: its canonical form, and each of
+its sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vlm_safeguard.model.text_only import padded
+from vlm_safeguard.model.text_reader import TextReader
+from vlm_safeguard.runtime.request import Request
+
+ROWS = 32  # readings in a pass
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The token ids of a reading, and the row of the request that it is of."""
+
+    row: int
+    ids: list[int]
+
+
+@dataclass
+class FurtherReadings:
+    """``wordless``: rows with a picture and no words, which have no reading."""
+
+    canonical: list[Reading] = field(default_factory=list)
+    sentences: list[Reading] = field(default_factory=list)
+    wordless: set[int] = field(default_factory=set)
+
+    def batches(
+        self, request: Request, like: Tensor, pad_id: int
+    ) -> Iterator[tuple[list[int], Request, tuple[Tensor, Tensor]]]:
+        """Rows of the request, a request of its own for their readings, and these: ids and mask
+        (n, T). Where a row has a canonical form, the verdict is on that.
+
+        Args:
+            like: ids of the request's text, for their dtype and device.
+        """
+        for readings, judged in ((self.canonical, True), (self.sentences, False)):
+            ordered = sorted(readings, key=lambda reading: len(reading.ids))  # less padding
+            for start in range(0, len(ordered), ROWS):
+                some = ordered[start : start + ROWS]
+                rows = [reading.row for reading in some]
+                batch = padded([like.new_tensor(reading.ids) for reading in some], pad_id)
+                yield rows, request.part(rows, judged=judged), batch
+
+
+def find_readings(
+    reader: TextReader, texts: Sequence[list[int]], pictured: Collection[bool], sentences: bool
+) -> FurtherReadings:
+    """The further readings of each row.
+
+    Args:
+        texts: ids of each row's text. pictured: whether a row has a picture.
+        sentences: whether each sentence is read by itself.
+    """
+    found = FurtherReadings()
+    for row, (text, seen) in enumerate(zip(texts, pictured, strict=True)):
+        if seen and not reader.has_words(text):
+            found.wordless.add(row)
+            continue
+        form = reader.other_form(text)
+        if form is not None:
+            found.canonical.append(Reading(row, form))
+        if sentences:
+            found.sentences += [Reading(row, one) for one in reader.sentences(text)]
+    return found
