@@ -106,14 +106,16 @@ format: $(VENV)/.installed
 # Needs npm, for the pictures of emoji.
 train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 90 minutes on 2 cores)
 	$(BIN)/python -m training.vision_tower --cache training/cache --out training/out/vision_tower
+	$(BIN)/python -m training.package_weights tower --out training/out
 	$(BIN)/python -m training.answers --cache training/cache --out training/out
 	$(BIN)/python -m training.projector --cache training/cache --out training/out
-	$(BIN)/python -m training.package_weights --out training/out
+	$(BIN)/python -m training.package_weights projector --out training/out
 	$(BIN)/python -m training.measure --cache training/cache --per-set 40 --vqa 800 \
 	  $(if $(wildcard $(BENCHMARKS)/malicious_instruct),--benchmarks $(BENCHMARKS))
 
 guard: $(VENV)/.installed  ## Make the guard that ships for the embedded VLM again
-	$(BIN)/vlm-safeguard calibrate embedded --read-pictures --quick -o $(PACKAGED)/guard
+	$(BIN)/vlm-safeguard calibrate embedded --read-pictures --quick --matmul-precision medium \
+	  -o $(PACKAGED)/guard
 
 # LIMIT=50 takes 50 prompts of each label and set.
 EVALUATE = $(BIN)/vlm-safeguard evaluate embedded --defence all --guard embedded \

@@ -47,7 +47,7 @@ DEFENCES = ("none", "paper-formula", "guard")
 PICTURED = "mm_harmful_bench"
 LIMIT = 2
 RECIPE = partial(paper_table.main, paper_table.app)
-WIDTH = 64  # a calibration takes so many directions
+WIDTH = 64  # and so many safety directions
 SMALL = Effort(
     worded=40, pictured=24, bound=160, scan=8, search=2, finalists=1, final=2, proof=8, tokens=2
 )

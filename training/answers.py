@@ -132,7 +132,7 @@ def main() -> None:
     todo = list({row["prompt"]: None for row in rows if row["prompt"] not in known})
     if todo:
         args.out.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = base_model(args.cache)
+        model, tokenizer = base_model(args)
         # A line an answer, so that an interrupted run goes on where it was.
         with told.open("a", encoding="utf-8") as part:
             for count, row in enumerate(answers(model, tokenizer, todo), 1):

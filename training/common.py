@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_safeguard.embedded.base_llm import QWEN25_CODER_05B, load_llm
+from vlm_safeguard.embedded.assemble import MODELS
+from vlm_safeguard.embedded.base_llm import load_llm
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -27,12 +28,23 @@ END = "<|im_end|>"
 
 
 def stage(doc: str | None, *, steps: int = 0) -> argparse.Namespace:
-    """What a stage is called with (cache, out, steps); seeds torch."""
+    """What a stage is called with (cache, out, model, dtype, steps); seeds torch.
+
+    ``out`` becomes the folder of the model and dtype in the one that is named.
+    """
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--cache", type=Path, default=HERE / "cache")
     parser.add_argument("--out", type=Path, default=HERE / "out")
+    parser.add_argument("--model", choices=MODELS, default="embedded")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the frozen language model; bfloat16 is for processors that multiply it fast",
+    )
     parser.add_argument("--steps", type=int, default=steps)
     args = parser.parse_args()
+    args.out = args.out / f"{args.model}-{args.dtype}"
     torch.manual_seed(SEED)
     return args
 
@@ -64,7 +76,9 @@ def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     temporary.replace(path)
 
 
-def base_model(cache: Path) -> tuple[nn.Module, Any]:
-    """The language model of the embedded VLM, frozen, and its tokenizer."""
-    model, tokenizer = load_llm(QWEN25_CODER_05B, cache, log)
+def base_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """The language model of the embedded VLM ``args.model``, frozen, and its tokenizer."""
+    model, tokenizer = load_llm(MODELS[args.model].base, args.cache, log)
+    for parameter in model.parameters():  # not the rotary embedding's buffers, as when it loads
+        parameter.data = parameter.data.to(getattr(torch, args.dtype))
     return model.requires_grad_(False), tokenizer

@@ -1,6 +1,6 @@
 """Measure the assembled embedded VLM, unguarded, and write the measured part of its card.
 
-    python -m training.measure --cache training/cache [--benchmarks DIR] [--labels FILE]
+    python -m training.measure --cache training/cache [--model NAME] [--benchmarks DIR]
 
 ``DIR`` holds ``malicious_instruct/MaliciousInstruct.txt`` in its publisher's format. ``--answers``
 writes answers to be labelled by hand, ``--labels`` takes the threshold of what is on the subject
@@ -34,7 +34,7 @@ from training.subject import (
 )
 from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.data.inputs import Query
-from vlm_safeguard.embedded.assemble import MODELS, assemble
+from vlm_safeguard.embedded.assemble import MODELS, PROJECTOR, TOWER, assemble
 from vlm_safeguard.embedded.base_llm import sha256_file
 from vlm_safeguard.evaluation.demonstration import VQA_TOKENS
 from vlm_safeguard.evaluation.harness import results
@@ -48,8 +48,6 @@ from vlm_safeguard.utils.markdown import table, with_block
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, wilson
 
-MODEL = MODELS["embedded"]
-CARD, WEIGHTS = MODEL.resource("CARD.md"), MODEL.resource("weights.safetensors")
 SHAPES, EMOJI = "easy-vqa", "emoji"  # kinds of pictures beside instructions
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 
@@ -71,7 +69,7 @@ def main() -> None:
     threshold = labels.threshold if labels else 0.0
     torch.set_num_threads(2)
     progress = Progress()
-    plans = _plans(args, str(assemble(MODEL.name, progress=progress.say)))
+    plans = _plans(args, str(assemble(args.model, progress=progress.say)))
     loaded = engine(plans[0].models[0], plans[0].loading, plans[0].batch).loaded
     rows, accuracy = answers(plans, progress)
     [vqa] = [one["none"] for one in accuracy.values()]
@@ -85,6 +83,8 @@ def main() -> None:
     rows = with_subject(rows, found, threshold)
     facts = {
         "command": _command(args, vqa["n"]),
+        "dtype": args.dtype,
+        "weights": [MODELS[args.model].resource(name) for name in (PROJECTOR, TOWER)],
         "benchmarks": {
             name: results.by_setting([row for row in rows if row.benchmark == name])
             for name in dict.fromkeys(row.benchmark for row in rows)
@@ -98,14 +98,17 @@ def main() -> None:
         },
         "threshold": threshold_text(labels),
     }
-    card = with_block(CARD.read_text("utf-8"), BEGIN, measured(facts), END)
-    write_whole({CARD: card.encode()})
-    log(f"measured part of {CARD} written; read the rest of it against the new figures")
+    path = MODELS[args.model].resource("CARD.md")
+    card = with_block(path.read_text("utf-8"), BEGIN, measured(facts), END)
+    write_whole({path: card.encode()})
+    log(f"measured part of {path} written; read the rest of it against the new figures")
     print(json.dumps(told(facts)))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="embedded")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--benchmarks", type=Path)
     parser.add_argument("--per-set", type=int, help="that many prompts of each label and set")
@@ -122,7 +125,7 @@ def _plans(args: argparse.Namespace, model: str) -> list[Plan]:
         benchmarks=("own_malicious", "own_jailbreak", "own_picture"),
         limit=args.per_set,
         max_tokens=TOKENS,
-        loading=LoadOptions("float32", "cpu"),
+        loading=LoadOptions(args.dtype, "cpu"),
     )
     plans = [own, replace(own, benchmarks=(), limit=None, vqa=args.vqa, max_tokens=VQA_TOKENS)]
     if args.benchmarks:
@@ -134,7 +137,9 @@ def _plans(args: argparse.Namespace, model: str) -> list[Plan]:
 
 
 def _command(args: argparse.Namespace, questions: int) -> str:
-    given = [f"--per-set {args.per_set}"] if args.per_set else []
+    given = [] if args.model == "embedded" else [f"--model {args.model}"]
+    given += [] if args.dtype == "float32" else [f"--dtype {args.dtype}"]
+    given += [f"--per-set {args.per_set}"] if args.per_set else []
     given += ["--benchmarks FOLDER"] if args.benchmarks else []
     given += ["--labels FILE"] if args.labels else []
     return " ".join([*given, f"--vqa {questions}"])
@@ -169,9 +174,12 @@ def measured(facts: dict) -> str:
         [source, setting, *(_interval(by_label[label]) for label in ("harmful", "harmless"))]
         for (source, setting), by_label in facts["on_subject"].items()
     ]
-    return f"""Weights `{WEIGHTS.name}`: SHA-256 `{sha256_file(WEIGHTS)}`, measured by
-`python -m training.measure --cache CACHE {facts["command"]}`,
-greedy, {TOKENS} tokens, refusal phrases as judge (a smoke test), 95% Wilson intervals.
+    files = [f"`{path.name}`, SHA-256 `{sha256_file(path)}`" for path in facts["weights"]]
+    weights = ";\n".join(files)
+    return f"""{weights}.
+Measured by `python -m training.measure --cache CACHE {facts["command"]}`,
+in {facts["dtype"]}, greedy, {TOKENS} tokens, refusal phrases as judge (a smoke test), 95% Wilson
+intervals.
 
 {table(head, rows)}
 

@@ -14,6 +14,7 @@ out. The language model's own weights are never changed.
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 import re
@@ -36,11 +37,11 @@ from training.answers import FILE as ANSWERS
 from training.answers import answered, article
 from training.checkpoints import fingerprint, load_checkpoint, save_checkpoint
 from training.common import END, SEED, SYSTEM, base_model, log, read_jsonl, stage, timed
+from training.package_weights import packaged_tower
 from training.vision_tower import normalise
+from vlm_safeguard.embedded.assemble import MODELS, PROJECTOR, TOWER
 
-FILE = "projector.safetensors"
 STATE = "train_state.safetensors"
-TOWER = "vision_tower"
 # Examples of each kind in a step; each kind has the same weight in the loss.
 STEP = {"general": 4, "about": 4, "naming": 12, "vqa": 10}
 ANSWER_TOKENS = 24
@@ -302,7 +303,8 @@ class PictureLoss:
         ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows])
         told = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         seen = self.projector(self.bank.features[[example.picture for example in batch]])
-        embeds = torch.cat([seen, self.llm.model.embed_tokens(ids)], 1)
+        words = self.llm.model.embed_tokens(ids)
+        embeds = torch.cat([seen.to(words.dtype), words], 1)
         mask = torch.cat([told.new_ones(len(batch), self.begin + tokens), told], 1)
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(self.prefix):
@@ -318,7 +320,7 @@ class PictureLoss:
                 row.append(n)
                 column.append(first + place - 1)
                 wanted.append(token)
-        logits = self.llm.lm_head(states[row, column])
+        logits = self.llm.lm_head(states[row, column]).float()
         losses = F.cross_entropy(logits, torch.tensor(wanted), reduction="none")
         total, begin = losses.new_zeros(()), 0
         for example in batch:
@@ -370,7 +372,7 @@ def tune(
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
             progress = {"fingerprint": expected, "step": step + 1}
             save_checkpoint(out / STATE, projector, [optimizer], progress)
-            save(projector, out / f"step-{step + 1}" / FILE)
+            save(projector, out / f"step-{step + 1}" / PROJECTOR)
 
 
 def _schedule(step: int, warmup: int = 5) -> float:
@@ -387,23 +389,23 @@ def save(projector: Projector, path: Path) -> None:
     pics.write_via_rename(path, lambda target: save_file(tensors, target))
 
 
-def made_from(out: Path) -> str:
+def made_from(args: argparse.Namespace) -> str:
     """What a checkpoint must agree with: the settings and the results of the stages before."""
     settings = [
         *(SEED, PREFIX, END, STEP, ANSWER_TOKENS, EMOJI_VARIANTS, NAMING, WORD_LENGTH, SCALE),
         *(PEAK_RATE, CYCLE, NAMED, NAME_STEPS, NAME_RATE, NAME_WEIGHT),
-        pics.emoji_digest(pics.load_concepts()),
+        *(pics.emoji_digest(pics.load_concepts()), args.model, args.dtype),
     ]
-    return fingerprint(settings, [out / ANSWERS, out / TOWER / "model.safetensors"])
+    tower = MODELS[args.model].resource(TOWER)
+    return fingerprint(settings, [args.out / ANSWERS, tower])
 
 
 def main() -> None:
     args = stage(__doc__, steps=4 * CYCLE)
-    llm, tokenizer = base_model(args.cache)
-    tower = CLIPVisionModel.from_pretrained(args.out / TOWER).eval()
-    bank = build_bank(tower, args.cache)
+    llm, tokenizer = base_model(args)
+    bank = build_bank(packaged_tower(MODELS[args.model]), args.cache)
     name_loss = NameLoss(bank)
-    words = llm.get_input_embeddings().weight
+    words = llm.get_input_embeddings().weight.float()
     ids = [tokenizer(" " + name).input_ids for name in name_loss.names]
     names = torch.stack([words[each].mean(0) for each in ids])
     projector = Projector(bank.features.shape[2], names)
@@ -412,8 +414,8 @@ def main() -> None:
     log(", ".join(f"{len(pool)} {kind}" for kind, pool in pools.items()))
     loss_of = PictureLoss(llm, projector, bank, tokenizer)
     data = batches(pools, SEED)
-    tune(projector, loss_of, name_loss, data, args.steps, folder, made_from(args.out))
-    save(projector, folder / FILE)
+    tune(projector, loss_of, name_loss, data, args.steps, folder, made_from(args))
+    save(projector, folder / PROJECTOR)
 
 
 if __name__ == "__main__":

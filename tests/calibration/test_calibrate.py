@@ -209,7 +209,6 @@ def test_gates_are_fitted_to_sentences_of_harmless_prompts_and_not_judged_by_the
         return torch.full((len(items), 1, 2), float(len(asked)))
 
     loaded: Any = SimpleNamespace(processor=None, model=None)
-    monkeypatch.setattr(hidden_states, "MAX_RANK", 1)
     monkeypatch.setattr(hidden_states, "record", record)
     pairs = torch.randn(2, 3, 1, 2, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(hidden_states, "record_anchors", lambda *_: (pairs, None))
@@ -231,6 +230,7 @@ def test_gates_are_fitted_to_sentences_of_harmless_prompts_and_not_judged_by_the
             Progress(quiet=True),
         )
         assert asked["readings"] == (expected if reads else [])
+        assert {len(basis) for basis in found.directions.values()} == {2}  # no more than d
         made, count = found.text_only_states(), 4 if reads else 0
         pairs_of = [(0, 6), (0, 7), (0, 8), (1, 6), (1, 7), (1, 9)]  # 3 prompts, 3 anchors
         assert found.parts().tolist() == [list(pair) for pair in pairs_of if reads]
@@ -287,11 +287,14 @@ def test_a_budget_that_no_threshold_can_keep_is_refused_before_any_work() -> Non
 
 def test_candidates_are_valid_and_name_real_layers() -> None:
     for depth in (6, 30, 48):
-        for steering in candidates(depth, verdict=True):
-            Steering.model_validate(steering.model_dump())
-            assert steering.layers and max(steering.layers) < depth and min(steering.layers) >= 0
-        without = candidates(depth, verdict=False)
-        assert without and not any(steering.reference == "verdict" for steering in without)
+        for most in (1, 3, 128):
+            found = candidates(depth, verdict=True, most=most)
+            assert max(steering.rank for steering in found) == most
+            for steering in found:
+                Steering.model_validate(steering.model_dump())
+                assert steering.layers and 0 <= min(steering.layers) <= max(steering.layers) < depth
+            without = candidates(depth, verdict=False, most=most)
+            assert without and not any(steering.reference == "verdict" for steering in without)
 
 
 def test_thin_takes_half_of_each_label_once() -> None:

@@ -93,6 +93,8 @@ def test_a_model_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with states_folder(tmp_path / "states", loaded) as folder:
         again = record_signs(loaded, asked, [5, 7], folder, "states", quiet)
     assert torch.equal(again[0], signed[0]) and torch.equal(again[1], signed[1])  # type: ignore[arg-type]
+    with states_folder(tmp_path / "states", loaded, "medium") as folder:  # otherwise computed
+        assert [file.name for file in folder.iterdir()] == ["lock"]
     with torch.no_grad():
         next(loaded.model.parameters()).add_(1)
     with states_folder(tmp_path / "states", loaded) as folder:  # of another model

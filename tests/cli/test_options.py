@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from vlm_safeguard.calibration import calibrate as calibrating
 from vlm_safeguard.cli.commands import app
 from vlm_safeguard.cli.options import read_guard
 from vlm_safeguard.data import ocr
-from vlm_safeguard.errors import ModelError, SafeguardError
+from vlm_safeguard.embedded import assemble as assembling
+from vlm_safeguard.errors import CalibrationError, GuardError, ModelError, SafeguardError
 from vlm_safeguard.model import loading
 
 FLAGS = {
@@ -107,3 +111,38 @@ def test_a_question_without_a_picture_needs_no_ocr(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ocr, "find_spec", lambda _: None)
     guard = read_guard("embedded", pictures=False)
     assert guard.config.reads_pictures
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [([], "highest"), (["--matmul-precision", "medium"], "medium")]
+)
+def test_calibration_multiplies_as_precisely_as_asked(
+    given: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[str] = []
+
+    def run(*_: Any, matmul_precision: str, **__: Any) -> None:
+        done.append(matmul_precision)
+        raise CalibrationError("that is all")
+
+    monkeypatch.setattr(loading, "load", lambda *_, **__: None)
+    monkeypatch.setattr(calibrating, "calibrate", run)
+    output = str(tmp_path / "guard")
+    result = CliRunner().invoke(app, ["calibrate", "someone/model", "-o", output, *given])
+    assert isinstance(result.exception, CalibrationError) and done == [expected]
+
+
+@pytest.mark.parametrize("command", ["serve", "playground", "batch"])
+def test_a_model_without_a_guard_that_ships_needs_one_named(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before anything is fetched."""
+    bare = replace(assembling.MODELS["embedded"], name="embedded-9b", own="nowhere")
+    monkeypatch.setitem(assembling.MODELS, bare.name, bare)
+    monkeypatch.setattr(assembling, "assemble", lambda *_, **__: pytest.fail("it was assembled"))
+    (tmp_path / "requests.jsonl").write_text("{}")
+    files = [str(tmp_path / "requests.jsonl")] if command == "batch" else []
+    output = ["-o", str(tmp_path / "answers.jsonl")] if command == "batch" else []
+    result = CliRunner().invoke(app, [command, *files, "embedded-9b", *output])
+    said = r"no guard ships for the model 'embedded-9b': make one with `.*calibrate embedded-9b"
+    assert isinstance(result.exception, GuardError) and re.search(said, str(result.exception))

@@ -28,7 +28,7 @@ from filelock import FileLock
 from tests import checkpoint
 from vlm_safeguard.embedded import assemble as demo
 from vlm_safeguard.embedded import base_llm
-from vlm_safeguard.errors import DemoError
+from vlm_safeguard.errors import DemoError, GuardError
 from vlm_safeguard.model.loading import load
 
 
@@ -154,7 +154,7 @@ def test_weights_that_are_missing_from_the_package_are_named(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo.EmbeddedModel, "resource", lambda self, name: tmp_path / "no" / name)
-    with pytest.raises(DemoError, match=r"weights\.safetensors is missing.*reinstall"):
+    with pytest.raises(DemoError, match=r"projector\.safetensors is missing.*reinstall"):
         demo.assemble(cache=parts)
 
 
@@ -198,7 +198,7 @@ def hub_base(base: base_llm.BaseLLM) -> base_llm.BaseLLM:
 @pytest.fixture
 def model(light: Path, monkeypatch: pytest.MonkeyPatch, hub_base: base_llm.BaseLLM) -> Path:
     """A cache folder; the model that is assembled in it has to be fetched."""
-    tiny = demo.EmbeddedModel("embedded", hub_base, "", "", 0)
+    tiny = demo.EmbeddedModel("embedded", hub_base, "", 0)
     monkeypatch.setitem(demo.MODELS, "embedded", tiny)
     return light
 
@@ -647,5 +647,9 @@ def test_the_name_of_an_embedded_model_names_the_guard_that_ships(
     monkeypatch.chdir(tmp_path)
     assert demo.guard_folder("embedded") == demo.MODELS["embedded"].resource("guard")
     assert demo.guard_folder("guard") == Path("guard")
+    bare = replace(demo.MODELS["embedded"], name="embedded-9b", own="nowhere")
+    monkeypatch.setitem(demo.MODELS, bare.name, bare)
+    with pytest.raises(GuardError, match=r"no guard ships.*'embedded-9b'.*calibrate embedded-9b"):
+        demo.guard_folder("embedded-9b")
     Path("embedded").mkdir()  # the user's own folder comes first
     assert demo.guard_folder("embedded") == Path("embedded")

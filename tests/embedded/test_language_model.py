@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from vlm_safeguard.embedded.assemble import MODELS, default_cache
+from vlm_safeguard.embedded.assemble import MODELS, PROJECTOR, TOWER, default_cache
 from vlm_safeguard.embedded.base_llm import load_llm
 from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.loading import LoadedModel
@@ -87,6 +86,5 @@ def test_it_is_a_plain_checkpoint_that_takes_pictures(loaded: LoadedModel) -> No
 
 
 def test_what_ships_is_small() -> None:
-    model = MODELS[NAME]
-    size = sum(Path(model.resource(name)).stat().st_size for name in ("weights.safetensors",))
-    assert size <= 15_000_000
+    weights = {model.resource(name) for model in MODELS.values() for name in (PROJECTOR, TOWER)}
+    assert sum(path.stat().st_size for path in weights) <= 15_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def llm(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> Any:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**tiny.TEXT)).eval()
     monkeypatch.setattr(common, "load_llm", lambda *_: (model, tokenizer))
-    return common.base_model(Path())[0]
+    return common.base_model(Namespace(model="embedded", dtype="float32", cache=Path()))[0]
 
 
 @pytest.fixture

@@ -134,15 +134,16 @@ def test_an_interrupted_run_goes_on_where_it_was(
     rows = [{"kind": "general", "thing": None, "asked": None, "prompt": p} for p in "abcd"]
     monkeypatch.setattr(sys, "argv", ["answers", "--out", str(tmp_path)])
     monkeypatch.setattr(answers, "requests", lambda: rows)
-    monkeypatch.setattr(answers, "base_model", lambda cache: (None, None))
+    monkeypatch.setattr(answers, "base_model", lambda _: (None, None))
     monkeypatch.setattr(answers, "answers", Asked(limit=2))
     with pytest.raises(KeyboardInterrupt):
         answers.main()
-    assert not (tmp_path / answers.FILE).exists()
+    path = tmp_path / "embedded-float32" / answers.FILE
+    assert not path.exists()
     rest = Asked(limit=4)
     monkeypatch.setattr(answers, "answers", rest)
     answers.main()
     assert rest.prompts == ["c", "d"]
-    written = [json.loads(line) for line in (tmp_path / answers.FILE).read_text().splitlines()]
+    written = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["prompt"] for row in written] == list("abcd")
     assert all(row["answer"] == f"It is about {row['prompt']}" for row in written)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from training import common
 
@@ -30,3 +34,22 @@ def test_rows_are_written_all_or_none(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         common.write_jsonl(path, [{"text": object()}])
     assert len(common.read_jsonl(path)) == 2
+
+
+def test_a_model_in_half_precision_keeps_its_rotary_embedding(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where transformers loads it so."""
+    expected = llm.model.rotary_emb.inv_freq.clone()
+    args = Namespace(model="embedded", dtype="bfloat16", cache=Path())
+    made, _ = common.base_model(args)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
+    found = made.model.rotary_emb.inv_freq
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_a_stage_works_in_the_folder_of_its_model_and_dtype(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["stage", "--out", str(tmp_path), "--dtype", "bfloat16"])
+    assert common.stage(None).out == tmp_path / "embedded-bfloat16"

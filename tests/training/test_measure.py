@@ -19,6 +19,8 @@ from training.common import DATA, read_jsonl
 from training.near import near
 from training.shown import INSTRUCTIONS, Seen
 from vlm_safeguard.calibration.generation import Response
+from vlm_safeguard.embedded.assemble import MODELS, PROJECTOR, TOWER, EmbeddedModel
+from vlm_safeguard.embedded.base_llm import sha256_file
 from vlm_safeguard.evaluation.harness import engine as engines
 from vlm_safeguard.model.loading import load
 from vlm_safeguard.utils.progress import Progress
@@ -103,7 +105,10 @@ def test_the_card_has_what_is_on_the_subject_and_off_it(
     for module in (engines, shown, measure):
         monkeypatch.setattr(module, "respond", stand_in)
     monkeypatch.setattr(measure, "assemble", lambda *_, **__: folder)
-    monkeypatch.setattr(measure, "CARD", card)
+    ships = MODELS["embedded"].resource
+    monkeypatch.setattr(
+        EmbeddedModel, "resource", lambda _, name: card if name == "CARD.md" else ships(name)
+    )
     for kind in ("emoji", "shapes"):
         monkeypatch.setattr(shown, kind, lambda *_: SEEN)
     options = ["--cache", "none", "--per-set", "3", "--vqa", "2", "--answers", str(written)]
@@ -112,6 +117,8 @@ def test_the_card_has_what_is_on_the_subject_and_off_it(
     text = card.read_text("utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert "`python -m training.measure --cache CACHE --per-set 3 --vqa 2`" in text
+    for name in (PROJECTOR, TOWER):
+        assert f"`{name}`, SHA-256 `{sha256_file(ships(name))}`" in text
     assert "above 0: no labels by hand were given" in text
     told = json.loads(capsys.readouterr().out)
     places = [f"own_malicious, {setting}" for setting in ("text", "blank", "picture")]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -21,15 +22,24 @@ from transformers import (
 
 from tests import tiny
 from training import package_weights, projector
-from vlm_safeguard.embedded.assemble import MODELS, EmbeddedModel, write_checkpoint
-from vlm_safeguard.embedded.base_llm import BaseLLM
+from vlm_safeguard.embedded.assemble import (
+    BESIDE,
+    MODELS,
+    PROJECTOR,
+    TEMPLATE,
+    TOWER,
+    VISION,
+    EmbeddedModel,
+    write_checkpoint,
+)
+from vlm_safeguard.embedded.base_llm import BaseLLM, sha256_file
 
 
 class Resources(EmbeddedModel):
     """An embedded model whose files are in a folder of the test."""
 
     def resource(self, name: str) -> Path:
-        return Path(self.resources) / name
+        return Path(self.own) / name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,48 +60,79 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
         module.half().float()
     out, resources = tmp_path / "out", tmp_path / "package"
     tower.save_pretrained(out / "vision_tower")
-    projector.save(own, out / "projector" / projector.FILE)
+    projector.save(own, out / "embedded-float32" / "projector" / PROJECTOR)
     resources.mkdir()
-    template = MODELS["embedded"].resource("chat_template.jinja").read_text("utf-8")
-    (resources / "chat_template.jinja").write_text(template)
+    template = MODELS["embedded"].resource(TEMPLATE).read_text("utf-8")
+    (resources / TEMPLATE).write_text(template)
     base = BaseLLM("tiny", "tiny.gguf", 0, "", (), None, "<pad>", ("</s>",))
-    model = Resources("tiny", base, str(resources), "<image>", 0)
-    monkeypatch.setattr(package_weights, "MODEL", model)
-    monkeypatch.setattr(sys, "argv", ["package_weights", "--out", str(out)])
+    model = Resources("tiny", base, str(resources), 0, "<image>")
+    monkeypatch.setattr(package_weights, "MODELS", {"embedded": model})
     return Trained(out, model, tower, own)
+
+
+def package(trained: Trained, *parts: str) -> None:
+    """Put ``parts`` into the package, by default all."""
+    for part in parts or ("tower", "projector"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["package_weights", part, "--out", str(trained.out)])
+            package_weights.main()
 
 
 def test_weights_over_the_limit_are_refused(
     trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package_weights.main()
+    package(trained)
     files = {path: path.read_bytes() for path in trained.model.resource("").iterdir()}
-    size = len(files[trained.model.resource("weights.safetensors")])
+    size = sum(len(files[trained.model.resource(name)]) for name in (TOWER, PROJECTOR))
     monkeypatch.setattr(package_weights, "LIMIT", size)
-    package_weights.main()
+    package(trained)
     monkeypatch.setattr(package_weights, "LIMIT", size - 1)
-    with pytest.raises(SystemExit, match=rf"take {size} bytes, {size - 1} at most"):
-        package_weights.main()
+    for part in ("tower", "projector"):
+        with pytest.raises(SystemExit, match=rf"take {size} bytes, {size - 1} at most"):
+            package(trained, part)
     assert {path: path.read_bytes() for path in trained.model.resource("").iterdir()} == files
 
 
 def test_weights_are_packed_in_half_precision(trained: Trained) -> None:
-    package_weights.main()
-    tensors = load_file(trained.model.resource("weights.safetensors"))
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    assert {name.split("/")[0] for name in tensors} == {"projector", "tower"}
-    vision = json.loads(trained.model.resource("vision_config.json").read_text())
-    assert vision["patch_size"] == 12 and set(vision) <= set(package_weights.VISION)
+    package(trained)
+    for name in (TOWER, PROJECTOR):
+        tensors = load_file(trained.model.resource(name))
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    vision = json.loads(trained.model.resource(VISION).read_text())
+    assert vision["patch_size"] == 12 and set(vision) <= set(package_weights.FACTS)
+    assert same_weights(package_weights.packaged_tower(trained.model), trained.tower)
+
+
+def test_a_projector_names_its_tower(trained: Trained) -> None:
+    package(trained)
+    assert beside(trained.model) == sha256_file(trained.model.resource(TOWER))
+
+
+def test_projectors_ship_with_the_tower_that_they_were_trained_beside() -> None:
+    for model in MODELS.values():
+        assert beside(model) == sha256_file(model.resource(TOWER)), model.name
+
+
+def test_the_cards_name_the_weights_that_ship() -> None:
+    for model in MODELS.values():
+        card = model.resource("CARD.md").read_text("utf-8")
+        for name in (PROJECTOR, TOWER):
+            assert f"`{name}`, SHA-256 `{sha256_file(model.resource(name))}`" in card
+
+
+def beside(model: EmbeddedModel) -> str:
+    with safe_open(model.resource(PROJECTOR), "pt") as stored:
+        return stored.metadata()[BESIDE]
 
 
 def test_the_assembled_model_sees_what_was_trained(
     trained: Trained, llm: Qwen2ForCausalLM, tokenizer: Any, tmp_path: Path
 ) -> None:
-    package_weights.main()
+    package(trained)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    tensors = load_file(trained.model.resource("weights.safetensors"))
-    write_checkpoint(folder, trained.model, llm.config, llm.state_dict(), tokenizer, tensors)
+    made = [load_file(trained.model.resource(name)) for name in (PROJECTOR, TOWER)]
+    write_checkpoint(folder, trained.model, llm.config, llm.state_dict(), tokenizer, *made)
     loaded = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     pixels = torch.randn(2, 3, 24, 24)
     with torch.no_grad():

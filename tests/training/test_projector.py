@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests import tiny
 from training import pictures, projector
 from training.projector import Bank, Example, NameLoss, PictureLoss, Projector
 from training.vision_tower import normalise
+from vlm_safeguard.embedded.assemble import EmbeddedModel
 
 STEPS = 4
 
@@ -93,7 +95,9 @@ def test_a_run_in_two_parts_is_the_same_as_in_one(
     kept = sorted(path.name for path in (tmp_path / "two").glob("step-*"))
     assert kept == ["step-2", "step-4"]
     for name in kept:
-        one, two = (load_file(tmp_path / run / name / projector.FILE) for run in ("one", "two"))
+        one, two = (
+            load_file(tmp_path / run / name / projector.PROJECTOR) for run in ("one", "two")
+        )
         assert same(one, two)
 
 
@@ -120,8 +124,9 @@ def test_a_run_of_other_settings_or_data_is_not_gone_on_with(
 
 
 def test_what_a_run_is_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers, tower = tmp_path / projector.ANSWERS, tmp_path / projector.TOWER / "model.safetensors"
-    tower.parent.mkdir()
+    answers, tower = tmp_path / projector.ANSWERS, tmp_path / projector.TOWER
+    monkeypatch.setattr(EmbeddedModel, "resource", lambda _, name: tmp_path / name)
+    args = Namespace(out=tmp_path, model="embedded", dtype="float32")
     concepts = pictures.load_concepts()
 
     def write() -> None:
@@ -129,20 +134,21 @@ def test_what_a_run_is_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tower.write_bytes(b"tower")
 
     write()
-    digest = projector.made_from(tmp_path)
-    assert digest == projector.made_from(tmp_path)
+    digest = projector.made_from(args)
+    assert digest == projector.made_from(args)
     found = {digest}
+    found.add(projector.made_from(Namespace(**vars(args) | {"dtype": "bfloat16"})))
     for path in (answers, tower):
         path.write_bytes(b"changed")
-        found.add(projector.made_from(tmp_path))
+        found.add(projector.made_from(args))
         write()
     for name, value in (("CYCLE", 81), ("STEP", {"vqa": 1}), ("NAMING", ()), ("SCALE", 1.0)):
         with monkeypatch.context() as patch:
             patch.setattr(projector, name, value)
-            found.add(projector.made_from(tmp_path))
+            found.add(projector.made_from(args))
     monkeypatch.setattr(pictures, "load_concepts", lambda: concepts[1:])
-    found.add(projector.made_from(tmp_path))
-    assert len(found) == 8
+    found.add(projector.made_from(args))
+    assert len(found) == 9
 
 
 def test_the_stage_refuses_to_go_on_after_other_answers(
@@ -152,17 +158,18 @@ def test_the_stage_refuses_to_go_on_after_other_answers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    CLIPVisionModel(CLIPVisionConfig(**tiny.VISION)).save_pretrained(tmp_path / projector.TOWER)
-    answers = tmp_path / projector.ANSWERS
+    folder = tmp_path / "embedded-float32"
+    folder.mkdir()
+    answers = folder / projector.ANSWERS
     answers.write_text("one")
     monkeypatch.setattr(sys, "argv", ["projector", "--out", str(tmp_path), "--steps", "2"])
-    monkeypatch.setattr(projector, "base_model", lambda cache: (llm, tokenizer))
+    monkeypatch.setattr(projector, "base_model", lambda _: (llm, tokenizer))
     monkeypatch.setattr(projector, "build_bank", lambda tower, cache: bank)
     monkeypatch.setattr(projector, "examples", lambda *_: pools())
     projector.main()
-    trained = (tmp_path / "projector" / projector.FILE).read_bytes()
+    trained = (folder / "projector" / projector.PROJECTOR).read_bytes()
     projector.main()
-    assert (tmp_path / "projector" / projector.FILE).read_bytes() == trained
+    assert (folder / "projector" / projector.PROJECTOR).read_bytes() == trained
     answers.write_text("other")
     with pytest.raises(SystemExit, match="other settings or data: delete it"):
         projector.main()
@@ -231,14 +238,14 @@ def test_a_units_name_is_as_long_as_a_word_and_points_to_it() -> None:
 def test_what_is_saved_is_llavas_projector(bank: Bank, tmp_path: Path) -> None:
     model = made(bank)
     torch.nn.init.normal_(model.linear_2.bias)
-    projector.save(model, tmp_path / "projector" / projector.FILE)
+    projector.save(model, tmp_path / "projector" / projector.PROJECTOR)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**tiny.VISION),
         text_config=Qwen2Config(**tiny.TEXT),
         vision_feature_layer=-1,
     )
     plain = LlavaMultiModalProjector(config)
-    plain.load_state_dict(load_file(tmp_path / "projector" / projector.FILE))
+    plain.load_state_dict(load_file(tmp_path / "projector" / projector.PROJECTOR))
     assert torch.equal(plain(bank.features), model(bank.features))  # the scale is a power of two
 
 

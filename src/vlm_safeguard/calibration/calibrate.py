@@ -56,6 +56,7 @@ from vlm_safeguard.model.text_only import find_markup
 from vlm_safeguard.model.text_reader import TextReader
 from vlm_safeguard.model.weights import weights_digest
 from vlm_safeguard.model.words import find_frame
+from vlm_safeguard.utils.matmul import MatmulPrecision, float32_products
 from vlm_safeguard.utils.progress import Progress
 
 
@@ -68,6 +69,7 @@ def calibrate(
     reads_pictures: bool = False,
     refusals: Recogniser | Literal["tokens"] = BY_PHRASES,
     states: Path | None = None,
+    matmul_precision: MatmulPrecision = "highest",
     progress: Progress | None = None,
 ) -> Guard:
     """Calibrate a guard for a model and test it on held-back prompts.
@@ -82,6 +84,9 @@ def calibrate(
             of refusals.
         states: folder that keeps recorded states, so that a calibration that was interrupted goes
             on from there; another budget takes them too. By default they are deleted.
+        matmul_precision: of float32 matrix products where gates are fitted and the steering is
+            searched for (``torch.set_float32_matmul_precision``): lower is faster on some
+            processors. The thresholds are set, and the guard is tested, with the highest.
         progress: where progress is reported; by default nowhere.
 
     Raises:
@@ -100,11 +105,12 @@ def calibrate(
     if refusals == "tokens":
         refusals = ByTokens.learned(loaded, data.anchors, progress)
     recognised = check_recognises(loaded, refusals, data.fit, effort.tokens, progress)
-    with states_folder(states, loaded) as folder:
+    with states_folder(states, loaded, matmul_precision) as folder:
         reads_sentences = TextReader(loaded.processor).framed
-        recorded = record_calibration(
-            loaded, data, effort, reads_pictures, reads_sentences, folder, progress, refusals
-        )
+        with float32_products(matmul_precision):
+            recorded = record_calibration(
+                loaded, data, effort, reads_pictures, reads_sentences, folder, progress, refusals
+            )
         pairs, directions = recorded.pairs, recorded.directions
         text, pictured = recorded.text, recorded.pictured
         fits = fit_gates(recorded, budget)
@@ -139,12 +145,16 @@ def calibrate(
             data.sha256,
         )
         verdict = any(gate.openings for gate in fitted.values())
-        guard, tried = search(
-            loaded, base.build, verdict, list(data.fit), budget, effort, progress, refusals
-        )
+        most = len(directions[0])
+        fit = list(data.fit)
+        with float32_products(matmul_precision):
+            guard, tried = search(
+                loaded, base.build, verdict, most, fit, budget, effort, progress, refusals
+            )
     proof = prove(loaded, guard, data.held, budget, effort, progress, refusals)
     results = {
         "seconds": round(time.monotonic() - began, 1),
+        "matmul_precision": matmul_precision,
         "budget": {"false_positives": budget.false_positives, "kl": budget.kl},
         "refusals": {"by": refusals.name, "of_text": round(recognised, 4)},
         "separability": table,

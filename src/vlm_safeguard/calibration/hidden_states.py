@@ -38,7 +38,7 @@ from vlm_safeguard.model.words import find_frame
 from vlm_safeguard.runtime.gate import refusal_signs
 from vlm_safeguard.utils.progress import Progress
 
-MAX_RANK = 64
+MAX_RANK = 128  # safety directions of a layer
 FOLDS = 5  # of the cross-validation that chooses a gate
 
 
@@ -94,9 +94,10 @@ def record_calibration(
     asked = anchor_queries(data.anchors)
     openings = learn_openings(loaded, asked, first, refusals, progress)
     width = find_decoder(loaded.model).hidden_size
+    rank = min(MAX_RANK, pairs.shape[1], width)
     directions = {
         layer: method.safety_directions(
-            pairs[0, :, layer, :width], pairs[1, :, layer, :width], MAX_RANK
+            pairs[0, :, layer, :width], pairs[1, :, layer, :width], rank
         )
         for layer in range(pairs.shape[2])
     }

@@ -19,13 +19,16 @@ from vlm_safeguard.model.fingerprint import config_digest, dtype_name, template_
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.weights import weights_digest
 from vlm_safeguard.utils.locks import held
+from vlm_safeguard.utils.matmul import MatmulPrecision
 
 # States (n, L, d), and what was read in the logits, (n, ...).
 Found = tuple[Tensor, Tensor | None]
 
 
 @contextmanager
-def states_folder(states: Path | None, loaded: LoadedModel) -> Iterator[Path]:
+def states_folder(
+    states: Path | None, loaded: LoadedModel, matmul_precision: MatmulPrecision = "highest"
+) -> Iterator[Path]:
     """The folder for the states of this model, inside ``states``; without it, one that is deleted.
 
     Raises:
@@ -42,6 +45,7 @@ def states_folder(states: Path | None, loaded: LoadedModel) -> Iterator[Path]:
         weights_digest(loaded.model),
         template_digest(loaded.processor),
         dtype_name(loaded.model),
+        matmul_precision,
         version("vlm-safeguard"),
     ]
     folder = states / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

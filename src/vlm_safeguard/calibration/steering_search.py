@@ -25,9 +25,12 @@ AS_TEXT = 4
 _Ranked = tuple[float, int, Steering]
 
 
-def candidates(depth: int, verdict: bool) -> list[Steering]:
+def candidates(depth: int, verdict: bool, most: int) -> list[Steering]:
     """Steering settings to try, from the strongest to the one closest to the paper. ``verdict``:
-    whether a gate tells which texts the LLM would refuse.
+    whether a gate tells which texts the LLM would refuse. ``most``: directions per layer that there
+    are.
+
+    With few directions, much of what a picture changed stays in the states.
 
     Of equally good candidates the first is taken. A request's own text coordinates hardly undo a
     refusal of its text, so those with them stand before the mean of the anchors alone.
@@ -42,9 +45,10 @@ def candidates(depth: int, verdict: bool) -> list[Steering]:
     found = [
         Steering(mode="restore", reference=reference, layers=layers, rank=rank, tokens=1)
         for reference in references
-        for layers, rank in ((whole, 64), (later, 64), (whole, 16))
+        for layers, rank in ((whole, most), (later, most), (whole, (most + 1) // 2))
     ]
-    found.append(Steering(mode="restore", reference="anchor", layers=later, rank=4, tokens=8))
+    few = min(4, most)
+    found.append(Steering(mode="restore", reference="anchor", layers=later, rank=few, tokens=8))
     found.append(Steering(mode="add", query="text", layers=later, rank=1, alpha=1.0))
     return found
 
@@ -53,6 +57,7 @@ def search(
     loaded: LoadedModel,
     build: Callable[[Steering], Guard],
     verdict: bool,
+    most: int,
     fit: Sequence[Prompt],
     budget: Budget,
     effort: Effort,
@@ -69,6 +74,7 @@ def search(
     Args:
         build: makes a guard with the given steering.
         verdict: whether its gates tell which texts the LLM would refuse.
+        most: directions per layer that there are.
         fit: calibration prompts that may be used for choices.
 
     Returns:
@@ -77,7 +83,7 @@ def search(
     Raises:
         CalibrationError: every candidate of the second round exceeds the KL budget.
     """
-    settings = candidates(len(find_decoder(loaded.model).layers), verdict)
+    settings = candidates(len(find_decoder(loaded.model).layers), verdict, most)
     attacks = [p for p in fit if p.harmful]
     few = _telling(loaded, build(settings[0]), attacks, effort, progress, recogniser)
     tried: list[dict[str, Any]] = []

@@ -32,6 +32,7 @@ from vlm_safeguard.cli.options import (
 from vlm_safeguard.errors import Interrupted, SafeguardError
 from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.utils.allocator import keep_freed_memory
+from vlm_safeguard.utils.matmul import MatmulPrecision
 
 app = typer.Typer(
     add_completion=False,
@@ -105,6 +106,10 @@ def calibrate(
         Path | None,
         typer.Option(help="Folder that keeps recorded states: an interrupted run goes on there."),
     ] = None,
+    matmul_precision: Annotated[
+        MatmulPrecision,
+        typer.Option(help="Of float32 products while fitting: lower is faster on some processors."),
+    ] = "highest",
     *,
     options: LoadOptions,
     json_: Json = False,
@@ -143,6 +148,7 @@ def calibrate(
         reads_pictures=read_pictures,
         refusals=recogniser,
         states=states,
+        matmul_precision=matmul_precision,
         progress=progress,
     )
     guard.save_pretrained(output)

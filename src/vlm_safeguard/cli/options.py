@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # imports torch, and --help needs none
 
 Model = Annotated[str, typer.Argument(help="Folder, hub name, or 'embedded'.")]
 GuardName = Annotated[
-    str | None, typer.Option(help="Guard folder or hub name (default: the embedded model's).")
+    str | None,
+    typer.Option(help="Guard folder or hub name (default: that of 'embedded')."),
 ]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, max=4096)]
@@ -95,16 +96,21 @@ def read_guard(folder: str | Path, pictures: bool = True) -> Guard:
 
 
 def guard_or_default(model: str, guard: str | None) -> str:
-    """The name of the guard of a command whose default is the embedded model.
+    """The name of the guard of a command: by default the one that ships for an embedded model.
 
     Raises:
-        SafeguardError: another model comes without one.
+        SafeguardError: another model comes without one, or none ships for an embedded model.
     """
-    if guard is None and not model.startswith("embedded"):
+    from vlm_safeguard.embedded.assemble import MODELS, guard_folder
+
+    if guard is None and model not in MODELS:
         raise SafeguardError(
             "name a guard with --guard; `vlm-safeguard calibrate MODEL -o guard/` makes one"
         )
-    return guard or "embedded"
+    if guard is not None:
+        return guard
+    guard_folder(model)
+    return model
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from vlm_safeguard.errors import DataError
 from vlm_safeguard.utils.files import read_limited
 
 FIT, HELD = 40, 20  # questions of each label at least, without ours
-PAIRS = 64  # anchors at least: one for each safety direction
+PAIRS = 64  # anchors at least: each gives one safety direction at most
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -68,8 +68,8 @@ def own_data(files: OwnFiles, bound: int) -> CalibrationData:
         sha256[ANCHORS] = ours.sha256[ANCHORS]
     if len(anchors) < PAIRS:
         raise DataError(
-            f"{files.anchors} has {len(anchors)} pairs, and at least {PAIRS} are needed, one for "
-            "each safety direction: add some, or add them to ours"
+            f"{files.anchors} has {len(anchors)} pairs, and at least {PAIRS} are needed, as "
+            "each gives one safety direction at most: add some, or add them to ours"
         )
     pictures = _Pictures(files.pictures)
     prompts: list[Prompt] = []

@@ -36,43 +36,42 @@ from vlm_safeguard.embedded.base_llm import (
     sha256_file,
 )
 from vlm_safeguard.embedded.cache import Progress, sole_writer
-from vlm_safeguard.errors import DemoError
+from vlm_safeguard.errors import DemoError, GuardError
 
 FOLDER = "{name}-vlm-{key}"  # of an assembled model
 STAMP = "assembled.json"
 FORMAT = 2  # raise it when write_checkpoint writes something else
 ASSEMBLING = "assembling"  # what ``sole_writer`` calls the work
-RESOURCES = ("weights.safetensors", "vision_config.json", "chat_template.jinja")  # read here
+PROJECTOR, TOWER = "projector.safetensors", "tower.safetensors"
+VISION, TEMPLATE = "vision_config.json", "chat_template.jinja"
+SHARED = (TOWER, VISION, TEMPLATE)  # by all embedded models
+BESIDE = "tower_sha256"  # in a projector's metadata: the tower that it was trained beside
 
 
 @dataclass(frozen=True)
 class EmbeddedModel:
     """An embedded VLM.
 
-    ``resources``: the folder beside this file with what the project trained. ``image_token``: what
-    stands for a picture, a token of the language model. ``needed``: bytes of disk that assembly
-    takes.
+    ``own``: the folder beside this file with what is the model's alone. ``needed``: bytes of disk
+    that assembly takes.
     """
 
     name: str
     base: BaseLLM
-    resources: str
-    image_token: str
+    own: str
     needed: int
+    image_token: str = "<|image_pad|>"  # stands for a picture, a token of the language model
 
     def resource(self, name: str) -> Path:
-        """What ships with the package: ``weights.safetensors``, ``vision_config.json``,
-        ``chat_template.jinja``, ``CARD.md`` and the folder ``guard``."""
-        return Path(str(files("vlm_safeguard.embedded") / self.resources / name))
+        """What ships with the package: its ``PROJECTOR``, ``CARD.md`` and, for some models, the
+        folder ``guard``; and what is ``SHARED``."""
+        folder = "qwen25_coder" if name in SHARED else self.own
+        return Path(str(files("vlm_safeguard.embedded") / folder / name))
 
 
 MODELS = {
     model.name: model
-    for model in (
-        EmbeddedModel(
-            "embedded", QWEN25_CODER_05B, "qwen25_coder_05b", "<|image_pad|>", 4_000_000_000
-        ),
-    )
+    for model in (EmbeddedModel("embedded", QWEN25_CODER_05B, "qwen25_coder_05b", 4_000_000_000),)
 }
 
 
@@ -103,7 +102,7 @@ def assemble(
         raise DemoError(f"there is no embedded model {name!r}: use one of {', '.join(MODELS)}")
     model = MODELS[name]
     cache = default_cache() if cache is None else cache
-    for resource in RESOURCES:
+    for resource in (PROJECTOR, *SHARED):
         if not model.resource(resource).is_file():
             raise DemoError(f"{resource} is missing from the package: reinstall vlm-safeguard")
     folder = cache / FOLDER.format(name=name, key=_key(model))
@@ -130,8 +129,8 @@ def _make(model: EmbeddedModel, folder: Path, progress: Progress) -> None:
         progress(f"reading {model.base.name}")
         config, state, tokenizer = read_gguf(source, model.base.pad_token)
         progress("adding the trained weights")
-        trained = load_file(model.resource("weights.safetensors"))
-        write_checkpoint(work, model, config, state, tokenizer, trained)
+        projector, tower = (load_file(model.resource(name)) for name in (PROJECTOR, TOWER))
+        write_checkpoint(work, model, config, state, tokenizer, projector, tower)
         progress("checking")
         stamp = {p.name: sha256_file(p) for p in sorted(work.iterdir())}
         (work / STAMP).write_text(json.dumps({"gguf": model.base.sha256, "files": stamp}))
@@ -155,10 +154,21 @@ def resolve(name: str, progress: Progress = lambda _: None) -> str | Path:
 
 
 def guard_folder(name: str | Path) -> Path:
-    """The folder ``name``, or that of the guard that ships for the embedded model ``name``."""
+    """The folder ``name``, or that of the guard that ships for the embedded model ``name``.
+
+    Raises:
+        GuardError: none ships for it.
+    """
     folder = Path(name)
-    shipped = str(name) in MODELS and not os.path.lexists(folder)
-    return MODELS[str(name)].resource("guard") if shipped else folder
+    if str(name) not in MODELS or os.path.lexists(folder):
+        return folder
+    shipped = MODELS[str(name)].resource("guard")
+    if not shipped.is_dir():
+        raise GuardError(
+            f"no guard ships for the model {str(name)!r}: make one with `vlm-safeguard calibrate "
+            f"{name} -o guard` and name it"
+        )
+    return shipped
 
 
 def name_of(folder: str) -> str:
@@ -170,7 +180,7 @@ def name_of(folder: str) -> str:
 def _key(model: EmbeddedModel) -> str:
     """Names everything that the folder is made of."""
     digest = hashlib.sha256(f"format {FORMAT} {model.base.sha256}".encode())
-    for name in RESOURCES:
+    for name in (PROJECTOR, *SHARED):
         digest.update(sha256_file(model.resource(name)).encode())
     return digest.hexdigest()[:12]
 
@@ -191,21 +201,18 @@ def write_checkpoint(
     text: PretrainedConfig,
     state: dict[str, Tensor],
     tokenizer: Any,
-    trained: dict[str, Tensor],
+    projector: dict[str, Tensor],
+    tower: dict[str, Tensor],
 ) -> None:
     """Write model and processor to ``folder`` under the hub's tensor names.
 
     Args:
         text: configuration of the language model. state: its tensors. tokenizer: its own.
-        trained: ``projector/*`` and ``tower/*``.
+        projector, tower: tensors that the project trained.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in trained.items():
-        kind, rest = name.split("/", 1)
-        parts.setdefault(kind, {})[rest] = tensor.float()
     image_id = tokenizer.convert_tokens_to_ids(model.image_token)
     text.bos_token_id, text.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    vision = CLIPVisionConfig(**json.loads(model.resource("vision_config.json").read_text()))
+    vision = CLIPVisionConfig(**json.loads(model.resource(VISION).read_text()))
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -217,9 +224,11 @@ def write_checkpoint(
     )
     config.architectures = ["LlavaForConditionalGeneration"]
     config.dtype = "float32"
-    whole = {f"language_model.{name}": tensor.clone() for name, tensor in state.items()}
-    whole |= {f"multi_modal_projector.{k}": v for k, v in parts["projector"].items()}
-    whole |= {f"vision_tower.vision_model.{k}": v for k, v in parts["tower"].items()}
+    if text.tie_word_embeddings:
+        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    whole = {f"language_model.{name}": tensor for name, tensor in state.items()}
+    whole |= {f"multi_modal_projector.{k}": v.float() for k, v in projector.items()}
+    whole |= {f"vision_tower.vision_model.{k}": v.float() for k, v in tower.items()}
     _save(whole, folder / "model.safetensors")
     config.save_pretrained(folder)
     side = {"height": vision.image_size, "width": vision.image_size}
@@ -236,7 +245,7 @@ def write_checkpoint(
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
-        chat_template=model.resource("chat_template.jinja").read_text("utf-8"),
+        chat_template=model.resource(TEMPLATE).read_text("utf-8"),
         image_token=model.image_token,
         num_additional_image_tokens=1,
     ).save_pretrained(folder)
