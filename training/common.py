@@ -35,18 +35,28 @@ def stage(doc: str | None, *, steps: int = 0) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--cache", type=Path, default=HERE / "cache")
     parser.add_argument("--out", type=Path, default=HERE / "out")
+    add_model(parser)
+    parser.add_argument("--steps", type=int, default=steps)
+    args = parser.parse_args()
+    args.out = folder_of(args)
+    torch.manual_seed(SEED)
+    return args
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the embedded VLM and the dtype of its language model."""
     parser.add_argument("--model", choices=MODELS, default="embedded")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of the frozen language model; bfloat16 is for processors that multiply it fast",
+        help="of the language model; bfloat16 is for processors that multiply it fast",
     )
-    parser.add_argument("--steps", type=int, default=steps)
-    args = parser.parse_args()
-    args.out = args.out / f"{args.model}-{args.dtype}"
-    torch.manual_seed(SEED)
-    return args
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """The folder of the model and dtype in ``args.out``."""
+    return Path(args.out) / f"{args.model}-{args.dtype}"
 
 
 def log(message: str) -> None:

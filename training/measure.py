@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from training import shown
-from training.common import log, timed
+from training.common import add_model, log, timed
 from training.shown import TOKENS, Seen
 from training.subject import (
     PLAIN,
@@ -107,8 +107,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=MODELS, default="embedded")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_model(parser)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--benchmarks", type=Path)
     parser.add_argument("--per-set", type=int, help="that many prompts of each label and set")

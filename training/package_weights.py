@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from training.common import HERE, log, timed
+from training.common import HERE, add_model, folder_of, log, timed
 from vlm_safeguard.embedded.assemble import (
     BESIDE,
     MODELS,
@@ -87,14 +87,12 @@ def main() -> None:
     parts = parser.add_subparsers(dest="part", required=True)
     for part in ("tower", "projector"):
         parts.add_parser(part).add_argument("--out", type=Path, default=HERE / "out")
-    parts.choices["projector"].add_argument("--model", choices=MODELS, default="embedded")
-    parts.choices["projector"].add_argument("--dtype", default="float32", help="it was trained in")
+    add_model(parts.choices["projector"])
     args = parser.parse_args()
     if args.part == "tower":
         package_tower(args.out / "vision_tower", MODELS["embedded"])
     else:
-        folder = args.out / f"{args.model}-{args.dtype}"
-        package_projector(folder / "projector" / PROJECTOR, MODELS[args.model])
+        package_projector(folder_of(args) / "projector" / PROJECTOR, MODELS[args.model])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     LlavaForConditionalGeneration,
+    Qwen2Config,
     Qwen2ForCausalLM,
 )
 
@@ -140,6 +141,20 @@ def test_the_assembled_model_sees_what_was_trained(
         seen = loaded.get_image_features(pixel_values=pixels).pooler_output
     torch.testing.assert_close(torch.cat(list(seen)).view_as(expected), expected)
     assert same_weights(loaded.model.language_model, llm.model)
+
+
+def test_a_base_whose_embeddings_are_tied_is_written_once(
+    trained: Trained, tokenizer: Any, tmp_path: Path
+) -> None:
+    package(trained)
+    llm = Qwen2ForCausalLM(Qwen2Config(**tiny.TEXT | {"tie_word_embeddings": True})).eval()
+    made = [load_file(trained.model.resource(name)) for name in (PROJECTOR, TOWER)]
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    write_checkpoint(folder, trained.model, llm.config, llm.state_dict(), tokenizer, *made)
+    assert "language_model.lm_head.weight" not in load_file(folder / "model.safetensors")
+    loaded = LlavaForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(loaded.lm_head.weight, llm.lm_head.weight)
 
 
 def same_weights(left: nn.Module, right: nn.Module) -> bool:

@@ -101,14 +101,14 @@ def guard_or_default(model: str, guard: str | None) -> str:
     Raises:
         SafeguardError: another model comes without one, or none ships for an embedded model.
     """
+    if guard is not None:
+        return guard
     from vlm_safeguard.embedded.assemble import MODELS, guard_folder
 
-    if guard is None and model not in MODELS:
+    if model not in MODELS:
         raise SafeguardError(
             "name a guard with --guard; `vlm-safeguard calibrate MODEL -o guard/` makes one"
         )
-    if guard is not None:
-        return guard
     guard_folder(model)
     return model
 

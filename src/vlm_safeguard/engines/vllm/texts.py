@@ -17,6 +17,7 @@ from vlm_safeguard.model.chat import render
 from vlm_safeguard.model.control_tokens import ControlTokens
 from vlm_safeguard.model.text_only import PROBE
 from vlm_safeguard.model.text_reader import TextReader
+from vlm_safeguard.runtime.further_readings import FurtherReadings, find_readings
 
 
 class TextForms:
@@ -67,17 +68,15 @@ class TextForms:
             # The number of kept tokens in front of each picture.
             places = [sum(place < picture.start for place in kept) for picture in pictures]
             text = self._with_words(text, places, words)
-        whole, single = [text], list[list[int]]()
-        wordless = bool(pictures) and not (self._reader is None or self._reader.has_words(text))
-        if self._reader is not None and not wordless:
-            canonical = self._reader.other_form(text)
-            whole += [] if canonical is None else [canonical]
-            single = self._reader.sentences(text) if self._by_sentence else []
+        further = FurtherReadings()
+        if self._reader is not None:
+            further = find_readings(self._reader, [text], [bool(pictures)], self._by_sentence)
+        forms = [reading.ids for reading in (*further.canonical, *further.sentences)]
         return Order(
             self._digest,
-            [one + self._probe for one in whole + single],
-            sentences=len(single),
-            wordless=wordless,
+            [one + self._probe for one in (text, *forms)],
+            sentences=len(further.sentences),
+            wordless=bool(further.wordless),
             canary=canary,
             uncached=self._reads_means,
         )
