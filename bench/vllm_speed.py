@@ -222,7 +222,7 @@ def on_layers(
         thresholds=[threshold] + [0.0] * (len(places) - 1),
     )
     steering = shipped.config.steering.model_copy(
-        update={"layers": layers, "tokens": tokens, "reference": "anchor"}
+        update={"layers": layers, "tokens": tokens, "reference": "anchor", "later": "same"}
     )
     names = [f"{kind}.{layer}" for layer in layers for kind in ("directions", "anchor")]
     vectors = torch.stack([shipped.tensors[f"directions.{layer}"][0] for layer in read])

@@ -77,7 +77,7 @@ class Reference:
     def fired(self):
         return any(self.is_open(layer) for layer in range(tiny.LAYERS))
 
-    def _steered(self, layer, state):
+    def _steered(self, layer, state, column):
         rows = self.guard.tensors[f"directions.{layer}"]
         coordinates = rows @ state
         if self.steer.mode == "erase":
@@ -89,6 +89,9 @@ class Reference:
         only_vlm = all(gate.source == "vlm" for gate in self.gates)
         if self.steer.reference == "text" and (only_vlm or self.is_open(layer, "text")):
             target = self.known.text[layer]
+        behind = column - len(self.prompt) + 1  # so many tokens of the answer
+        if self.steer.later == "refusal" and behind > 0:
+            target = self.guard.tensors[f"refusal.{layer}"][behind - 1]
         return state - rows.T @ coordinates + (1 + self.steer.alpha) * (rows.T @ target)
 
     def _doses(self, column):
@@ -121,7 +124,7 @@ class Reference:
                 if layer in self.steer.layers:
                     for column in range(hidden.shape[1]):
                         if self._doses(column) and self.is_open(layer, at_prompt=column <= q):
-                            hidden[0, column] = self._steered(layer, hidden[0, column])
+                            hidden[0, column] = self._steered(layer, hidden[0, column], column)
             yield layer, hidden[0]
 
     @torch.no_grad()

@@ -208,6 +208,9 @@ def guard(
         rows = torch.linalg.qr(square)[0][: steer.rank]
         tensors[f"directions.{layer}"] = rows.float().contiguous()
         tensors[f"anchor.{layer}"] = 2 * torch.randn(steer.rank, generator=generator)
+        if steer.later == "refusal":
+            shape = (steer.tokens - 1, steer.rank)
+            tensors[f"refusal.{layer}"] = 2 * torch.randn(shape, generator=generator)
     for index, one in enumerate(gates):
         vectors = torch.randn(len(one.layers), one.states_read * size, generator=generator)
         tensors[f"gate.{index}"] = vectors / vectors.norm(dim=1, keepdim=True)

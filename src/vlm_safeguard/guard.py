@@ -38,8 +38,9 @@ class Guard:
     Attributes:
         config: the settings, as in ``guard.json``.
         tensors: float32. For each steered layer ``directions.{l}`` (m, d) and ``anchor.{l}`` (m,),
-            the mean coordinates of the harmful anchors. For each gate ``gate.{i}`` (n, d), its
-            vectors.
+            the mean coordinates of the harmful anchors; with ``later`` "refusal" also
+            ``refusal.{l}`` (tokens - 1, m), those behind each token of the LLM's refusals of them.
+            For each gate ``gate.{i}`` (n, d), its vectors.
 
     ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` take the arguments of
     ``huggingface_hub.ModelHubMixin`` that apply to a guard. The class does not inherit the mixin,

@@ -63,8 +63,28 @@ def test_erase_under_the_name_of_restore_is_refused(model, size, reference):
     tensors = sound.tensors | {"anchor.2": torch.full((3,), size)}
     with pytest.raises(GuardError, match="anchor of layer 2 is zero"):
         Guard(sound.config, tensors)
+    later = tiny.guard(model, GATES, reference=reference, tokens=3, later="refusal")
+    rows = later.tensors["refusal.2"].clone()
+    rows[1] = size
+    with pytest.raises(GuardError, match="refusal of layer 2 is zero"):
+        Guard(later.config, later.tensors | {"refusal.2": rows})
     added = tiny.guard(model, GATES, mode="add", query="pass")  # has no use for its anchors
     Guard(added.config, added.tensors | {"anchor.2": torch.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "restore", "tokens": None},
+        {"mode": "restore", "tokens": 1},
+        {"mode": "restore", "tokens": 65},
+        {"mode": "add", "tokens": 3},
+        {"mode": "erase", "tokens": 3},
+    ],
+)
+def test_the_states_of_refusals_are_restored_at_some_tokens_only(settings):
+    with pytest.raises(ValidationError, match="2 to 64 tokens"):
+        Steering(layers=[1], later="refusal", **settings)
 
 
 @pytest.mark.parametrize(

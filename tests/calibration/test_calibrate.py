@@ -211,7 +211,7 @@ def test_gates_are_fitted_to_sentences_of_harmless_prompts_and_not_judged_by_the
     loaded: Any = SimpleNamespace(processor=None, model=None)
     monkeypatch.setattr(hidden_states, "record", record)
     pairs = torch.randn(2, 3, 1, 2, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(hidden_states, "record_anchors", lambda *_: (pairs, None))
+    monkeypatch.setattr(hidden_states, "record_anchors", lambda *_: (pairs, torch.zeros(6)))
     monkeypatch.setattr(hidden_states, "learn_openings", lambda *_: [])
     monkeypatch.setattr(hidden_states, "find_frame", lambda _: None)
     monkeypatch.setattr(hidden_states, "find_decoder", lambda _: SimpleNamespace(hidden_size=2))
@@ -288,13 +288,15 @@ def test_a_budget_that_no_threshold_can_keep_is_refused_before_any_work() -> Non
 def test_candidates_are_valid_and_name_real_layers() -> None:
     for depth in (6, 30, 48):
         for most in (1, 3, 128):
-            found = candidates(depth, verdict=True, most=most)
+            found = candidates(depth, verdict=True, refusal=True, most=most)
             assert max(steering.rank for steering in found) == most
+            assert found[0].later == "refusal" and any(one.tokens == 1 for one in found)
             for steering in found:
                 Steering.model_validate(steering.model_dump())
                 assert steering.layers and 0 <= min(steering.layers) <= max(steering.layers) < depth
-            without = candidates(depth, verdict=False, most=most)
+            without = candidates(depth, verdict=False, refusal=False, most=most)
             assert without and not any(steering.reference == "verdict" for steering in without)
+            assert not any(steering.later == "refusal" for steering in without)
 
 
 def test_thin_takes_half_of_each_label_once() -> None:

@@ -35,7 +35,9 @@ def test_of_equally_good_settings_the_first_candidate_is_taken(
     build: Any = lambda steering: steering  # noqa: E731
     fit, effort, quiet = calibration("fit")[:20], Effort(), Progress(quiet=True)
     chosen: Any = None
-    chosen, tried = steering_search.search(loaded, build, True, 8, fit, Budget(), effort, quiet)
+    chosen, tried = steering_search.search(
+        loaded, build, True, True, 8, fit, Budget(), effort, quiet
+    )
     finals = [one["final_asr"] for one in tried if "final_asr" in one]
     assert finals == [0.25] * effort.finalists
     assert chosen.reference == "verdict"

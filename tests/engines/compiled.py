@@ -30,7 +30,7 @@ def compiled(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> 
     guard = probed(reference).guard
     steering = guard.config.steering.model_copy(update={"layers": layers})
     gone = [n for n in guard.config.steering.layers if n not in layers]
-    names = {f"{kind}.{layer}" for layer in gone for kind in ("directions", "anchor")}
+    names = {f"{kind}.{layer}" for layer in gone for kind in ("directions", "anchor", "refusal")}
     tensors = {name: tensor for name, tensor in guard.tensors.items() if name not in names}
     reference.guard = Guard(guard.config.model_copy(update={"steering": steering}), tensors)
     reference.answers = [reference.answer(request) for request in reference.requests]

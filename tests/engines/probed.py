@@ -11,14 +11,15 @@ from vlm_safeguard.model.words import find_frame
 
 
 def probed(reference: Reference) -> Reference:
-    """Its new gate opens on half of the requests, and the guard reads sentences too."""
+    """Its new gate opens on half of the requests, and the guard reads sentences too and restores
+    what refusals have at later tokens."""
     config, frame = reference.guard.config, find_frame(reference.loaded)
     assert frame is not None
     guard = tiny_vllm.guard(
         reference.loaded,
         [*config.gates, tiny.gate("text", 1, 4, reads_probe=True)],
         frame=frame.model_copy(update={"probe": frame.probe[:5]}),
-        **config.steering.model_dump(),
+        **config.steering.model_dump() | {"tokens": 3, "later": "refusal"},
     )
     guard = tiny.changed(guard, reads_sentences=True)
     shut = replace(reference, guard=tiny.with_thresholds(guard, [[1e4], [0.0], [1e4, 0.0]]))

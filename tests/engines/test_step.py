@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -99,6 +101,27 @@ def test_a_latched_dose_reaches_the_guarded_tokens_and_no_more(guard: Guard) -> 
         changed.append(moved)
     # A chunk, the last prompt token, a guarded token, a later one; then all of it computed again.
     assert changed == [[False] * 3, [True], [True], [False], [False, True, True, False]]
+
+
+def test_each_token_gets_what_refusals_have_there(model: Any) -> None:
+    """Also where a prompt and its answer are computed again in one pass."""
+    steering = {"layers": list(LAYERS), "reference": "anchor", "tokens": 3, "later": "refusal"}
+    made = tiny.guard(model, [tiny.gate("vlm", 1, threshold=-1e9)], rank=3, **steering)
+    request = watched(made, 4)
+    for columns in (range(4), range(4, 5), range(5, 6), range(2, 7)):
+        step, layers = step_of(made, rows_of([request], [columns])), streams(1, len(columns))
+        before = [hidden + residual for hidden, residual in layers]
+        for layer, output in enumerate(layers):
+            step.visit(layer, *output)
+        step.finish()
+        rows = made.tensors["directions.3"]
+        targets = {3: made.tensors["anchor.3"]}
+        targets |= {4 + n: row for n, row in enumerate(made.tensors["refusal.3"])}
+        for n, column in enumerate(columns):
+            expected = before[3][n].clone()
+            if column in targets:
+                expected += (1.5 * targets[column] - expected @ rows.T) @ rows
+            assert torch.allclose(sum(layers[3])[n], expected, atol=1e-4)
 
 
 def test_a_stream_in_one_tensor_is_steered_too(guard: Guard) -> None:

@@ -55,6 +55,7 @@ def sound(kind: str, seed: int = 0) -> Files:
             "reads_mean": True,
             "reads_probe": bool(seed % 2),
         }
+        steering |= {"later": "refusal"} if seed % 2 else {}
     if kind == "add":
         steering |= {"alpha": 0.5, "query": "pass", "positions": "all", "tokens": None}
         gates[0] |= {"per_layer": True, "layers": [1, 3]}
@@ -65,6 +66,8 @@ def sound(kind: str, seed: int = 0) -> Files:
         rows = np.linalg.qr(chance.normal(size=(width, width)))[0][:rank]
         tensors[f"directions.{layer}"] = rows
         tensors[f"anchor.{layer}"] = chance.normal(size=rank)
+        if "later" in steering:
+            tensors[f"refusal.{layer}"] = chance.normal(size=(steering["tokens"] - 1, rank))
     for index, gate in enumerate(gates):
         wide = (1 + gate.get("reads_mean", False) + gate.get("reads_probe", False)) * width
         tensors[f"gate.{index}"] = chance.normal(size=(len(gate["layers"]), wide))

@@ -140,7 +140,7 @@ def check_settings(data: bytes) -> dict[str, Any]:
     probed = any(gate.get("reads_probe", False) for gate in gates)
     must(probed == bool((frame or {}).get("probe")), "a probe where one is read")
     steering = raw["steering"]
-    optional = {"reference", "query", "positions", "rank", "alpha", "tokens"}
+    optional = {"reference", "query", "positions", "rank", "alpha", "tokens", "later"}
     old = {"soft"} if raw["schema_version"] == 1 else set()
     check_keys(steering, {"mode", "layers"}, optional | old, "steering")
     must(steering["mode"] in MODES, "mode")
@@ -152,6 +152,11 @@ def check_settings(data: bytes) -> dict[str, Any]:
     must(is_number(steering.get("alpha", 0), 1e4) and steering.get("alpha", 0) >= 0, "alpha")
     must(is_number(steering.get("soft", 0), 0.0), "no soft gate")
     must(steering.get("tokens") is None or is_int(steering["tokens"], 1, 10**6), "tokens")
+    later = steering.get("later", "same")
+    must(later in ("same", "refusal"), "later")
+    if later == "refusal":
+        must(steering["mode"] == "restore", "refusals are restored")
+        must(is_int(steering.get("tokens"), 2, 64), "a refusal is short")
     steered = steering["layers"]
     for gate in gates:
         if gate.get("per_layer", False):
@@ -223,6 +228,8 @@ def check_loaded(guard: Guard, files: Files) -> None:
     }
     for layer in steering.get("layers", []):
         shapes |= {f"directions.{layer}": (rank, width), f"anchor.{layer}": (rank,)}
+        if steering.get("later") == "refusal":
+            shapes[f"refusal.{layer}"] = (steering["tokens"] - 1, rank)
     must(set(header) == set(shapes) == set(guard.tensors), "names of tensors")
     total, body = 0, blob[8 + length :]
     for name, shape in shapes.items():
@@ -238,6 +245,7 @@ def check_loaded(guard: Guard, files: Files) -> None:
         if name.startswith("directions."):
             exact = values.astype(np.float64)
             must(np.abs(exact @ exact.T - np.eye(rank)).max() < 1.001e-3, "orthonormal")
-        if name.startswith("anchor.") and steering["mode"] == "restore":
-            must(np.linalg.norm(values.astype(np.float64)) > 0.999e-4, "an anchor to restore")
+        if name.startswith(("anchor.", "refusal.")) and steering["mode"] == "restore":
+            norms = np.linalg.norm(values.astype(np.float64), axis=-1)
+            must(norms.min() > 0.999e-4, "something to restore")
     must(total == len(body), "nothing beside the tensors")

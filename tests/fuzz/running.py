@@ -51,7 +51,7 @@ CHECKS = {
     "mode erase": "`erase` is an ablation",
     "gone with schema 1": "is of schema 1 and uses",
     "not registered": "unknown steering mode|unknown kind of gate",
-    "zero anchor": "the anchor of layer",
+    "zero anchor": "the (anchor|refusal) of layer",
     "field": r"^guard\.json: ",
     "digest": "does not match the digest",
     "tensor names": "missing or unexpected",

@@ -11,9 +11,11 @@ from vlm_safeguard.model.residual_stream import find_decoder
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("tokens", [1, 3, None])
-def test_the_attestation_of_a_generation(model, tokens, use_cache):
-    made, references = calibrated(model, tiny.PROMPTS, tokens=tokens)
+@pytest.mark.parametrize(
+    ("tokens", "later"), [(1, "same"), (3, "same"), (3, "refusal"), (None, "same")]
+)
+def test_the_attestation_of_a_generation(model, tokens, later, use_cache):
+    made, references = calibrated(model, tiny.PROMPTS, tokens=tokens, later=later)
     with made.attach(model) as session:
         assert session.attestation is None
         generate(model, tiny.batch(tiny.PROMPTS), use_cache=use_cache)

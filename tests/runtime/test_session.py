@@ -21,6 +21,7 @@ MODES = {
     "add-text": {"mode": "add", "query": "text"},
     "restore-text": {"mode": "restore", "reference": "text"},
     "restore-anchor": {"mode": "restore", "reference": "anchor"},
+    "restore-refusal": {"mode": "restore", "reference": "text", "later": "refusal"},
     "erase": {"mode": "erase"},
 }
 DOSES = {
@@ -65,7 +66,7 @@ def forward(model, inputs, **more):
 
 @pytest.mark.parametrize("dose", ["generated", "all"])
 @pytest.mark.parametrize("gates", GATES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "restore-refusal"])
 def test_forward_rows_get_what_they_get_alone(model, mode, gates, dose):
     guard, references = calibrated(model, gates, mode, dose)
     assert 0 < sum(r.fired for r in references) < len(references)
@@ -94,6 +95,17 @@ def test_forward_rows_get_what_they_get_alone(model, mode, gates, dose):
 )
 def test_generation_with_and_without_cache(model, mode, gates, dose):
     guard, references = calibrated(model, gates, mode, dose)
+    expect_generation(model, guard, references)
+
+
+@pytest.mark.parametrize("dose", ["generated-3", "all-3"])
+@pytest.mark.parametrize("gates", ["vlm", "both", "per-layer"])
+def test_what_refusals_have_there_is_restored_token_by_token(model, gates, dose):
+    guard, references = calibrated(model, gates, "restore-refusal", dose)
+    expect_generation(model, guard, references)
+
+
+def expect_generation(model, guard, references):
     inputs = tiny.batch(tiny.PROMPTS)
     expected = [reference.greedy(NEW) for reference in references]
     with guard.attach(model):
@@ -104,9 +116,12 @@ def test_generation_with_and_without_cache(model, mode, gates, dose):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("gates", ["vlm", "both"])
-def test_manual_decoding_with_a_cache(model, gates, side):
-    guard, references = calibrated(model, gates, "restore-text", "generated-3")
+@pytest.mark.parametrize(
+    ("gates", "mode"),
+    [("vlm", "restore-text"), ("both", "restore-text"), ("both", "restore-refusal")],
+)
+def test_manual_decoding_with_a_cache(model, gates, mode, side):
+    guard, references = calibrated(model, gates, mode, "generated-3")
     inputs = tiny.batch(tiny.PROMPTS, side)
     mask, rows = inputs["attention_mask"], torch.arange(len(tiny.PROMPTS))
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)

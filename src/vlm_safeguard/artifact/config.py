@@ -20,6 +20,7 @@ MAX_FRAME = 65_536  # tokens
 MAX_PROBE = 256  # tokens
 MAX_TOKEN_ID = 2**31 - 1
 MAX_GUARDED_TOKENS = 1_000_000
+MAX_REFUSAL_TOKENS = 64  # guarded tokens with `later` "refusal"
 MAX_ALPHA = 1e4
 MAX_MAGNITUDE = 1e20  # of thresholds and of every tensor's values: sums of them fit float32
 MAX_DATA_FILES = 64
@@ -116,6 +117,9 @@ class Steering(_StrictSettings):
         rank: directions per layer.
         alpha: strength.
         tokens: number of guarded generated tokens; None for all.
+        later: what ``restore`` restores behind the first token of the answer: the same again
+            ("same"), or what the LLM's own refusals of the anchors have at this token on average
+            ("refusal").
     """
 
     mode: _Registered
@@ -126,6 +130,17 @@ class Steering(_StrictSettings):
     rank: int = Field(default=1, ge=1, le=MAX_RANK)
     alpha: float = Field(default=0.0, ge=0.0, le=MAX_ALPHA, allow_inf_nan=False)
     tokens: int | None = Field(default=None, ge=1, le=MAX_GUARDED_TOKENS)
+    later: Literal["same", "refusal"] = "same"
+
+    @model_validator(mode="after")
+    def _a_refusal_is_short(self) -> Steering:
+        if self.later == "refusal" and (
+            self.mode != "restore" or not 2 <= (self.tokens or 0) <= MAX_REFUSAL_TOKENS
+        ):
+            raise ValueError(
+                f"later `refusal` is of mode `restore`, with 2 to {MAX_REFUSAL_TOKENS} tokens"
+            )
+        return self
 
     @model_validator(mode="after")
     def _each_layer_once(self) -> Steering:
@@ -283,6 +298,8 @@ class GuardConfig(_StrictSettings):
         for layer in steering.layers:
             found[f"directions.{layer}"] = (steering.rank, width)
             found[f"anchor.{layer}"] = (steering.rank,)
+            if steering.later == "refusal":
+                found[f"refusal.{layer}"] = ((steering.tokens or 1) - 1, steering.rank)
         for index, gate in enumerate(self.gates):
             found[f"gate.{index}"] = (len(gate.layers), gate.states_read * width)
         return found

@@ -179,6 +179,8 @@ def _steering(steering: Steering) -> list[tuple[str, str]]:
     ]
     if steering.mode == "restore":
         rows.append(("Put back", _REFERENCES[steering.reference]))
+    if steering.later == "refusal":
+        rows.append(("Put back behind the first token", "mean of the LLM's own refusals there"))
     if steering.mode == "add":
         own = "the request itself" if steering.query == "pass" else "its text-only pass"
         rows.append(("Component of", own))

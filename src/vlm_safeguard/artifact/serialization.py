@@ -313,9 +313,14 @@ def check_tensors(tensors: dict[str, Tensor], config: GuardConfig) -> None:
         rows = tensors[f"directions.{layer}"].double()
         if (rows @ rows.T - torch.eye(len(rows))).abs().max() > ORTHONORMAL:
             raise GuardError(f"the directions of layer {layer} are not orthonormal")
-        anchor = tensors[f"anchor.{layer}"].double()
-        if config.steering.mode == "restore" and anchor.norm() < MIN_ANCHOR:
-            raise GuardError(
-                f"the anchor of layer {layer} is zero or nearly so: restoring it would erase "
-                "refusals, so it is not loaded as a guard"
-            )
+        if config.steering.mode != "restore":
+            continue
+        restored = {"anchor": tensors[f"anchor.{layer}"]}
+        if config.steering.later == "refusal":
+            restored["refusal"] = tensors[f"refusal.{layer}"]
+        for what, coordinates in restored.items():
+            if coordinates.double().norm(dim=-1).min() < MIN_ANCHOR:
+                raise GuardError(
+                    f"the {what} of layer {layer} is zero or nearly so: restoring it would erase "
+                    "refusals, so it is not loaded as a guard"
+                )

@@ -137,6 +137,7 @@ def calibrate(
             loaded,
             directions,
             pairs,
+            recorded.refusals,
             markup,
             fitted,
             find_frame(loaded),
@@ -145,11 +146,11 @@ def calibrate(
             data.sha256,
         )
         verdict = any(gate.openings for gate in fitted.values())
-        most = len(directions[0])
+        most, refusal = len(directions[0]), recorded.refusals is not None
         fit = list(data.fit)
         with float32_products(matmul_precision):
             guard, tried = search(
-                loaded, base.build, verdict, most, fit, budget, effort, progress, refusals
+                loaded, base.build, verdict, refusal, most, fit, budget, effort, progress, refusals
             )
     proof = prove(loaded, guard, data.held, budget, effort, progress, refusals)
     results = {
@@ -199,11 +200,12 @@ def _separability(
 
 @dataclass(frozen=True)
 class _Foundation:
-    """What all steering candidates share: directions, gates, markup, frame and data."""
+    """What all steering candidates share: directions, refusals, gates, markup, frame and data."""
 
     loaded: LoadedModel
     directions: dict[int, Tensor]
     pairs: Tensor
+    refusals: Tensor | None
     markup: ImageMarkup
     gates: Mapping[GateName, GateFit]
     frame: TextFrame | None
@@ -221,6 +223,8 @@ class _Foundation:
             tensors[f"directions.{layer}"] = basis
             harmful = self.pairs[0, :, layer, : decoder.hidden_size]
             tensors[f"anchor.{layer}"] = method.coordinates(harmful, basis).mean(0)
+            if steering.later == "refusal" and self.refusals is not None:
+                tensors[f"refusal.{layer}"] = method.coordinates(self.refusals[:, layer], basis)
         gates: list[Gate] = []
         for name, fit in self.gates.items():
             # A pooled score has one threshold; it stands with the gate's first layer.

@@ -18,6 +18,7 @@ from vlm_safeguard.calibration.kept_states import once
 from vlm_safeguard.calibration.openings import learn_openings
 from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.calibration.recorded_states import Readings, Recorded, States
+from vlm_safeguard.calibration.refusal_states import record_refusals
 from vlm_safeguard.data.inputs import (
     PICTURED,
     Query,
@@ -114,7 +115,10 @@ def record_calibration(
         seen = queries(chosen, setting)
         pictured[setting] = record_states(loaded, chosen, seen, setting, folder, progress)
     untold = frozenset(p.id for p in fit if not told(p, reads_pictures))
-    return Recorded(pairs, directions, openings, text, others, pictured, untold)
+    begun = torch.isin(first[: len(data.anchors)], torch.tensor(openings, dtype=first.dtype))
+    refused = [asked[place] for place in begun.nonzero()[:, 0].tolist()]
+    begins = record_refusals(loaded, refused, progress)
+    return Recorded(pairs, directions, openings, text, others, pictured, untold, begins)
 
 
 def record_readings(

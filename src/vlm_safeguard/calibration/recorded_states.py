@@ -82,6 +82,8 @@ class Recorded:
         readings: others of the harmless ones of these prompts.
         pictured: states with a blank image and with a picture, by setting.
         untold: ids of prompts whose label does not show in what the text gate reads.
+        refusals: mean states (k, L, d) behind the first k tokens of the model's refusals of the
+            harmful anchors, as text; None if it has too few.
     """
 
     pairs: Tensor
@@ -91,6 +93,7 @@ class Recorded:
     readings: Readings
     pictured: dict[str, States]
     untold: frozenset[str]
+    refusals: Tensor | None = None
 
     def text_only_states(self) -> States:
         """States that the text gate is fitted to: prompts as text, anchors, and other readings.

@@ -9,6 +9,7 @@ from vlm_safeguard.artifact.config import Steering
 from vlm_safeguard.calibration.attack_trials import harmless_cost, successes, within, without
 from vlm_safeguard.calibration.budget import Budget, Effort
 from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
+from vlm_safeguard.calibration.refusal_states import TOKENS
 from vlm_safeguard.data.inputs import PICTURED, SETTINGS, Query, queries
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.data.sampling import evenly, spaced
@@ -25,28 +26,32 @@ AS_TEXT = 4
 _Ranked = tuple[float, int, Steering]
 
 
-def candidates(depth: int, verdict: bool, most: int) -> list[Steering]:
+def candidates(depth: int, verdict: bool, refusal: bool, most: int) -> list[Steering]:
     """Steering settings to try, from the strongest to the one closest to the paper. ``verdict``:
-    whether a gate tells which texts the LLM would refuse. ``most``: directions per layer that there
-    are.
+    whether a gate tells which texts the LLM would refuse. ``refusal``: whether states of the LLM's
+    refusals were recorded. ``most``: directions per layer that there are.
 
     With few directions, much of what a picture changed stays in the states.
 
     Of equally good candidates the first is taken. A request's own text coordinates hardly undo a
     refusal of its text, so those with them stand before the mean of the anchors alone.
 
-    Most `restore` candidates guard the last prompt token only, because their coordinates come from
-    there. At generated tokens, the same coordinates make the model repeat its first word.
+    The coordinates of a request, or of anchors, come from the last prompt token. At generated
+    tokens they make the model repeat its first word, so those of refusals are put in there. Without
+    them a picture turns some refusals that begin with "I" into another sentence.
     """
     references: list[Literal["verdict", "text", "anchor"]] = ["text", "anchor"]
     if verdict:
         references = ["verdict", *references]
     whole, later = list(range(depth)), list(range(depth // 3, depth))
     found = [
-        Steering(mode="restore", reference=reference, layers=layers, rank=rank, tokens=1)
+        Steering(mode="restore", reference=reference, layers=layers, rank=most, tokens=1)
         for reference in references
-        for layers, rank in ((whole, most), (later, most), (whole, (most + 1) // 2))
+        for layers in (whole, later)
     ]
+    if refusal:
+        longer = {"tokens": TOKENS + 1, "later": "refusal"}
+        found = [one.model_copy(update=longer) for one in found] + found[::2]
     few = min(4, most)
     found.append(Steering(mode="restore", reference="anchor", layers=later, rank=few, tokens=8))
     found.append(Steering(mode="add", query="text", layers=later, rank=1, alpha=1.0))
@@ -57,6 +62,7 @@ def search(
     loaded: LoadedModel,
     build: Callable[[Steering], Guard],
     verdict: bool,
+    refusal: bool,
     most: int,
     fit: Sequence[Prompt],
     budget: Budget,
@@ -74,6 +80,7 @@ def search(
     Args:
         build: makes a guard with the given steering.
         verdict: whether its gates tell which texts the LLM would refuse.
+        refusal: whether it can restore the states of the LLM's refusals.
         most: directions per layer that there are.
         fit: calibration prompts that may be used for choices.
 
@@ -83,7 +90,7 @@ def search(
     Raises:
         CalibrationError: every candidate of the second round exceeds the KL budget.
     """
-    settings = candidates(len(find_decoder(loaded.model).layers), verdict, most)
+    settings = candidates(len(find_decoder(loaded.model).layers), verdict, refusal, most)
     attacks = [p for p in fit if p.harmful]
     few = _telling(loaded, build(settings[0]), attacks, effort, progress, recogniser)
     tried: list[dict[str, Any]] = []

@@ -93,16 +93,17 @@ def decisions_of(request: Request) -> list[Decision]:
 def attest(request: Request, layers: tuple[int, ...]) -> Attestation:
     """The attestation of a request whose prompt has been read to its end."""
     changed: list[dict[int, int]] = [{} for _ in range(request.rows)]
-    for layer in sorted({*request.prompt_doses, *request.later_doses}):
+    at_prompt, later = request.doses[0], request.doses[1]  # later steps change the same rows
+    for layer in sorted({*at_prompt, *later}):
         for doses, columns in (
-            (request.prompt_doses, request.prompt_columns),
-            (request.later_doses, request.later_columns),
+            (at_prompt, request.prompt_columns),
+            (later, request.later_columns),
         ):
             dose = doses.get(layer)
             if dose is None:
                 continue
             # The whole prompt (positions `all`) is steered padding and all, which is no token.
-            whole = doses is request.prompt_doses and columns == request.prompt_width
+            whole = doses is at_prompt and columns == request.prompt_width
             for row in dose.rows:
                 count = columns - (request.padding[row] if whole else 0)
                 if count:

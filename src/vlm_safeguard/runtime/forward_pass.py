@@ -162,7 +162,7 @@ class StepPass(ForwardPass):
 
     def visit(self, layer: int, output: Any) -> Tensor | None:
         self.seen.append(layer)
-        dose = self.request.later_doses.get(layer)
+        dose = self.request.doses[self.spans[0].step].get(layer)
         return None if dose is None else steer_step(dose, hidden_of(output))
 
 

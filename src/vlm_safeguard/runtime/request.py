@@ -14,6 +14,7 @@ Decisions are kept in lists on the host, so a decoding step does not wait for th
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -31,12 +32,13 @@ class Span:
     """Columns that steering may change in one forward call.
 
     ``columns`` are relative to the call. If prompts end at different columns (padding on the
-    right), they are one column per row. ``new``: how many of them, per row, no earlier call of the
-    request has computed.
+    right), they are one column per row. ``step``: 0 at the prompt; behind it the number of answer
+    tokens so far, or 1 throughout if all of them get the same dose. ``new``: how many of the
+    columns, per row, no earlier call of the request has computed.
     """
 
     columns: slice | list[int]
-    at_prompt: bool
+    step: int
     new: int
 
 
@@ -91,9 +93,8 @@ class Request:
     refused: list[bool] = field(init=False)
     text_coordinates: dict[int, Tensor] = field(default_factory=dict)  # by layer, (B, m)
     pass_coordinates: dict[int, Tensor] = field(default_factory=dict)
-    # By layer, None where no row is open: at the prompt's own columns, and behind them.
-    prompt_doses: dict[int, Dose | None] = field(default_factory=dict)
-    later_doses: dict[int, Dose | None] = field(default_factory=dict)
+    # By step (see ``Span``), then layer; None where no row is open.
+    doses: dict[int, dict[int, Dose | None]] = field(default_factory=lambda: defaultdict(dict))
     text_calls: Calls = field(default_factory=Calls)
     calls: Calls = field(default_factory=Calls)
     cache: Any = None
@@ -137,7 +138,7 @@ class Request:
     def leave(self, spans: Iterable[Span], end: int) -> None:
         """A forward call ran to its end, column ``end``; ``spans`` of it may be steered."""
         for span in spans:
-            if span.at_prompt:
+            if span.step == 0:
                 self.prompt_columns += span.new
             else:
                 self.later_columns += span.new

@@ -120,6 +120,9 @@ class Steerer:
     def __init__(self, settings: Steering, tensors: Mapping[str, Tensor], text_gates: bool) -> None:
         """``tensors`` as in ``Guard``; ``text_gates``: some gate reads the text-only pass."""
         anchor = {n: tensors[f"anchor.{n}"] for n in settings.layers}
+        self._refusal: dict[int, Tensor] = {}
+        if settings.later == "refusal":
+            self._refusal = {n: tensors[f"refusal.{n}"] for n in settings.layers}
         self._settings = settings
         self._mode = mode_class(settings.mode)(settings, anchor, text_gates)
         self._directions = {n: tensors[f"directions.{n}"] for n in settings.layers}
@@ -158,17 +161,22 @@ class Steerer:
         settings, found = self._settings, []
         if settings.positions == "all" and first < width:
             stop = min(end, width)
-            found.append(Span(slice(0, stop - first), True, max(0, stop - max(first, done))))
+            found.append(Span(slice(0, stop - first), 0, max(0, stop - max(first, done))))
         elif first < width <= end:
             places = [column - first for column in request.last_prompt]
             one = len(set(places)) == 1
             at_q = slice(places[0], places[0] + 1) if one else places
-            found.append(Span(at_q, True, int(done < width)))
+            found.append(Span(at_q, 0, int(done < width)))
         stop = end if settings.tokens is None else min(end, width + settings.tokens - 1)
         start = max(first, width)
-        if start < stop:
+        if start >= stop:
+            return found
+        if not self._refusal:
             later = slice(start - first, stop - first)
-            found.append(Span(later, False, max(0, stop - max(start, done))))
+            return [*found, Span(later, 1, max(0, stop - max(start, done)))]
+        for column in range(start, stop):
+            place = column - first
+            found.append(Span(slice(place, place + 1), column - width + 1, int(done <= column)))
         return found
 
     def is_step(self, request: Request, columns: range, spans: Sequence[Span]) -> bool:
@@ -177,8 +185,8 @@ class Steerer:
         return (
             len(columns) == 1
             and len(spans) == 1
-            and not spans[0].at_prompt
-            and len(request.later_doses) == len(self.layers)
+            and spans[0].step > 0
+            and len(request.doses[spans[0].step]) == len(self.layers)
         )
 
     def steer(
@@ -199,7 +207,7 @@ class Steerer:
         if hidden.shape[1] < width:
             spans = self._of_last(spans, width - hidden.shape[1], layer)
         for span in spans:
-            dose = self.dose(request, layer, span.at_prompt, hidden.device)
+            dose = self.dose(request, layer, span.step, hidden.device)
             if dose is None:
                 continue
             if hidden.shape[1] == 1:  # no copy, and no other span
@@ -218,7 +226,7 @@ class Steerer:
     def _of_last(self, spans: Sequence[Span], missing: int, layer: int) -> list[Span]:
         """The spans of a layer that leaves out the first ``missing`` columns of a call. What is not
         put out is read by nothing behind it."""
-        if self._settings.positions == "all" and any(span.at_prompt for span in spans):
+        if self._settings.positions == "all" and any(span.step == 0 for span in spans):
             raise GuardRuntimeError(
                 f"positions `all` cannot be guarded here: layer {layer} leaves out a part of the "
                 "prompt. Use a guard with positions `generated`"
@@ -232,21 +240,27 @@ class Steerer:
                     continue
             else:  # all of them are there: the call has checked it
                 columns = [column - missing for column in columns]
-            found.append(Span(columns, span.at_prompt, span.new))
+            found.append(Span(columns, span.step, span.new))
         return found
 
-    def dose(
-        self, request: Request, layer: int, at_prompt: bool, device: torch.device
-    ) -> Dose | None:
-        """The latched dose of a layer, at the prompt or behind it; None if no row is open. Gates
-        that count there are decided by now."""
-        doses = request.prompt_doses if at_prompt else request.later_doses
+    def dose(self, request: Request, layer: int, step: int, device: torch.device) -> Dose | None:
+        """The latched dose of a layer at a step (``Span``); None if no row is open. Gates that
+        count there are decided by now."""
+        doses = request.doses[step]
         if layer not in doses:
-            opened = request.open_at(layer, at_prompt=at_prompt)
+            opened = request.open_at(layer, at_prompt=step == 0)
             rows = [row for row, is_open in enumerate(opened) if is_open]
-            directions = self.directions(layer, device)
-            doses[layer] = self._mode.dose(request, layer, rows, directions) if rows else None
+            doses[layer] = self._made(request, layer, step, rows, device) if rows else None
         return doses[layer]
+
+    def _made(
+        self, request: Request, layer: int, step: int, rows: list[int], device: torch.device
+    ) -> Dose:
+        directions = self.directions(layer, device)
+        if not (step and self._refusal):
+            return self._mode.dose(request, layer, rows, directions)
+        target = method.restored(self._refusal[layer][step - 1], self._settings.alpha)
+        return _dose(target.to(device).expand(request.rows, -1), rows, directions)
 
 
 class NoSteering(Steerer):

@@ -57,12 +57,13 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _Place:
-    """Tokens of one request that may be steered: ``first`` and ``count`` in the flattened batch."""
+    """Tokens of one request that may be steered: ``first`` and ``count`` in the flattened batch;
+    ``step`` as in ``Span``."""
 
     row: BatchRow
     first: int
     count: int
-    at_prompt: bool
+    step: int
 
 
 class Step:
@@ -233,7 +234,7 @@ class Step:
         for span in self._steerer.spans(row.watched.request, row.columns):
             if isinstance(span.columns, slice):  # one row has no other
                 first, stop = span.columns.start, span.columns.stop
-                found.append(_Place(row, row.start + first, stop - first, span.at_prompt))
+                found.append(_Place(row, row.start + first, stop - first, span.step))
         return found
 
     def _read_texts(self, layer: int, stream: _ResidualStream) -> None:
@@ -273,7 +274,7 @@ class Step:
             watched = place.row.watched
             if watched.failed or not watched.request.any_open:
                 continue
-            dose = self._steerer.dose(watched.request, layer, place.at_prompt, stream.device)
+            dose = self._steerer.dose(watched.request, layer, place.step, stream.device)
             if dose is not None:
                 places += range(place.first, place.first + place.count)
                 doses += [dose] * place.count

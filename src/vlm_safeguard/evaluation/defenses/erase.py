@@ -12,5 +12,7 @@ from vlm_safeguard.guard import Guard
 
 
 def build(guard: Guard) -> Defence:
-    steering = Steering.model_validate(guard.config.steering.model_dump() | {"mode": "erase"})
-    return Defence("erase-ablation", guard=changed(guard, steering=steering))
+    steering = guard.config.steering.model_dump() | {"mode": "erase", "later": "same"}
+    tensors = {k: v for k, v in guard.tensors.items() if not k.startswith("refusal.")}
+    made = changed(guard, tensors, steering=Steering.model_validate(steering))
+    return Defence("erase-ablation", guard=made)

@@ -1,0 +1,68 @@
+"""Records the hidden states behind the first tokens of a model's own refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_safeguard.data.inputs import Query, batches
+from vlm_safeguard.data.sampling import spaced
+from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.residual_stream import (
+    Decoder,
+    hidden_of,
+    verify_residual_stream,
+    watch_layer,
+)
+from vlm_safeguard.utils.progress import Progress
+
+TOKENS = 2  # of a refusal: those behind them are the third at most
+MOST, FEWEST = 160, 16  # refusals
+
+
+@torch.inference_mode()
+def record_refusals(
+    loaded: LoadedModel, refused: Sequence[Query], progress: Progress, batch: int = 32
+) -> Tensor | None:
+    """Record the mean state behind each of the first tokens of refusals, as the model writes them.
+
+    Args:
+        loaded: the model and its processor.
+        refused: requests that the model refuses.
+        progress: where progress is reported.
+        batch: requests per batch.
+
+    Returns:
+        States (TOKENS, L, d), float32, after each decoder layer; None if ``refused`` are fewer than
+        ``FEWEST``.
+    """
+    if len(refused) < FEWEST:
+        return None
+    asked = spaced(refused, MOST)
+    decoder = verify_residual_stream(loaded.model)
+    total = torch.zeros(TOKENS, len(decoder.layers), decoder.hidden_size, dtype=torch.float64)
+    for group in progress.track(batches(loaded.processor.tokenizer, asked, batch), "refusals"):
+        inputs = encode(loaded, [asked[n].text for n in group], [None] * len(group))
+        total += _last_states(loaded.model, decoder, inputs)[1:].double().sum(2)
+    return (total / len(asked)).float()
+
+
+def _last_states(model: Any, decoder: Decoder, inputs: dict[str, Tensor]) -> Tensor:
+    """States (1 + TOKENS, L, B, d) at the last prompt token and behind each token of an answer."""
+    seen: list[list[Tensor]] = [[] for _ in decoder.layers]
+
+    def keep(layer: int) -> Callable[[Any], None]:
+        return lambda output: seen[layer].append(hidden_of(output)[:, -1].float().cpu())
+
+    handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(len(decoder.layers))]
+    count = TOKENS + 1  # that of the last pass is not looked at
+    try:
+        model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack([torch.stack(states) for states in seen], 1)
