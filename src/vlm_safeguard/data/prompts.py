@@ -94,7 +94,8 @@ class CalibrationData:
     def packaged(cls) -> CalibrationData:
         """The data that ships with the package."""
         sets = {split: calibration(split) for split in SPLITS}
-        return cls(anchors(), sha256=digests(), **sets)
+        used = {name: digests()[name] for name in (ANCHORS, CALIBRATION, TEMPLATES)}
+        return cls(anchors(), sha256=used, **sets)
 
     @classmethod
     def from_folder(cls, folder: Path) -> CalibrationData:
