@@ -27,7 +27,7 @@ SYSTEM = (
 END = "<|im_end|>"
 
 
-def stage(doc: str | None, *, steps: int = 0) -> argparse.Namespace:
+def stage(doc: str | None) -> argparse.Namespace:
     """What a stage is called with (cache, out, model, dtype, steps); seeds torch.
 
     ``out`` becomes the folder of the model and dtype in the one that is named.
@@ -36,7 +36,7 @@ def stage(doc: str | None, *, steps: int = 0) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=HERE / "cache")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     add_model(parser)
-    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--steps", type=int, default=0, help="by default those of the model")
     args = parser.parse_args()
     args.out = folder_of(args)
     torch.manual_seed(SEED)

@@ -48,6 +48,7 @@ ANSWER_TOKENS = 24
 EMOJI_VARIANTS = 8
 PEAK_RATE = 2e-3
 CYCLE = 80  # steps from one start of the schedule to the next
+CYCLES = {"embedded": 4, "embedded-1.5b": 2}  # a step of the larger one takes longer
 NAMED = 192  # pictures that the hidden units name in each step
 NAME_STEPS, NAME_RATE, NAME_WEIGHT = 600, 3e-3, 0.1
 # Projected pictures begin about as long as word embeddings: longer ones drown what the language
@@ -401,7 +402,8 @@ def made_from(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    args = stage(__doc__, steps=4 * CYCLE)
+    args = stage(__doc__)
+    steps = args.steps or CYCLES[args.model] * CYCLE
     llm, tokenizer = base_model(args)
     bank = build_bank(packaged_tower(MODELS[args.model]), args.cache)
     name_loss = NameLoss(bank)
@@ -414,7 +416,7 @@ def main() -> None:
     log(", ".join(f"{len(pool)} {kind}" for kind, pool in pools.items()))
     loss_of = PictureLoss(llm, projector, bank, tokenizer)
     data = batches(pools, SEED)
-    tune(projector, loss_of, name_loss, data, args.steps, folder, made_from(args))
+    tune(projector, loss_of, name_loss, data, steps, folder, made_from(args))
     save(projector, folder / PROJECTOR)
 
 

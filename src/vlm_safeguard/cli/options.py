@@ -21,7 +21,7 @@ from vlm_safeguard.utils.files import check_writable
 if TYPE_CHECKING:  # imports torch, and --help needs none
     from vlm_safeguard.guard import Guard
 
-Model = Annotated[str, typer.Argument(help="Folder, hub name, or 'embedded'.")]
+Model = Annotated[str, typer.Argument(help="Folder, hub name, 'embedded' or 'embedded-1.5b'.")]
 GuardName = Annotated[
     str | None,
     typer.Option(help="Guard folder or hub name (default: that of 'embedded')."),

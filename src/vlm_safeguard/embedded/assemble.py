@@ -30,6 +30,7 @@ from transformers import (
 
 from vlm_safeguard.embedded.base_llm import (
     QWEN25_CODER_05B,
+    QWEN25_CODER_15B,
     BaseLLM,
     fetch_gguf,
     read_gguf,
@@ -71,7 +72,10 @@ class EmbeddedModel:
 
 MODELS = {
     model.name: model
-    for model in (EmbeddedModel("embedded", QWEN25_CODER_05B, "qwen25_coder_05b", 4_000_000_000),)
+    for model in (
+        EmbeddedModel("embedded", QWEN25_CODER_05B, "qwen25_coder_05b", 4_000_000_000),
+        EmbeddedModel("embedded-1.5b", QWEN25_CODER_15B, "qwen25_coder_15b", 11_000_000_000),
+    )
 }
 
 

