@@ -83,7 +83,7 @@ def test_erase_under_the_name_of_restore_is_refused(model, size, reference):
     ],
 )
 def test_the_states_of_refusals_are_restored_at_some_tokens_only(settings):
-    with pytest.raises(ValidationError, match="2 to 64 tokens"):
+    with pytest.raises(ValidationError, match="needs mode `restore` and 2 to 64 tokens"):
         Steering(layers=[1], later="refusal", **settings)
 
 

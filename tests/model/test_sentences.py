@@ -81,6 +81,22 @@ def test_each_sentence_is_read_as_a_request(loaded: families.LoadedModel) -> Non
     assert alone[-1] in reader.sentences(ids(processor, "a b c", "d e f", STORY))
 
 
+def test_behind_other_turns_the_last_one_is_read_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mean over all words of a conversation hides what the last turn asks for."""
+    role = "{{ message['role'] }}"
+    marked = QWEN.processor.chat_template.replace(role, "</s>" + role)
+    monkeypatch.setattr(QWEN.processor, "chat_template", marked)
+    reader, processor = TextReader(QWEN.processor), QWEN.processor
+    asked = ids(processor, "How do I bake bread?")
+    assert reader.sentences(ids(processor, "a b c", "d e f", "How do I bake bread?")) == [asked]
+    hidden = "How do I b\u200bake bread?"
+    assert reader.sentences(ids(processor, "a b c", "d e f", hidden)) == [asked]
+    whole, *parts = reader.sentences(ids(processor, "a b c", "d e f", STORY))
+    assert whole == ids(processor, STORY) and parts == reader.sentences(whole)
+
+
 @pytest.mark.parametrize("loaded", [LLAVA, QWEN], ids=["llava", "qwen"])
 def test_a_typed_mark_of_a_turn_hides_no_sentence(loaded: families.LoadedModel) -> None:
     reader, processor = TextReader(loaded.processor), loaded.processor

@@ -117,9 +117,9 @@ class Steering(_StrictSettings):
         rank: directions per layer.
         alpha: strength.
         tokens: number of guarded generated tokens; None for all.
-        later: what ``restore`` restores behind the first token of the answer: the same again
-            ("same"), or what the LLM's own refusals of the anchors have at this token on average
-            ("refusal").
+        later: what ``restore`` restores behind the first token of the answer: the same as at the
+            last prompt token ("same"), or what the LLM's own refusals of the anchors have at this
+            token on average ("refusal").
     """
 
     mode: _Registered
@@ -138,7 +138,7 @@ class Steering(_StrictSettings):
             self.mode != "restore" or not 2 <= (self.tokens or 0) <= MAX_REFUSAL_TOKENS
         ):
             raise ValueError(
-                f"later `refusal` is of mode `restore`, with 2 to {MAX_REFUSAL_TOKENS} tokens"
+                f"later `refusal` needs mode `restore` and 2 to {MAX_REFUSAL_TOKENS} tokens"
             )
         return self
 

@@ -18,9 +18,10 @@ from vlm_safeguard.model.residual_stream import (
     verify_residual_stream,
     watch_layer,
 )
+from vlm_safeguard.model.text_only import head_in_one_piece
 from vlm_safeguard.utils.progress import Progress
 
-TOKENS = 2  # of a refusal: those behind them are the third at most
+TOKENS = 2  # of a refusal, behind which states are recorded: they steer up to the third token
 MOST, FEWEST = 160, 16  # refusals
 
 
@@ -32,7 +33,7 @@ def record_refusals(
 
     Args:
         loaded: the model and its processor.
-        refused: requests that the model refuses.
+        refused: requests whose answers begin as the model's refusals do.
         progress: where progress is reported.
         batch: requests per batch.
 
@@ -59,9 +60,11 @@ def _last_states(model: Any, decoder: Decoder, inputs: dict[str, Tensor]) -> Ten
         return lambda output: seen[layer].append(hidden_of(output)[:, -1].float().cpu())
 
     handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(len(decoder.layers))]
-    count = TOKENS + 1  # that of the last pass is not looked at
+    count = TOKENS + 1  # the last token is made only so that the pass before it runs
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "num_beams": 1}
     try:
-        model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        with head_in_one_piece(model):
+            model.generate(**inputs, **options)
     finally:
         for handle in handles:
             handle.remove()

@@ -37,8 +37,8 @@ def candidates(depth: int, verdict: bool, refusal: bool, most: int) -> list[Stee
     refusal of its text, so those with them stand before the mean of the anchors alone.
 
     The coordinates of a request, or of anchors, come from the last prompt token. At generated
-    tokens they make the model repeat its first word, so those of refusals are put in there. Without
-    them a picture turns some refusals that begin with "I" into another sentence.
+    tokens they make the model repeat its first word. There the coordinates of refusals are
+    restored: unsteered, a picture turns some refusals that begin with "I" into another sentence.
     """
     references: list[Literal["verdict", "text", "anchor"]] = ["text", "anchor"]
     if verdict:

@@ -82,11 +82,21 @@ class TextReader:
         """The ids of requests that consist of one sentence each of the user's last turn, in
         canonical form; none where that turn has fewer than two (see ``sentences``).
 
+        Where something stands before that turn, such as earlier turns, the whole of it is one of
+        them: what a gate reads of a conversation hides what its last turn asks for.
+
         If the template marks turns with words that a user can type, the sentences are those of all
         turns.
         """
-        words = self._decoded(ids).removesuffix(self._after)
-        words = words.rpartition(self._turn)[2] if self._turn else words.removeprefix(self._before)
+        written = self._decoded(ids).removesuffix(self._after)
+        if self._turn:
+            before, turn, words = written.rpartition(self._turn)
+            alone = before + turn == self._before
+        else:
+            words, alone = written.removeprefix(self._before), True
+        found = sentences(canonical_text(words))
+        if not alone and words.strip():
+            found = [canonical_text(words), *found]
         return [
             list(
                 self._tokenizer(
@@ -94,7 +104,7 @@ class TextReader:
                     add_special_tokens=False,
                 )["input_ids"]
             )
-            for sentence in sentences(canonical_text(words))
+            for sentence in found
         ]
 
     def _controls(self, ids: list[int]) -> list[int]:

@@ -122,7 +122,9 @@ class Steerer:
         anchor = {n: tensors[f"anchor.{n}"] for n in settings.layers}
         self._refusal: dict[int, Tensor] = {}
         if settings.later == "refusal":
-            self._refusal = {n: tensors[f"refusal.{n}"] for n in settings.layers}
+            self._refusal = {
+                n: method.restored(tensors[f"refusal.{n}"], settings.alpha) for n in settings.layers
+            }
         self._settings = settings
         self._mode = mode_class(settings.mode)(settings, anchor, text_gates)
         self._directions = {n: tensors[f"directions.{n}"] for n in settings.layers}
@@ -259,8 +261,10 @@ class Steerer:
         directions = self.directions(layer, device)
         if not (step and self._refusal):
             return self._mode.dose(request, layer, rows, directions)
-        target = method.restored(self._refusal[layer][step - 1], self._settings.alpha)
-        return _dose(target.to(device).expand(request.rows, -1), rows, directions)
+        if self._refusal[layer].device != device:  # once: a step does not wait for the device
+            self._refusal[layer] = self._refusal[layer].to(device)
+        target = self._refusal[layer][step - 1].expand(request.rows, -1)
+        return _dose(target, rows, directions)
 
 
 class NoSteering(Steerer):
