@@ -17,7 +17,7 @@ from vlm_safeguard.model.fingerprint import config_digest
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.weights import weights_digest
 
-RANK = 64  # the largest that a calibration tries
+RANK = 64
 FAR = 1e9  # no score comes near it: a gate with this threshold is shut, with its negative open
 
 
@@ -60,7 +60,7 @@ def gate_layers(layers: Sequence[int], depth: int) -> list[int]:
 def restoring(
     target: Model, layers: list[int], *, text: bool, is_open: bool, tokens: int | None = 1
 ) -> Guard:
-    """A guard as a calibration makes it: pooled gates, `restore` of ``RANK`` directions.
+    """A guard with pooled gates and `restore` of ``RANK`` directions.
 
     ``text``: there is a gate on the text-only pass beside the one on the request's own, and the
     coordinates come from it; else they are the anchors'.

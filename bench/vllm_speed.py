@@ -64,9 +64,9 @@ wrote this page and [bench-vllm.json](assets/bench-vllm.json): vLLM {version} on
   repeat their prompts. All pictures are the same one, which vLLM encodes once.
 - Guards are made from the one that ships, on 1, half or all of its layers. Their gate is the
   paper's: it reads the first safety direction in the request's own pass, so no text-only request is
-  made. Its threshold keeps it shut or open. If it is open, the first token is steered, as by the
-  guard that ships, or every token. At the prompt, steering begins at the last layer that the gate
-  reads, because it is not decided below.
+  made. Its threshold keeps it shut or open. If it is open, the first token is steered, or every
+  token. At the prompt, steering begins at the last layer that the gate reads, because it is not
+  decided below.
 - *As it ships* makes text-only requests: each prompt as text, and each of its {questions} sentences
   by itself. No guard here reads words in pictures, which costs what OCR costs."""
 

@@ -34,7 +34,7 @@ MAX_DEPTH = 16  # of objects and lists inside each other
 MAX_VALUES = 100_000  # numbers, texts, objects, lists in one file
 MAX_TEXT = 4096  # characters of one text
 MAX_INTEGER = 2**53  # beyond it other readers of JSON lose digits
-MIN_ANCHOR = 1e-4  # length of an anchor that `restore` may put back; far below any real one
+MIN_ANCHOR = 1e-4  # length of coordinates that `restore` may put back; far below any real ones
 ORTHONORMAL = 1e-3  # largest deviation of an inner product of two directions
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -293,7 +293,7 @@ def check_tensors(tensors: dict[str, Tensor], config: GuardConfig) -> None:
 
     Raises:
         GuardError: names, shapes or layers do not fit, values are not finite float32, directions
-            are not orthonormal, or an anchor of ``restore`` is zero.
+            are not orthonormal, or what ``restore`` restores is zero.
     """
     expected = config.shapes()
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

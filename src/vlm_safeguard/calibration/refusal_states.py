@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from vlm_safeguard.model.residual_stream import (
     Decoder,
     hidden_of,
     verify_residual_stream,
-    watch_layer,
+    watching,
 )
 from vlm_safeguard.model.text_only import head_in_one_piece
 from vlm_safeguard.utils.progress import Progress
@@ -56,16 +56,11 @@ def _last_states(model: Any, decoder: Decoder, inputs: dict[str, Tensor]) -> Ten
     """States (1 + TOKENS, L, B, d) at the last prompt token and behind each token of an answer."""
     seen: list[list[Tensor]] = [[] for _ in decoder.layers]
 
-    def keep(layer: int) -> Callable[[Any], None]:
-        return lambda output: seen[layer].append(hidden_of(output)[:, -1].float().cpu())
+    def see(layer: int, output: Any) -> None:
+        seen[layer].append(hidden_of(output)[:, -1].float().cpu())
 
-    handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(len(decoder.layers))]
     count = TOKENS + 1  # the last token is made only so that the pass before it runs
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "num_beams": 1}
-    try:
-        with head_in_one_piece(model):
-            model.generate(**inputs, **options)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(decoder, range(len(seen)), see), head_in_one_piece(model):
+        model.generate(**inputs, **options)
     return torch.stack([torch.stack(states) for states in seen], 1)

@@ -37,7 +37,7 @@ DEFENCES_TO_COMPARE = ("none", "self-reminder", "goal-priority", "paper-formula"
 @app.command()
 @loads_models
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Folders, hub names, or 'embedded'.")],
+    models: Annotated[list[str], typer.Argument(help="Folders, hub names, or embedded models.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for logs and results.")],
     defence: Annotated[
         list[str] | None,

@@ -1,1 +1,1 @@
-"""The embedded VLM: a small LLaVA that anyone can assemble without a model hub."""
+"""The embedded VLMs: small LLaVAs that anyone can assemble without a model hub."""

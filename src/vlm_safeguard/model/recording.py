@@ -22,7 +22,7 @@ from vlm_safeguard.model.residual_stream import (
     EnoughSeen,
     hidden_of,
     verify_residual_stream,
-    watch_layer,
+    watching,
 )
 from vlm_safeguard.model.shared_prefix import SharedPrefix
 from vlm_safeguard.model.text_only import last_logits
@@ -109,20 +109,17 @@ def record(
             )
         return readings(hidden, weights.to(hidden.device), len(probe)).cpu()
 
-    def keep(layer: int) -> Any:
-        def see(output: Any) -> None:
-            # Batches are padded on the left: the last column is the last prompt token. A guard's
-            # text-only pass comes before the request's own; decoding steps are one column wide.
-            nonlocal prompt
-            hidden = hidden_of(output)
-            if layer == 0:  # higher ones may put out the last column alone
-                prompt = hidden.shape[1] > 1
-            if prompt:
-                seen[layer] = read(hidden, layer == 0)
-            if layer == depth - 1 and ends:
-                raise EnoughSeen
-
-        return see
+    def see(layer: int, output: Any) -> None:
+        # Batches are padded on the left: the last column is the last prompt token. A guard's
+        # text-only pass comes before the request's own; decoding steps are one column wide.
+        nonlocal prompt
+        hidden = hidden_of(output)
+        if layer == 0:  # higher ones may put out the last column alone
+            prompt = hidden.shape[1] > 1
+        if prompt:
+            seen[layer] = read(hidden, layer == 0)
+        if layer == depth - 1 and ends:
+            raise EnoughSeen
 
     def usual(group: list[int]) -> dict[str, Tensor]:
         texts, images = [items[i].text for i in group], [items[i].image for i in group]
@@ -134,8 +131,7 @@ def record(
         else:
             loaded.model(**inputs, use_cache=False, logits_to_keep=1)
 
-    handles = [watch_layer(decoder, layer, keep(layer)) for layer in range(depth)]
-    try:
+    with watching(decoder, range(depth), see):
         groups = batches(loaded.processor.tokenizer, items, batch)
         for group in progress.track(groups, what) if progress else groups:
             seen.clear()
@@ -145,9 +141,6 @@ def record(
                 (run or forward)(group, inputs)
             found = torch.stack([seen[layer] for layer in range(depth)], 1)
             states[group], finite[group] = found, torch.isfinite(found).all(2)
-    finally:
-        for hook in handles:
-            hook.remove()
     bad = (~finite).nonzero()
     if len(bad):
         raise ModelError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -164,6 +166,25 @@ def watch_layer(decoder: Decoder, layer: int, see: Callable[[Any], Tensor | None
         return None if changed is None else (args, kwargs | {"hidden_states": changed})
 
     return decoder.layers[following[0]].register_forward_pre_hook(before, with_kwargs=True)
+
+
+@contextmanager
+def watching(
+    decoder: Decoder, layers: Iterable[int], see: Callable[[int, Any], None]
+) -> Iterator[None]:
+    """Hook the residual stream after several layers, in ascending order, inside the ``with`` block.
+
+    Args:
+        see: called with the number of a layer and its output, see ``watch_layer``.
+    """
+    handles = []
+    try:
+        for layer in layers:
+            handles.append(watch_layer(decoder, layer, partial(see, layer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

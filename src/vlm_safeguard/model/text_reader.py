@@ -89,14 +89,12 @@ class TextReader:
         turns.
         """
         written = self._decoded(ids).removesuffix(self._after)
-        if self._turn:
-            before, turn, words = written.rpartition(self._turn)
-            alone = before + turn == self._before
-        else:
-            words, alone = written.removeprefix(self._before), True
-        found = sentences(canonical_text(words))
-        if not alone and words.strip():
-            found = [canonical_text(words), *found]
+        words = written.removeprefix(self._before)
+        turn = written.rpartition(self._turn)[2] if self._turn else words
+        said = canonical_text(turn)
+        found = sentences(said)
+        if turn != words and said.strip():
+            found = [said, *found]
         return [
             list(
                 self._tokenizer(

@@ -158,7 +158,7 @@ class DecodePass(ForwardPass):
 
 
 class StepPass(ForwardPass):
-    """The usual decoding step: one token, with a dose already computed for every layer."""
+    """A decoding step of one token with a dose already computed for every layer."""
 
     def visit(self, layer: int, output: Any) -> Tensor | None:
         self.seen.append(layer)

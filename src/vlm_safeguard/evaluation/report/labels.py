@@ -84,4 +84,6 @@ def candidate_name(candidate: Mapping[str, Any]) -> str:
         kind += ", all positions"
     tokens = steering.get("tokens")
     dose = "all tokens" if tokens is None else f"{tokens} token{'s' if tokens != 1 else ''}"
+    if steering.get("later") == "refusal":
+        dose += ", later ones as in refusals"
     return f"{kind}, layers {steering.get('layers')}, rank {steering.get('rank')}, {dose}"
