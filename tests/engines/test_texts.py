@@ -184,4 +184,26 @@ def test_each_sentence_is_a_text(
         ids = batch["input_ids"][0].tolist()
         pictures = runs(ids)
         order = forms.order(ids, pictures, [""] * len(pictures))
-        assert order.texts == wanted and order.sentences == len(parts)
+        assert order.texts == wanted and order.judged == [0]
+
+
+def test_the_last_turn_is_a_text_with_a_verdict(
+    loaded: LoadedModel, guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside that of the whole conversation, or of its canonical form."""
+    role = "{{ message['role'] }}"
+    template = loaded.processor.chat_template
+    monkeypatch.setattr(loaded.processor, "chat_template", template.replace(role, "</s>" + role))
+    forms = TextForms(tiny.changed(guard, reads_sentences=True), loaded.processor)
+    parts = ["Let us play a game.", "Who eats the bread?"]
+    last, answer = " ".join(parts), {"role": "assistant", "content": [said("Yes.")]}
+
+    def ids(*talk: dict) -> list[int]:
+        return chat.prepare(loaded.processor, [list(talk)])["input_ids"][0].tolist()
+
+    alone = [ids(user(said(text))) for text in (last, *parts)]
+    for first, judged in (("Hello.", [0, 1]), ("He\u200bllo.", [1, 2])):
+        talk = ids(user(said(first)), answer, user(said(last)))
+        order = forms.order(talk, [], [])
+        assert order.texts[0] == talk and order.texts[-3:] == alone
+        assert order.judged == judged and len(order.texts) == judged[-1] + 3

@@ -89,12 +89,13 @@ def test_behind_other_turns_the_last_one_is_read_by_itself(
     marked = QWEN.processor.chat_template.replace(role, "</s>" + role)
     monkeypatch.setattr(QWEN.processor, "chat_template", marked)
     reader, processor = TextReader(QWEN.processor), QWEN.processor
-    asked = ids(processor, "How do I bake bread?")
-    assert reader.sentences(ids(processor, "a b c", "d e f", "How do I bake bread?")) == [asked]
-    hidden = "How do I b\u200bake bread?"
-    assert reader.sentences(ids(processor, "a b c", "d e f", hidden)) == [asked]
-    whole, *parts = reader.sentences(ids(processor, "a b c", "d e f", STORY))
-    assert whole == ids(processor, STORY) and parts == reader.sentences(whole)
+    for asked in ("How do I bake bread?", STORY):
+        alone, behind = ids(processor, asked), ids(processor, "a b c", "d e f", asked)
+        assert reader.last_turn(behind) == alone and reader.last_turn(alone) is None
+        assert reader.sentences(behind) == reader.sentences(alone)
+    hidden = ids(processor, "a b c", "d e f", "How do I b\u200bake bread?")
+    assert reader.last_turn(hidden) == ids(processor, "How do I bake bread?")
+    assert reader.last_turn(ids(processor, "a b c", "d e f", "\u200b")) is None
 
 
 @pytest.mark.parametrize("loaded", [LLAVA, QWEN], ids=["llava", "qwen"])

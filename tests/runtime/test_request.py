@@ -33,6 +33,18 @@ def test_the_verdict_is_that_of_the_reading_that_opens_the_row():
     assert request.refused == [False, False, True, True, True, True, False, False]
 
 
+def test_the_verdict_of_a_canonical_form_stays_beside_that_of_the_last_turn():
+    for own, other, expected in ((True, False, True), (False, True, False)):
+        request = Request([tiny.gate("text", 2)], 4, [3], [0], verdictless=frozenset([0]))
+        request.latch(0, None, [[1.0]])
+        for refused in (own, other):
+            reading = request.part([0], judged=True)
+            reading.latch(0, None, [[1.0]])
+            reading.refused = [refused]
+            request.take_worse([0], reading)
+        assert request.refused == [expected]
+
+
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_nothing_is_open_if_every_score_is_zero(per_layer):
     request = Request([tiny.gate("text", 2, 3, per_layer=per_layer)], 4, [3], [0])

@@ -9,7 +9,7 @@ from PIL import Image
 from tests import tiny
 from tests.runtime.test_text_forms import passes, run, scores
 from vlm_safeguard.errors import GuardError
-from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.chat import encode, prepare
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.sentences import sentences
 from vlm_safeguard.runtime import further_readings
@@ -129,6 +129,32 @@ def test_a_canonical_form_has_a_verdict_and_a_sentence_has_none(
         made = tiny.changed(tiny.guard(loaded.model, [gate]), reads_sentences=True)
         found.append(float(scores(run(loaded, made, [asked])).sum()))
     assert found[1] > 1000 > abs(found[0]) if hidden else found[1] == found[0]
+
+
+def test_a_last_turn_has_a_verdict(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the two, that which refuses opens the gate."""
+    role = "{{ message['role'] }}"
+    template = loaded.processor.chat_template
+    monkeypatch.setattr(loaded.processor, "chat_template", template.replace(role, "</s>" + role))
+    first, *asked = sentences(LONG)
+
+    def talk(last: str) -> list[dict]:
+        turns = ("user", first), ("assistant", SHORT), ("user", last)
+        return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+
+    def opening(messages: list[dict]) -> int:
+        with torch.no_grad():
+            logits = loaded.model(**prepare(loaded.processor, [messages])).logits
+        return int(logits[0, -1].argmax())
+
+    last = next(one for one in asked if opening(talk(one)) != first_token(loaded, one))
+    for token in (first_token(loaded, last), opening(talk(last))):
+        settings = {"kind": "intent", "openings": [token], "verdict_weight": 1e4}
+        gate = tiny.gate("text", 2).model_copy(update=settings)
+        guard = tiny.changed(tiny.guard(loaded.model, [gate]), reads_sentences=True)
+        with guard.attach(loaded.model, loaded.processor) as session:
+            loaded.model(**guard.prepare(loaded.processor, talk(last)))
+        assert sum(session.decisions[0].scores["text.0"]) > 1000
 
 
 def test_a_sentence_whose_score_needs_no_logits_ends_below_the_head(loaded: LoadedModel) -> None:

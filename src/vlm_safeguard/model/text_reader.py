@@ -14,8 +14,8 @@ from vlm_safeguard.model.text_only import PROBE
 
 
 class TextReader:
-    """Says which requests have no words, which have a canonical form of their own, and what their
-    sentences are."""
+    """Says which requests have no words, which have a canonical form of their own, what their last
+    turn is, and what its sentences are."""
 
     def __init__(self, processor: Any) -> None:
         self._tokenizer, self._control = processor.tokenizer, ControlTokens.of(processor)
@@ -78,32 +78,38 @@ class TextReader:
             )
         return list(found)
 
+    def last_turn(self, ids: list[int]) -> list[int] | None:
+        """The ids of a request that consists of the user's last turn alone, in canonical form: what
+        a gate reads of a conversation hides what its last turn asks for.
+
+        Returns:
+            None if nothing stands before that turn, if it has no words, or if the template marks
+            turns with words that a user can type.
+        """
+        words, turn = self._words(ids)
+        said = canonical_text(turn)
+        return self._request(said) if turn != words and said.strip() else None
+
     def sentences(self, ids: list[int]) -> list[list[int]]:
         """The ids of requests that consist of one sentence each of the user's last turn, in
         canonical form; none where that turn has fewer than two (see ``sentences``).
 
-        Where something stands before that turn, such as earlier turns, the whole of it is one of
-        them: what a gate reads of a conversation hides what its last turn asks for.
-
         If the template marks turns with words that a user can type, the sentences are those of all
         turns.
         """
+        _, turn = self._words(ids)
+        return [self._request(sentence) for sentence in sentences(canonical_text(turn))]
+
+    def _words(self, ids: list[int]) -> tuple[str, str]:
+        """What the template's frame holds, and the part of it that is the user's last turn."""
         written = self._decoded(ids).removesuffix(self._after)
         words = written.removeprefix(self._before)
-        turn = written.rpartition(self._turn)[2] if self._turn else words
-        said = canonical_text(turn)
-        found = sentences(said)
-        if turn != words and said.strip():
-            found = [said, *found]
-        return [
-            list(
-                self._tokenizer(
-                    self._before + self._control.broken(sentence) + self._after,
-                    add_special_tokens=False,
-                )["input_ids"]
-            )
-            for sentence in found
-        ]
+        return words, written.rpartition(self._turn)[2] if self._turn else words
+
+    def _request(self, words: str) -> list[int]:
+        """The ids of a request of these words."""
+        written = self._before + self._control.broken(words) + self._after
+        return list(self._tokenizer(written, add_special_tokens=False)["input_ids"])
 
     def _controls(self, ids: list[int]) -> list[int]:
         return [token for token in ids if token in self._control.ids]

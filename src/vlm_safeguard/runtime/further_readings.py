@@ -1,5 +1,5 @@
-"""Further readings of a request's text, which the gates score too: its canonical form, and each of
-its sentences."""
+"""Further readings of a request's text, which the gates score too: its canonical form, the last
+turn of a conversation, and each sentence of that."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class FurtherReadings:
     """``wordless``: rows with a picture and no words, which have no reading."""
 
     canonical: list[Reading] = field(default_factory=list)
+    turns: list[Reading] = field(default_factory=list)
     sentences: list[Reading] = field(default_factory=list)
     wordless: set[int] = field(default_factory=set)
 
@@ -35,12 +36,13 @@ class FurtherReadings:
         self, request: Request, like: Tensor, pad_id: int
     ) -> Iterator[tuple[list[int], Request, tuple[Tensor, Tensor]]]:
         """Rows of the request, a request of its own for their readings, and these: ids and mask
-        (n, T). Where a row has a canonical form, the verdict is on that.
+        (n, T). Where a row has a canonical form, the verdict is on that. The last turn has another.
 
         Args:
             like: ids of the request's text, for their dtype and device.
         """
-        for readings, judged in ((self.canonical, True), (self.sentences, False)):
+        kinds = (self.canonical, True), (self.turns, True), (self.sentences, False)
+        for readings, judged in kinds:
             ordered = sorted(readings, key=lambda reading: len(reading.ids))  # less padding
             for start in range(0, len(ordered), ROWS):
                 some = ordered[start : start + ROWS]
@@ -56,7 +58,7 @@ def find_readings(
 
     Args:
         texts: ids of each row's text. pictured: whether a row has a picture.
-        sentences: whether each sentence is read by itself.
+        sentences: whether the last turn and each of its sentences are read by themselves.
     """
     found = FurtherReadings()
     for row, (text, seen) in enumerate(zip(texts, pictured, strict=True)):
@@ -67,5 +69,8 @@ def find_readings(
         if form is not None:
             found.canonical.append(Reading(row, form))
         if sentences:
+            turn = reader.last_turn(text)
+            if turn is not None:
+                found.turns.append(Reading(row, turn))
             found.sentences += [Reading(row, one) for one in reader.sentences(text)]
     return found

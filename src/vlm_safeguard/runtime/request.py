@@ -192,7 +192,7 @@ class Request:
     def take_worse(self, rows: Sequence[int], other: Request) -> None:
         """Take what text gates read in other readings of the text of ``rows``, where they score it
         higher, and the coordinates and verdict of the first that opens them, where the text does
-        not. A text without a verdict takes that of its other reading in any case.
+        not. A text without a verdict takes that of the first reading that has one.
 
         A row may have several readings.
         """
@@ -200,6 +200,8 @@ class Request:
         for n, row in reversed(list(enumerate(rows))):  # the first reading last: it stays
             if (theirs[n] and not known[row]) or (row in self.verdictless and judged[n]):
                 self.refused[row] = other.refused[n]
+            if judged[n]:
+                self.verdictless -= {row}
         for layer, found in other.text_coordinates.items():
             known, theirs = self.open_at(layer, "text"), other.open_at(layer, "text")
             newly = {row: n for n, row in reversed(list(enumerate(rows))) if theirs[n]}

@@ -276,7 +276,7 @@ class Session:
         self, request: Request, prompt: Tensor | None, ids: Tensor, mask: Tensor
     ) -> None:
         """Run the text-only pass, and others over further readings of the text. Where there is a
-        canonical form, the verdict is on that.
+        canonical form, the text's verdict is on that.
 
         ``prompt``: ids (B, T) of the whole prompt. ``ids``, ``mask`` (B, T'): of its text.
         """

@@ -7,7 +7,7 @@ sampled tokens on the way out.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vlm_safeguard.errors import GuardRuntimeError
@@ -24,10 +24,10 @@ class Order:
 
     Attributes:
         guard: digest of the guard.
-        texts: token ids of the request as text, of its canonical form if that differs, and of
-            each of its sentences if the guard reads those, all with the guard's probe behind them;
-            none if the guard reads no text.
-        sentences: how many of the texts, at the end, are single sentences.
+        texts: token ids of the request as text, of its canonical form if that differs, and if the
+            guard reads sentences of the last turn and each of its sentences, all with the guard's
+            probe behind them; none if the guard reads no text.
+        judged: the places of the texts that have a verdict, see ``runtime.gate.refusal_signs``.
         wordless: whether the text says nothing, so that text gates stay shut.
         canary: whether to report how far steering moved the states (the self-check).
         uncached: whether texts take no states from the prefix cache, because a gate reads the mean
@@ -36,7 +36,7 @@ class Order:
 
     guard: str
     texts: list[list[int]]
-    sentences: int = 0
+    judged: list[int] = field(default_factory=list)
     wordless: bool = False
     canary: bool = False
     uncached: bool = False
@@ -51,8 +51,7 @@ class Role:
         reads_for: the request whose text this one is; "" for a request of a user.
         form: of a text: its place in ``Order.texts``. Of a user's request: the number of texts.
         width: of a text: the number of prompt tokens of the request it is read for.
-        judged: of a text: whether it has a verdict, see ``runtime.gate.refusal_signs``. Not read
-            of others.
+        judged: of a text: whether it has a verdict. Not read of others.
         wordless, canary: as in ``Order``.
     """
 

@@ -109,13 +109,12 @@ class GuardedScheduling(_Scheduler):
             detokenize=False,
             skip_reading_prefix_cache=order.uncached,
         )
-        whole = len(order.texts) - order.sentences  # the text, and its canonical form
         role = Role(
             order.guard,
             reads_for=request.request_id,
             form=form,
             width=request.num_prompt_tokens,
-            judged=form == whole - 1,
+            judged=form in order.judged,
             wordless=order.wordless,
             canary=order.canary,
         )

@@ -71,11 +71,14 @@ class TextForms:
         further = FurtherReadings()
         if self._reader is not None:
             further = find_readings(self._reader, [text], [bool(pictures)], self._by_sentence)
-        forms = [reading.ids for reading in (*further.canonical, *further.sentences)]
+        whole = [text, *(reading.ids for reading in further.canonical)]
+        turns, sentences = (
+            [reading.ids for reading in part] for part in (further.turns, further.sentences)
+        )
         return Order(
             self._digest,
-            [one + self._probe for one in (text, *forms)],
-            sentences=len(further.sentences),
+            [one + self._probe for one in (*whole, *turns, *sentences)],
+            judged=list(range(len(whole) - 1, len(whole) + len(turns))),
             wordless=bool(further.wordless),
             canary=canary,
             uncached=self._reads_means,
