@@ -224,21 +224,22 @@ def on_layers(
     steering = shipped.config.steering.model_copy(
         update={"layers": layers, "tokens": tokens, "reference": "anchor", "later": "same"}
     )
-    names = [f"{kind}.{layer}" for layer in layers for kind in ("directions", "anchor")]
     vectors = torch.stack([shipped.tensors[f"directions.{layer}"][0] for layer in read])
     return _changed(
         shipped,
         {"gates": [gate], "frame": None, "steering": steering, "reads_sentences": False},
-        {name: shipped.tensors[name] for name in names} | {"gate.0": vectors},
+        {"gate.0": vectors},
     )
 
 
 def _changed(
     guard: Guard, changes: Mapping[str, Any], tensors: dict[str, Tensor] | None = None
 ) -> Guard:
-    """A guard with other settings. None reads words in pictures, which costs what OCR costs."""
+    """A guard with other settings and, of these ``tensors`` and its own, those that they name. None
+    reads words in pictures, which costs what OCR costs."""
     config = guard.config.model_copy(update={"reads_pictures": False, **changes})
-    return Guard(config, tensors or guard.tensors)
+    known = {**guard.tensors, **(tensors or {})}
+    return Guard(config, {name: known[name] for name in config.shapes()})
 
 
 def read_scores(load: Load, opened: Variant) -> tuple[Scores, Scores]:

@@ -29,6 +29,7 @@ from training.common import (
     log,
     read_jsonl,
     stage,
+    stage_parser,
     timed,
     write_jsonl,
 )
@@ -125,7 +126,7 @@ def _continue(model: Any, prefix: DynamicCache, rows: list[list[int]], end: int)
 
 
 def main() -> None:
-    args = stage(__doc__)
+    args = stage(stage_parser(__doc__))
     target, told = args.out / FILE, args.out / "answers.part.jsonl"
     rows = requests()
     known = {row["prompt"]: row for row in read_jsonl(told)} if told.exists() else {}

@@ -27,16 +27,20 @@ SYSTEM = (
 END = "<|im_end|>"
 
 
-def stage(doc: str | None) -> argparse.Namespace:
-    """What a stage is called with (cache, out, model, dtype, steps); seeds torch.
-
-    ``out`` becomes the folder of the model and dtype in the one that is named.
-    """
+def stage_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of every stage: cache, out, model, dtype."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--cache", type=Path, default=HERE / "cache")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     add_model(parser)
-    parser.add_argument("--steps", type=int, default=0, help="by default those of the model")
+    return parser
+
+
+def stage(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What a stage is called with; seeds torch.
+
+    ``out`` becomes the folder of the model and dtype in the one that is named.
+    """
     args = parser.parse_args()
     args.out = folder_of(args)
     torch.manual_seed(SEED)

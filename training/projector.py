@@ -36,7 +36,17 @@ from training import pictures as pics
 from training.answers import FILE as ANSWERS
 from training.answers import answered, article
 from training.checkpoints import fingerprint, load_checkpoint, save_checkpoint
-from training.common import END, SEED, SYSTEM, base_model, log, read_jsonl, stage, timed
+from training.common import (
+    END,
+    SEED,
+    SYSTEM,
+    base_model,
+    log,
+    read_jsonl,
+    stage,
+    stage_parser,
+    timed,
+)
 from training.package_weights import packaged_tower
 from training.vision_tower import normalise
 from vlm_safeguard.embedded.assemble import MODELS, PROJECTOR, TOWER
@@ -402,7 +412,9 @@ def made_from(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    args = stage(__doc__)
+    parser = stage_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=0, help="by default those of the model")
+    args = stage(parser)
     steps = args.steps or CYCLES[args.model] * CYCLE
     llm, tokenizer = base_model(args)
     bank = build_bank(packaged_tower(MODELS[args.model]), args.cache)

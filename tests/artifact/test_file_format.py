@@ -196,7 +196,7 @@ def guards(draw):
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     steered = draw(some)
-    tokens = draw(st.none() | st.integers(1, 10**6))
+    tokens = draw(st.none() | st.integers(1, 64) | st.integers(1, 10**6))
     gates, tensors = [], {}
     for index in range(draw(st.integers(1, 4))):
         layers = draw(some)
@@ -228,6 +228,8 @@ def guards(draw):
         gates.append(gate)
         wide = (1 + mean + probe) * width
         tensors[f"gate.{index}"] = torch.randn(len(layers), wide, generator=generator)
+    towards = mode == "restore" and tokens and 2 <= tokens <= 64
+    later = draw(st.sampled_from(["same", "refusal"] if towards else ["same"]))
     steering = Steering(
         mode=mode,
         layers=steered,
@@ -237,11 +239,14 @@ def guards(draw):
         reference=draw(st.sampled_from(["text", "anchor"])),
         query=draw(st.sampled_from(["pass", "text"])),
         positions=draw(st.sampled_from(["generated", "all"])),
+        later=later,
     )
     for layer in steering.layers:
         square = torch.randn(width, width, generator=generator, dtype=torch.float64)
         tensors[f"directions.{layer}"] = torch.linalg.qr(square)[0][:rank].float()
         tensors[f"anchor.{layer}"] = torch.randn(rank, generator=generator)
+        if later == "refusal":
+            tensors[f"refusal.{layer}"] = torch.randn(tokens - 1, rank, generator=generator)
     letters = st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"))
     digest = st.text("0123456789abcdef", min_size=64, max_size=64)
     leaves = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(letters)

@@ -29,10 +29,8 @@ def compiled(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> 
     layers = json.loads(os.environ.get("LAYERS", "[0, 1, 2, 3, 4, 5]"))
     guard = probed(reference).guard
     steering = guard.config.steering.model_copy(update={"layers": layers})
-    gone = [n for n in guard.config.steering.layers if n not in layers]
-    names = {f"{kind}.{layer}" for layer in gone for kind in ("directions", "anchor", "refusal")}
-    tensors = {name: tensor for name, tensor in guard.tensors.items() if name not in names}
-    reference.guard = Guard(guard.config.model_copy(update={"steering": steering}), tensors)
+    config = guard.config.model_copy(update={"steering": steering})
+    reference.guard = Guard(config, {name: guard.tensors[name] for name in config.shapes()})
     reference.answers = [reference.answer(request) for request in reference.requests]
     place = tmp_path_factory.mktemp("guard")
     return tiny_vllm.engine(reference.folder, reference.guard, place, enforce_eager=False)

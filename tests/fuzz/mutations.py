@@ -27,8 +27,8 @@ NASTY: list[Any] = [
 KEYS = [
     "", "x", "schema_version", "model", "gates", "steering", "mode", "layers", "rank", "tokens",
     "__metadata__", "directions.1", "directions.01", "directions.5", "anchor.1", "gate.0",
-    "gate.9", "__class__", "dtype", "shape", "data_offsets", "tensors_sha256", "\x00", "\ud800",
-    "budget", "Model", "model ", "k" * 300,
+    "gate.9", "later", "refusal.1", "refusal.01", "__class__", "dtype", "shape", "data_offsets",
+    "tensors_sha256", "\x00", "\ud800", "budget", "Model", "model ", "k" * 300,
 ]  # fmt: skip
 
 

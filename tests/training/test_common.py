@@ -52,4 +52,4 @@ def test_a_stage_works_in_the_folder_of_its_model_and_dtype(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["stage", "--out", str(tmp_path), "--dtype", "bfloat16"])
-    assert common.stage(None).out == tmp_path / "embedded-bfloat16"
+    assert common.stage(common.stage_parser(None)).out == tmp_path / "embedded-bfloat16"

@@ -42,6 +42,7 @@ def record_refusals(
         ``FEWEST``.
     """
     if len(refused) < FEWEST:
+        progress.say(f"{len(refused)} refusals are too few to steer later tokens towards them")
         return None
     asked = spaced(refused, MOST)
     decoder = verify_residual_stream(loaded.model)

@@ -300,7 +300,8 @@ def _facts(guard: Guard) -> dict[str, str]:
     return {
         "model": guard.config.model.name,
         "steering": f"{steering.mode}, reference {steering.reference}, rank {steering.rank}, "
-        f"layers {layers}, alpha {steering.alpha:g}, guarded tokens {steering.tokens or 'all'}",
+        f"layers {layers}, alpha {steering.alpha:g}, guarded tokens {steering.tokens or 'all'}"
+        + (", later ones as in a refusal" if steering.later == "refusal" else ""),
         "gates": "; ".join(f"{g.source}: layers {g.layers}" for g in guard.config.gates),
         "vlm-safeguard": version("vlm-safeguard"),
         "torch": torch.__version__,

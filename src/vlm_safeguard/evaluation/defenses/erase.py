@@ -13,6 +13,5 @@ from vlm_safeguard.guard import Guard
 
 def build(guard: Guard) -> Defence:
     steering = guard.config.steering.model_dump() | {"mode": "erase", "later": "same"}
-    tensors = {k: v for k, v in guard.tensors.items() if not k.startswith("refusal.")}
-    made = changed(guard, tensors, steering=Steering.model_validate(steering))
+    made = changed(guard, steering=Steering.model_validate(steering))
     return Defence("erase-ablation", guard=made)

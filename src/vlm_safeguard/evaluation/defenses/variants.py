@@ -12,7 +12,11 @@ from vlm_safeguard.guard import Guard
 
 
 def changed(guard: Guard, tensors: Mapping[str, Tensor] | None = None, **settings: Any) -> Guard:
-    """The same guard with other settings (fields of ``GuardConfig``), validated."""
+    """The same guard with other settings (fields of ``GuardConfig``), validated.
+
+    ``tensors`` take the place of the guard's own. Those that the settings do not name are left out.
+    """
     fields = {name: getattr(guard.config, name) for name in type(guard.config).model_fields}
     config = GuardConfig.model_validate({**fields, **settings})
-    return Guard(config, dict(guard.tensors if tensors is None else tensors))
+    known = {**guard.tensors, **(tensors or {})}
+    return Guard(config, {name: known[name] for name in config.shapes()})
