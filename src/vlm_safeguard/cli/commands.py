@@ -18,9 +18,13 @@ from vlm_safeguard.cli import serving as cli_serving
 from vlm_safeguard.cli.options import (
     FalsePositives,
     Json,
+    KeptStates,
     MaxNewTokens,
     Model,
+    Precision,
+    Quick,
     Quiet,
+    ReadPictures,
     check_folder,
     extra_needed,
     load_model,
@@ -32,7 +36,6 @@ from vlm_safeguard.cli.options import (
 from vlm_safeguard.errors import Interrupted, SafeguardError
 from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.utils.allocator import keep_freed_memory
-from vlm_safeguard.utils.matmul import MatmulPrecision
 
 app = typer.Typer(
     add_completion=False,
@@ -78,10 +81,7 @@ def calibrate(
         Path | None,
         typer.Option(help="Folder with calibration data of your own (default: the package's)."),
     ] = None,
-    read_pictures: Annotated[
-        bool,
-        typer.Option("--read-pictures", help="Also read text in pictures (needs the extra 'ocr')."),
-    ] = False,
+    read_pictures: ReadPictures = False,
     harmful: Annotated[
         Path | None, typer.Option(help="Harmful prompts of your own: JSONL, CSV or text.")
     ] = None,
@@ -100,17 +100,9 @@ def calibrate(
     refusals: Annotated[
         str, typer.Option(help="How refusals are recognised: phrases[:FILE], tokens or a judge.")
     ] = "phrases",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Try fewer prompts: takes half the time, finds less.")
-    ] = False,
-    states: Annotated[
-        Path | None,
-        typer.Option(help="Folder that keeps recorded states: an interrupted run goes on there."),
-    ] = None,
-    matmul_precision: Annotated[
-        MatmulPrecision,
-        typer.Option(help="Of float32 products while fitting: lower is faster on some processors."),
-    ] = "highest",
+    quick: Quick = False,
+    states: KeptStates = None,
+    matmul_precision: Precision = "highest",
     *,
     options: LoadOptions,
     json_: Json = False,

@@ -12,9 +12,13 @@ from vlm_safeguard.cli.options import (
     FalsePositives,
     Json,
     JudgeName,
+    KeptStates,
     MaxNewTokens,
     Model,
+    Precision,
+    Quick,
     Quiet,
+    ReadPictures,
     check_folder,
     extra_needed,
     load_model,
@@ -219,13 +223,21 @@ def gates(
         Path | None, typer.Option("-o", "--output", help="Markdown file to write.")
     ] = None,
     max_fpr: FalsePositives = 0.02,
+    read_pictures: ReadPictures = False,
+    quick: Quick = False,
+    states: KeptStates = None,
+    matmul_precision: Precision = "highest",
     *,
     options: LoadOptions,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare forms of gate on held-back prompts at equal false positives."""
+    """Compare forms of gate on held-back prompts at equal false positives.
+
+    It takes the states that a calibration with the same options keeps.
+    """
     from vlm_safeguard.calibration.budget import Effort
+    from vlm_safeguard.data.ocr import check_installed
     from vlm_safeguard.evaluation.studies import gate_forms
     from vlm_safeguard.evaluation.studies.provenance import provenance
     from vlm_safeguard.utils.files import write_whole
@@ -234,10 +246,24 @@ def gates(
         if output.is_dir():
             raise SafeguardError(f"{output} is a folder: name the page's file")
         check_folder(output.parent)
+    if states is not None:
+        check_folder(states)
+    if read_pictures:
+        check_installed()
     progress = make_progress(quiet)
     loaded = load_model(model, options, progress)
     budget = Budget(false_positives=max_fpr)
-    found, made = gate_forms.study(loaded, budget, Effort(), progress), provenance(loaded)
+    effort = Effort.quick() if quick else Effort()
+    found = gate_forms.study(
+        loaded,
+        budget,
+        effort,
+        progress,
+        reads_pictures=read_pictures,
+        states=states,
+        matmul_precision=matmul_precision,
+    )
+    made = provenance(loaded)
     text = gate_forms.page(model, found, made, budget)
     if json_:
         print_json(gate_forms.facts(found, made))

@@ -17,6 +17,7 @@ import typer
 from vlm_safeguard.errors import SafeguardError
 from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.utils.files import check_writable
+from vlm_safeguard.utils.matmul import MatmulPrecision
 
 if TYPE_CHECKING:  # imports torch, and --help needs none
     from vlm_safeguard.guard import Guard
@@ -30,6 +31,26 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free 
 MaxNewTokens = Annotated[int, typer.Option(min=1, max=4096)]
 FalsePositives = Annotated[
     float, typer.Option(min=0.001, max=0.5, help="Share of harmless requests that may be stopped.")
+]
+ReadPictures = Annotated[
+    bool,
+    typer.Option("--read-pictures", help="Also read text in pictures (needs the extra 'ocr')."),
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Try fewer prompts: takes half the time, finds less.")
+]
+KeptStates = Annotated[
+    Path | None,
+    typer.Option(
+        "--states", help="Folder that keeps recorded states: an interrupted run goes on there."
+    ),
+]
+Precision = Annotated[
+    MatmulPrecision,
+    typer.Option(
+        "--matmul-precision",
+        help="Of float32 products while fitting: lower is faster on some processors.",
+    ),
 ]
 JudgeName = Annotated[str, typer.Option(help="Judge: phrases, llama-guard:NAME, ...")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Do not report progress on stderr.")]

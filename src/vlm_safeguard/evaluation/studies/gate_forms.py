@@ -7,7 +7,6 @@ The paper's gate has the threshold 0, which no prompts set, so it stands apart w
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from vlm_safeguard.calibration.gate_candidates import Kind
 from vlm_safeguard.calibration.gate_choice import bound_scores, fit_gates, fit_to, useful_gates
 from vlm_safeguard.calibration.gate_fitting import GateFit, auc
 from vlm_safeguard.calibration.hidden_states import record_calibration, record_signs
+from vlm_safeguard.calibration.kept_states import states_folder
 from vlm_safeguard.calibration.recorded_states import Recorded, States
 from vlm_safeguard.calibration.stacked_states import StackedStates
 from vlm_safeguard.data.inputs import SETTINGS, Setting, queries
@@ -32,6 +32,7 @@ from vlm_safeguard.evaluation.studies.provenance import made_with
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.words import find_frame
 from vlm_safeguard.utils.markdown import table
+from vlm_safeguard.utils.matmul import MatmulPrecision, float32_products
 from vlm_safeguard.utils.progress import Progress
 from vlm_safeguard.utils.stats import Rate, wilson
 
@@ -112,17 +113,33 @@ class Comparison:
     calibrated: dict[Setting, dict[str, Rate]]
 
 
-def study(loaded: LoadedModel, budget: Budget, effort: Effort, progress: Progress) -> Comparison:
-    """Compare every form of gate, the paper's gate, and the default gates as calibrated.
+def study(
+    loaded: LoadedModel,
+    budget: Budget,
+    effort: Effort,
+    progress: Progress,
+    *,
+    reads_pictures: bool = False,
+    states: Path | None = None,
+    matmul_precision: MatmulPrecision = "highest",
+) -> Comparison:
+    """Compare every form of gate, the paper's gate, and the default gates as calibrated, all
+    without single sentences.
+
+    Args:
+        reads_pictures, states, matmul_precision: as in ``calibrate``. The held-back prompts are
+            about no picture, so nothing is read in theirs.
 
     Raises:
         CalibrationError: there are too few prompts to guarantee the budget.
         ModelError: the hidden states are not finite.
     """
     data = CalibrationData.packaged()
-    with tempfile.TemporaryDirectory(prefix="vlm-safeguard-") as temporary:
-        folder = Path(temporary)
-        recorded = record_calibration(loaded, data, effort, False, False, folder, progress)
+    with states_folder(states, loaded, matmul_precision) as folder:
+        with float32_products(matmul_precision):
+            recorded = record_calibration(
+                loaded, data, effort, reads_pictures, False, folder, progress
+            )
         held = {
             s: _held(
                 loaded, data.held, s, recorded.openings if s == "text" else (), folder, progress
@@ -130,22 +147,24 @@ def study(loaded: LoadedModel, budget: Budget, effort: Effort, progress: Progres
             for s in SETTINGS
         }
         forms: list[FormResult] = []
-        for form in progress.track(FORMS, "forms of gate"):
-            if form.intent and not recorded.openings:
-                continue  # no token is known to begin this model's refusals
-            sources: tuple[Source, ...] = ("text",) if form.intent else ("text", "vlm")
-            for source in sources:
-                gate = _fitted(form, source, recorded, budget)
-                forms += [_judge(form.name, source, s, gate, held[s]) for s in _settings(source)]
+        with float32_products(matmul_precision):
+            for form in progress.track(FORMS, "forms of gate"):
+                if form.intent and not recorded.openings:
+                    continue  # no token is known to begin this model's refusals
+                sources: tuple[Source, ...] = ("text",) if form.intent else ("text", "vlm")
+                for source in sources:
+                    gate = _fitted(form, source, recorded, budget)
+                    settings = _settings(source)
+                    forms += [_judge(form.name, source, s, gate, held[s]) for s in settings]
+            fits = fit_gates(recorded, budget)
         paper = [
             paper_gate(source, setting, recorded, held[setting])
             for source in ("text", "vlm")
             for setting in _settings(source)
         ]
-        fits = fit_gates(recorded, budget)
         bound = evenly([p for p in data.bound if p.ordinary], effort.bound)
         epsilon = budget.false_positives
-        scores = bound_scores(loaded, fits, bound, False, False, epsilon, folder, progress)
+        scores = bound_scores(loaded, fits, bound, reads_pictures, False, epsilon, folder, progress)
         gates = useful_gates(fits, scores, epsilon, recorded.found_together(fits.texts, fits.vlm))
         calibrated = {s: _together(gates, held["text"], held[s]) for s in SETTINGS}
     return Comparison(forms, paper, calibrated)
