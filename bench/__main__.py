@@ -14,7 +14,7 @@ import torch
 
 from bench import calibration, memory, overhead, peers, sharing, speed
 from bench.guards import RANK, gate_layers
-from bench.page import page
+from bench.page import name_of, page
 from bench.subjects import Subjects, embedded
 from bench.timing import as_json
 from vlm_safeguard.utils.checkout import commit
@@ -32,18 +32,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"))
     parser.add_argument("--rounds", type=int, default=15, help="of each variant")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16 has a page of its own",
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test of every part")
     given = parser.parse_args()
     _say("loading the embedded model")
-    found = measure(embedded(), 2 if given.quick else given.rounds, given.quick)
+    found = {"dtype": given.dtype}
+    rounds = 2 if given.quick else given.rounds
+    found |= measure(embedded(given.dtype), rounds, given.quick)
     _say("memory")
-    found["memory"] = memory.measured(given.quick)
+    found["memory"] = memory.measured(given.quick, given.dtype)
     found = as_json(found)
     (given.output / "assets").mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1) + "\n"
-    files = {"assets/bench.json": text, "bench.md": page(json.loads(text))}
-    write_whole({given.output / name: content.encode() for name, content in files.items()})
-    print(given.output / "bench.md")
+    name = name_of(given.dtype)
+    files = {f"assets/{name}.json": text, f"{name}.md": page(json.loads(text))}
+    write_whole({given.output / place: content.encode() for place, content in files.items()})
+    print(given.output / f"{name}.md")
 
 
 def measure(subject: Subjects, rounds: int, quick: bool) -> dict[str, Any]:

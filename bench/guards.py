@@ -58,12 +58,19 @@ def gate_layers(layers: Sequence[int], depth: int) -> list[int]:
 
 
 def restoring(
-    target: Model, layers: list[int], *, text: bool, is_open: bool, tokens: int | None = 1
+    target: Model,
+    layers: list[int],
+    *,
+    text: bool,
+    is_open: bool,
+    tokens: int | None = 1,
+    signs: bool = False,
 ) -> Guard:
     """A guard with pooled gates and `restore` of ``RANK`` directions.
 
     ``text``: there is a gate on the text-only pass beside the one on the request's own, and the
-    coordinates come from it; else they are the anchors'.
+    coordinates come from it; else they are the anchors'. ``signs``: it reads the refusal signs too,
+    so the text-only pass goes on to the logits.
     """
     read = gate_layers(layers, target.depth)
     sources: list[Literal["text", "vlm"]] = ["text", "vlm"] if text else ["vlm"]
@@ -74,7 +81,11 @@ def restoring(
         rank=min(RANK, target.identity.hidden_size),
         tokens=tokens,
     )
-    return _guard(target, [_gate(source, read, is_open) for source in sources], steering)
+    gates = [_gate(source, read, is_open) for source in sources]
+    if signs:
+        said = {"kind": "intent", "openings": [0], "intent_weight": 1.0, "verdict_weight": 1.0}
+        gates[0] = gates[0].model_copy(update=said)
+    return _guard(target, gates, steering)
 
 
 def adding(target: Model, layers: list[int]) -> Guard:

@@ -1,6 +1,6 @@
 """Memory that recording and generating take beyond the loaded model, each in a process of its own.
 
-Run as `python -m bench.memory TASK NUMBER`: prints JSON.
+Run as `python -m bench.memory TASK NUMBER DTYPE`: prints JSON.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from vlm_safeguard.model.recording import record
 MB = 1e6
 
 
-def measured(quick: bool) -> dict[str, Any]:
+def measured(quick: bool, dtype: str = "float32") -> dict[str, Any]:
     """Peak growth in MB of recording by number of prompts, and of generating without and with a
     guard."""
     few, many = (8, 32) if quick else (100, 400)
     return {
-        "recording": {number: _child("record", number) for number in (few, many)},
+        "recording": {number: _child("record", number, dtype) for number in (few, many)},
         "generating, batch 16": {
-            "unguarded": _child("generate", 0),
-            "guarded": _child("generate", 1),
+            "unguarded": _child("generate", 0, dtype),
+            "guarded": _child("generate", 1, dtype),
         },
     }
 
 
-def _child(task: str, number: int) -> float:
+def _child(task: str, number: int, dtype: str) -> float:
     """Run one task in a new process, which no other has warmed up."""
-    command = [sys.executable, "-m", "bench.memory", task, str(number)]
+    command = [sys.executable, "-m", "bench.memory", task, str(number), dtype]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return float(json.loads(done.stdout))
 
@@ -92,4 +92,4 @@ def _generate(subject: Subjects, guarded: int) -> float:
 
 if __name__ == "__main__":
     tasks = {"record": _record, "generate": _generate}
-    print(json.dumps(tasks[sys.argv[1]](embedded(), int(sys.argv[2]))))
+    print(json.dumps(tasks[sys.argv[1]](embedded(sys.argv[3]), int(sys.argv[2]))))

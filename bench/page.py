@@ -34,17 +34,23 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def name_of(dtype: str) -> str:
+    """The name of the page's file and of its JSON's, without what comes behind the dot."""
+    return "bench" if dtype == "float32" else f"bench-{dtype}"
+
+
 def _opening(found: Mapping[str, Any]) -> str:
     where = found["where"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     how = "--quick" if found["quick"] else f"--rounds {found['rounds']}"
+    how += "" if found["dtype"] == "float32" else f" --dtype {found['dtype']}"
     command = f"OMP_NUM_THREADS={where['threads']} python -m bench {how}"
     quick = "\n\n**A smoke test (`--quick`): the figures mean nothing.**" if found["quick"] else ""
     return f"""# What a guard costs
 
 `{command}`, in the environment that
-`make bench` makes, wrote this page and [bench.json](assets/bench.json): the embedded model,
-float32, {where["machine"]} ({versions}), commit {where["commit"]}.{quick}
+`make bench` makes, wrote this page and [its data](assets/{name_of(found["dtype"])}.json): the
+embedded model, {found["dtype"]}, {where["machine"]} ({versions}), commit {where["commit"]}.{quick}
 
 - Every figure is the median, with quartiles, of {found["rounds"]} rounds. In each round every
   variant runs once, in random order, in one process.
@@ -114,16 +120,18 @@ def _one_by_one(requests: Sequence[Mapping[str, Any]]) -> str:
                 figure(first["unguarded again"]),
                 figure(first["shut"]),
                 f"{predicted['shut']:.3f}",
+                figure(first["shut, with refusal signs"]),
                 figure(first["open"]),
                 f"{predicted['open']:.3f}",
             ]
         )
     head = ["pictures", "text tokens", "prompt tokens", "unguarded, s", "unguarded again"]
-    head += ["gate shut", "predicted", "gate open", "predicted"]
+    head += ["gate shut", "predicted", "shut, with refusal signs", "gate open", "predicted"]
     return f"""## One request at a time, with its text-only pass
 
 Time to the first token, all layers guarded. A pass over few tokens takes more than its share,
-because it reads all weights. The last request has about LLaVA-1.5's proportions.
+because it reads all weights. The last request has about LLaVA-1.5's proportions. A gate that reads
+refusal signs needs the logits, so its text-only pass goes on from its last layer to the head.
 
 {table(head, cells)}"""
 

@@ -62,9 +62,11 @@ def one_by_one(
     """
     target = subject.vlm
     layers = layer_sets(target.depth)["all"]
+    made = partial(restoring, target, layers, text=True)
     setups: dict[str, Hooked] = {
-        state: restoring(target, layers, text=True, is_open=is_open).attach
-        for state, is_open in (("shut", False), ("open", True))
+        "shut": made(is_open=False).attach,
+        "shut, with refusal signs": made(is_open=False, signs=True).attach,
+        "open": made(is_open=True).attach,
     }
     found = []
     for questions, images in shapes:

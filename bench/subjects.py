@@ -38,9 +38,9 @@ class Subjects:
         return process(self.loaded.processor, [rendered], [[drawings.blank()] * images])
 
 
-def embedded() -> Subjects:
+def embedded(dtype: str = "float32") -> Subjects:
     """The embedded VLM, assembled first if need be."""
-    return subjects(load(assemble()))
+    return subjects(load(assemble(), dtype=dtype))
 
 
 def subjects(loaded: LoadedModel) -> Subjects:

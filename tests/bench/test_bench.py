@@ -113,7 +113,7 @@ def test_idle_layers_are_what_they_were_afterwards(subject):
 def test_every_part_runs_and_the_page_tells_of_it(subject, monkeypatch):
     monkeypatch.setattr(peers, "LIBRARIES", {})  # they are in the benchmark's own environment
     monkeypatch.setattr(overhead, "STEPS", 3)
-    found = __main__.measure(subject, 1, quick=True)
+    found = {"dtype": "bfloat16"} | __main__.measure(subject, 1, quick=True)
     found["memory"] = {"recording": {8: 1.0, 32: 1.0}, "generating": {"guarded": 2.0}}
     found = json.loads(json.dumps(timing.as_json(found)))
     text = page.page(found)
@@ -128,10 +128,12 @@ def test_every_part_runs_and_the_page_tells_of_it(subject, monkeypatch):
     ):
         assert title in text
     assert "A smoke test" in text
+    assert "--dtype bfloat16" in text and "(assets/bench-bfloat16.json)" in text
     ratios = found["vlm"]["1"]["ratios"]
     assert set(found["vlm"]["1"]["predicted_first"]) <= set(ratios)
     [single] = found["one_by_one"]
     words, whole = single["tokens"]["text"], single["tokens"]["whole"]
     assert single["predicted"]["open"] == pytest.approx(1 + words / whole, rel=1e-4)
-    assert set(single["first"]) == {speed.AGAIN, "shut", "open"}
+    states = {"shut", "shut, with refusal signs", "open"}
+    assert set(single["first"]) == {speed.AGAIN} | states
     assert all("per_token" in row for name, row in ratios.items() if "text-only" not in name)

@@ -13,11 +13,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vlm_safeguard.calibration import calibrate as calibrating
+from vlm_safeguard.calibration.budget import Effort
 from vlm_safeguard.cli.commands import app
 from vlm_safeguard.cli.options import read_guard
 from vlm_safeguard.data import ocr
 from vlm_safeguard.embedded import assemble as assembling
 from vlm_safeguard.errors import CalibrationError, GuardError, ModelError, SafeguardError
+from vlm_safeguard.evaluation.studies import gate_forms
 from vlm_safeguard.model import loading
 
 FLAGS = {
@@ -92,6 +94,7 @@ def test_options_reach_load(
         ["doctor", "nowhere", "embedded"],
         ["generate", "nowhere", "--guard", "embedded", "--prompt", "Hi", "--image", "dot.png"],
         ["gap", "nowhere", "--guard", "embedded", "-o", "made"],
+        ["gates", "nowhere", "--read-pictures"],
         ["playground", "nowhere", "--guard", "embedded", "--port", "0"],
     ],
 )
@@ -130,6 +133,27 @@ def test_calibration_multiplies_as_precisely_as_asked(
     output = str(tmp_path / "guard")
     result = CliRunner().invoke(app, ["calibrate", "someone/model", "-o", output, *given])
     assert isinstance(result.exception, CalibrationError) and done == [expected]
+
+
+def test_the_study_of_gates_takes_what_a_calibration_with_these_options_keeps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[Any] = []
+
+    def study(_: Any, __: Any, effort: Effort, ___: Any, **given: Any) -> None:
+        done.append((effort, given))
+        raise CalibrationError("that is all")
+
+    monkeypatch.setattr(loading, "load", lambda *_, **__: None)
+    monkeypatch.setattr(ocr, "find_spec", lambda _: object())
+    monkeypatch.setattr(gate_forms, "study", study)
+    options = ["--quick", "--read-pictures", "--states", str(tmp_path)]
+    for given in ([], [*options, "--matmul-precision", "medium"]):
+        result = CliRunner().invoke(app, ["gates", "someone/model", *given])
+        assert isinstance(result.exception, CalibrationError)
+    own: dict[str, Any] = {"reads_pictures": False, "states": None, "matmul_precision": "highest"}
+    kept = {"reads_pictures": True, "states": tmp_path, "matmul_precision": "medium"}
+    assert done == [(Effort(), own), (Effort.quick(), kept)]
 
 
 @pytest.mark.parametrize("command", ["serve", "playground", "batch"])

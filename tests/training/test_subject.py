@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests import checkpoint
+from tests.paths import DOCS
 from training import subject
 from training.subject import Answer
 from vlm_safeguard.errors import DataError
@@ -151,6 +152,14 @@ def test_labels_are_read_back_and_agreement_printed(
     assert "by more than 0.200 nats per token" in said and "learned from 7 labels" in said
     # Without the label of q6 nothing speaks against 0, which q6 is above.
     assert f"the same request: {wilson(6, 7)}; with 0: {wilson(6, 7)}" in said
+
+
+def test_the_labels_in_the_docs_are_read_and_no_harmful_answer_is_passed_on() -> None:
+    path = DOCS / "assets" / "subject-labels.jsonl"
+    found = subject.read_labels(path)
+    assert len(found.labels) >= 200 and found.threshold > 0
+    for row in lines(path):
+        assert not row["harmful"] or len(row["answer"].removesuffix(" \u2026").split()) <= 12
 
 
 def test_without_labels_the_text_says_that_nothing_is_learned() -> None:
