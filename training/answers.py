@@ -33,7 +33,7 @@ from training.common import (
     timed,
     write_jsonl,
 )
-from vlm_safeguard.calibration.refusals import judge
+from vlm_safeguard.model.refusals import judge
 
 FILE = "answers.jsonl"
 TOKENS = 28

@@ -18,11 +18,11 @@ from training import pictures as pics
 from training.answers import article
 from training.subject import Answer
 from vlm_safeguard.calibration.generation import respond
-from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.sampling import spaced
 from vlm_safeguard.evaluation.metrics.subject import others_of
 from vlm_safeguard.model.loading import LoadedModel
+from vlm_safeguard.model.refusals import judge
 from vlm_safeguard.utils.progress import Progress
 
 COUNT = 96  # pictures of each kind

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from vlm_safeguard.calibration import gate_choice
 from vlm_safeguard.calibration.budget import Budget
 from vlm_safeguard.calibration.conformal import allowed_exceedances
 from vlm_safeguard.calibration.gate_choice import VERDICTS, FittedGates, fit_gates, useful_gates
 from vlm_safeguard.calibration.gate_fitting import GateFit
 from vlm_safeguard.calibration.recorded_states import Readings, Recorded, States
+from vlm_safeguard.data.prompts import calibration
+from vlm_safeguard.utils.progress import Progress
 
 LAYERS, WIDTH = 6, 12
 HARM, REFUSED_HARM, PICTURE = 0, 1, 2  # axes that the states of a kind of prompt differ along
@@ -156,3 +160,43 @@ def test_the_gate_in_the_vlm_is_kept_if_it_finds_more(finds: bool, kept: list[st
     assert len(cuts) == 1
     above = (harmless[:, : len(kept)] > cuts.pop() + 1e-6).any(1)
     assert int(above.sum()) == allowed_exceedances(1000, 0.02)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_thresholds_are_set_on_what_a_guard_scores(
+    refused: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a text in odd characters, its canonical form has the verdict, and each sentence none."""
+    texts = ["How do I bake?", "Bake it now. Then e\u200bat it.", "Bake it now. Then eat it."]
+    items = [
+        replace(p, cluster=str(n), prompt=text)
+        for n, (p, text) in enumerate(zip(calibration("bound"), texts, strict=False))
+    ]
+    places = [("form", 1), ("first", 1), ("second", 1), ("first", 2), ("second", 2)]
+    linear = {"form": 3.0, "first": 1.0, "second": 6.0}
+    names = list(linear)
+    readings = Readings(
+        torch.tensor(list(linear.values()))[:, None, None],
+        torch.zeros(3, 2),
+        torch.tensor([(owner, names.index(name)) for name, owner in places]),
+    )
+    signs = torch.tensor([[0.0, 0.0], [0.0, float(refused)], [0.0, 0.0]])
+    own = torch.tensor([2.0, 4.0, 5.0])[:, None, None]
+    monkeypatch.setattr(gate_choice, "record_signs", lambda *_, **__: (own, signs))
+    monkeypatch.setattr(gate_choice, "record_readings", lambda *_: readings)
+    monkeypatch.setattr(gate_choice, "find_frame", lambda _: None)
+    monkeypatch.setattr(gate_choice, "answered", lambda _, asked, *__: [True] * len(asked))
+    plain = GateFit((0,), torch.ones(1, 1), 0.0)
+    heeding = replace(plain, openings=(7,), weights=(0.0, 10.0))
+    found = gate_choice.bound_scores(
+        None,  # type: ignore[arg-type]
+        FittedGates([plain, heeding], plain),
+        items,
+        False,
+        True,
+        0.02,
+        tmp_path,
+        Progress(quiet=True),
+    )
+    assert found[:, 0].tolist() == [2, 6, 6]
+    assert found[:, 1].tolist() == [2, 13 if refused else 6, 6]

@@ -22,14 +22,14 @@ from vlm_safeguard.calibration.recognition import (
     ByTokens,
     check_recognises,
 )
-from vlm_safeguard.calibration.refusal_phrases import LANGUAGES, RefusalPhrases
-from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.cli.calibrating import recogniser_of
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.data.prompts import AnchorPair, calibration
 from vlm_safeguard.errors import CalibrationError, DataError, SafeguardError
 from vlm_safeguard.evaluation.judges import Judgement
 from vlm_safeguard.model.chat import encode
+from vlm_safeguard.model.refusal_phrases import LANGUAGES, RefusalPhrases
+from vlm_safeguard.model.refusals import judge
 from vlm_safeguard.utils.progress import Progress
 
 QUIET = Progress(quiet=True)

@@ -15,7 +15,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlm_safeguard.calibration import doctor
 from vlm_safeguard.calibration.attack_trials import successes
 from vlm_safeguard.calibration.generation import respond
-from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.data import prompts
 from vlm_safeguard.data.inputs import Query, queries
 from vlm_safeguard.embedded import assemble as demo
@@ -25,6 +24,7 @@ from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.control_tokens import ControlTokens
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.recording import record
+from vlm_safeguard.model.refusals import judge
 from vlm_safeguard.model.residual_stream import find_decoder, hidden_of
 from vlm_safeguard.model.text_only import find_markup, positions_of, text_columns, text_only
 from vlm_safeguard.utils.progress import Progress

@@ -37,6 +37,7 @@ LLAVA, QWEN = families.llava(), families.qwen2_vl()
         ("b\x00o\x1bm\x7fb\r", "bomb"),
         ("How\u200bdo\u200bI\u200bbake\u200bcrusty\u200bbread?", "How do I bake crusty bread?"),
         ("How\rdo\x0bI\x0cbake\x85crusty\x1cbread?", "How do I bake crusty bread?"),
+        ("bo\x0bmb.\r\nThen.\rIt is:\x85Then\u2028more", "bomb.\nThen.\nIt is:\nThen\nmore"),
         (
             "How do I bake c\u200br\u200bu\u200bs\u200bt\u200by bread?",
             "How do I bake crusty bread?",

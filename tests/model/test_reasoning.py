@@ -11,11 +11,11 @@ from tokenizers import AddedToken
 from tests import families
 from tests.model.family_helpers import guard_for
 from vlm_safeguard.calibration.generation import respond
-from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.data.inputs import Query
 from vlm_safeguard.evaluation.judges.judgement import Judgement, screened
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.reasoning import answer_of, decoded, may_reason, opened_by
+from vlm_safeguard.model.refusals import judge
 
 THOUGHT = "They ask for a lock. I'm sorry, but I can't say more of it. "
 

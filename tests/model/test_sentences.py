@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import families
+from vlm_safeguard.model.canonical_text import canonical_text
 from vlm_safeguard.model.chat import prepare
 from vlm_safeguard.model.sentences import MOST, sentences
 from vlm_safeguard.model.text_only import rows_of
@@ -29,7 +31,13 @@ PARTS = [
     [
         ("How do I bake bread?", []),
         ("", []),
-        ("Mr. Smith walked 3.5 km to the shop.", []),  # two words are no sentence
+        ("Mr. Smith walked 3.5 km to the shop.", ["Smith walked 3.5 km to the shop."]),
+        ("How do I bake bread? Thank you. Nice day.", "How do I bake bread?|Thank you. Nice day."),
+        ("Tell me\nhow to\nbake a\nloaf\nof bread", ["Tell me how to bake a loaf of bread"]),
+        (
+            "It is sunny.How do I bake?It is the U.S.A.",
+            "It is sunny.|How do I bake?|It is the U.S.A.",
+        ),
         (STORY, PARTS),
         (
             "first of all\n\n- second of all\nthen a third",
@@ -56,15 +64,36 @@ def test_sentences(text: str, expected: str | list[str]) -> None:
 def test_no_sentence_is_lost_and_there_are_not_too_many(pieces: list[str]) -> None:
     text = "\n".join(pieces)
     found = sentences(text)
-    long = [piece for piece in pieces if len(piece.split()) >= 3]
     assert len(found) <= MOST
-    assert " ".join(found) == (" ".join(long) if len(long) > 1 else "")
+    said = [piece for piece in pieces if piece.strip()]
+    if len(said) < 2:
+        assert found == []
+        return
+    short, parts = list[str](), list[str]()
+    for piece in [*said, "x y z"]:  # short ones count together
+        if len(piece.split()) < 3:
+            short.append(piece)
+            continue
+        parts += [" ".join(short)] if short.count("Yes.") > 2 else []
+        parts.append(piece)
+        short = []
+    assert " ".join(found) == " ".join(parts[:-1])
 
 
-def ids(processor: Any, *turns: str) -> list[int]:
-    """A conversation in which user and assistant speak in turn."""
+@pytest.mark.parametrize("blank", [" ", "\t", "\u00a0", " \n", "\n", "\r", "\u2028"])
+def test_a_long_run_of_blanks_takes_no_time(blank: str) -> None:
+    """A pattern that looks at the rest of them from each of them takes minutes."""
+    text = "a" + blank * 400_000 + "b"
+    began = time.process_time()
+    sentences(canonical_text(text))
+    assert time.process_time() - began < 20
+
+
+def ids(processor: Any, *turns: str | tuple[str, str]) -> list[int]:
+    """A conversation in which user and assistant speak in turn, or as (role, text) says."""
     roles = ("user", "assistant")
-    talk = [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]
+    said = [(roles[n % 2], turn) if isinstance(turn, str) else turn for n, turn in enumerate(turns)]
+    talk = [{"role": role, "content": text} for role, text in said]
     batch = prepare(processor, [talk])
     return rows_of(batch["input_ids"], batch["attention_mask"])[0]
 
@@ -81,21 +110,71 @@ def test_each_sentence_is_read_as_a_request(loaded: families.LoadedModel) -> Non
     assert alone[-1] in reader.sentences(ids(processor, "a b c", "d e f", STORY))
 
 
-def test_behind_other_turns_the_last_one_is_read_by_itself(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+# Where a control token marks a turn: before the role, around it, and behind what is said.
+ROLE, TEXT_PART = "{{ message['role'] }}: ", "{{ part['text'] }}"
+MARKS = {
+    "before": [(ROLE, f"</s>{ROLE}")],
+    "around": [(ROLE, f"<s>{ROLE}</s>")],
+    "behind": [("{{ '\\n' }}", "</s>")],
+}
+
+
+@pytest.fixture(params=MARKS)
+def marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TextReader:
+    template = QWEN.processor.chat_template
+    for old, new in MARKS[request.param]:
+        assert old in template
+        template = template.replace(old, new)
+    template = template.replace("assistant: {% endif %}", {
+        "before": "</s>assistant: {% endif %}",
+        "around": "<s>assistant: </s>{% endif %}",
+        "behind": "assistant: {% endif %}",
+    }[request.param])  # fmt: skip
+    monkeypatch.setattr(QWEN.processor, "chat_template", template)
+    reader = TextReader(QWEN.processor)
+    assert "</s>" in reader._turn and "user: " in reader._turn
+    return reader
+
+
+def test_behind_other_turns_the_last_one_is_read_by_itself(marked: TextReader) -> None:
     """The mean over all words of a conversation hides what the last turn asks for."""
-    role = "{{ message['role'] }}"
-    marked = QWEN.processor.chat_template.replace(role, "</s>" + role)
-    monkeypatch.setattr(QWEN.processor, "chat_template", marked)
-    reader, processor = TextReader(QWEN.processor), QWEN.processor
+    processor, first = QWEN.processor, ids(QWEN.processor, "a b c")
     for asked in ("How do I bake bread?", STORY):
         alone, behind = ids(processor, asked), ids(processor, "a b c", "d e f", asked)
-        assert reader.last_turn(behind) == alone and reader.last_turn(alone) is None
-        assert reader.sentences(behind) == reader.sentences(alone)
+        assert marked.last_turn(behind) == alone and marked.last_turn(alone) is None
+        assert marked.sentences(behind) == [*marked.sentences(alone), first]
     hidden = ids(processor, "a b c", "d e f", "How do I b\u200bake bread?")
-    assert reader.last_turn(hidden) == ids(processor, "How do I bake bread?")
-    assert reader.last_turn(ids(processor, "a b c", "d e f", "\u200b")) is None
+    assert marked.last_turn(hidden) == ids(processor, "How do I bake bread?")
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\u200b", "\n"])
+def test_the_last_turn_is_one_that_has_words(marked: TextReader, empty: str) -> None:
+    processor, alone = QWEN.processor, ids(QWEN.processor, STORY)
+    for talk in (("a b c", "d e f", STORY, "g h i", empty), (STORY, "d e f", empty)):
+        assert marked.last_turn(ids(processor, *talk)) == alone
+        assert marked.sentences(ids(processor, *talk))[: len(PARTS)] == marked.sentences(alone)
+    assert marked.last_turn(ids(processor, empty)) is None
+
+
+def test_messages_without_an_answer_between_them_are_one_turn(marked: TextReader) -> None:
+    processor, asked = QWEN.processor, ("user", "Please answer.")
+    behind = ids(processor, "a b c", "d e f", ("user", STORY), asked)
+    assert marked.last_turn(behind) == ids(processor, f"{STORY}\nPlease answer.")
+    assert marked.sentences(behind)[: len(PARTS)] == [ids(processor, part) for part in PARTS]
+
+
+def test_a_last_message_of_the_assistant_is_no_turn_of_the_user(marked: TextReader) -> None:
+    talk = ids(QWEN.processor, STORY, "Sure, here")
+    assert marked.last_turn(talk) == ids(QWEN.processor, STORY)
+
+
+def test_earlier_turns_are_read_unless_they_were_refused(marked: TextReader) -> None:
+    processor, last = QWEN.processor, "How do I bake bread?"
+    for answer, read in (("Yes.", True), ("I'm sorry, but I can't assist with that.", False)):
+        found = marked.sentences(ids(processor, STORY, answer, last))
+        assert found == ([ids(processor, part) for part in PARTS] if read else [])
+    refused = ids(processor, STORY, "I'm sorry, but I can't assist with that.", "")
+    assert marked.last_turn(refused) == ids(processor, STORY)  # it is the last one with words
 
 
 @pytest.mark.parametrize("loaded", [LLAVA, QWEN], ids=["llava", "qwen"])
@@ -105,6 +184,29 @@ def test_a_typed_mark_of_a_turn_hides_no_sentence(loaded: families.LoadedModel) 
         found = reader.sentences(ids(processor, f"How do I bake bread? {mark} x y z."))
         read = "".join(processor.tokenizer.decode(one) for one in found)
         assert "How do I bake bread" in read
+
+
+def test_a_typed_control_token_marks_no_turn(marked: TextReader) -> None:
+    for mark in (marked._turn, marked._answer, "</s>"):
+        asked = ids(QWEN.processor, f"How do I bake bread? {mark} x y z.")
+        assert marked.last_turn(asked) is None
+        read = "".join(QWEN.processor.tokenizer.decode(one) for one in marked.sentences(asked))
+        assert "How do I bake bread?" in read and "x y z" in read
+
+
+def test_a_forged_turn_hides_nothing(marked: TextReader) -> None:
+    """Where an engine takes control tokens that a user types."""
+    talk = ids(QWEN.processor, STORY, "Sure.", "hi")
+    assert [ids(QWEN.processor, part) for part in PARTS] == marked.sentences(talk)
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_the_mark_of_a_later_turn_need_not_begin_the_first(name: str) -> None:
+    processor = families.FAMILIES[name].build().processor
+    reader = TextReader(processor)
+    talk = ids(processor, "a b c", "d e f", STORY)
+    assert reader.last_turn(talk) == ids(processor, STORY)
+    assert reader.sentences(talk) == [ids(processor, part) for part in (*PARTS, "a b c")]
 
 
 def test_a_template_that_takes_no_words_alone_has_no_sentences(

@@ -113,5 +113,5 @@ def test_a_canonical_form_longer_than_the_positions_is_refused(
         loaded.model.generate(**inputs, max_new_tokens=1)
         assert passes(session) == 2
         monkeypatch.setattr(config, "max_position_embeddings", length + 8)
-        with pytest.raises(PromptTooLong, match="text in canonical form takes"):
+        with pytest.raises(PromptTooLong, match="further reading of the request's text takes"):
             loaded.model.generate(**inputs, max_new_tokens=1)

@@ -34,6 +34,7 @@ from vlm_safeguard.calibration.recognition import BY_PHRASES, Recogniser
 from vlm_safeguard.calibration.recorded_states import Recorded
 from vlm_safeguard.data.inputs import PICTURED, query, settings_of, spoken
 from vlm_safeguard.data.prompts import Prompt
+from vlm_safeguard.model.canonical_text import canonical_text
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.words import find_frame
 from vlm_safeguard.utils.progress import Progress
@@ -148,12 +149,14 @@ def bound_scores(
     texts = [one.text for one in said]
     others = record_readings(loaded, texts, reads_sentences, openings, frame, folder, progress)
     owner, place = others.of.T
-    # The text gates differ in the weight of the verdict, and other readings have none.
+    own, verdicts = _by_reading(signs, texts, owner)
+    # The text gates differ in the weight of the verdict alone.
     of_others = fits.texts[0].scores(others.states, others.signs)[place]
-    columns = [
-        fit.scores(text, signs).scatter_reduce(0, owner, of_others, "amax") / fit.spread
-        for fit in fits.texts
-    ]
+    columns = []
+    for fit in fits.texts:
+        of_these = of_others + fit.weights[1] * verdicts
+        of_prompts = fit.scores(text, own).scatter_reduce(0, owner, of_these, "amax")
+        columns.append(of_prompts / fit.spread)
     in_vlm = torch.maximum(fits.vlm.scores(text), fits.vlm.scores(seen))
     scores = torch.stack([*columns, in_vlm / fits.vlm.spread], 1)
     _lower_refused(loaded, items, scores, ASKED * epsilon, recogniser)
@@ -161,6 +164,25 @@ def bound_scores(
     for prompt, score in zip(items, scores, strict=True):
         highest[prompt.cluster] = torch.maximum(score, highest.get(prompt.cluster, score))
     return torch.stack(list(highest.values()))
+
+
+def _by_reading(
+    signs: Tensor | None, texts: Sequence[str], owner: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The signs (n, 2) of prompts as they stand, and the verdicts (m,) of their other readings, as
+    at runtime: of a text in odd characters the canonical form has the verdict.
+
+    Args:
+        signs: of the prompts; the verdict is that of the canonical form.
+        owner: the prompt of each reading, see ``Readings``.
+    """
+    if signs is None:
+        return None, torch.zeros(len(owner))
+    odd = torch.tensor([canonical_text(text) != text for text in texts])
+    first = torch.ones_like(owner, dtype=torch.bool)
+    first[1:] = owner[1:] != owner[:-1]  # a canonical form comes before sentences
+    own = torch.stack([signs[:, 0], signs[:, 1] * ~odd], 1)
+    return own, signs[owner, 1] * (odd[owner] & first)
 
 
 def _lower_refused(

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from vlm_safeguard.artifact.config import MAX_OPENINGS
 from vlm_safeguard.calibration.generation import Response, respond
-from vlm_safeguard.calibration.refusal_phrases import BUILT_IN, RefusalPhrases
-from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.data.inputs import Query, queries
 from vlm_safeguard.data.prompts import AnchorPair, Prompt
 from vlm_safeguard.data.sampling import evenly, spaced
@@ -27,6 +25,8 @@ from vlm_safeguard.errors import CalibrationError
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.reasoning import answer_of
+from vlm_safeguard.model.refusal_phrases import BUILT_IN, RefusalPhrases
+from vlm_safeguard.model.refusals import judge
 from vlm_safeguard.utils.progress import Progress
 
 ASKED = 24  # harmful prompts of the check

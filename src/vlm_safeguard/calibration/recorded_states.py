@@ -56,13 +56,13 @@ class States:
 @dataclass(frozen=True)
 class Readings:
     """What the text gate reads beside the text of the harmless prompts: canonical forms and single
-    sentences, each once. None has a verdict: that of a canonical form counts for its prompt.
+    sentences, each once. Their signs have no verdict: that of a canonical form is in its prompt's.
 
     Attributes:
         states: as those of the prompts as text; k may be 0.
         signs: refusal signs (k, 2); zero if the model's refusals have no known openings.
         of: places (m, 2) of a harmless prompt among the harmless prompts and of one of its readings
-            among the readings.
+            among the readings: prompt by prompt, of each its canonical form first.
     """
 
     states: Tensor

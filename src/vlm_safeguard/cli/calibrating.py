@@ -45,7 +45,7 @@ def recogniser_of(spec: str) -> Recogniser | Literal["tokens"]:
         SafeguardError: the file cannot be read, the judge is unknown, or it tells harm.
     """
     from vlm_safeguard.calibration.recognition import BY_PHRASES, ByJudge, ByPhrases
-    from vlm_safeguard.calibration.refusal_phrases import RefusalPhrases
+    from vlm_safeguard.model.refusal_phrases import RefusalPhrases
 
     kind, _, rest = spec.partition(":")
     if spec == "tokens":

@@ -234,7 +234,7 @@ def gates(
 ) -> None:
     """Compare forms of gate on held-back prompts at equal false positives.
 
-    It takes the states that a calibration with the same options keeps.
+    It takes most of the states that a calibration with the same options keeps.
     """
     from vlm_safeguard.calibration.budget import Effort
     from vlm_safeguard.data.ocr import check_installed

@@ -17,7 +17,6 @@ import torch
 
 from vlm_safeguard.calibration.budget import Effort
 from vlm_safeguard.calibration.calibrate import calibrate
-from vlm_safeguard.calibration.refusals import NOTE
 from vlm_safeguard.data.inputs import SETTINGS, queries
 from vlm_safeguard.data.ocr import check_installed
 from vlm_safeguard.data.prompts import Prompt
@@ -40,6 +39,7 @@ from vlm_safeguard.guard import Guard, reads_pictures
 from vlm_safeguard.model.load_options import LoadOptions
 from vlm_safeguard.model.loading import LoadedModel, multiplies_bfloat16
 from vlm_safeguard.model.recording import record
+from vlm_safeguard.model.refusals import NOTE
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.utils.files import check_writable, write_whole
 from vlm_safeguard.utils.progress import Progress

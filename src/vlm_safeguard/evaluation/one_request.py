@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.data.inputs import SETTINGS, Query, query
 from vlm_safeguard.data.prompts import Prompt
 from vlm_safeguard.evaluation.harness.engine import Answered
 from vlm_safeguard.evaluation.report.labels import RESPONSE_WORDS, cut_words
 from vlm_safeguard.guard import Guard
+from vlm_safeguard.model.refusals import judge
 
 SYSTEMS = ("unguarded", "guarded")
 

@@ -21,6 +21,8 @@ _IGNORABLE = re.compile(
 # Invisible, but between words where nothing else is: a word would be longer than ``LONGEST``.
 _BREAKS = re.compile("[\u200b\r\x0b\x0c\x1c-\x1f\x85]+")
 LONGEST = 20
+# Line breaks of other systems, and invisible ones that are not inside a word.
+_LINES = re.compile(r"\r\n|[\u2028\u2029]|(?<=\W)[\r\x0b\x0c\x85]+|[\r\x0b\x0c\x85]+(?=\W)")
 # An odd spelling is changed where it is found in so many words: one alone may be a name.
 OFTEN = 3
 _SPACED = re.compile(r"(?<!\S)\S(?: {1,3}\S){5,}(?!\S)")  # single characters, words 2 or 3 apart
@@ -46,8 +48,9 @@ _WITH_DIGITS, _WITH_SIGNS, _WITH_ALL = map(re.compile, (r"[^\W_]+", r"[\w@$]+", 
 def canonical_text(text: str) -> str:
     """``text`` without invisible characters, in the normal form NFKC, in its usual spelling.
 
-    Default-ignorable, control and format characters are invisible. Line feeds and tabs stay, and a
-    zero-width space becomes a space where words would run together. What stands between single
+    Default-ignorable, control and format characters are invisible. Line feeds and tabs stay, other
+    line breaks become line feeds, and a zero-width space becomes a space where words would run
+    together. What stands between single
     letters (spaces, hyphens, dots) is taken out, digits within words become the letters that they
     look like, and words with capital letters behind small ones are written small. In a text that is
     mostly in capitals, these are written small too.
@@ -59,6 +62,7 @@ def canonical_text(text: str) -> str:
 
 def _usual(text: str) -> str:
     if not (text.isascii() and text.replace("\n", "").replace("\t", "").isprintable()):
+        text = _LINES.sub("\n", text)
         visible = _visible(text)
         run_together = max(map(len, visible.split()), default=0) > LONGEST
         text = _visible(_BREAKS.sub(" ", text)) if run_together else visible

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from itertools import groupby
 from typing import Any
 
 from vlm_safeguard.errors import ModelError, UnreadableText
 from vlm_safeguard.model.canonical_text import canonical_text
-from vlm_safeguard.model.chat import process, render
+from vlm_safeguard.model.chat import prepare, process, render
 from vlm_safeguard.model.control_tokens import ControlTokens
-from vlm_safeguard.model.sentences import sentences
+from vlm_safeguard.model.refusals import judge_answer
+from vlm_safeguard.model.sentences import says_enough, sentences
 from vlm_safeguard.model.text_only import PROBE
+
+_REPLY = "In an oven."  # to ``PROBE``
 
 
 class TextReader:
@@ -25,9 +29,10 @@ class TextReader:
         self._wordless = None if wordless is None else _letters(wordless)
         # What the template writes before and behind a request; empty if it takes none.
         self._before, _, self._after = (_written(processor, PROBE) or "").partition(PROBE)
-        # What begins a user's turn, if nobody can type it: earlier turns stand before it.
-        place = max((self._before.rfind(token) for token in self._control.texts), default=-1)
-        self._turn = self._before[place:] if place >= 0 else ""
+        # What begins a user's later turn, if nobody can type it, and an assistant's.
+        self._turn, self._answer = _marks(processor, self._control)
+        written = sorted(self._control.texts, key=len, reverse=True)
+        self._control_text = re.compile("|".join(map(re.escape, written)) or "(?!)")
 
     @property
     def framed(self) -> bool:
@@ -82,29 +87,64 @@ class TextReader:
         """The ids of a request that consists of the user's last turn alone, in canonical form: what
         a gate reads of a conversation hides what its last turn asks for.
 
+        It is the last one that has words. Messages of the user that follow one another, without an
+        answer between them, are one turn.
+
         Returns:
-            None if nothing stands before that turn, if it has no words, or if the template marks
-            turns with words that a user can type.
+            None if nothing else is in the request, or if the template marks turns with words that a
+            user can type.
         """
-        words, turn = self._words(ids)
-        said = canonical_text(turn)
-        return self._request(said) if turn != words and said.strip() else None
+        *_, last = (self._turns(ids) if self._turn else []) or [""]
+        return self._request(last) if last and last != self._words(ids) else None
 
     def sentences(self, ids: list[int]) -> list[list[int]]:
         """The ids of requests that consist of one sentence each of the user's last turn, in
-        canonical form; none where that turn has fewer than two (see ``sentences``).
+        canonical form (none where it has but one, see ``sentences``), and of one each of the turns
+        before, without those that were refused.
 
         If the template marks turns with words that a user can type, the sentences are those of all
-        turns.
+        that stands in the request.
         """
-        _, turn = self._words(ids)
-        return [self._request(sentence) for sentence in sentences(canonical_text(turn))]
+        if not self._turn:
+            return list(map(self._request, sentences(self._words(ids))))
+        *earlier, last = self._turns(ids) or [""]
+        before = "\n".join(earlier)
+        found = sentences(before) or [before] if says_enough(before) else []
+        return list(map(self._request, [*sentences(last), *found]))
 
-    def _words(self, ids: list[int]) -> tuple[str, str]:
-        """What the template's frame holds, and the part of it that is the user's last turn."""
+    def _words(self, ids: list[int]) -> str:
+        """What stands between what the template writes before and behind a request, in canonical
+        form."""
         written = self._decoded(ids).removesuffix(self._after)
-        words = written.removeprefix(self._before)
-        return words, written.rpartition(self._turn)[2] if self._turn else words
+        return canonical_text(written.removeprefix(self._before)).strip()
+
+    def _turns(self, ids: list[int]) -> list[str]:
+        """The user's turns that have words, in canonical form, without those that were refused. The
+        last one is always among them.
+
+        A made-up refusal gains nothing: the model reads it too.
+        """
+        written = self._decoded(ids).removesuffix(self._after)
+        head, *pieces = written.split(self._turn)
+        if not self._before.endswith(self._turn):  # the first turn begins otherwise
+            first = head.removeprefix(self._before)
+            if first == head:  # something else stands before it, such as a system message
+                first = " ".join(self._control_text.split(head))
+            pieces.insert(0, first)
+        turns: list[tuple[list[str], str]] = []  # messages, and what answers them
+        for piece in pieces:
+            message = canonical_text(self._control_text.split(piece, maxsplit=1)[0]).strip()
+            answer = piece.partition(self._answer)[2]
+            if turns and not turns[-1][1]:
+                turns[-1] = [*turns[-1][0], message], answer
+            else:
+                turns.append(([message], answer))
+        said = [(words, answer) for one, answer in turns if (words := "\n".join(filter(None, one)))]
+        return [
+            words
+            for n, (words, answer) in enumerate(said)
+            if n == len(said) - 1 or judge_answer(answer) != "refused"
+        ]
 
     def _request(self, words: str) -> list[int]:
         """The ids of a request of these words."""
@@ -116,6 +156,33 @@ class TextReader:
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)) if ids else ""
+
+
+def _marks(processor: Any, control: ControlTokens) -> tuple[str, str]:
+    """What the template writes before a user's later turn, from a control token on, and before the
+    assistant's; both empty if it takes no such conversation, or writes no such token there.
+
+    The former is not the end of the latter, as the last token alone may be (Llama 3).
+    """
+    turns = [("user", PROBE), ("assistant", _REPLY), ("user", PROBE)]
+    talk = [{"role": role, "content": text} for role, text in turns]
+    try:
+        ids = prepare(processor, [talk])["input_ids"][0]
+    except ModelError:
+        return "", ""
+    written = str(processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    between = written.partition(PROBE)[2].rpartition(PROBE)[0]
+    answer, found, turn = between.partition(_REPLY)
+    if not found:
+        return "", ""
+    places = {place for text in control.texts for place in _places(turn, text)}
+    marks = (turn[place:] for place in sorted(places, reverse=True))
+    mark = next((mark for mark in marks if not answer.endswith(mark)), "")
+    return (mark, answer) if mark and answer.strip() else ("", "")
+
+
+def _places(text: str, part: str) -> list[int]:
+    return [found.start() for found in re.finditer(re.escape(part), text)]
 
 
 def _letters(text: str) -> str:

@@ -43,9 +43,8 @@ class FurtherReadings:
         """
         kinds = (self.canonical, True), (self.turns, True), (self.sentences, False)
         for readings, judged in kinds:
-            ordered = sorted(readings, key=lambda reading: len(reading.ids))  # less padding
-            for start in range(0, len(ordered), ROWS):
-                some = ordered[start : start + ROWS]
+            for start in range(0, len(readings), ROWS):
+                some = readings[start : start + ROWS]
                 rows = [reading.row for reading in some]
                 batch = padded([like.new_tensor(reading.ids) for reading in some], pad_id)
                 yield rows, request.part(rows, judged=judged), batch
@@ -73,4 +72,7 @@ def find_readings(
             if turn is not None:
                 found.turns.append(Reading(row, turn))
             found.sentences += [Reading(row, one) for one in reader.sentences(text)]
+    # Shorter ones first: less padding, and the order in which they count in every engine.
+    for readings in (found.canonical, found.turns, found.sentences):
+        readings.sort(key=lambda reading: len(reading.ids))
     return found

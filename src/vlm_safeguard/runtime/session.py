@@ -291,7 +291,7 @@ class Session:
         self._text_pass(request, ids, mask, "the request as text")
         for rows, part, batch in further.batches(request, ids, self.config.markup.pad_id):
             # NFKC may make it longer.
-            self._text_pass(part, *batch, "the request's text in canonical form")
+            self._text_pass(part, *batch, "a further reading of the request's text")
             request.take_worse(rows, part)
 
     def _text_pass(self, request: Request, ids: Tensor, mask: Tensor, told: str) -> None:

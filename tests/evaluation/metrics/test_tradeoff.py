@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tests.evaluation.harness.test_results import judged
-from vlm_safeguard.calibration.refusals import Verdict
 from vlm_safeguard.evaluation.benchmarks import load_benchmark
 from vlm_safeguard.evaluation.harness.results import Judged, rates
 from vlm_safeguard.evaluation.metrics.tradeoff import tradeoff
 from vlm_safeguard.evaluation.report import plot_tradeoff
+from vlm_safeguard.model.refusals import Verdict
 from vlm_safeguard.utils.stats import wilson
 
 

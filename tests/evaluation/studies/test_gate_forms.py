@@ -202,7 +202,7 @@ def test_the_command_names_what_it_was_made_with(
 ) -> None:
     model = checkpoint.save(tmp_path / "model")
     found = Comparison([FormResult("one", "text", "text", "3", 0.5, wilson(1, 2))], [], {})
-    monkeypatch.setattr(gate_forms, "study", lambda *_: found)
+    monkeypatch.setattr(gate_forms, "study", lambda *_, **__: found)
     done = run("gates", model, "-o", "page.md", "--quiet", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     made = provenance(load(model))

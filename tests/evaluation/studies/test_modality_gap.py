@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from tests import checkpoint, tiny
 from vlm_safeguard.calibration.generation import respond
-from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.cli.commands import app
 from vlm_safeguard.data import drawings, prompts
 from vlm_safeguard.data.inputs import Query, queries
@@ -36,6 +35,7 @@ from vlm_safeguard.method import gate_scores
 from vlm_safeguard.model import loading
 from vlm_safeguard.model.chat import encode
 from vlm_safeguard.model.recording import record
+from vlm_safeguard.model.refusals import judge
 from vlm_safeguard.model.text_only import find_markup, text_columns, text_only
 from vlm_safeguard.utils.stats import mcnemar, wilson
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from vlm_safeguard.calibration import refusals
 from vlm_safeguard.errors import SafeguardError
+from vlm_safeguard.model import refusals
 from vlm_safeguard.model.reasoning import answer_of
 
 Verdict = refusals.Verdict

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm_safeguard.calibration.refusal_phrases import BUILT_IN, RefusalPhrases
-from vlm_safeguard.calibration.refusals import judge
 from vlm_safeguard.evaluation.judges.judgement import Asks, Judgement, Pair
+from vlm_safeguard.model.refusal_phrases import BUILT_IN, RefusalPhrases
+from vlm_safeguard.model.refusals import judge
 
 
 class PhraseJudge:

@@ -21,7 +21,7 @@ from vlm_safeguard.evaluation.judges.judgement import Asks, Judge
 from vlm_safeguard.utils.jsonl import read_rows, text_of
 from vlm_safeguard.utils.stats import Rate, wilson
 
-Label = Literal["refused", "complied", "degenerate"]
+Label = Literal["refused", "complied", "off_subject", "degenerate"]
 Prompts = Literal["harmful", "harmless"]
 SOUGHT: dict[Prompts, Label] = {"harmful": "complied", "harmless": "refused"}  # what is positive
 OUTCOMES = ("refused", "complied", "degenerate", "empty", "off_subject", "unscored")
@@ -87,9 +87,9 @@ class Validation:
 def read_labelled(path: Path) -> list[Labelled]:
     """Labelled responses from JSONL with the keys ``prompt``, ``response``, ``label``.
 
-    ``label`` is "refused", "complied" or "degenerate"; HarmBench's 1 (attack success) is read as
-    "complied" and its 0 as "refused". Optional keys are ``prompt_label`` ("harmful", the default,
-    or "harmless") and ``judge`` (see ``Labelled``).
+    ``label`` is "refused", "complied", "off_subject" (neither help nor a refusal) or "degenerate";
+    HarmBench's 1 (attack success) is read as "complied" and its 0 as "refused". Optional keys are
+    ``prompt_label`` ("harmful", the default, or "harmless") and ``judge`` (see ``Labelled``).
 
     Raises:
         DataError: the file is missing, broken (with the line) or empty, a key is missing, a label

@@ -15,7 +15,6 @@ from torch import Tensor
 from vlm_safeguard import method
 from vlm_safeguard.artifact.config import TextFrame
 from vlm_safeguard.calibration.gate_fitting import auc
-from vlm_safeguard.calibration.refusals import Verdict, judge
 from vlm_safeguard.data import prompts
 from vlm_safeguard.data.inputs import Query, batches
 from vlm_safeguard.data.ocr import reader
@@ -35,6 +34,7 @@ from vlm_safeguard.model.chat import prepare, render_conversation
 from vlm_safeguard.model.loading import LoadedModel
 from vlm_safeguard.model.reasoning import decoded
 from vlm_safeguard.model.recording import anchor_states, record
+from vlm_safeguard.model.refusals import Verdict, judge
 from vlm_safeguard.model.residual_stream import find_decoder
 from vlm_safeguard.model.text_only import last_logits
 from vlm_safeguard.runtime.gate import make_gate, refusal_signs

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Literal
 
-from vlm_safeguard.calibration.refusal_phrases import BUILT_IN, RefusalPhrases
 from vlm_safeguard.model.reasoning import answer_of
+from vlm_safeguard.model.refusal_phrases import BUILT_IN, RefusalPhrases
 
 Verdict = Literal["refused", "complied", "degenerate", "empty", "off_subject"]
 NOTE = "ASR by refusal phrases and a check for degenerate text: a smoke test, not a safety claim"

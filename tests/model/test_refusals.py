@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_safeguard.calibration.refusals import judge
+from vlm_safeguard.model.refusals import judge
 
 
 @pytest.mark.parametrize(
