@@ -107,7 +107,7 @@ define TRAIN_PROJECTOR
 	$(BIN)/python -m training.answers --cache training/cache --out training/out $(1)
 	$(BIN)/python -m training.projector --cache training/cache --out training/out $(1)
 	$(BIN)/python -m training.package_weights projector --out training/out $(1)
-	$(BIN)/python -m training.measure --cache training/cache --per-set 40 --vqa 800 $(1) \
+	$(BIN)/python -m training.measure --cache training/cache --per-set 40 --vqa 800 $(1) $(2) \
 	  $(if $(wildcard $(BENCHMARKS)/malicious_instruct),--benchmarks $(BENCHMARKS))
 endef
 
@@ -115,7 +115,7 @@ endef
 train: $(VENV)/.installed  ## Train the embedded VLM's own weights again (about 90 minutes on 2 cores)
 	$(BIN)/python -m training.vision_tower --cache training/cache --out training/out/vision_tower
 	$(BIN)/python -m training.package_weights tower --out training/out
-	$(call TRAIN_PROJECTOR)
+	$(call TRAIN_PROJECTOR,,--labels docs/assets/subject-labels.jsonl)
 
 # Beside the vision tower that ships, so after `make train`. Float32 takes five times as long where
 # the processor multiplies bfloat16 fast.
