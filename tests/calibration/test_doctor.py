@@ -10,6 +10,7 @@ import pytest
 from vlm_safeguard.calibration import doctor
 from vlm_safeguard.calibration.attack_trials import Attacks
 from vlm_safeguard.calibration.generation import Response
+from vlm_safeguard.calibration.recognition import ByTokens
 from vlm_safeguard.data.inputs import PICTURED
 from vlm_safeguard.data.prompts import CalibrationData, Label, Prompt
 from vlm_safeguard.utils.progress import Progress
@@ -41,7 +42,12 @@ def effect(
     ``refused`` of these by itself."""
     settings: list[str] = []
 
-    def attack(_: Any, guard: Any, items: Any, setting: Any, tokens: int) -> Attacks:
+    own = ByTokens((5,))  # how refusals were recognised when the guard was made
+
+    def attack(
+        _: Any, guard: Any, items: Any, setting: Any, tokens: int, recogniser: Any
+    ) -> Attacks:
+        assert recogniser is own
         assert len(items) == 60 and all(p.harmful for p in items)
         settings.append(setting)
         plain, guarded = ([n < count for n in range(len(items))] for count in (before, after))
@@ -51,7 +57,8 @@ def effect(
         assert len(items) == 60  # no lookalikes
         return [Response("", 1, True, fired=n < opened) for n in range(len(items))]
 
-    def answered(_: Any, items: Any) -> list[bool]:
+    def answered(_: Any, items: Any, recogniser: Any) -> list[bool]:
+        assert recogniser is own
         assert len(items) == opened and not any(p.harmful for p in items)
         return [n >= refused for n in range(len(items))]
 
@@ -61,7 +68,7 @@ def effect(
     calibration = {} if budget is None else {"budget": budget}
     guard: Any = SimpleNamespace(config=SimpleNamespace(calibration=calibration))
     loaded: Any = None
-    found = doctor._effect(loaded, guard, DATA, Progress(quiet=True))
+    found = doctor._effect(loaded, guard, DATA, own, Progress(quiet=True))
     assert settings == list(PICTURED)
     return {check.name: check for check in found}
 

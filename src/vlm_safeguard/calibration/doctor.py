@@ -5,11 +5,13 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from vlm_safeguard.calibration.attack_trials import answered, attack, per_question, within
 from vlm_safeguard.calibration.gate_fitting import auc
 from vlm_safeguard.calibration.generation import respond
 from vlm_safeguard.calibration.hidden_states import record_signs
+from vlm_safeguard.calibration.recognition import BY_PHRASES, ByTokens, Recogniser
 from vlm_safeguard.data.inputs import PICTURED, queries
 from vlm_safeguard.data.prompts import CalibrationData
 from vlm_safeguard.data.sampling import evenly
@@ -120,12 +122,14 @@ def diagnose(
     guard: Guard,
     *,
     data: CalibrationData | None = None,
+    refusals: Recogniser | Literal["tokens"] = BY_PHRASES,
     progress: Progress | None = None,
 ) -> list[Check]:
     """Check whether a guard belongs to a model and still works on it.
 
     Args:
         data: the calibration data of the guard; by default the data that ships with the package.
+        refusals: how a refusal is recognised; as in the guard's calibration.
 
     Returns:
         All checks, passed or failed. If the guard does not belong to the model, the checks after
@@ -139,8 +143,10 @@ def diagnose(
         checks.append(Check("belongs to this model", True, guard.config.model.name))
     except GuardError as error:
         return [*checks, Check("belongs to this model", False, str(error))]
+    if refusals == "tokens":
+        refusals = ByTokens.learned(loaded, data.anchors, progress)
     checks += _directions(loaded, guard, data, progress)
-    checks += _effect(loaded, guard, data, progress)
+    checks += _effect(loaded, guard, data, refusals, progress)
     return checks
 
 
@@ -190,7 +196,11 @@ def _directions(
 
 
 def _effect(
-    loaded: LoadedModel, guard: Guard, data: CalibrationData, progress: Progress
+    loaded: LoadedModel,
+    guard: Guard,
+    data: CalibrationData,
+    recogniser: Recogniser,
+    progress: Progress,
 ) -> list[Check]:
     """Check attacks with images and false positives on held-back prompts."""
     held = evenly([p for p in data.held if not p.lookalike], HELD)
@@ -198,7 +208,7 @@ def _effect(
     tried = []
     for setting in PICTURED:
         progress.say(f"attacks, {setting}")
-        tried.append(attack(loaded, guard, attacks, setting, 12))
+        tried.append(attack(loaded, guard, attacks, setting, 12, recogniser))
     plain, guarded = per_question(tried)
     p_value = mcnemar(plain, guarded)
     found = (
@@ -210,7 +220,7 @@ def _effect(
     harmless = within([p for p in held if not p.harmful], "blank")
     said = respond(loaded, queries(harmless, "blank"), guard, max_new_tokens=1, reasoning=0)
     opened = [p for p, a in zip(harmless, said, strict=True) if a.fired]
-    stopped = sum(answered(loaded, opened))
+    stopped = sum(answered(loaded, opened, recogniser))
     rate = wilson(stopped, len(harmless))
     allowed = guard.config.calibration.get("budget", {}).get("false_positives", 0.02)
     # With few prompts only a rate that is significantly above the budget counts against it.

@@ -25,6 +25,7 @@ from vlm_safeguard.cli.options import (
     Quick,
     Quiet,
     ReadPictures,
+    Refusals,
     check_folder,
     extra_needed,
     load_model,
@@ -97,9 +98,7 @@ def calibrate(
     only_own: Annotated[
         bool, typer.Option("--only-own", help="Use your own prompts alone, not added to ours.")
     ] = False,
-    refusals: Annotated[
-        str, typer.Option(help="How refusals are recognised: phrases[:FILE], tokens or a judge.")
-    ] = "phrases",
+    refusals: Refusals = "phrases",
     quick: Quick = False,
     states: KeptStates = None,
     matmul_precision: Precision = "highest",
@@ -165,6 +164,7 @@ def doctor(
     guard: Annotated[
         Path | None, typer.Argument(help="Guard folder to check on the model.")
     ] = None,
+    refusals: Refusals = "phrases",
     *,
     options: LoadOptions,
     json_: Json = False,
@@ -172,12 +172,16 @@ def doctor(
 ) -> None:
     """Check MODEL and, if given, a guard on it; exit code 1 if a check fails."""
     from vlm_safeguard.calibration.doctor import describe, diagnose, examine
+    from vlm_safeguard.cli.calibrating import recogniser_of
 
     progress = make_progress(quiet)
+    recogniser = recogniser_of(refusals)
     artifact = read_guard(guard) if guard else None
     loaded = load_model(model, options, progress)
     found = describe(loaded)
-    checks = diagnose(loaded, artifact, progress=progress) if artifact else examine(found)
+    checks = examine(found)
+    if artifact:
+        checks = diagnose(loaded, artifact, refusals=recogniser, progress=progress)
     if json_:
         facts = {"ok": all(c.ok for c in checks), "model": vars(found)}
         print_json(facts | {"checks": [vars(c) for c in checks]})

@@ -52,6 +52,12 @@ Precision = Annotated[
         help="Of float32 products while fitting: lower is faster on some processors.",
     ),
 ]
+Refusals = Annotated[
+    str,
+    typer.Option(
+        "--refusals", help="How refusals are recognised: phrases[:FILE], tokens or a judge."
+    ),
+]
 JudgeName = Annotated[str, typer.Option(help="Judge: phrases, llama-guard:NAME, ...")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Do not report progress on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
