@@ -122,7 +122,7 @@ class TextReader:
         """The user's turns that have words, in canonical form, without those that were refused. The
         last one is always among them.
 
-        A made-up refusal gains nothing: the model reads it too.
+        A made-up refusal is one for the model too.
         """
         written = self._decoded(ids).removesuffix(self._after)
         head, *pieces = written.split(self._turn)
