@@ -130,7 +130,7 @@ guard: $(VENV)/.installed  ## Make the guard that ships for the embedded VLM aga
 # LIMIT=50 takes 50 prompts of each label and set.
 EVALUATE = $(BIN)/vlm-safeguard evaluate embedded --defence all --guard embedded \
   $(addprefix --benchmark ,$(SETS)) $(if $(PUBLISHED),--data $(BENCHMARKS)) \
-  --max-new-tokens 24 --batch 48 --vqa 160 \
+  --max-new-tokens 24 --batch 32 --vqa 160 \
   $(if $(LIMIT),--limit $(LIMIT))
 
 results: $(VENV)/.installed  ## Every defence on every set: docs/comparison.md and its JSON
