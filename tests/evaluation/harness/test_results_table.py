@@ -125,8 +125,8 @@ def test_a_corrected_rate_is_no_surer_for_repeats_of_a_question(tmp_path: Path) 
 def test_attack_success_is_corrected_on_harmful_prompts_alone() -> None:
     """On harmless ones a judge errs otherwise, and a judge of harm means something else there."""
     errors = judge_errors(make_judge("phrases"), LABELS)
-    assert (errors.validation.n, errors.harmless) == (147, 73)
-    assert (errors.validation.specificity.count, errors.validation.specificity.n) == (129, 135)
+    assert (errors.validation.n, errors.harmless) == (368, 138)
+    assert (errors.validation.specificity.count, errors.validation.specificity.n) == (232, 266)
 
 
 @pytest.mark.parametrize(
