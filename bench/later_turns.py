@@ -11,14 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from vlm_safeguard.data import drawings, prompts
 from vlm_safeguard.data.sampling import evenly
 from vlm_safeguard.embedded.assemble import assemble
+from vlm_safeguard.evaluation.studies.modality_gap.conditions import (
+    LOOK,
+    SEEN,
+    Talk,
+    Turn,
+    messages,
+)
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.loading import LoadedModel, load
 from vlm_safeguard.utils.markdown import table
@@ -27,21 +34,13 @@ from vlm_safeguard.utils.stats import wilson
 
 COUNT, BATCH = 40, 16
 FOLLOW_UPS = Path(__file__).with_name("follow_ups.jsonl")
-LOOK, SEEN = "What is in this picture?", "The picture shows a plain grey area."
 HEAD = ["Last turn", "Alone", "Second turn", "Second turn, a blank image in the first"]
 
-Talk = list[dict[str, Any]]
 
-
-def talk(*texts: str, image: Image.Image | None = None) -> Talk:
-    """Turns of user and assistant by turns, the first with the image."""
-    found: Talk = []
-    for number, text in enumerate(texts):
-        role = "assistant" if number % 2 else "user"
-        found.append({"role": role, "content": [{"type": "text", "text": text}]})
-    if image is not None:
-        found[0]["content"].insert(0, {"type": "image", "image": image})
-    return found
+def talk(first: str, *others: str, image: Image.Image | None = None) -> Talk:
+    """User and assistant in turn, the first message with the image."""
+    images = () if image is None else (image,)
+    return (Turn("user", first, images), *map(Turn, cycle(("assistant", "user")), others))
 
 
 def kinds() -> dict[str, list[list[Talk]]]:
@@ -71,7 +70,8 @@ def opened(loaded: LoadedModel, guard: Guard, talks: Sequence[Talk], progress: P
     with guard.attach(loaded.model, loaded.processor, monitor=True) as session:
         starts = range(0, len(talks), BATCH)
         for start in progress.track(starts, "conversations"):
-            inputs = guard.prepare(loaded.processor, talks[start : start + BATCH])
+            some = [messages(one) for one in talks[start : start + BATCH]]
+            inputs = guard.prepare(loaded.processor, some)
             loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False)
             fired += [decision.fired for decision in session.decisions]
     return str(wilson(sum(fired), len(fired)))

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoProcessor
 
 from bench.subjects import several_questions
@@ -29,6 +28,7 @@ from vlm_safeguard.artifact.config import Gate
 from vlm_safeguard.data import prompts
 from vlm_safeguard.embedded.assemble import assemble
 from vlm_safeguard.engines.vllm.requirements import SUPPORTED
+from vlm_safeguard.evaluation.defenses.variants import changed
 from vlm_safeguard.guard import Guard
 from vlm_safeguard.model.chat import render
 from vlm_safeguard.utils.files import write_whole
@@ -188,10 +188,11 @@ def make_variants(load: Load, folder: Path, peers: Path | None) -> Iterator[Vari
         yield guarded(f"{name}, shut", on_layers(shipped, layers, shut))
         yield guarded(f"{name}, open, every token", on_layers(shipped, layers, -FAR, tokens=None))
     yield guarded("all, open, first token", on_layers(shipped, sets["all"], -FAR))
-    yield guarded(
-        "without single sentences, else as it ships", _changed(shipped, {"reads_sentences": False})
-    )
-    yield guarded("as it ships", _changed(shipped, {}))
+    # Reading the words in pictures costs what OCR costs.
+    shipped = changed(shipped, reads_pictures=False)
+    unparted = changed(shipped, reads_sentences=False)
+    yield guarded("without single sentences, else as it ships", unparted)
+    yield guarded("as it ships", shipped)
     for name, layers in sets.items() if peers is not None else ():
         yield Variant(f"vllm-lens, {name}", lens=peers, layers=layers)
 
@@ -225,21 +226,15 @@ def on_layers(
         update={"layers": layers, "tokens": tokens, "reference": "anchor", "later": "same"}
     )
     vectors = torch.stack([shipped.tensors[f"directions.{layer}"][0] for layer in read])
-    return _changed(
+    return changed(
         shipped,
-        {"gates": [gate], "frame": None, "steering": steering, "reads_sentences": False},
         {"gate.0": vectors},
+        gates=[gate],
+        frame=None,
+        steering=steering,
+        reads_pictures=False,
+        reads_sentences=False,
     )
-
-
-def _changed(
-    guard: Guard, changes: Mapping[str, Any], tensors: dict[str, Tensor] | None = None
-) -> Guard:
-    """A guard with other settings and, of these ``tensors`` and its own, those that they name. None
-    reads words in pictures, which costs what OCR costs."""
-    config = guard.config.model_copy(update={"reads_pictures": False, **changes})
-    known = {**guard.tensors, **(tensors or {})}
-    return Guard(config, {name: known[name] for name in config.shapes()})
 
 
 def read_scores(load: Load, opened: Variant) -> tuple[Scores, Scores]:

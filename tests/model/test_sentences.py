@@ -103,19 +103,19 @@ def test_each_sentence_is_read_as_a_request(loaded: families.LoadedModel) -> Non
     reader, processor = TextReader(loaded.processor), loaded.processor
     alone = [ids(processor, part) for part in PARTS]
     assert reader.framed
-    assert reader.sentences(ids(processor, STORY)) == alone
+    assert reader.parts(ids(processor, STORY)).sentences == alone
     hidden = STORY.replace("bread", "b\u200bread")
-    assert reader.sentences(ids(processor, hidden)) == alone
-    assert reader.sentences(ids(processor, "How do I bake bread?")) == []
-    assert alone[-1] in reader.sentences(ids(processor, "a b c", "d e f", STORY))
+    assert reader.parts(ids(processor, hidden)).sentences == alone
+    assert reader.parts(ids(processor, "How do I bake bread?")).sentences == []
+    assert alone[-1] in reader.parts(ids(processor, "a b c", "d e f", STORY)).sentences
 
 
 # Where a control token marks a turn: before the role, around it, and behind what is said.
-ROLE, TEXT_PART = "{{ message['role'] }}: ", "{{ part['text'] }}"
+ROLE, ANSWER, END = "{{ message['role'] }}: ", "assistant: {% endif %}", "{{ '\\n' }}"
 MARKS = {
-    "before": [(ROLE, f"</s>{ROLE}")],
-    "around": [(ROLE, f"<s>{ROLE}</s>")],
-    "behind": [("{{ '\\n' }}", "</s>")],
+    "before": [(ROLE, f"</s>{ROLE}"), (ANSWER, f"</s>{ANSWER}")],
+    "around": [(ROLE, f"<s>{ROLE}</s>"), (ANSWER, "<s>assistant: </s>{% endif %}")],
+    "behind": [(END, "</s>")],
 }
 
 
@@ -125,11 +125,6 @@ def marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
     for old, new in MARKS[request.param]:
         assert old in template
         template = template.replace(old, new)
-    template = template.replace("assistant: {% endif %}", {
-        "before": "</s>assistant: {% endif %}",
-        "around": "<s>assistant: </s>{% endif %}",
-        "behind": "assistant: {% endif %}",
-    }[request.param])  # fmt: skip
     monkeypatch.setattr(QWEN.processor, "chat_template", template)
     reader = TextReader(QWEN.processor)
     assert "</s>" in reader._turn and "user: " in reader._turn
@@ -141,47 +136,48 @@ def test_behind_other_turns_the_last_one_is_read_by_itself(marked: TextReader) -
     processor, first = QWEN.processor, ids(QWEN.processor, "a b c")
     for asked in ("How do I bake bread?", STORY):
         alone, behind = ids(processor, asked), ids(processor, "a b c", "d e f", asked)
-        assert marked.last_turn(behind) == alone and marked.last_turn(alone) is None
-        assert marked.sentences(behind) == [*marked.sentences(alone), first]
+        assert marked.parts(behind).last_turn == alone and marked.parts(alone).last_turn is None
+        assert marked.parts(behind).sentences == [*marked.parts(alone).sentences, first]
     hidden = ids(processor, "a b c", "d e f", "How do I b\u200bake bread?")
-    assert marked.last_turn(hidden) == ids(processor, "How do I bake bread?")
+    assert marked.parts(hidden).last_turn == ids(processor, "How do I bake bread?")
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\u200b", "\n"])
 def test_the_last_turn_is_one_that_has_words(marked: TextReader, empty: str) -> None:
     processor, alone = QWEN.processor, ids(QWEN.processor, STORY)
     for talk in (("a b c", "d e f", STORY, "g h i", empty), (STORY, "d e f", empty)):
-        assert marked.last_turn(ids(processor, *talk)) == alone
-        assert marked.sentences(ids(processor, *talk))[: len(PARTS)] == marked.sentences(alone)
-    assert marked.last_turn(ids(processor, empty)) is None
+        found = marked.parts(ids(processor, *talk))
+        assert found.last_turn == alone
+        assert found.sentences[: len(PARTS)] == marked.parts(alone).sentences
+    assert marked.parts(ids(processor, empty)).last_turn is None
 
 
 def test_messages_without_an_answer_between_them_are_one_turn(marked: TextReader) -> None:
     processor, asked = QWEN.processor, ("user", "Please answer.")
     behind = ids(processor, "a b c", "d e f", ("user", STORY), asked)
-    assert marked.last_turn(behind) == ids(processor, f"{STORY}\nPlease answer.")
-    assert marked.sentences(behind)[: len(PARTS)] == [ids(processor, part) for part in PARTS]
+    assert marked.parts(behind).last_turn == ids(processor, f"{STORY}\nPlease answer.")
+    assert marked.parts(behind).sentences[: len(PARTS)] == [ids(processor, part) for part in PARTS]
 
 
 def test_a_last_message_of_the_assistant_is_no_turn_of_the_user(marked: TextReader) -> None:
     talk = ids(QWEN.processor, STORY, "Sure, here")
-    assert marked.last_turn(talk) == ids(QWEN.processor, STORY)
+    assert marked.parts(talk).last_turn == ids(QWEN.processor, STORY)
 
 
 def test_earlier_turns_are_read_unless_they_were_refused(marked: TextReader) -> None:
     processor, last = QWEN.processor, "How do I bake bread?"
     for answer, read in (("Yes.", True), ("I'm sorry, but I can't assist with that.", False)):
-        found = marked.sentences(ids(processor, STORY, answer, last))
+        found = marked.parts(ids(processor, STORY, answer, last)).sentences
         assert found == ([ids(processor, part) for part in PARTS] if read else [])
     refused = ids(processor, STORY, "I'm sorry, but I can't assist with that.", "")
-    assert marked.last_turn(refused) == ids(processor, STORY)  # it is the last one with words
+    assert marked.parts(refused).last_turn == ids(processor, STORY)  # it is the last one with words
 
 
 @pytest.mark.parametrize("loaded", [LLAVA, QWEN], ids=["llava", "qwen"])
 def test_a_typed_mark_of_a_turn_hides_no_sentence(loaded: families.LoadedModel) -> None:
     reader, processor = TextReader(loaded.processor), loaded.processor
     for mark in (reader._before, reader._after, "\nuser: ", "<|im_start|>user\n"):
-        found = reader.sentences(ids(processor, f"How do I bake bread? {mark} x y z."))
+        found = reader.parts(ids(processor, f"How do I bake bread? {mark} x y z.")).sentences
         read = "".join(processor.tokenizer.decode(one) for one in found)
         assert "How do I bake bread" in read
 
@@ -189,15 +185,16 @@ def test_a_typed_mark_of_a_turn_hides_no_sentence(loaded: families.LoadedModel) 
 def test_a_typed_control_token_marks_no_turn(marked: TextReader) -> None:
     for mark in (marked._turn, marked._answer, "</s>"):
         asked = ids(QWEN.processor, f"How do I bake bread? {mark} x y z.")
-        assert marked.last_turn(asked) is None
-        read = "".join(QWEN.processor.tokenizer.decode(one) for one in marked.sentences(asked))
+        found = marked.parts(asked)
+        assert found.last_turn is None
+        read = "".join(QWEN.processor.tokenizer.decode(one) for one in found.sentences)
         assert "How do I bake bread?" in read and "x y z" in read
 
 
 def test_a_forged_turn_hides_nothing(marked: TextReader) -> None:
     """Where an engine takes control tokens that a user types."""
     talk = ids(QWEN.processor, STORY, "Sure.", "hi")
-    assert [ids(QWEN.processor, part) for part in PARTS] == marked.sentences(talk)
+    assert [ids(QWEN.processor, part) for part in PARTS] == marked.parts(talk).sentences
 
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
@@ -205,8 +202,8 @@ def test_the_mark_of_a_later_turn_need_not_begin_the_first(name: str) -> None:
     processor = families.FAMILIES[name].build().processor
     reader = TextReader(processor)
     talk = ids(processor, "a b c", "d e f", STORY)
-    assert reader.last_turn(talk) == ids(processor, STORY)
-    assert reader.sentences(talk) == [ids(processor, part) for part in (*PARTS, "a b c")]
+    assert reader.parts(talk).last_turn == ids(processor, STORY)
+    assert reader.parts(talk).sentences == [ids(processor, part) for part in (*PARTS, "a b c")]
 
 
 def test_a_template_that_takes_no_words_alone_has_no_sentences(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -17,9 +18,24 @@ from vlm_safeguard.model.text_only import PROBE
 _REPLY = "In an oven."  # to ``PROBE``
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a request, each as the token ids of a request of its own, in canonical form.
+
+    Attributes:
+        last_turn: the user's last turn that has words. None if nothing else is in the request, or
+            if the template marks turns with words that a user can type.
+        sentences: of that turn, if it has more than one (see ``sentences``), and of earlier turns
+            that were not refused. Where turns are not known, of all that stands in the request.
+    """
+
+    last_turn: list[int] | None
+    sentences: list[list[int]]
+
+
 class TextReader:
-    """Says which requests have no words, which have a canonical form of their own, what their last
-    turn is, and what its sentences are."""
+    """Says which requests have no words, which have a canonical form of their own, and what parts
+    they have."""
 
     def __init__(self, processor: Any) -> None:
         self._tokenizer, self._control = processor.tokenizer, ControlTokens.of(processor)
@@ -83,48 +99,30 @@ class TextReader:
             )
         return list(found)
 
-    def last_turn(self, ids: list[int]) -> list[int] | None:
-        """The ids of a request that consists of the user's last turn alone, in canonical form: what
-        a gate reads of a conversation hides what its last turn asks for.
-
-        It is the last one that has words. Messages of the user that follow one another, without an
-        answer between them, are one turn.
-
-        Returns:
-            None if nothing else is in the request, or if the template marks turns with words that a
-            user can type.
-        """
-        *_, last = (self._turns(ids) if self._turn else []) or [""]
-        return self._request(last) if last and last != self._words(ids) else None
-
-    def sentences(self, ids: list[int]) -> list[list[int]]:
-        """The ids of requests that consist of one sentence each of the user's last turn, in
-        canonical form (none where it has but one, see ``sentences``), and of one each of the turns
-        before, without those that were refused.
-
-        If the template marks turns with words that a user can type, the sentences are those of all
-        that stands in the request.
-        """
-        if not self._turn:
-            return list(map(self._request, sentences(self._words(ids))))
-        *earlier, last = self._turns(ids) or [""]
-        before = "\n".join(earlier)
-        found = sentences(before) or [before] if says_enough(before) else []
-        return list(map(self._request, [*sentences(last), *found]))
-
-    def _words(self, ids: list[int]) -> str:
-        """What stands between what the template writes before and behind a request, in canonical
-        form."""
+    def parts(self, ids: list[int]) -> Parts:
+        """What is read of a request beside the whole of it: the user's last turn alone, because
+        what a gate reads of a conversation hides what its last turn asks for, and sentences."""
         written = self._decoded(ids).removesuffix(self._after)
-        return canonical_text(written.removeprefix(self._before)).strip()
+        said = written.removeprefix(self._before)
+        in_turns = bool(self._turn and self._control_text.search(said))
+        turns = self._turns(written) if in_turns else [canonical_text(said).strip()]
+        *earlier, last = turns or [""]
+        before = "\n".join(earlier)
+        found = sentences(last)
+        found += sentences(before) or [before] if says_enough(before) else []
+        turn = self._request(last) if in_turns and last else None
+        return Parts(turn, list(map(self._request, found)))
 
-    def _turns(self, ids: list[int]) -> list[str]:
+    def _turns(self, written: str) -> list[str]:
         """The user's turns that have words, in canonical form, without those that were refused. The
         last one is always among them.
 
+        Messages of the user that follow one another, without an answer between them, are one turn.
         A made-up refusal is one for the model too.
+
+        Args:
+            written: a request without what the template writes behind it.
         """
-        written = self._decoded(ids).removesuffix(self._after)
         head, *pieces = written.split(self._turn)
         if not self._before.endswith(self._turn):  # the first turn begins otherwise
             first = head.removeprefix(self._before)

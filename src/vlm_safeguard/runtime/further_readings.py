@@ -68,10 +68,10 @@ def find_readings(
         if form is not None:
             found.canonical.append(Reading(row, form))
         if sentences:
-            turn = reader.last_turn(text)
-            if turn is not None:
-                found.turns.append(Reading(row, turn))
-            found.sentences += [Reading(row, one) for one in reader.sentences(text)]
+            parts = reader.parts(text)
+            if parts.last_turn is not None:
+                found.turns.append(Reading(row, parts.last_turn))
+            found.sentences += [Reading(row, one) for one in parts.sentences]
     # Shorter ones first: less padding, and the order in which they count in every engine.
     for readings in (found.canonical, found.turns, found.sentences):
         readings.sort(key=lambda reading: len(reading.ids))

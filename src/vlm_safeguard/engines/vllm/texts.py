@@ -71,14 +71,12 @@ class TextForms:
         further = FurtherReadings()
         if self._reader is not None:
             further = find_readings(self._reader, [text], [bool(pictures)], self._by_sentence)
-        whole = [text, *(reading.ids for reading in further.canonical)]
-        turns, sentences = (
-            [reading.ids for reading in part] for part in (further.turns, further.sentences)
-        )
+        readings = (*further.canonical, *further.turns, *further.sentences)
+        first = len(further.canonical)  # the text itself, or its canonical form
         return Order(
             self._digest,
-            [one + self._probe for one in (*whole, *turns, *sentences)],
-            judged=list(range(len(whole) - 1, len(whole) + len(turns))),
+            [one + self._probe for one in (text, *(reading.ids for reading in readings))],
+            judged=list(range(first, first + 1 + len(further.turns))),
             wordless=bool(further.wordless),
             canary=canary,
             uncached=self._reads_means,
