@@ -125,14 +125,13 @@ class TextReader:
         """
         head, *pieces = written.split(self._turn)
         if not self._before.endswith(self._turn):  # the first turn begins otherwise
-            first = head.removeprefix(self._before)
-            if first == head:  # something else stands before it, such as a system message
-                first = " ".join(self._control_text.split(head))
-            pieces.insert(0, first)
+            pieces.insert(0, head.removeprefix(self._before))
         turns: list[tuple[list[str], str]] = []  # messages, and what answers them
         for piece in pieces:
-            message = canonical_text(self._control_text.split(piece, maxsplit=1)[0]).strip()
-            answer = piece.partition(self._answer)[2]
+            words, _, answer = piece.partition(self._answer)
+            if not self._control_text.search(self._answer):  # a user can type it, and go on
+                words = piece
+            message = canonical_text(" ".join(self._control_text.split(words))).strip()
             if turns and not turns[-1][1]:
                 turns[-1] = [*turns[-1][0], message], answer
             else:
