@@ -50,10 +50,9 @@ def canonical_text(text: str) -> str:
 
     Default-ignorable, control and format characters are invisible. Line feeds and tabs stay, other
     line breaks become line feeds, and a zero-width space becomes a space where words would run
-    together. What stands between single
-    letters (spaces, hyphens, dots) is taken out, digits within words become the letters that they
-    look like, and words with capital letters behind small ones are written small. In a text that is
-    mostly in capitals, these are written small too.
+    together. What stands between single letters (spaces, hyphens, dots) is taken out, digits within
+    words become the letters that they look like, and words with capital letters behind small ones
+    are written small. In a text that is mostly in capitals, these are written small too.
     """
     while (usual := _usual(text)) != text:  # each way of writing may hide another
         text = usual
